@@ -1,0 +1,476 @@
+"""Typed, frozen configuration: YAML files that inherit, ``key=value`` overrides, checks.
+
+`load` turns files and overrides into a `Config`; every problem is a `ConfigError` whose text has one line a problem,
+naming the key, where it was set and the way out. The field descriptions below are the documentation of the keys:
+`conf/base.yaml` is `reference_yaml()`, and a test holds it to that. Nothing here imports mxnet, so a wrong key is
+reported in a fraction of a second.
+"""
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import yaml
+from pydantic import (AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError,
+                      model_validator)
+from typing_extensions import Annotated, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its text is for the user."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _list(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+class Duration(NamedTuple):
+    """A point or span of training, as the user wrote it: ``500`` or ``500 steps``, ``10 epochs``, ``5%`` of the run."""
+    value: float
+    unit: str  # 'steps', 'epochs' or '%'
+
+    def steps(self, per_epoch: int, total: int = 0) -> int:
+        """In steps, the only unit of time inside the program; `total` is the length of the run in steps."""
+        scale = {'steps': 1, 'epochs': per_epoch, '%': total / 100}[self.unit]
+        return int(round(self.value * scale))
+
+    def __str__(self) -> str:
+        return f'{self.value:g}%' if self.unit == '%' else f'{self.value:g} {self.unit}'
+
+
+def _parse_duration(value: Any) -> Duration:
+    if isinstance(value, Duration):
+        return value
+    match = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*(|%|(?:step|epoch)s?)\s*', str(value))
+    if not match or isinstance(value, bool):
+        raise ValueError(f"'{value}' is not a length of time: write steps as 500, or '10 epochs', or '5%' of the run")
+    unit = {'': 'steps', 'step': 'steps', 'epoch': 'epochs'}.get(match[2], match[2])
+    return Duration(float(match[1]), unit)
+
+
+Time = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str, return_type=str)]
+
+
+class Section(BaseModel):
+    """What all parts of the configuration share: no unknown key, no change after the checks."""
+    model_config = ConfigDict(frozen=True, extra='forbid', populate_by_name=True, protected_namespaces=(),
+                              allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The network. Its keys carry the reference implementation's names."""
+    type: Literal['vit', 'swin'] = Field('vit', description='vit or swin')
+    img_size: int = Field(224, gt=0, description='height and width of the input, pixels')
+    patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
+    embed_dim: int = Field(768, gt=0, description='width of the tokens; of the first stage in Swin')
+    depth: int = Field(12, gt=0, description='ViT: number of blocks')
+    depths: Tuple[int, ...] = Field((), description='Swin: blocks of each stage, e.g. [2, 2, 18, 2]')
+    num_heads: Union[int, Tuple[int, ...]] = Field(12, description='attention heads; a list, one a stage, in Swin')
+    window_size: int = Field(7, gt=0, description='Swin: side of an attention window, tokens')
+    mlp_ratio: float = Field(4.0, gt=0, description='hidden width of the MLP over embed_dim')
+    init_values: Optional[float] = Field(0.1, description='ViT: initial layer scale; null for none')
+    use_ape: bool = Field(False, validation_alias=AliasChoices('use_ape', 'ape'),
+                          description='learned absolute positions (also spelt ape)')
+    use_rpb: bool = Field(False, description='ViT: a relative position table in each block')
+    use_shared_rpb: bool = Field(True, description='ViT: one relative position table shared by all blocks')
+    use_mean_pooling: bool = Field(False, description='ViT: no final norm (fine-tuning normalises the mean token)')
+    drop_path: float = Field(0.0, ge=0, lt=1, description='stochastic depth of the last block; grows linearly from 0')
+    loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
+    norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
+
+    @property
+    def stages(self) -> int:
+        """Number of resolutions the encoder passes through; 1 for ViT."""
+        return len(self.depths) if self.type == 'swin' else 1
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side that one final token stands for: the decoder's cell."""
+        return self.patch_size * 2 ** (self.stages - 1)
+
+    @property
+    def grid(self) -> int:
+        """Patches a side at the input."""
+        return self.img_size // self.patch_size
+
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks in all."""
+        return sum(self.depths) if self.type == 'swin' else self.depth
+
+    @model_validator(mode='after')
+    def _check(self) -> 'ModelConfig':
+        if self.type == 'vit':
+            heads = self.num_heads
+            _require(isinstance(heads, int), f'num_heads={_list(heads)} is a list; a ViT has one number of heads')
+            _require(heads > 0 and self.embed_dim % heads == 0,
+                     f'embed_dim={self.embed_dim} is not a multiple of num_heads={heads}')
+        else:
+            self._check_swin()
+        _require(self.img_size % self.stride == 0,
+                 f'img_size={self.img_size} is not a multiple of {self.stride}, the side of one final token'
+                 + (f' (patch_size {self.patch_size} x 2^{self.stages - 1})' if self.stages > 1 else ' (patch_size)'))
+        for stage in range(self.stages if self.type == 'swin' else 0):
+            side = self.grid >> stage
+            _require(side <= self.window_size or side % self.window_size == 0,
+                     f'window_size={self.window_size} does not divide the {side}x{side} tokens of stage {stage}: '
+                     f'change window_size or img_size={self.img_size}')
+        return self
+
+    def _check_swin(self) -> None:
+        heads, depths = self.num_heads, self.depths
+        _require(len(depths) > 0, 'depths is empty: a Swin needs its blocks a stage, e.g. depths=[2,2,18,2]')
+        _require(all(d > 0 for d in depths), f'depths={_list(depths)} has a stage without blocks')
+        _require(isinstance(heads, tuple) and len(heads) == len(depths),
+                 f'num_heads={_list(heads)} must list one number for each of the {len(depths)} stages of '
+                 f'depths={_list(depths)}')
+        for stage, h in enumerate(heads):
+            width = self.embed_dim * 2 ** stage
+            _require(h > 0 and width % h == 0, f'the width {width} of stage {stage} (embed_dim {self.embed_dim} x '
+                     f'2^{stage}) is not a multiple of its num_heads={h}')
+
+
+class MaskConfig(Section):
+    """What is hidden from the encoder."""
+    patch_size: int = Field(32, gt=0, description='side of a masked cell, pixels')
+    ratio: float = Field(0.6, gt=0, lt=1, description='share of the cells that is masked')
+
+
+class DataConfig(Section):
+    """Where the images are and what is done to each."""
+    path: str = Field('', description='a folder of images (class folders or flat), a RecordIO file (.rec), or digits')
+    val_path: str = Field('', description='held-out images, same kinds; empty: val_fraction of path is held out')
+    val_fraction: float = Field(0.0, ge=0, lt=1, description='share of path held out for validation')
+    threads: int = Field(0, ge=0, description='loader threads; 0: one a core')
+    prefetch: int = Field(3, gt=0, description='batches prepared ahead')
+    max_broken: int = Field(100, ge=0, description='unreadable images tolerated before the run ends')
+    crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
+    crop_ratio: Tuple[float, float] = Field((0.75, 1.3333333333333333), description='width over height of a crop')
+    flip: float = Field(0.5, ge=0, le=1, description='probability of a horizontal flip')
+    mean: Tuple[float, float, float] = Field((0.485, 0.456, 0.406), description='subtracted, per channel of [0, 1]')
+    std: Tuple[float, float, float] = Field((0.229, 0.224, 0.225), description='divided by, per channel of [0, 1]')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'DataConfig':
+        for key, (low, high) in (('crop_scale', self.crop_scale), ('crop_ratio', self.crop_ratio)):
+            _require(0 < low <= high, f'{key}=[{low}, {high}] must be two positive numbers, the smaller first')
+        _require(self.crop_scale[1] <= 1, f'crop_scale={_list(self.crop_scale)} asks for more than the image')
+        _require(min(self.std) > 0, f'std={_list(self.std)} must be positive')
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule. The three rates are for 512 images a step and scale with train.batch_size."""
+    recipe: Literal['reference', 'fixed'] = Field(
+        'reference', description="reference: every quirk of the paper's code; fixed: cosine counted from the end of "
+        'the warm-up, no decay on tokens and position tables, accumulated gradients clipped once')
+    base_lr: float = Field(1e-4, ge=0, description='learning rate after the warm-up, at batch 512')
+    warmup_lr: float = Field(5e-7, ge=0, description='learning rate the warm-up starts from, at batch 512')
+    min_lr: float = Field(5e-6, ge=0, description='learning rate the cosine ends at, at batch 512')
+    warmup: Time = Field(Duration(10, 'epochs'), description='length of the linear warm-up')
+    schedule: Literal['cosine', 'multistep', 'constant'] = Field('multistep', description='cosine, multistep, constant')
+    milestones: Tuple[Time, ...] = Field((Duration(700, 'epochs'),), description='multistep: when the rate drops')
+    gamma: float = Field(0.1, gt=0, le=1, description='multistep: factor of a drop')
+    weight_decay: float = Field(0.05, ge=0, description='decoupled weight decay')
+    betas: Tuple[float, float] = Field((0.9, 0.999), description='decay of the two moments')
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment, as in PyTorch's AdamW")
+    clip_grad: Optional[float] = Field(5.0, gt=0, description='largest global L2 norm of the gradient; null: no limit')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'OptimConfig':
+        _require(all(0 <= beta < 1 for beta in self.betas), f'betas={_list(self.betas)} must lie in [0, 1)')
+        _require(self.schedule != 'multistep' or self.milestones, 'schedule=multistep needs milestones')
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+    length: Time = Field(Duration(800, 'epochs'), description="length of the run: '800 epochs' or a number of steps")
+    batch_size: int = Field(2048, gt=0, description='images an update, over all devices and accumulated parts')
+    accumulate: int = Field(1, gt=0, description='parts a batch is computed in, one after another, to save memory')
+    store: Literal['local', 'device'] = Field('device', description='where gradients of several devices meet: local '
+                                              '(host memory) or device')
+    max_bad_steps: int = Field(10, gt=0, description='non-finite steps in a row that end the run; each is skipped')
+
+
+class ValidationConfig(Section):
+    """Masked loss on held-out images, with masks that never change."""
+    every: Time = Field(Duration(1, 'epochs'), description='time between validations; the last step always validates')
+    images: int = Field(1024, gt=0, description='held-out images used at most')
+    pictures: int = Field(8, ge=0, description='rows of original, masked, reconstruction drawn each time')
+
+
+class CheckpointConfig(Section):
+    """What survives a failing machine."""
+    every: Time = Field(Duration(1, 'epochs'), description='time between checkpoints; the last step always saves')
+    keep: int = Field(2, gt=0, description='newest checkpoints kept')
+    keep_every: Optional[Time] = Field(None, description='checkpoints at multiples of this stay for ever; null: none')
+
+
+class LogConfig(Section):
+    """What is written down."""
+    every: int = Field(10, gt=0, description='steps between two records')
+
+
+class RuntimeConfig(Section):
+    """Set before mxnet is imported; the environment variable of the same effect wins over `auto`."""
+    threads: int = Field(0, ge=0, description='threads of one operator (OMP_NUM_THREADS); 0: one a core')
+    blas_core: str = Field('auto', description='OPENBLAS_CORETYPE: auto, none, or a name such as HASWELL')
+
+
+class Config(Section):
+    """A whole pre-training run."""
+    name: str = Field('', pattern=r'^[\w.+-]*$', description='the run is written to output/name; empty: the name of '
+                      'the configuration file')
+    output: str = Field('runs', min_length=1, description='folder of the runs')
+    seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
+    resume: str = Field('auto', min_length=1, description='auto: go on from the newest whole checkpoint; none: start '
+                        'anew in an empty folder; or the path of a checkpoint')
+    devices: Union[Literal['auto'], Tuple[str, ...]] = Field(
+        'auto', description='auto (every GPU, else cpu(0)), or a list: [gpu(0), gpu(1)]')
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode='after')
+    def _check(self) -> 'Config':
+        img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size
+        _require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
+        _require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
+        cells = (img // cell) ** 2
+        _require(math.ceil(self.mask.ratio * cells) < cells,
+                 f'mask.ratio={self.mask.ratio} hides all {cells} cells: lower it or mask.patch_size={cell}')
+        if self.devices != 'auto':
+            _require(len(self.devices) > 0, 'devices is empty: write devices=auto or devices=[cpu(0)]')
+            for device in self.devices:
+                _require(re.fullmatch(r'(cpu|gpu)\(\d+\)', device) is not None,
+                         f"devices: '{device}' is not a device: write cpu(0), gpu(0), gpu(1), …")
+            _require(len(set(self.devices)) == len(self.devices), f'devices={_list(self.devices)} names one twice')
+            _require(len({device[:3] for device in self.devices}) == 1,
+                     f'devices={_list(self.devices)} mixes CPU and GPU')
+            parts = len(self.devices) * self.train.accumulate
+            _require(parts <= self.train.batch_size,
+                     f'train.batch_size={self.train.batch_size} is less than {len(self.devices)} devices x '
+                     f'train.accumulate={self.train.accumulate}')
+        _require(self.train.accumulate <= self.train.batch_size,
+                 f'train.accumulate={self.train.accumulate} exceeds train.batch_size={self.train.batch_size}')
+        _require(self.train.length.unit != '%' and self.train.length.value > 0,
+                 f'train.length={self.train.length} must be a positive number of steps or epochs')
+        for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
+                            ('checkpoint.keep_every', self.checkpoint.keep_every)):
+            _require(period is None or period.value > 0, f'{key}={period} must be positive')
+        return self
+
+
+def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, the files it inherits from, and ``key=value`` overrides.
+
+    A file's ``base: other.yaml`` (relative to that file) is read first and overridden key by key.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a wrong type, an impossible combination.
+    """
+    path = Path(path)
+    values: Dict[str, Tuple[Any, str]] = {}  # dotted key -> (value, where it was set)
+    for file, content in _inherited(path, ()):
+        values.update((key, (value, str(file))) for key, value in _flatten(content))
+    for text in overrides:
+        key, equals, value = text.partition('=')
+        if not equals:
+            raise ConfigError(f"'{text}' is not key=value: write for instance optim.base_lr=2e-4")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: the value of '{key}' is not YAML: {_one_line(error)}") from None
+        # A section given whole (`model={...}`) is the same as its keys given one by one.
+        for inner, item in (_flatten(parsed, f'{key}.') if isinstance(parsed, dict) else [(key, parsed)]):
+            values[inner] = (item, 'command line')
+    values.setdefault('name', (path.stem, str(path)))
+    if values['name'][0] in (None, ''):
+        values['name'] = (path.stem, str(path))
+    return _build(values)
+
+
+def from_dict(content: Dict[str, Any], where: str) -> Config:
+    """The configuration a `to_dict` wrote; `where` names it in errors (`ConfigError`)."""
+    return _build({key: (value, where) for key, value in _flatten(content)})
+
+
+def to_dict(config: Section) -> Dict[str, Any]:
+    """Plain dicts, lists, numbers and strings, in the order of definition."""
+    return config.model_dump(mode='json')
+
+
+def to_yaml(config: Section) -> str:
+    """The resolved configuration; `load` reads it back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=110)
+
+
+def differences(old: Config, new: Config) -> List[Tuple[str, Any, Any]]:
+    """Keys on which a run and its resumption must agree and do not: (key, old, new).
+
+    What decides speed, place or amount of output may change between the two; what decides the numbers may not.
+    """
+    free = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
+            'data.val_path', 'data.threads', 'data.prefetch', 'data.max_broken', 'train.store', 'train.max_bad_steps')
+    before, after = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
+    return [(key, before.get(key), after[key]) for key in after
+            if before.get(key) != after[key] and not key.startswith(free)]
+
+
+def reference_yaml() -> str:
+    """Every key with its default and meaning, as a commented YAML file: the text of ``conf/base.yaml``."""
+    lines = ['# Every key with its default. Generated from mxsimmim/config.py: `mxsimmim config > conf/base.yaml`.',
+             "# Lengths of time are steps (500), '10 epochs', or '5%' of the run."]
+    sections = [(None, Config)] + [(name, field) for name, field in _fields(Config) if _is_section(field.annotation)]
+    for name, kind in sections:
+        indent = ''
+        if name is not None:
+            kind, indent = kind.annotation, '  '
+            lines += ['', f'{name}:  # {kind.__doc__.splitlines()[0]}']
+        for key, field in _fields(kind):
+            if not _is_section(field.annotation):
+                value = to_dict(kind())[key]
+                text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace('\n...', '').strip()
+                lines.append(f'{indent}{key}: {text}  # {field.description}')
+    return '\n'.join(lines) + '\n'
+
+
+def _fields(section: type) -> List[Tuple[str, Any]]:
+    return list(section.model_fields.items())
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def known_keys(section: type = Config, prefix: str = '') -> List[str]:
+    """All dotted keys, sections included."""
+    keys = []
+    for name, field in _fields(section):
+        keys.append(prefix + name)
+        if _is_section(field.annotation):
+            keys += known_keys(field.annotation, f'{prefix}{name}.')
+    return keys
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML itself would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _inherited(path: Path, children: Tuple[Path, ...]) -> Iterator[Tuple[Path, Dict[str, Any]]]:
+    """(file, content), the remotest ancestor first."""
+    if path.resolve() in children:
+        raise ConfigError(f'{path}: base: goes round in a circle: ' + ' -> '.join(c.name for c in children))
+    try:
+        content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
+    except OSError as error:
+        asked = f' (base of {children[-1]})' if children else ''
+        raise ConfigError(f'{path}{asked}: cannot read the configuration: {error.strerror}') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{path}: not YAML: {_one_line(error)}') from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
+    base = content.pop('base', None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: key 'base': expected the name of one file, found {base!r}")
+        yield from _inherited(path.parent / base, children + (path.resolve(),))
+    yield path, content
+
+
+def _one_line(error: Exception) -> str:
+    mark = getattr(error, 'problem_mark', None)
+    problem = getattr(error, 'problem', None) or ' '.join(str(error).split())
+    return problem + (f' (line {mark.line + 1}, column {mark.column + 1})' if mark else '')
+
+
+def _flatten(content: Dict[str, Any], prefix: str = '') -> Iterator[Tuple[str, Any]]:
+    """Dotted keys, so that a file can override one key of a section; a null section is an empty one."""
+    sections = {name for name in known_keys() if '.' not in name} - {n for n, f in _fields(Config)
+                                                                     if not _is_section(f.annotation)}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f'{prefix}{key}.')
+        elif not (prefix + str(key) in sections and value in (None, {})):
+            yield prefix + str(key), value
+
+
+def _build(values: Dict[str, Tuple[Any, str]]) -> Config:
+    known = known_keys()
+    tree: Dict[str, Any] = {}
+    problems = []
+    for key, (value, where) in values.items():
+        *parents, leaf = _canonical(key).split('.')
+        if _canonical(key) not in known:
+            problems.append(f"{where}: unknown key '{key}'{_nearest(key, known)}")
+            continue
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                break
+        if isinstance(node, dict):
+            node[leaf] = value
+    if not problems:
+        try:
+            return Config(**tree)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                problems += _explain(item, values, known)
+    raise ConfigError('\n'.join(dict.fromkeys(problems)))
+
+
+def _canonical(key: str) -> str:
+    return 'model.use_ape' if key == 'model.ape' else key
+
+
+def _nearest(key: str, known: List[str]) -> str:
+    leaves = {name.rsplit('.', 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(key, known, 1, 0.6)
+    near = near or [leaves[m] for m in difflib.get_close_matches(key.rsplit('.', 1)[-1], list(leaves), 1, 0.6)]
+    return f" (did you mean '{near[0]}'?)" if near else '; `mxsimmim config` lists the known ones'
+
+
+def _explain(item: Dict[str, Any], values: Dict[str, Tuple[Any, str]], known: List[str]) -> Iterator[str]:
+    """The lines for one pydantic error: where: key 'a.b': what is wrong."""
+    names = [str(part) for part in item['loc']]
+    while names and '.'.join(names) not in known:  # drops the index of a list and the arm of a union
+        names.pop()
+    key = '.'.join(names)
+    message = re.sub(r'^(Value|Assertion) error, ', '', item['msg'])
+    message = message[:1].lower() + message[1:] if message.startswith('Input') else message
+    where = {w for k, (_, w) in values.items() if _canonical(k) == key}
+    if where:
+        found = '' if item['type'] == 'value_error' else f', found {_show(item["input"])}'
+        yield f"{where.pop()}: key '{key}': {message}{found}"
+    else:  # a combination of keys: name the files that set the ones it speaks of
+        spoken = [k for k in values if k.rsplit('.', 1)[-1] in re.findall(r'\w+', message) and k.startswith(key)]
+        files = ', '.join(dict.fromkeys(values[k][1] for k in spoken)) or 'configuration'
+        yield f"{files}: {key + ': ' if key else ''}{message}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + '...'
