@@ -1,0 +1,62 @@
+"""The reference's random initial weights, drawn for each parameter from its own generator."""
+import math
+import re
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Mapping
+
+import numpy as np
+from mxnet.gluon import Parameter
+
+from ..config import ModelConfig
+
+STD = 0.02
+
+
+def initialise(parameters: Mapping[str, Parameter], config: ModelConfig, seed: int, pretraining: bool = True) -> None:
+    """Draws all weights in place: a function of (seed, name) alone, whatever the number of threads."""
+    def draw(item):
+        name, parameter = item
+        rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+        return parameter, initial_value(name, parameter.shape, config, rng, pretraining)
+
+    with ThreadPoolExecutor() as pool:  # NumPy draws outside the interpreter's lock
+        for parameter, value in pool.map(draw, parameters.items()):
+            parameter.set_data(value)
+
+
+def initial_value(name: str, shape: tuple, config: ModelConfig, rng: np.random.Generator,
+                  pretraining: bool) -> np.ndarray:
+    """One parameter's initial value, float32.
+
+    Truncated normal 0.02 for linear maps, tokens and positions (ViT's pre-training cuts at one deviation, everything
+    else at +-2, that is hardly ever); PyTorch's default, uniform, for the decoder and Swin's patch convolution.
+    """
+    leaf = name.rsplit('.', 1)[-1]
+    vit = config.type == 'vit'
+    if name.startswith('decoder.') or (not vit and 'patch_embed.proj' in name):
+        inputs = 3 * config.patch_size ** 2 if 'patch_embed' in name else config.embed_dim * 2 ** (config.stages - 1)
+        bound = 1 / math.sqrt(inputs)
+        return rng.uniform(-bound, bound, shape).astype('float32')
+    if leaf.startswith('gamma'):
+        return np.full(shape, config.init_values, 'float32')
+    if leaf == 'weight' and len(shape) == 1:
+        return np.ones(shape, 'float32')
+    if leaf in ('bias', 'q_bias', 'v_bias') or (vit and leaf == 'relative_position_bias_table'):
+        return np.zeros(shape, 'float32')
+    value = truncated_normal(rng, shape, STD, STD if vit and pretraining else 2.0)
+    block = re.search(r'blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight$', name)
+    if vit and block:
+        value /= math.sqrt(2 * (int(block[1]) + 1))
+    return value
+
+
+def truncated_normal(rng: np.random.Generator, shape: tuple, std: float, cut: float) -> np.ndarray:
+    """Normal of mean 0, redrawn outside [-cut, cut]."""
+    value = rng.standard_normal(shape, dtype='float32').reshape(-1)
+    value *= std
+    outside = np.flatnonzero(np.abs(value) > cut)
+    while outside.size:
+        value[outside] = rng.standard_normal(outside.size, dtype='float32') * std
+        outside = outside[np.abs(value[outside]) > cut]
+    return value.reshape(shape)

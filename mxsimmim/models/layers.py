@@ -1,0 +1,148 @@
+"""What ViT and Swin share: linear maps on tokens, normalisation, attention, MLP, patches as rows.
+
+Attributes carry the reference implementation's names, so structural parameter names are its checkpoint's names.
+Shapes: B images, L tokens, C width, H heads, D = C/H, p the side of a patch in pixels.
+"""
+from typing import Any, Dict, Optional
+
+import numpy as np
+from mxnet.gluon import HybridBlock, Parameter, nn
+
+AUTO = -1  # in MXNet's reshape: infer this size
+
+
+def named_parameters(net: HybridBlock) -> Dict[str, Parameter]:
+    """Trained parameters by structural name, which is the reference's name; constants are left out."""
+    return {name: p for name, p in net._collect_params_with_prefix().items() if p.grad_req != 'null'}
+
+
+def swap(F: Any, x: Any, *shape: int) -> Any:
+    """Views x as the 4-D `shape` and swaps its middle axes, the one transpose MXNet does at memory speed on a CPU."""
+    return F.transpose(F.reshape(x, shape=shape), axes=(0, 2, 1, 3))
+
+
+def to_cells(F: Any, image: Any, side: int, cell: int) -> Any:
+    """(B, 3, side, side) to (B, cells, 3*cell*cell): a row a cell, ordered (channel, y, x) as a convolution's weight."""
+    n = side // cell
+    rows = swap(F, image, AUTO, 3, n, cell * side)            # (B, n, 3, cell*side)
+    cells = swap(F, rows, AUTO, 3 * cell, n, cell)            # (B*n, n, 3*cell, cell)
+    return F.reshape(cells, shape=(AUTO, n * n, 3 * cell * cell))
+
+
+def from_cells(F: Any, cells: Any, side: int, cell: int) -> Any:
+    """The inverse of `to_cells`; the order is that of PyTorch's pixel shuffle."""
+    n = side // cell
+    rows = swap(F, cells, AUTO, n, 3 * cell, cell)            # (B*n, 3*cell, n, cell)
+    image = swap(F, rows, AUTO, n, 3, cell * side)            # (B, 3, n, cell*side)
+    return F.reshape(image, shape=(AUTO, 3, side, side))
+
+
+class Linear(nn.Dense):
+    """`Dense` on the last axis: (..., inputs) to (..., outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__(outputs, in_units=inputs, use_bias=bias, flatten=False)
+
+
+class LayerNorm(HybridBlock):
+    """Layer normalisation of the last axis, with the reference's parameter names."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self._eps = eps
+        with self.name_scope():
+            self.weight = self.params.get('weight', shape=(width,))
+            self.bias = self.params.get('bias', shape=(width,))
+
+    def hybrid_forward(self, F, x, weight, bias):
+        return F.LayerNorm(x, weight, bias, eps=self._eps)
+
+
+class PatchEmbed(HybridBlock):
+    """(B, 3, side, side) to (B, L, C). A convolution whose stride is its kernel, written as a linear map of patches:
+
+    MXNet 1.9.1's oneDNN cannot reorder a convolution's layout inside a hybridized transformer (docs/LOG.md).
+    """
+
+    def __init__(self, side: int, patch: int, width: int, eps: Optional[float] = None):
+        super().__init__()
+        self._side, self._patch = side, patch
+        with self.name_scope():
+            self.proj = Linear(3 * patch * patch, width)
+            self.norm = LayerNorm(width, eps) if eps is not None else None
+
+    def hybrid_forward(self, F, image):
+        tokens = self.proj(to_cells(F, image, self._side, self._patch))
+        return self.norm(tokens) if self.norm else tokens
+
+
+class Mlp(HybridBlock):
+    """Two linear maps with exact (erf) GELU between."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        with self.name_scope():
+            self.fc1 = Linear(width, hidden)
+            self.fc2 = Linear(hidden, width)
+
+    def hybrid_forward(self, F, x):
+        return self.fc2(F.LeakyReLU(self.fc1(x), act_type='gelu'))
+
+
+def attend(F: Any, qkv: Any, heads: int, width: int, tokens: int, bias: Any,
+           mask: Any = None, windows: int = 1) -> Any:
+    """Softmax attention of H heads over N tokens: qkv (B, N, 3C) to (B, N, C).
+
+    bias (1, H, N, N) or None is added to the scores; so is mask (1, windows, 1, N, N), where B counts the windows of
+    each image one after another.
+    """
+    size = width // heads
+    q, k, v = (F.reshape(swap(F, x, AUTO, tokens, heads, size), shape=(AUTO, tokens, size))    # (B*H, N, D)
+               for x in F.split(qkv, num_outputs=3, axis=2))
+    scores = F.batch_dot(q * size ** -0.5, k, transpose_b=True)                                # (B*H, N, N)
+    if bias is not None:
+        scores = F.broadcast_add(F.reshape(scores, shape=(AUTO, heads, tokens, tokens)), bias)
+    if mask is not None:
+        scores = F.broadcast_add(F.reshape(scores, shape=(AUTO, windows, heads, tokens, tokens)), mask)
+    weights = F.reshape(F.softmax(scores, axis=-1), shape=(AUTO, tokens, tokens))
+    mixed = F.batch_dot(weights, v)                                                            # (B*H, N, D)
+    return F.reshape(swap(F, mixed, AUTO, heads, tokens, size), shape=(AUTO, tokens, width))
+
+
+def relative_index(side: int) -> np.ndarray:
+    """Row of the bias table for each pair of a window's side*side tokens: (side^2, side^2), int.
+
+    Row (dy + side-1) * (2*side-1) + (dx + side-1), with (dy, dx) from key to query.
+    """
+    y, x = np.divmod(np.arange(side * side), side)
+    return (y[:, None] - y + side - 1) * (2 * side - 1) + (x[:, None] - x + side - 1)
+
+
+def add_relative_table(block: HybridBlock, index: np.ndarray, rows: int, heads: int) -> None:
+    """Gives a block a bias table (rows, H) and the constant index of each pair of tokens into it."""
+    block.relative_position_bias_table = block.params.get('relative_position_bias_table', shape=(rows, heads))
+    block.relative_position_index = block.params.get_constant('relative_position_index',
+                                                              index.reshape(-1).astype('int32'))
+
+
+def gather_bias(F: Any, table: Any, index: Any, tokens: int, heads: int) -> Any:
+    """Table (rows, H) spread by index (N*N,) to an attention bias (1, H, N, N)."""
+    pairs = F.take(table, index)                                                               # (N*N, H)
+    return F.reshape(F.transpose(pairs), shape=(1, heads, tokens, tokens))
+
+
+def replace_masked(F: Any, x: Any, mask: Any, mask_token: Any) -> Any:
+    """x (B, L, C) with the rows whose mask (B, h, w) is 1 replaced by the mask token (1, 1, C)."""
+    hidden = F.cast(F.reshape(mask, shape=(0, AUTO, 1)), dtype='float32')                       # (B, L, 1)
+    return F.broadcast_add(F.broadcast_mul(x, 1 - hidden), F.broadcast_mul(hidden, mask_token))
+
+
+def drop_path(F: Any, branch: Any, uniform: Any, draw: int, rate: float) -> Any:
+    """Stochastic depth: zeroes the branch of an image whose random number says so, and rescales the others.
+
+    uniform (B, draws) in [0, 1) comes with the batch, so what is dropped depends on the sample, not on the device.
+    """
+    if uniform is None or rate == 0:
+        return branch
+    keep = (F.slice_axis(uniform, axis=1, begin=draw, end=draw + 1) < 1 - rate) / (1 - rate)    # (B, 1)
+    return F.broadcast_mul(branch, F.expand_dims(keep, axis=2))

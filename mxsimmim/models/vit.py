@@ -1,0 +1,147 @@
+"""Vision transformer as SimMIM trains it: BEiT's, with layer scale and relative position bias.
+
+Dosovitskiy et al. 2021 (arXiv:2010.11929); Bao et al. 2022 (arXiv:2106.08254); Xie et al. 2022 (arXiv:2111.09886).
+"""
+from typing import Optional
+
+import numpy as np
+from mxnet.gluon import HybridBlock, nn
+
+from ..config import ModelConfig
+from .layers import (AUTO, LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, attend, drop_path, gather_bias,
+                     relative_index, replace_masked)
+
+EPS = 1e-6
+
+
+def relative_index_with_cls(side: int) -> np.ndarray:
+    """`relative_index` with the cls token as row and column 0, which has three table rows of its own, the last.
+
+    Returns (1 + side^2, 1 + side^2); of a table with R rows: cls to token R-3, token to cls R-2, cls to cls R-1.
+    """
+    rows = (2 * side - 1) ** 2 + 3
+    index = np.empty((1 + side * side,) * 2, np.int64)
+    index[1:, 1:] = relative_index(side)
+    index[0, :] = rows - 3
+    index[:, 0] = rows - 2
+    index[0, 0] = rows - 1
+    return index
+
+
+class RelativePositionBias(HybridBlock):
+    """A learned bias (1, H, N, N) for each head and each offset between two tokens."""
+
+    def __init__(self, side: int, heads: int):
+        super().__init__()
+        self._tokens, self._heads = 1 + side * side, heads
+        with self.name_scope():
+            add_relative_table(self, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
+
+    def hybrid_forward(self, F, tokens, relative_position_bias_table, relative_position_index):
+        # A HybridBlock must have an input; the bias does not depend on the tokens.
+        return gather_bias(F, relative_position_bias_table, relative_position_index, self._tokens, self._heads)
+
+
+class QKV(HybridBlock):
+    """Queries, keys and values in one product, (B, N, C) to (B, N, 3C); its bias comes from outside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self._outputs = 3 * width
+        with self.name_scope():
+            self.weight = self.params.get('weight', shape=(3 * width, width))
+
+    def hybrid_forward(self, F, x, bias, weight):
+        return F.FullyConnected(x, weight, bias, num_hidden=self._outputs, flatten=False)
+
+
+class Attention(HybridBlock):
+    """Multi-head attention whose keys have no bias; with a relative position table of its own where `side` is given."""
+
+    def __init__(self, width: int, heads: int, tokens: int, side: Optional[int]):
+        super().__init__()
+        self._heads, self._width, self._tokens = heads, width, tokens
+        with self.name_scope():
+            self.q_bias = self.params.get('q_bias', shape=(width,))
+            self.v_bias = self.params.get('v_bias', shape=(width,))
+            if side is not None:
+                add_relative_table(self, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
+            self.qkv = QKV(width)
+            self.proj = Linear(width, width)
+
+    def hybrid_forward(self, F, x, bias, q_bias, v_bias, relative_position_bias_table=None,
+                       relative_position_index=None):
+        if relative_position_bias_table is not None:
+            own = gather_bias(F, relative_position_bias_table, relative_position_index, self._tokens, self._heads)
+            bias = own if bias is None else bias + own
+        qkv = self.qkv(x, F.concat(q_bias, F.zeros_like(q_bias), v_bias, dim=0))
+        return self.proj(attend(F, qkv, self._heads, self._width, self._tokens, bias))
+
+
+class Block(HybridBlock):
+    """Attention and MLP, each normalised before, scaled per channel and randomly dropped after."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        width, self._index = config.embed_dim, index
+        self._rate = float(np.linspace(0, config.drop_path, config.depth)[index])
+        with self.name_scope():
+            self.gamma_1 = self.gamma_2 = None
+            if config.init_values is not None:
+                self.gamma_1 = self.params.get('gamma_1', shape=(width,))
+                self.gamma_2 = self.params.get('gamma_2', shape=(width,))
+            self.norm1 = LayerNorm(width, EPS)
+            self.attn = Attention(width, config.num_heads, 1 + config.grid ** 2,
+                                  config.grid if config.use_rpb else None)
+            self.norm2 = LayerNorm(width, EPS)
+            self.mlp = Mlp(width, int(width * config.mlp_ratio))
+
+    def hybrid_forward(self, F, x, bias, uniform, gamma_1=None, gamma_2=None):
+        def add(x, branch, gamma, draw):
+            if gamma is not None:
+                branch = F.broadcast_mul(branch, F.reshape(gamma, shape=(1, 1, AUTO)))
+            return x + drop_path(F, branch, uniform, draw, self._rate)
+
+        x = add(x, self.attn(self.norm1(x), bias), gamma_1, 2 * self._index)
+        return add(x, self.mlp(self.norm2(x)), gamma_2, 2 * self._index + 1)
+
+
+class VisionTransformer(HybridBlock):
+    """Image (B, 3, H, W) to tokens (B, 1 + L, C), the cls token first.
+
+    With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
+    uniform (B, 2 * depth) holds the random numbers of stochastic depth; without it nothing is dropped.
+    """
+    prefix_tokens = 1
+
+    def __init__(self, config: ModelConfig, masked: bool):
+        super().__init__()
+        width, side = config.embed_dim, config.grid
+        with self.name_scope():
+            self.cls_token = self.params.get('cls_token', shape=(1, 1, width))
+            self.pos_embed = self.mask_token = None
+            if config.use_ape:
+                self.pos_embed = self.params.get('pos_embed', shape=(1, 1 + side * side, width))
+            if masked:
+                self.mask_token = self.params.get('mask_token', shape=(1, 1, width))
+            self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width)
+            self.rel_pos_bias = RelativePositionBias(side, config.num_heads) if config.use_shared_rpb else None
+            self.blocks = nn.HybridSequential()
+            for index in range(config.depth):
+                self.blocks.add(Block(config, index))
+            self.norm = None if config.use_mean_pooling else LayerNorm(width, EPS)
+            self.fc_norm = LayerNorm(width, EPS) if config.use_mean_pooling else None  # for a classifier's mean token
+
+    def hybrid_forward(self, F, image, mask=None, uniform=None, cls_token=None, pos_embed=None, mask_token=None):
+        x = self.patch_embed(image)
+        if mask is not None:
+            x = replace_masked(F, x, mask, mask_token)
+        # A row of cls tokens for each image of a batch whose size the graph does not know.
+        cls = F.broadcast_like(cls_token, F.slice_axis(x, axis=1, begin=0, end=1), lhs_axes=(0,), rhs_axes=(0,))
+        x = F.concat(cls, x, dim=1)
+        if pos_embed is not None:
+            x = F.broadcast_add(x, pos_embed)
+        bias = self.rel_pos_bias(x) if self.rel_pos_bias else None
+        for block in self.blocks:
+            x = block(x, bias, uniform)
+        return self.norm(x) if self.norm else x
