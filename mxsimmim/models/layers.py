@@ -137,12 +137,19 @@ def replace_masked(F: Any, x: Any, mask: Any, mask_token: Any) -> Any:
     return F.broadcast_add(F.broadcast_mul(x, 1 - hidden), F.broadcast_mul(hidden, mask_token))
 
 
-def drop_path(F: Any, branch: Any, uniform: Any, draw: int, rate: float) -> Any:
-    """Stochastic depth: zeroes the branch of an image whose random number says so, and rescales the others.
-
-    uniform (B, draws) in [0, 1) comes with the batch, so what is dropped depends on the sample, not on the device.
-    """
-    if uniform is None or rate == 0:
+def drop_path(F: Any, branch: Any, keep: Any, draw: int) -> Any:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): scales an image's branch by its column of keep, see
+    `keep_factors`; None keeps all as it is."""
+    if keep is None:
         return branch
-    keep = (F.slice_axis(uniform, axis=1, begin=draw, end=draw + 1) < 1 - rate) / (1 - rate)    # (B, 1)
-    return F.broadcast_mul(branch, F.expand_dims(keep, axis=2))
+    return F.broadcast_mul(branch, F.expand_dims(F.slice_axis(keep, axis=1, begin=draw, end=draw + 1), axis=2))
+
+
+def keep_factors(uniform: np.ndarray, rate: float) -> np.ndarray:
+    """What stochastic depth multiplies each branch with: 0 to drop it, else 1 / (1 - its rate).
+
+    uniform (B, 2 * blocks), in [0, 1), two columns a block. They come with the batch, so what is dropped depends on
+    the sample and not on the device. Rates grow linearly from 0 in the first block to `rate` in the last.
+    """
+    keep = 1 - np.repeat(np.linspace(0, rate, uniform.shape[1] // 2), 2)
+    return ((uniform < keep) / keep).astype('float32')

@@ -19,8 +19,8 @@ ENCODERS = {'vit': VisionTransformer, 'swin': SwinTransformer}
 class SimMIM(HybridBlock):
     """Predicts the pixels of masked patches.
 
-    ``net(image (B, 3, H, W), mask (B, h, w)[, uniform (B, 2 * blocks)]) -> loss (1,)``, the mean over masked pixels;
-    image is normalised, mask is on the grid of patches with 1 for masked, of any type; uniform as in the encoders.
+    ``net(image (B, 3, H, W), mask (B, h, w)[, keep (B, 2 * blocks)]) -> loss (1,)``, the mean over masked pixels;
+    image is normalised, mask is on the grid of patches with 1 for masked, of any type; keep as in the encoders.
     A cell is what one final token decodes to: stride x stride pixels.
     """
 
@@ -33,8 +33,14 @@ class SimMIM(HybridBlock):
             self.decoder = nn.HybridSequential()
             self.decoder.add(Linear(config.embed_dim * 2 ** (config.stages - 1), 3 * config.stride ** 2))
 
-    def hybrid_forward(self, F, image, mask, uniform=None):
-        predicted = self._predict(F, image, mask, uniform)
+    def forward(self, image, mask, keep=None):
+        if keep is None and self.config.drop_path and isinstance(image, mx.nd.NDArray):
+            # A cached graph always takes the arguments it was built with, in training and out of it.
+            keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
+        return super().forward(image, mask, *([] if keep is None else [keep]))
+
+    def hybrid_forward(self, F, image, mask, keep=None):
+        predicted = self._predict(F, image, mask, keep)
         target = to_cells(F, image, self._side, self._cell)
         if self._norm_targets:
             target, _, _ = normalise_cells(F, target)
@@ -43,9 +49,9 @@ class SimMIM(HybridBlock):
         error = F.abs(error) if self.config.loss == 'l1' else F.square(error)
         return F.sum(F.broadcast_mul(error, hidden)) / (F.sum(hidden) + 1e-5) / 3
 
-    def _predict(self, F: Any, image: Any, mask: Any, uniform: Any = None) -> Any:
+    def _predict(self, F: Any, image: Any, mask: Any, keep: Any = None) -> Any:
         """Decoded cells (B, cells, 3*cell*cell)."""
-        tokens = self.encoder(image, mask) if uniform is None else self.encoder(image, mask, uniform)
+        tokens = self.encoder(image, mask) if keep is None else self.encoder(image, mask, keep)
         return self.decoder(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None))
 
     def _masked_pixels(self, F: Any, mask: Any) -> Any:

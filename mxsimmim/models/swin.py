@@ -76,7 +76,6 @@ class Block(HybridBlock):
         shifted = index % 2 == 1 and self._side > config.window_size
         self._shift = config.window_size // 2 if shifted else 0
         self._draw = sum(config.depths[:stage]) + index
-        self._rate = float(np.linspace(0, config.drop_path, config.blocks)[self._draw])
         with self.name_scope():
             self.attn_mask = None
             if self._shift:
@@ -88,7 +87,7 @@ class Block(HybridBlock):
             self.norm2 = LayerNorm(self._width, EPS)
             self.mlp = Mlp(self._width, int(self._width * config.mlp_ratio))
 
-    def hybrid_forward(self, F, x, uniform, attn_mask=None):
+    def hybrid_forward(self, F, x, keep, attn_mask=None):
         size = (self._side, self._window, self._width)
         y = self.norm1(x)
         if self._shift:
@@ -96,8 +95,8 @@ class Block(HybridBlock):
         y = window_reverse(F, self.attn(window_partition(F, y, *size), attn_mask), *size)
         if self._shift:
             y = roll(F, y, self._side, self._width, -self._shift)
-        x = x + drop_path(F, y, uniform, 2 * self._draw, self._rate)
-        return x + drop_path(F, self.mlp(self.norm2(x)), uniform, 2 * self._draw + 1, self._rate)
+        x = x + drop_path(F, y, keep, 2 * self._draw)
+        return x + drop_path(F, self.mlp(self.norm2(x)), keep, 2 * self._draw + 1)
 
 
 class PatchMerging(HybridBlock):
@@ -129,9 +128,9 @@ class Stage(HybridBlock):
                 self.blocks.add(Block(config, stage, index))
             self.downsample = None if last else PatchMerging(config.grid >> stage, config.embed_dim * 2 ** stage)
 
-    def hybrid_forward(self, F, x, uniform):
+    def hybrid_forward(self, F, x, keep):
         for block in self.blocks:
-            x = block(x, uniform)
+            x = block(x, keep)
         return self.downsample(x) if self.downsample else x
 
 
@@ -139,7 +138,7 @@ class SwinTransformer(HybridBlock):
     """Image (B, 3, H, W) to tokens (B, L, C) of the last stage.
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
-    uniform (B, 2 * blocks) holds the random numbers of stochastic depth; without it nothing is dropped.
+    keep (B, 2 * blocks) holds the factors of stochastic depth; without it nothing is dropped.
     """
     prefix_tokens = 0
 
@@ -158,12 +157,12 @@ class SwinTransformer(HybridBlock):
                 self.layers.add(Stage(config, stage))
             self.norm = LayerNorm(width * 2 ** (config.stages - 1), EPS)
 
-    def hybrid_forward(self, F, image, mask=None, uniform=None, absolute_pos_embed=None, mask_token=None):
+    def hybrid_forward(self, F, image, mask=None, keep=None, absolute_pos_embed=None, mask_token=None):
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token)
         if absolute_pos_embed is not None:
             x = F.broadcast_add(x, absolute_pos_embed)
         for layer in self.layers:
-            x = layer(x, uniform)
+            x = layer(x, keep)
         return self.norm(x)

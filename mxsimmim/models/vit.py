@@ -84,7 +84,6 @@ class Block(HybridBlock):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         width, self._index = config.embed_dim, index
-        self._rate = float(np.linspace(0, config.drop_path, config.depth)[index])
         with self.name_scope():
             self.gamma_1 = self.gamma_2 = None
             if config.init_values is not None:
@@ -96,11 +95,11 @@ class Block(HybridBlock):
             self.norm2 = LayerNorm(width, EPS)
             self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
-    def hybrid_forward(self, F, x, bias, uniform, gamma_1=None, gamma_2=None):
+    def hybrid_forward(self, F, x, bias, keep, gamma_1=None, gamma_2=None):
         def add(x, branch, gamma, draw):
             if gamma is not None:
                 branch = F.broadcast_mul(branch, F.reshape(gamma, shape=(1, 1, AUTO)))
-            return x + drop_path(F, branch, uniform, draw, self._rate)
+            return x + drop_path(F, branch, keep, draw)
 
         x = add(x, self.attn(self.norm1(x), bias), gamma_1, 2 * self._index)
         return add(x, self.mlp(self.norm2(x)), gamma_2, 2 * self._index + 1)
@@ -110,7 +109,7 @@ class VisionTransformer(HybridBlock):
     """Image (B, 3, H, W) to tokens (B, 1 + L, C), the cls token first.
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
-    uniform (B, 2 * depth) holds the random numbers of stochastic depth; without it nothing is dropped.
+    keep (B, 2 * depth) holds the factors of stochastic depth; without it nothing is dropped.
     """
     prefix_tokens = 1
 
@@ -132,7 +131,7 @@ class VisionTransformer(HybridBlock):
             self.norm = None if config.use_mean_pooling else LayerNorm(width, EPS)
             self.fc_norm = LayerNorm(width, EPS) if config.use_mean_pooling else None  # for a classifier's mean token
 
-    def hybrid_forward(self, F, image, mask=None, uniform=None, cls_token=None, pos_embed=None, mask_token=None):
+    def hybrid_forward(self, F, image, mask=None, keep=None, cls_token=None, pos_embed=None, mask_token=None):
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token)
@@ -143,5 +142,5 @@ class VisionTransformer(HybridBlock):
             x = F.broadcast_add(x, pos_embed)
         bias = self.rel_pos_bias(x) if self.rel_pos_bias else None
         for block in self.blocks:
-            x = block(x, bias, uniform)
+            x = block(x, bias, keep)
         return self.norm(x) if self.norm else x

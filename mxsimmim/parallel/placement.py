@@ -1,0 +1,92 @@
+"""Placements: where the model lives and how a batch becomes gradients."""
+from typing import Any, List, Optional, Sequence, Tuple
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd
+from mxnet.gluon import HybridBlock
+
+from ..data.loader import Batch
+from ..data.sampling import split
+from ..models.layers import keep_factors
+
+
+def contexts_of(devices: Any) -> List[mx.Context]:
+    """MXNet contexts for `devices`: 'auto' (every GPU, else cpu(0)) or names such as 'gpu(0)'.
+
+    Raises:
+        ValueError: a GPU that is not there.
+    """
+    gpus = mx.context.num_gpus()
+    if devices == 'auto':
+        return [mx.gpu(i) for i in range(gpus)] or [mx.cpu(0)]
+    found = [mx.Context(name[:3], int(name[4:-1])) for name in devices]
+    missing = [str(ctx) for ctx in found if ctx.device_type == 'gpu' and ctx.device_id >= gpus]
+    if missing:
+        raise ValueError(f"devices: {', '.join(missing)} asked for, but MXNet sees {gpus} GPUs: "
+                         'write devices=auto, or run `mxsimmim doctor` to see why')
+    return found
+
+
+class Replicated:
+    """The whole network on each context; a batch is split over them, and over `accumulate` parts in time.
+
+    Every image has the same number of masked pixels, so the mean loss of the batch is the mean of the slices' losses,
+    each weighted with its images: slices may be uneven.
+    """
+
+    def __init__(self, net: HybridBlock, contexts: Sequence[mx.Context], mean: Tuple[float, ...],
+                 std: Tuple[float, ...], accumulate: int = 1):
+        self.net, self.contexts = net, list(contexts)
+        self._mean, self._std, self._accumulate = mean, std, accumulate
+        net.collect_params().reset_ctx(self.contexts)
+        self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
+        if accumulate > 1:
+            for parameter in self._parameters:
+                parameter.grad_req = 'add'
+        net.hybridize(static_alloc=True)
+
+    def forward_backward(self, batch: Batch, between: Optional[Any] = None) -> mx.nd.NDArray:
+        """Leaves in the parameters' gradients, on each context, its part of the mean gradient over the batch.
+
+        `between`, if given, is called between two accumulated parts. Returns the mean loss (1,) on the first context.
+        """
+        total, losses = len(batch.image), []
+        if self._accumulate > 1:
+            for parameter in self._parameters:
+                parameter.zero_grad()
+        for number, part in enumerate(split(total, self._accumulate)):
+            if number and between:
+                between()
+            with autograd.record():
+                outputs = [(self.net(*inputs), weight / total) for weight, inputs in self._slices(batch, part)]
+            autograd.backward([loss for loss, _ in outputs],
+                              [mx.nd.full((1,), weight, ctx=loss.context) for loss, weight in outputs])
+            losses += [loss.as_in_context(self.contexts[0]) * weight for loss, weight in outputs]
+        return mx.nd.add_n(*losses)
+
+    def loss(self, batch: Batch) -> mx.nd.NDArray:
+        """Sum over the batch's images of their losses (1,), on the first context; no gradient."""
+        return mx.nd.add_n(*(self.net(*inputs).as_in_context(self.contexts[0]) * weight
+                             for weight, inputs in self._slices(batch, slice(0, len(batch.image)))))
+
+    def reconstruct(self, batch: Batch) -> np.ndarray:
+        """The network's images (B, 3, H, W), normalised, computed on the first context."""
+        image, mask = self._inputs(batch, slice(0, len(batch.image)), self.contexts[0])[:2]
+        return self.net.reconstruct(image, mask).asnumpy()
+
+    def _slices(self, batch: Batch, part: slice) -> List[Tuple[int, Tuple[mx.nd.NDArray, ...]]]:
+        """(number of images, inputs) of each context that gets any."""
+        slices = [slice(part.start + s.start, part.start + s.stop)
+                  for s in split(part.stop - part.start, len(self.contexts))]
+        return [(s.stop - s.start, self._inputs(batch, s, ctx))
+                for s, ctx in zip(slices, self.contexts) if s.stop > s.start]
+
+    def _inputs(self, batch: Batch, part: slice, ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
+        """What the network takes: bytes go to the device and are normalised there."""
+        image = mx.nd.image.to_tensor(mx.nd.array(batch.image[part], ctx=ctx, dtype='uint8'))
+        image = mx.nd.image.normalize(image, mean=self._mean, std=self._std)       # (b, 3, H, W)
+        inputs = image, mx.nd.array(batch.mask[part], ctx=ctx, dtype='uint8')
+        if batch.uniform.shape[1]:
+            inputs += (mx.nd.array(keep_factors(batch.uniform[part], self.net.config.drop_path), ctx=ctx),)
+        return inputs

@@ -1,0 +1,112 @@
+"""Our networks and optimiser against numbers recorded from the reference implementation (float32)."""
+import json
+from pathlib import Path
+
+import mxnet as mx
+import numpy as np
+import pytest
+
+from mxsimmim.config import Duration, ModelConfig, OptimConfig, TrainConfig
+from mxsimmim.interop import official
+from mxsimmim.models import build_simmim, named_parameters
+from mxsimmim.optim import REFERENCE_BATCH, AdamW, learning_rates, weight_decays
+from mxsimmim.parallel.aggregate import SyncGradients
+
+DATA = Path(__file__).parent.parent / 'data'
+KEYS = set(ModelConfig.model_fields) | {'ape'}
+
+
+class Recorded:
+    def __init__(self, name):
+        self.file = np.load(DATA / f'simmim_{name}.npz')
+        self.meta = json.loads(self.file['meta'].tobytes().decode())
+        self.config = self.meta['config']
+        self.model = ModelConfig(**{k: v for k, v in self.config.items() if k in KEYS})
+
+    def group(self, prefix):
+        return {k[len(prefix) + 1:]: self.file[k] for k in self.file.files if k.startswith(prefix + '/')}
+
+    def net(self):
+        net = build_simmim(self.model, seed=None)
+        official.assign(net, self.group('param'))
+        return net
+
+
+@pytest.fixture(params=['vit', 'swin'])
+def recorded(request):
+    return Recorded(request.param)
+
+
+def relative(ours, theirs, floor=0.0):
+    return np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor)
+
+
+@pytest.mark.parametrize('hybridize', [False, True])
+def test_loss_reconstruction_and_gradients(recorded, hybridize):
+    net = recorded.net()
+    if hybridize:
+        net.hybridize(static_alloc=True, static_shape=True)
+    image, mask = mx.nd.array(recorded.file['image']), mx.nd.array(recorded.file['mask'], dtype='uint8')
+    with mx.autograd.record():
+        loss = net(image, mask)
+    loss.backward()
+    assert loss.asscalar() == pytest.approx(float(recorded.file['loss']), rel=1e-5)
+    assert relative(net.reconstruct(image, mask).asnumpy(), recorded.file['reconstruction']) < 1e-4
+    theirs, ours = recorded.group('grad'), official.extract(net, grad=True)
+    assert ours.keys() == theirs.keys()
+    whole = np.sqrt(sum(np.sum(g ** 2) for g in theirs.values()))
+    worst = max((np.linalg.norm(ours[n] - theirs[n]) - 1e-6 * whole) / np.linalg.norm(theirs[n]) for n in theirs)
+    assert worst < 1e-3
+    assert np.sqrt(sum(np.sum((ours[n] - theirs[n]) ** 2) for n in theirs)) < 1e-4 * whole
+
+
+def test_weights_go_round(recorded):
+    given = recorded.group('param')
+    back = official.extract(recorded.net())
+    assert back.keys() == given.keys()
+    assert all(np.array_equal(back[n], given[n]) for n in given)
+
+
+def test_no_decay(recorded):
+    decays = weight_decays(named_parameters(recorded.net()), 'reference', recorded.model.type, 0.05)
+    assert {name for name, decay in decays.items() if decay == 0} == set(recorded.meta['no_decay'])
+    assert set(decays.values()) == {0, 0.05}
+
+
+def test_twelve_steps(recorded):
+    c, steps = recorded.config, recorded.meta['steps']
+    optim = OptimConfig(base_lr=c['lr'], warmup_lr=c['warmup_lr'], min_lr=c['min_lr'], schedule=recorded.meta['sched'],
+                        warmup=Duration(c['warmup_steps'], 'steps'), clip_grad=c['clip_grad'],
+                        milestones=[Duration(m, 'steps') for m in c.get('multisteps', [1])])
+    rate = learning_rates(optim, TrainConfig(batch_size=REFERENCE_BATCH), per_epoch=1, total=steps)
+    net = recorded.net()
+    net.hybridize(static_alloc=True)
+    parameters = named_parameters(net)
+    adamw = AdamW(parameters, weight_decays(parameters, 'reference', recorded.model.type, 0.05), optim)
+    aggregation = SyncGradients(parameters, adamw, 'local', optim.clip_grad)
+    rows = []
+    for step in range(steps):
+        image = mx.nd.array(recorded.file['train/images'][step])
+        mask = mx.nd.array(recorded.file['train/masks'][step], dtype='uint8')
+        with mx.autograd.record():
+            loss = net(image, mask)
+        loss.backward()
+        rows.append(aggregation.step(step, rate(step), loss).asnumpy())
+    loss, norm, applied = np.transpose(rows)
+    np.testing.assert_allclose([rate(step) for step in range(steps)], recorded.file['train/lr'], rtol=1e-4)
+    np.testing.assert_allclose(loss, recorded.file['train/loss'], rtol=1e-4)
+    np.testing.assert_allclose(norm, recorded.file['train/grad_norm'], rtol=1e-4)
+    assert np.all(applied == 1)
+    ours, theirs = official.extract(net), recorded.group('final')
+    assert max(relative(ours[n], theirs[n]) for n in theirs) < 1e-3
+
+
+@pytest.mark.parametrize('keys, count', [
+    (dict(type='swin', img_size=192, patch_size=4, embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32],
+          window_size=6), 89_874_104),
+    (dict(type='swin', img_size=192, patch_size=4, embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48],
+          window_size=12), 199_881_204),
+    (dict(type='vit'), 86_256_720)])
+def test_parameter_counts(keys, count):
+    net = build_simmim(ModelConfig(**keys), seed=None)
+    assert sum(int(np.prod(p.shape)) for p in named_parameters(net).values()) == count
