@@ -202,6 +202,7 @@ class TrainConfig(Section):
 class ValidationConfig(Section):
     """Masked loss on held-out images, with masks that never change."""
     every: Time = Field(Duration(1, 'epochs'), description='time between validations; the last step always validates')
+    at_start: bool = Field(False, description='also before the first step')
     images: int = Field(1024, gt=0, description='held-out images used at most')
     pictures: int = Field(8, ge=0, description='rows of original, masked, reconstruction drawn each time')
 
@@ -226,7 +227,7 @@ class RuntimeConfig(Section):
 
 class Config(Section):
     """A whole pre-training run."""
-    name: str = Field('', pattern=r'^[\w.+-]*$', description='the run is written to output/name; empty: the name of '
+    name: str = Field('', description='the run is written to output/name; empty: the name of '
                       'the configuration file')
     output: str = Field('runs', min_length=1, description='folder of the runs')
     seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
@@ -246,6 +247,8 @@ class Config(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'Config':
+        _require(re.fullmatch(r'[\w.+-]*', self.name) is not None,
+                 f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
         img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size
         _require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
         _require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
@@ -447,10 +450,14 @@ def _canonical(key: str) -> str:
 
 
 def _nearest(key: str, known: List[str]) -> str:
-    leaves = {name.rsplit('.', 1)[-1]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key, known, 1, 0.6)
-    near = near or [leaves[m] for m in difflib.get_close_matches(key.rsplit('.', 1)[-1], list(leaves), 1, 0.6)]
-    return f" (did you mean '{near[0]}'?)" if near else '; `mxsimmim config` lists the known ones'
+    """A hint at the known key whose last part is most like the unknown one's, the same section first."""
+    section, _, leaf = key.rpartition('.')
+    for candidates in ([name for name in known if name.rpartition('.')[0] == section], known):
+        leaves = {name.rpartition('.')[2]: name for name in candidates}
+        near = difflib.get_close_matches(leaf, list(leaves), 1, 0.6)
+        if near:
+            return f" (did you mean '{leaves[near[0]]}'?)"
+    return '; `mxsimmim config` lists the known ones'
 
 
 def _explain(item: Dict[str, Any], values: Dict[str, Tuple[Any, str]], known: List[str]) -> Iterator[str]:
@@ -460,7 +467,7 @@ def _explain(item: Dict[str, Any], values: Dict[str, Tuple[Any, str]], known: Li
         names.pop()
     key = '.'.join(names)
     message = re.sub(r'^(Value|Assertion) error, ', '', item['msg'])
-    message = message[:1].lower() + message[1:] if message.startswith('Input') else message
+    message = message[:1].lower() + message[1:] if re.match('[A-Z][a-z]+ ', message) else message
     where = {w for k, (_, w) in values.items() if _canonical(k) == key}
     if where:
         found = '' if item['type'] == 'value_error' else f', found {_show(item["input"])}'

@@ -1,0 +1,129 @@
+"""Configuration: inheritance, overrides, and the text of every complaint."""
+from pathlib import Path
+
+import pytest
+
+from mxsimmim import config as cfg
+
+CONF = Path(__file__).parents[2] / 'conf'
+SWIN = ['model.type=swin', 'model.img_size=192', 'model.patch_size=4', 'model.embed_dim=128', 'model.window_size=6']
+
+
+def test_base_yaml_is_the_defaults_with_every_key_commented():
+    text = (CONF / 'base.yaml').read_text()
+    assert text == cfg.reference_yaml(), 'run `mxsimmim config > conf/base.yaml`'
+    assert cfg.load(CONF / 'base.yaml').model_copy(update={'name': ''}) == cfg.Config()
+    for line in text.splitlines():
+        assert not line or '#' in line
+
+
+@pytest.mark.parametrize('path', sorted(CONF.glob('*.yaml')), ids=lambda p: p.name)
+def test_recipes_load_and_go_round(path, tmp_path):
+    config = cfg.load(path)
+    assert config.name == path.stem
+    (tmp_path / 'again.yaml').write_text(cfg.to_yaml(config))
+    assert cfg.load(tmp_path / 'again.yaml') == config
+    assert cfg.from_dict(cfg.to_dict(config), 'a checkpoint') == config
+
+
+@pytest.mark.parametrize('path', [p for p in sorted(CONF.glob('*.yaml')) if p.name != 'base.yaml'],
+                         ids=lambda p: p.name)
+def test_recipes_open_with_command_time_and_result(path):
+    text = path.read_text()
+    assert f'mxsimmim pretrain conf/{path.name}' in text
+    assert '# Time: ' in text and '# Expected: ' in text
+
+
+def test_inheritance_and_overrides(tmp_path):
+    (tmp_path / 'a.yaml').write_text('optim: {base_lr: 1.0, gamma: 0.5}\ntrain: {batch_size: 8}\n')
+    (tmp_path / 'b.yaml').write_text('base: a.yaml\noptim: {base_lr: 2}\nname: other\n')
+    config = cfg.load(tmp_path / 'b.yaml', ['train.batch_size=16', 'optim={eps: 1e-6}', 'model.ape=true'])
+    assert (config.optim.base_lr, config.optim.gamma, config.optim.eps) == (2.0, 0.5, 1e-6)
+    assert (config.train.batch_size, config.name, config.model.use_ape) == (16, 'other', True)
+    assert cfg.load(tmp_path / 'b.yaml', ['optim.base_lr=2e-4']).optim.base_lr == 2e-4  # YAML alone reads a string
+
+
+@pytest.mark.parametrize('text, steps', [('500', 500), (500, 500), ('3 epochs', 30), ('1 epoch', 10), ('0.5 epochs', 5),
+                                         ('5%', 20), ('7steps', 7)])
+def test_durations(text, steps):
+    length = cfg.CheckpointConfig(every=text).every
+    assert length.steps(per_epoch=10, total=400) == steps
+    assert cfg.CheckpointConfig(every=str(length)).every == length
+
+
+@pytest.mark.parametrize('overrides, complaint', [
+    (['optim.base_lrr=1'], "command line: unknown key 'optim.base_lrr' (did you mean 'optim.base_lr'?)"),
+    (['base_lr=1'], "command line: unknown key 'base_lr' (did you mean 'optim.base_lr'?)"),
+    (['model.qqqq=1'], "command line: unknown key 'model.qqqq'; `mxsimmim config` lists the known ones"),
+    (['optim.base_lr=fast'], "command line: key 'optim.base_lr': input should be a valid number, unable to parse "
+                             "string as a number, found 'fast'"),
+    (['train.batch_size=8.5'], "key 'train.batch_size': input should be a valid integer"),
+    (['train.batch_size=0'], "key 'train.batch_size': input should be greater than 0, found 0"),
+    (['model.loss=l2'], "command line: key 'model.loss': input should be 'l1' or 'mse', found 'l2'"),
+    (['optim'], "'optim' is not key=value: write for instance optim.base_lr=2e-4"),
+    (['model.depth=['], "command line: the value of 'model.depth' is not YAML"),
+    (['train.length=10 parsecs'], "'10 parsecs' is not a length of time: write steps as 500, or '10 epochs'"),
+    (['train.length=5%'], 'train.length=5% must be a positive number of steps or epochs'),
+    (['model.img_size=225'], 'img_size=225 is not a multiple of 16'),
+    (['mask.patch_size=50'], 'mask.patch_size=50 does not divide model.img_size=224'),
+    (['mask.patch_size=8'], 'model.patch_size=16 does not divide mask.patch_size=8'),
+    (['mask.ratio=0.99'], 'mask.ratio=0.99 hides all 49 cells'),
+    (['model.num_heads=5'], 'embed_dim=768 is not a multiple of num_heads=5'),
+    (['model.num_heads=[3,6]'], 'num_heads=[3, 6] is a list; a ViT has one number of heads'),
+    (['model.type=swin'], 'depths is empty: a Swin needs its blocks a stage'),
+    (SWIN + ['model.depths=[2,2]', 'model.num_heads=4'], 'num_heads=4 must list one number for each of the 2 stages'),
+    (SWIN + ['model.depths=[2,2]', 'model.num_heads=[4,7]'], 'the width 256 of stage 1 (embed_dim 128 x 2^1) is not'),
+    (SWIN + ['model.depths=[2,2]', 'model.num_heads=[4,8]', 'model.window_size=7'],
+     'window_size=7 does not divide the 48x48 tokens of stage 0'),
+    (['devices=[gpu(0),gpu(0)]'], 'devices=[gpu(0), gpu(0)] names one twice'),
+    (['devices=[gpu(0),cpu(0)]'], 'devices=[gpu(0), cpu(0)] mixes CPU and GPU'),
+    (['devices=[tpu(0)]'], "'tpu(0)' is not a device: write cpu(0)"),
+    (['devices=[cpu(0),cpu(1)]', 'train.batch_size=1'], 'train.batch_size=1 is less than 2 devices'),
+    (['train.accumulate=4', 'train.batch_size=2'], 'train.accumulate=4 exceeds train.batch_size=2'),
+    (['data.crop_scale=[1.0, 0.5]'], 'crop_scale=[1.0, 0.5] must be two positive numbers, the smaller first'),
+    (['optim.betas=[0.9, 2]'], 'betas=[0.9, 2.0] must lie in [0, 1)'),
+    (['optim.milestones=[]'], 'schedule=multistep needs milestones'),
+    (['data.std=[0,1,1]'], 'std=[0.0, 1.0, 1.0] must be positive'),
+    (['validation.every=0'], 'validation.every=0 steps must be positive'),
+    (['optim.base_lr=.inf'], "key 'optim.base_lr': input should be a finite number"),
+    (['name=a/b'], "name='a/b' must consist of letters, digits and . _ + -"),
+])
+def test_complaints(overrides, complaint):
+    with pytest.raises(cfg.ConfigError) as error:
+        cfg.load(CONF / 'base.yaml', overrides)
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize('content, complaint', [
+    ('optim:\n  base_lr: 1\n  bas_lr: 2\n', "bad.yaml: unknown key 'optim.bas_lr' (did you mean 'optim.base_lr'?)"),
+    ('optim:\n  base_lr: 1\n  base_lr: 2\n', "bad.yaml: not YAML: key 'base_lr' is given twice (line 3, column 3)"),
+    ('optim: [', 'bad.yaml: not YAML'),
+    ('- a\n', "bad.yaml: expected 'key: value' lines, found list"),
+    ('base: bad.yaml\n', 'bad.yaml: base: goes round in a circle'),
+    ('base: none.yaml\n', 'cannot read the configuration: No such file or directory'),
+    ('base: [a, b]\n', "key 'base': expected the name of one file"),
+    ('optim: 3\n', "bad.yaml: key 'optim': input should be a valid dictionary"),
+])
+def test_bad_files(content, complaint, tmp_path):
+    (tmp_path / 'bad.yaml').write_text(content)
+    with pytest.raises(cfg.ConfigError) as error:
+        cfg.load(tmp_path / 'bad.yaml')
+    assert complaint in str(error.value)
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(cfg.ConfigError) as error:
+        cfg.load(CONF / 'base.yaml', ['optim.base_lr=x', 'train.batch_size=y'])
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_frozen():
+    with pytest.raises(Exception, match='frozen'):
+        cfg.Config().train.batch_size = 3
+
+
+def test_what_may_change_in_a_resumed_run():
+    old, new = cfg.Config(), cfg.load(CONF / 'base.yaml', ['log.every=3', 'devices=[cpu(0),cpu(1)]', 'data.threads=7'])
+    assert cfg.differences(old, new) == []
+    new = cfg.load(CONF / 'base.yaml', ['optim.base_lr=1', 'mask.ratio=0.5'])
+    assert cfg.differences(old, new) == [('mask.ratio', 0.6, 0.5), ('optim.base_lr', 0.0001, 1.0)]
