@@ -1,0 +1,92 @@
+"""The ``mxsimmim`` command. mxnet is imported only by what computes, so that help and wrong keys answer at once."""
+import argparse
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+from . import __version__, config as cfg
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    config = cfg.load(args.config, args.overrides)
+    if not config.data.path:
+        raise cfg.ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
+    from . import runtime
+    runtime.prepare(config.runtime)
+    from . import train
+    return train.pretrain(config)
+
+
+def reconstruct(args: argparse.Namespace) -> int:
+    from . import run, runtime
+    config = run.read_config(args.run)
+    runtime.prepare(config.runtime)
+    from . import reconstruct
+    print(reconstruct.reconstruct(Path(args.run), config, args.images, Path(args.output), args.seed))
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    from . import pictures
+    out = Path(args.output or Path(args.run) / 'curves.png')
+    pictures.plot(Path(args.run), out)
+    print(out)
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+    return doctor.main()
+
+
+def config(args: argparse.Namespace) -> int:
+    print(cfg.to_yaml(cfg.load(args.config, args.overrides)) if args.config else cfg.reference_yaml(), end='')
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    main = argparse.ArgumentParser('mxsimmim', description='SimMIM pre-training of vision transformers on MXNet.')
+    main.add_argument('--version', action='version', version=f'mxsimmim {__version__}')
+    commands = main.add_subparsers(title='commands', metavar='COMMAND', dest='command', required=True)
+
+    def command(function, summary, *arguments):
+        sub = commands.add_parser(function.__name__, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        for names, options in arguments:
+            sub.add_argument(*names, **options)
+
+    overrides = (['overrides'], dict(nargs='*', metavar='key=value', help='over the file, e.g. optim.base_lr=2e-4'))
+    run = (['run'], dict(metavar='RUN', help='folder of a run, e.g. runs/digits'))
+    command(pretrain, 'pre-train; the same command again goes on where the run stopped',
+            (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/vit_base.yaml')), overrides)
+    command(reconstruct, "draw a run's original, masked and reconstructed images side by side", run,
+            (['images'], dict(nargs='+', metavar='IMAGE', help='files or folders')),
+            (['-o', '--output'], dict(default='grid.png', metavar='PNG', help='picture to write (grid.png)')),
+            (['--seed'], dict(type=int, default=0, help='of the masks (0)')))
+    command(plot, "draw a run's curves", run,
+            (['-o', '--output'], dict(metavar='PNG', help='picture to write (RUN/curves.png)')))
+    command(config, 'print every key with its default and meaning, or what a file and overrides resolve to',
+            (['config'], dict(nargs='?', metavar='CONFIG', help='YAML file')), overrides)
+    command(doctor, 'print what matters for speed and for a bug report; exit 1 if something is broken')
+    return main
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs a command; returns the exit status: 2 for what the user wrote, 1 for what went wrong later."""
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except cfg.ConfigError as error:
+        status, text = 2, str(error)
+    except ValueError as error:  # by the rule of the house a ValueError speaks to the user
+        status, text = 1, str(error)
+    except BrokenPipeError:
+        return 1
+    for line in text.splitlines():
+        print(f'mxsimmim: error: {line}', file=sys.stderr)
+    return status
+
+
+if __name__ == '__main__':
+    sys.exit(main())

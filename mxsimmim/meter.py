@@ -1,0 +1,93 @@
+"""What each step reported, kept until somebody reads it: the only place where the loop waits for the device."""
+import math
+import time
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import mxnet as mx
+
+
+class Row(NamedTuple):
+    """One update: its number counted from 1, its rate, what the device says of it."""
+    step: int
+    lr: float
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+class TooManyBadSteps(ValueError):
+    """Nothing but non-finite steps."""
+
+
+class Meter:
+    """Collects steps, sums them up for the log, and ends a run that only skips.
+
+    `state` is what an earlier process's `state()` returned, so that a log window cut in two by an interruption is
+    summed up as if it had not been.
+    """
+
+    def __init__(self, max_bad_steps: int, describe: Callable[[int], str], state: Optional[Dict[str, Any]] = None):
+        self._max_bad_steps, self._describe = max_bad_steps, describe
+        self._waiting: List[Any] = []  # (step, lr, device array of loss, norm, applied)
+        self._rows: List[Row] = []
+        self.skipped = self._bad_in_a_row = 0
+        self._since, self._counted = time.monotonic(), 0
+        if state:
+            self.skipped, self._bad_in_a_row = state['skipped'], state['bad_in_a_row']
+            self._rows = [Row(step, lr, *(float('nan') if x is None else x for x in numbers), applied)
+                          for step, lr, *numbers, applied in state['rows']]
+
+    def add(self, step: int, lr: float, stats: mx.nd.NDArray) -> None:
+        """Notes an update without reading it: stats (3,) as `SyncGradients.step` returns it."""
+        self._waiting.append((step, lr, stats))
+        self._counted += 1
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are updates since the last summary."""
+        return bool(self._rows or self._waiting)
+
+    def read(self) -> None:
+        """Waits for the device and reads all noted updates.
+
+        Raises:
+            TooManyBadSteps: max_bad_steps in a row were not finite.
+        """
+        for step, lr, stats in self._waiting:
+            loss, norm, applied = stats.asnumpy().tolist()
+            self._rows.append(Row(step, lr, loss, norm, bool(applied)))
+            self.skipped += not applied
+            self._bad_in_a_row = 0 if applied else self._bad_in_a_row + 1
+            if self._bad_in_a_row >= self._max_bad_steps:
+                raise TooManyBadSteps(
+                    f'loss or gradient was not finite in {self._bad_in_a_row} steps in a row '
+                    f'(train.max_bad_steps={self._max_bad_steps}), the last one step {step} with learning rate {lr:g}, '
+                    f'loss {loss:g}, gradient norm {norm:g}. Lower optim.base_lr or lengthen optim.warmup; the weights '
+                    f'are those of before. Samples of step {step}: {self._describe(step)}')
+        self._waiting = []
+
+    def summary(self) -> Dict[str, float]:
+        """Means over the rows since the last summary, which this ends; loss and norm over applied updates only."""
+        self.read()
+        rows, self._rows = self._rows, []
+        good = [row for row in rows if row.applied]
+        now = time.monotonic()
+        speed = self._counted / max(now - self._since, 1e-9)
+        self._since, self._counted = now, 0
+        return {'loss': _mean([row.loss for row in good]), 'grad_norm': _mean([row.grad_norm for row in good]),
+                'lr': rows[-1].lr, 'steps_per_second': speed, 'skipped': self.skipped}
+
+    def pause(self, seconds: float) -> None:
+        """Takes time spent on other things than training out of the speed."""
+        self._since += seconds
+
+    def state(self) -> Dict[str, Any]:
+        """JSON-ready; non-finite numbers, which JSON does not have, become null."""
+        self.read()
+        return {'skipped': self.skipped, 'bad_in_a_row': self._bad_in_a_row,
+                'rows': [[x if not isinstance(x, float) or math.isfinite(x) else None for x in row]
+                         for row in self._rows]}
+
+
+def _mean(values: List[float]) -> float:
+    return math.fsum(values) / len(values) if values else float('nan')

@@ -1,0 +1,119 @@
+"""The folder a run lives in, and the signals that end it."""
+import fcntl
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Union
+
+import yaml
+
+from . import __version__, config as cfg
+from .checkpoint import Checkpoint, load, newest
+
+
+def folder_of(config: cfg.Config) -> Path:
+    """``output/name``."""
+    return Path(config.output) / config.name
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it.
+
+    Raises:
+        ValueError: another process trains there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / '.lock', 'a+')
+    except OSError as error:
+        raise ValueError(f'{folder}: cannot write the run there ({error.strerror}): set output= or name=') from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            raise ValueError(f'{folder}: process {handle.read().strip() or "?"} is training in this folder: wait for '
+                             'it, stop it, or set name=') from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+class Stop:
+    """While entered, the first SIGTERM or Ctrl-C is remembered in `signal` for the loop to see; a second one acts."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self) -> 'Stop':
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def read_config(folder: Union[str, Path]) -> cfg.Config:
+    """The resolved configuration of a run.
+
+    Raises:
+        ValueError: not the folder of a run.
+    """
+    path = Path(folder) / 'config.yaml'
+    try:
+        return cfg.from_dict(yaml.safe_load(path.read_text(encoding='utf-8')), str(path))
+    except OSError as error:
+        raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
+    except (yaml.YAMLError, AttributeError):
+        raise ValueError(f'{path}: not the configuration of a run') from None
+
+
+def checkpoint_to_resume(config: cfg.Config, samples: int, log: Callable[[str], None]) -> Optional[Checkpoint]:
+    """The checkpoint `resume` asks for, checked against the configuration and the number of training images.
+
+    Raises:
+        ValueError: it is damaged, or the run it belongs to would not be the one that the configuration describes.
+    """
+    checkpoints = folder_of(config) / 'checkpoints'
+    if config.resume == 'none':
+        if checkpoints.is_dir() and any(checkpoints.iterdir()):
+            raise ValueError(f'resume=none, but {checkpoints} has checkpoints: set name= for a new run, '
+                             'remove the folder, or resume=auto')
+        return None
+    if config.resume != 'auto':  # a checkpoint named by hand may start another run than the one it comes from
+        saved = load(Path(config.resume))
+        for key, old, new in _differences(config, samples, saved.state):
+            log(f'{key} was {old} at {saved.path} and is {new} from here on')
+        return saved
+    saved = newest(checkpoints, log)
+    changed = _differences(config, samples, saved.state) if saved else []
+    if changed:
+        raise ValueError(f'{folder_of(config)} holds a run that differs in '
+                         + ', '.join(f'{key} (there {old}, here {new})' for key, old, new in changed)
+                         + f': set name= for a new run, or resume={saved.path} to go on from there all the same')
+    return saved
+
+
+def _differences(config: cfg.Config, samples: int, state: Dict[str, Any]) -> list:
+    changed = cfg.differences(cfg.from_dict(state['config'], 'checkpoint'), config)
+    if state['samples'] != samples:
+        changed.append(('the number of training images', state['samples'], samples))
+    return changed
+
+
+def versions() -> Dict[str, str]:
+    """What computed a checkpoint, for the one who has to explain its numbers later."""
+    import platform
+
+    import mxnet
+    import numpy
+    return {'mxsimmim': __version__, 'mxnet': mxnet.__version__, 'numpy': numpy.__version__,
+            'python': platform.python_version()}
