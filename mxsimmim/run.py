@@ -90,6 +90,10 @@ def checkpoint_to_resume(config: cfg.Config, samples: int, log: Callable[[str], 
         return None
     if config.resume != 'auto':  # a checkpoint named by hand may start another run than the one it comes from
         saved = load(Path(config.resume))
+        later = newest(checkpoints, log)
+        if later and later.step > saved.step:
+            raise ValueError(f'resume={config.resume} is step {saved.step}, but {checkpoints} goes up to step '
+                             f'{later.step}: set name= for a new run from there, or resume=auto to go on here')
         for key, old, new in _differences(config, samples, saved.state):
             log(f'{key} was {old} at {saved.path} and is {new} from here on')
         return saved

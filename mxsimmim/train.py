@@ -62,7 +62,7 @@ def pretrain(config: cfg.Config) -> int:
         saved = checkpoint_to_resume(config, len(source), notes.append)
         (folder / 'config.yaml').write_text(cfg.to_yaml(config), encoding='utf-8')
         start = saved.step if saved else 0
-        with Monitor(folder, plan.total, start, config.train.batch_size) as monitor:
+        with Monitor(folder, plan.total, start) as monitor:
             for note in notes:
                 monitor.message(note)
             run = assemble(config, plan, source, held_out, contexts, saved, monitor)

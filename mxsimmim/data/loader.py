@@ -1,0 +1,175 @@
+"""Batches ahead of time, by threads, the same for any number of them."""
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from typing import Callable, Deque, Dict, Iterator, NamedTuple, Sequence, Tuple, Union
+
+import numpy as np
+
+from .sampling import generator
+from .sources import Source
+from .transforms import EvalTransform, PretrainTransform, decode
+
+Transform = Union[PretrainTransform, EvalTransform]
+
+
+class Batch(NamedTuple):
+    """What one update, or one worker's part of it, is computed from."""
+    image: np.ndarray  # uint8 (B, S, S, 3)
+    mask: np.ndarray  # uint8 (B, h, w), 1 = masked
+    uniform: np.ndarray  # float32 (B, U), in [0, 1), for stochastic depth
+    epoch: int
+    index: np.ndarray  # (B,), which samples were asked for
+
+
+class TooManyBroken(ValueError):
+    """More unreadable images than the configuration tolerates."""
+
+
+class Loader:
+    """Reads, decodes and transforms samples in threads, a few batches ahead of the consumer.
+
+    A sample's generator is keyed by (seed, epoch, sample): batches are bit-identical for any number of threads and
+    from whichever step they are started.
+    """
+
+    def __init__(self, source: Source, transform: Transform, batches: Callable[[int], Tuple[int, Sequence[int]]],
+                 seed: int, threads: int, prefetch: int, max_broken: int, log: Callable[[str], None]):
+        """
+        Args:
+            source: the images.
+            transform: what is done to each.
+            batches: (epoch, sample indices) of a step.
+            seed: of everything random.
+            threads: how many; 0 for one a core.
+            prefetch: batches prepared ahead of the one in use.
+            max_broken: unreadable images tolerated.
+            log: told about each of them, in the consumer's thread.
+        """
+        self._source, self._transform, self._batches, self._seed = source, transform, batches, seed
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._prefetch, self._max_broken, self._log = prefetch, max_broken, log
+        self._broken: Dict[int, str] = {}  # sample -> what is wrong with it
+        self._unsaid: Deque[str] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def broken(self) -> int:
+        """Unreadable images met so far."""
+        return len(self._broken)
+
+    def iterate(self, start: int, stop: int) -> Iterator[Tuple[int, Batch]]:
+        """Yields (step, batch) for the steps from `start` up to, not including, `stop`.
+
+        Its threads end when it does, is closed or fails.
+
+        Raises:
+            TooManyBroken: see `max_broken`.
+            Exception: whatever a thread met.
+        """
+        tasks: queue.SimpleQueue = queue.SimpleQueue()  # (step, batch, position in it), None to end a thread
+        finished: queue.SimpleQueue = queue.SimpleQueue()  # (step, None or an exception)
+        threads = [threading.Thread(target=self._work, args=(tasks, finished), name=f'loader-{number}', daemon=True)
+                   for number in range(self._threads)]
+        for thread in threads:
+            thread.start()
+        try:
+            ahead: Dict[int, Batch] = {}
+            missing: Dict[int, int] = {}  # step -> samples still in work
+            for step in range(start, stop):
+                for new in range(step + len(ahead), min(step + self._prefetch + 1, stop)):
+                    ahead[new] = self._submit(new, tasks)
+                    missing[new] = len(ahead[new].index)
+                while missing[step]:
+                    number, error = finished.get()
+                    self._say()
+                    if error:
+                        raise error
+                    missing[number] -= 1
+                del missing[step]
+                yield step, ahead.pop(step)
+        finally:
+            while not tasks.empty():
+                try:
+                    tasks.get_nowait()
+                except queue.Empty:
+                    pass
+            for _ in threads:
+                tasks.put(None)
+            for thread in threads:
+                thread.join()
+
+    def _submit(self, step: int, tasks: queue.SimpleQueue) -> Batch:
+        """Queues a step's samples; returns the batch that the threads will fill."""
+        epoch, index = self._batches(step)
+        batch = Batch(*self._transform.allocate(len(index)), epoch, np.asarray(index))
+        for position in range(len(index)):
+            tasks.put((step, batch, position))
+        return batch
+
+    def _work(self, tasks: queue.SimpleQueue, finished: queue.SimpleQueue) -> None:
+        for step, batch, position in iter(tasks.get, None):
+            try:
+                self._fill(batch, position)
+                finished.put((step, None))
+            except BaseException as error:  # the consumer raises it
+                finished.put((step, error))
+
+    def _fill(self, batch: Batch, position: int) -> None:
+        index = int(batch.index[position])
+        image = self._read(index)
+        sample = self._transform(image, generator(self._seed, batch.epoch, index))
+        batch.image[position], batch.mask[position], batch.uniform[position] = sample
+
+    def _read(self, index: int) -> np.ndarray:
+        """The image, or the next one after it that can be read."""
+        count = len(self._source)
+        for candidate in range(index, index + count):
+            candidate %= count
+            if candidate not in self._broken:
+                try:
+                    return decode(self._source.read(candidate), self._source.name(candidate))
+                except (ValueError, OSError) as error:
+                    self._note(candidate, error)
+        raise TooManyBroken(f'none of the {count} images can be read; the last: {self._last()}')
+
+    def _note(self, index: int, error: Exception) -> None:
+        with self._lock:
+            if index in self._broken:  # another thread was faster
+                return
+            self._broken[index] = str(error)
+            self._unsaid.append(f'broken image {len(self._broken)}, replaced by the next one: {error}')
+            if len(self._broken) > self._max_broken:
+                raise TooManyBroken(f'{len(self._broken)} images cannot be read, more than data.max_broken='
+                                    f'{self._max_broken}: remove or repair them, or raise data.max_broken; '
+                                    f'the last: {self._last()}')
+
+    def _last(self) -> str:
+        return '; '.join(list(self._broken.values())[-3:])
+
+    def _say(self) -> None:
+        while self._unsaid:
+            self._log(self._unsaid.popleft())
+
+
+def fixed_batches(source: Source, transform: Transform, batch: int, images: int, seed: int, threads: int,
+                  max_broken: int = 100, log: Callable[[str], None] = logging.getLogger(__name__).warning
+                  ) -> Iterator[Batch]:
+    """The same images with the same masks every time, the last batch as small as need be.
+
+    Args:
+        source: the held-out images.
+        transform: what is done to each.
+        batch: images a batch.
+        images: how many are taken, at random but in their order; all if there are no more.
+        seed: of the choice and of the masks.
+        threads, max_broken, log: as for `Loader`.
+    """
+    chosen = np.sort(generator(seed).permutation(len(source))[:images])
+    steps = -(-len(chosen) // batch)
+    loader = Loader(source, transform, lambda step: (0, chosen[step * batch:(step + 1) * batch]), seed, threads, 1,
+                    max_broken, log)
+    for _, part in loader.iterate(0, steps):
+        yield part

@@ -1,0 +1,130 @@
+"""Drawing: original, masked and reconstruction side by side, and the curves of a run."""
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import numpy as np
+
+from .monitor import read_metrics
+
+TITLES = ('original', 'masked', 'reconstruction')
+SIDE = 96  # pixels; smaller images are enlarged to at least this
+GREY, WHITE = 128, 255
+
+
+def to_uint8(normalised: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """(N, 3, H, W), with `mean` subtracted and divided by `std` per channel of [0, 1], to (N, H, W, 3) of 0 to 255.
+
+    What lies outside is clipped; NaN becomes 0.
+    """
+    images = normalised.transpose(0, 2, 3, 1) * np.asarray(std, 'float32') + np.asarray(mean, 'float32')
+    return np.rint(np.nan_to_num(images.clip(0, 1)) * 255).astype('uint8')
+
+
+def grid(image: np.ndarray, mask: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+    """One row an image: original, masked cells grey, and the reconstruction pasted into the masked cells.
+
+    Args:
+        image: (N, H, W, 3), uint8.
+        mask: (N, h, w), 1 = masked; h divides H and w divides W.
+        reconstruction: (N, H, W, 3), uint8; only its masked cells are shown.
+
+    Returns:
+        (H', W', 3), uint8: titles above, images enlarged by whole numbers to 96 pixels or more, many rows side by side.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width, _ = image.shape
+    assert reconstruction.shape == image.shape and len(mask) == count > 0
+    hidden = mask.astype(bool).repeat(height // mask.shape[1], 1).repeat(width // mask.shape[2], 2)[..., None]
+    triples = np.stack([image, np.where(hidden, np.uint8(GREY), image), np.where(hidden, reconstruction, image)], 1)
+    scale = max(1, math.ceil(SIDE / min(height, width)))
+    triples = triples.repeat(scale, 2).repeat(scale, 3)  # (N, 3, H, W, 3)
+    height, width = triples.shape[2:4]
+
+    across = max(1, round(math.sqrt(count / 2)))  # triples side by side: about 3:2 in all
+    font = ImageFont.load_default(max(11, width // 14))
+    gap, top = max(2, width // 48), int(1.6 * font.size)
+    block = 3 * (width + gap) + 2 * gap  # wider between triples than inside one
+    rows = math.ceil(count / across)
+    canvas = Image.new('RGB', (across * block - gap, top + rows * (height + gap)), (WHITE,) * 3)
+    draw = ImageDraw.Draw(canvas)
+    for index, triple in enumerate(triples):
+        row, column = divmod(index, across)
+        for part, pixels in enumerate(triple):
+            left = gap + column * block + part * (width + gap)
+            canvas.paste(Image.fromarray(pixels), (left, top + row * (height + gap)))
+            if row == 0:
+                draw.text((left + width // 2, top // 2), TITLES[part], fill=0, font=font, anchor='mm')
+    return np.asarray(canvas)
+
+
+def plot(run: Path, out: Path) -> None:
+    """Draws loss, learning rate, gradient norm and images/s of a run over its steps into the PNG file `out`.
+
+    Raises:
+        ValueError: the run has no metrics, or `out` cannot be written.
+    """
+    records = read_metrics(run)
+    if not any('loss' in record or 'val_loss' in record for record in records):
+        raise ValueError(f'{run}: nothing to plot yet: its metrics.jsonl has {len(records)} records, and none with a '
+                         f'loss; wait for the first one (every log.every steps)')
+    from matplotlib.figure import Figure  # without pyplot: no display, no state
+
+    figure = Figure(figsize=(12, 8), layout='constrained')
+    losses, rate, norm, speed = figure.subplots(2, 2, sharex=True).flat
+    figure.suptitle(f'{Path(run).resolve().name}: {max(record["step"] for record in records):,} steps')
+    panels = ((losses, ('loss', 'val_loss'), 'loss on masked pixels'),
+              (rate, ('lr',), 'learning rate'),
+              (norm, ('grad_norm',), 'gradient norm (L2, before clipping)'),
+              (speed, ('images_per_second',), 'speed (images/s)'))
+    for axes, names, label in panels:
+        _curves(axes, records, names)
+        axes.set_ylabel(label)
+    for axes in (losses, norm):
+        _mark_skipped(axes, records)
+    for axes in (norm, speed):
+        axes.set_xlabel('step (updates)')
+    rate.ticklabel_format(axis='y', scilimits=(0, 0))
+    rate.set_ylim(bottom=0)
+    speed.set_ylim(bottom=0)
+    losses.legend(loc='upper right')
+    try:
+        figure.savefig(out, format='png', dpi=110)
+    except OSError as error:
+        raise ValueError(f'{out}: cannot be written: {error.strerror or error}; choose another place') from error
+
+
+def _points(records: List[Dict[str, Any]], name: str) -> Tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the records that have `name`; NaN, a gap in a curve, where the value was not finite."""
+    points = [(record['step'], record[name]) for record in records if name in record]
+    steps, values = zip(*points) if points else ((), ())
+    return np.array(steps), np.array(values, float)  # None becomes NaN
+
+
+def _curves(axes: Any, records: List[Dict[str, Any]], names: Sequence[str]) -> None:
+    """One curve a name; losses and norms that span more than a factor of ten get a logarithmic scale."""
+    labels = {'loss': 'training', 'val_loss': 'validation'}
+    colors = {'loss': 'C0', 'val_loss': 'C1', 'lr': 'C2', 'grad_norm': 'C3', 'images_per_second': 'C4'}
+    drawn = []
+    for name in names:
+        steps, values = _points(records, name)
+        if len(steps):
+            axes.plot(steps, values, color=colors[name], label=labels.get(name), linewidth=1.2,
+                      marker='.' if len(steps) < 100 else None)
+        drawn += list(values[np.isfinite(values)])
+    axes.grid(alpha=0.3)
+    if not drawn:
+        axes.text(0.5, 0.5, 'not recorded', transform=axes.transAxes, ha='center', color='0.5')
+    elif {'loss', 'grad_norm'} & set(names) and 0 < 10 * min(drawn) < max(drawn):
+        axes.set_yscale('log')
+
+
+def _mark_skipped(axes: Any, records: List[Dict[str, Any]]) -> None:
+    """A grey line at each record whose count of skipped updates has grown since the one before."""
+    steps, counts = _points(records, 'skipped')
+    grown = np.diff(counts, prepend=0)
+    for index in np.flatnonzero(grown > 0):
+        axes.axvline(steps[index], color='0.6', linewidth=0.8, zorder=0)
+    if (grown > 0).any():
+        axes.plot([], [], color='0.6', label=f'updates skipped: {int(grown[grown > 0].sum())}')

@@ -1,0 +1,193 @@
+"""The same batches whatever the number of threads, the start or the broken images; and threads that end."""
+import io
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mxsimmim.config import DataConfig, MaskConfig, ModelConfig
+from mxsimmim.data.loader import Loader, TooManyBroken, fixed_batches
+from mxsimmim.data.sampling import batch_at, generator
+from mxsimmim.data.sources import Digits, Subset
+from mxsimmim.data.transforms import EvalTransform, PretrainTransform
+
+MODEL, MASK = ModelConfig(img_size=32, patch_size=4, depth=3, drop_path=0.1), MaskConfig(patch_size=8)
+PRETRAIN, EVAL = (kind(DataConfig(), MASK, MODEL) for kind in (PretrainTransform, EvalTransform))
+SEED = 21
+
+
+class Pictures:
+    """Small PNGs of different sizes, some of them broken; counts how often each is read."""
+
+    def __init__(self, count, broken=(), missing=()):
+        self.count, self.broken, self.missing, self.reads = count, broken, missing, Counter()
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f'picture-{index}.png'
+
+    def read(self, index):
+        self.reads[index] += 1
+        if index in self.missing:
+            raise FileNotFoundError(2, 'No such file or directory', self.name(index))
+        if index in self.broken:
+            return b'no image'
+        rng, buffer = np.random.default_rng(index), io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (20 + index, 40 - index % 9, 3), dtype=np.uint8)).save(buffer, 'PNG')
+        return buffer.getvalue()
+
+
+def loader(source, threads=2, batch=4, max_broken=0, prefetch=2, log=None, transform=PRETRAIN, seed=SEED):
+    return Loader(source, transform, lambda step: batch_at(step, len(source), batch, seed), seed, threads, prefetch,
+                  max_broken, log or (lambda text: pytest.fail(text)))
+
+
+def assert_equal(one, other):
+    assert [step for step, _ in one] == [step for step, _ in other]
+    for (_, a), (_, b) in zip(one, other):
+        assert a.epoch == b.epoch
+        for field in ('image', 'mask', 'uniform', 'index'):
+            assert (getattr(a, field) == getattr(b, field)).all()
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith('loader-')]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert loader_threads() == []
+
+
+@pytest.mark.parametrize('threads, prefetch', [(1, 1), (2, 3), (3, 1), (8, 5), (0, 2)])
+def test_batches_do_not_depend_on_threads(threads, prefetch):
+    source = Pictures(19)
+    assert_equal(list(loader(source, threads, prefetch=prefetch).iterate(0, 13)),
+                 list(loader(source, threads=1, prefetch=1).iterate(0, 13)))
+
+
+@pytest.mark.parametrize('start', [1, 4, 5, 11, 12, 13])
+def test_batches_do_not_depend_on_the_start(start):
+    source = Pictures(19)
+    whole = list(loader(source).iterate(0, 13))  # 4 steps an epoch
+    assert_equal(list(loader(source).iterate(start, 13)), whole[start:])
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_sample():
+    source = Pictures(9)
+    batches = [batch for _, batch in loader(source, batch=3).iterate(0, 6)]
+    for batch in batches:
+        for position, index in enumerate(batch.index):
+            pixels = np.asarray(Image.open(io.BytesIO(source.read(int(index)))))
+            want = PRETRAIN(pixels, generator(SEED, batch.epoch, int(index)))
+            for field in ('image', 'mask', 'uniform'):
+                assert (getattr(batch, field)[position] == getattr(want, field)).all()
+    assert [batch.epoch for batch in batches] == [0, 0, 0, 1, 1, 1]
+    assert batches[0].uniform.shape == (3, 6) and batches[0].image.shape == (3, 32, 32, 3)
+    masks = {index: [b.mask[b.index == index][0] for b in batches if index in b.index] for index in range(9)}
+    assert any((first != second).any() for first, second in masks.values())  # another mask in the next epoch
+
+
+def test_at_most_prefetch_batches_are_prepared_ahead():
+    source = Pictures(40)
+    batches = loader(source, batch=4, prefetch=2).iterate(0, 10)
+    for step in range(3):
+        next(batches)
+        deadline = time.monotonic() + 5
+        while sum(source.reads.values()) < 4 * (step + 3) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert sum(source.reads.values()) == 4 * (step + 3)
+    batches.close()
+
+
+def test_broken_images_are_named_counted_and_replaced():
+    source, said = Pictures(12, broken=(3, 4), missing=(11,)), []
+    load = loader(source, batch=12, max_broken=3, log=said.append)
+    batches = list(load.iterate(0, 3))
+    assert load.broken == 3 and len(said) == 3
+    for name, reason in (('picture-3.png', 'not an image'), ('picture-4.png', 'not an image'),
+                         ('picture-11.png', 'No such file')):
+        assert len([text for text in said if name in text and reason in text]) == 1
+    assert all(source.reads[index] <= 2 for index in (3, 4, 11))  # once a thread at most, never again
+    for _, batch in batches:
+        for broken, replacement in ((3, 5), (4, 5), (11, 0)):
+            position = list(batch.index).index(broken)
+            pixels = np.asarray(Image.open(io.BytesIO(source.read(replacement))))
+            want = PRETRAIN(pixels, generator(SEED, batch.epoch, broken))
+            assert (batch.image[position] == want.image).all() and (batch.mask[position] == want.mask).all()
+
+
+@pytest.mark.parametrize('threads', [1, 4])
+def test_too_many_broken(threads):
+    said = []
+    load = loader(Pictures(20, broken=(2, 5, 9)), threads, batch=20, max_broken=2, log=said.append)
+    with pytest.raises(TooManyBroken, match=r'3 images cannot be read, more than data.max_broken=2: remove or repair '
+                                            r'them, or raise data.max_broken; the last: .*picture-\d.png: not an') as e:
+        list(load.iterate(0, 1))
+    assert isinstance(e.value, ValueError) and len(said) == 3
+
+
+def test_nothing_but_broken_images():
+    with pytest.raises(TooManyBroken, match='none of the 5 images can be read; the last: picture-'):
+        list(loader(Pictures(5, broken=range(5)), batch=2, max_broken=5, log=lambda text: None).iterate(0, 2))
+
+
+def test_an_exception_in_a_thread_reaches_the_consumer():
+    class Faulty(Pictures):
+        def read(self, index):
+            raise ZeroDivisionError('from a thread')
+    with pytest.raises(ZeroDivisionError, match='from a thread'):
+        list(loader(Faulty(8)).iterate(0, 2))
+
+
+@pytest.mark.parametrize('exception', [None, KeyboardInterrupt, RuntimeError])
+def test_leaving_early_ends_the_threads(exception):
+    source = Pictures(1000)
+    batches = loader(source, threads=4, batch=250, prefetch=3).iterate(0, 4)
+    next(batches)
+    assert len(loader_threads()) == 4
+    began = time.monotonic()
+    if exception is None:
+        batches.close()
+    else:
+        with pytest.raises(exception):
+            batches.throw(exception)
+    assert time.monotonic() - began < 1 and loader_threads() == []
+    assert sum(source.reads.values()) < 1000
+
+
+def test_an_abandoned_loop_ends_the_threads():
+    for _ in loader(Pictures(100), batch=10).iterate(0, 10):
+        break
+    assert loader_threads() == []
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_fixed_batches(threads):
+    digits = Digits()
+    first, second = (list(fixed_batches(digits, EVAL, 16, 50, SEED, count)) for count in (threads, 2))
+    assert [len(batch.index) for batch in first] == [16, 16, 16, 2]
+    assert_equal(list(enumerate(first)), list(enumerate(second)))
+    indices = np.concatenate([batch.index for batch in first])
+    assert (np.diff(indices) > 0).all() and indices.max() > 1000  # from everywhere, in order
+    other = list(fixed_batches(digits, EVAL, 16, 50, SEED + 1, threads))
+    assert any((a.mask != b.mask).any() for a, b in zip(first, other))
+
+
+def test_fixed_batches_of_a_small_source_takes_it_whole():
+    batches = list(fixed_batches(Subset(Digits(), np.arange(5)), EVAL, 8, 100, SEED, 2))
+    assert [batch.index.tolist() for batch in batches] == [[0, 1, 2, 3, 4]]
+
+
+def test_fixed_batches_replace_broken_images_too(caplog):
+    batches = list(fixed_batches(Pictures(4, broken=(1,)), EVAL, 4, 4, SEED, 1))
+    assert (batches[0].image[1] == batches[0].image[2]).all() and 'picture-1.png' in caplog.text
+    with pytest.raises(TooManyBroken, match='data.max_broken=0'):
+        list(fixed_batches(Pictures(4, broken=(1,)), EVAL, 4, 4, SEED, 1, max_broken=0))

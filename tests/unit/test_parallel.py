@@ -1,0 +1,141 @@
+"""Transparency: however a batch is spread over devices and time, the update is the one of a single device."""
+import mxnet as mx
+import numpy as np
+import pytest
+
+from mxsimmim.config import DataConfig, ModelConfig, OptimConfig
+from mxsimmim.data.loader import Batch
+from mxsimmim.interop import official
+from mxsimmim.models import build_simmim, named_parameters
+from mxsimmim.optim import AdamW, weight_decays
+from mxsimmim.parallel.aggregate import SyncGradients
+from mxsimmim.parallel.placement import Replicated, contexts_of
+
+VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.3)
+SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
+SEED = 4
+
+
+def batches(config, steps, images):
+    rng = np.random.default_rng(SEED)
+    for _ in range(steps):
+        cells = (config.img_size // 8) ** 2
+        hidden = np.argsort(rng.random((images, cells)), 1) < max(1, cells // 2)
+        side = int(cells ** 0.5)
+        mask = hidden.reshape(images, side, side).repeat(8 // config.patch_size, 1).repeat(8 // config.patch_size, 2)
+        uniform = rng.random((images, 2 * config.blocks if config.drop_path else 0), 'float32')
+        yield Batch(rng.integers(0, 256, (images, config.img_size, config.img_size, 3), 'uint8'),
+                    mask.astype('uint8'), uniform, 0, np.arange(images))
+
+
+def trained(keys, devices, accumulate=1, steps=10, images=7, recipe='fixed', clip=0.5, store='local'):
+    print('seed', SEED)
+    config, data = ModelConfig(**keys), DataConfig()
+    optim = OptimConfig(recipe=recipe, clip_grad=clip)
+    net = build_simmim(config, seed=SEED)
+    placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std, accumulate)
+    parameters = named_parameters(net)
+    adamw = AdamW(parameters, weight_decays(parameters, recipe, config.type, 0.05), optim)
+    aggregation = SyncGradients(parameters, adamw, store, clip)
+    between = aggregation.clip_partial if recipe == 'reference' else None
+    rows = []
+    for step, batch in enumerate(batches(config, steps, images)):
+        loss = placement.forward_backward(batch, between)
+        rows.append(aggregation.step(step, 1e-3, loss).asnumpy())
+    copies = [{n: p.list_data()[d].asnumpy() for n, p in parameters.items()} for d in range(devices)]
+    assert all(np.array_equal(copies[0][n], copy[n]) for copy in copies for n in copy)  # replicas are equal, bit by bit
+    return official.extract(net), np.array(rows)
+
+
+def difference(ours, theirs):
+    """Relative, in the L2 norm of all parameters together."""
+    ours, theirs = (np.concatenate([x[n].ravel() for n in sorted(x)]) for x in (ours, theirs))
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize('store', ['local', 'device'])
+@pytest.mark.parametrize('devices', [2, 3, 4])
+@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
+def test_devices(keys, devices, store):
+    """7 images over 2, 3 and 4 contexts are uneven splits."""
+    weights, rows = trained(keys, devices, store=store)
+    expected, expected_rows = trained(keys, 1)
+    assert difference(weights, expected) < 1e-5
+    np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize('devices', [1, 3])
+@pytest.mark.parametrize('parts', [2, 3])
+def test_accumulation(parts, devices):
+    weights, rows = trained(VIT, devices, parts)
+    expected, expected_rows = trained(VIT, 1)
+    assert difference(weights, expected) < 1e-5
+    np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_the_reference_clips_after_every_accumulated_part(devices):
+    """Two parts, the first clipped to norm c: the sum handed to the optimiser is clip(clip(g1) + g2)."""
+    config, data = ModelConfig(**VIT), DataConfig()
+    batch = next(batches(config, 1, 6))
+
+    def gradients(accumulate, clip, devices):
+        net = build_simmim(config, seed=SEED)
+        placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std, accumulate)
+        parameters = named_parameters(net)
+        adamw = AdamW(parameters, weight_decays(parameters, 'reference', 'vit', 0.0), OptimConfig())
+        aggregation = SyncGradients(parameters, adamw, 'local', clip)
+        yield placement, aggregation, lambda: np.concatenate(
+            [g.ravel() for g in official.extract(net, grad=True).values()])
+
+    placement, _, read = next(gradients(1, None, 1))
+    halves = []
+    for part in (slice(0, 3), slice(3, 6)):
+        placement.forward_backward(Batch(batch.image[part], batch.mask[part], batch.uniform[part], 0, batch.index[part]))
+        halves.append(read() / 2)
+    clip = np.linalg.norm(halves[0]) / 4
+    expected = halves[0] / 4 + halves[1]
+    placement, aggregation, read = next(gradients(2, clip, devices))
+    loss = placement.forward_backward(batch, aggregation.clip_partial)
+    _, norm, _ = aggregation.step(0, 0.0, loss).asnumpy()
+    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+    # MXNet's AdamW operator leaves the gradient multiplied with its scale.
+    np.testing.assert_allclose(read(), expected * clip / norm, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize('poison', [float('nan'), 1e38])
+@pytest.mark.parametrize('devices', [1, 2])
+def test_a_non_finite_step_changes_nothing(poison, devices):
+    config, data = ModelConfig(**VIT), DataConfig()
+    net = build_simmim(config, seed=SEED)
+    placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std)
+    parameters = named_parameters(net)
+    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
+    aggregation = SyncGradients(parameters, adamw, 'local', 5.0)
+    parameters['decoder.0.bias'].set_data(mx.nd.full((48,), poison))
+    before, moments = official.extract(net), adamw.arrays()
+    for step, batch in enumerate(batches(config, 2, 4)):
+        loss, norm, applied = aggregation.step(step, 1e-3, placement.forward_backward(batch)).asnumpy()
+        assert applied == 0 and not np.isfinite(loss * norm)
+    after = official.extract(net)
+    assert all(np.array_equal(before[n], after[n], equal_nan=True) for n in before)
+    assert all(np.array_equal(moments[n], value) for n, value in adamw.arrays().items())
+
+
+def test_validation_loss_is_the_mean_over_images():
+    config, data = ModelConfig(**dict(VIT, drop_path=0.0)), DataConfig()
+    batch = next(batches(config, 1, 7))
+    net = build_simmim(config, seed=SEED)
+    one = Replicated(net, [mx.cpu(0)], data.mean, data.std)
+    apart = [one.loss(Batch(batch.image[i:i + 1], batch.mask[i:i + 1], batch.uniform[i:i + 1], 0, batch.index)).asscalar()
+             for i in range(7)]
+    three = Replicated(build_simmim(config, seed=SEED), [mx.cpu(i) for i in range(3)], data.mean, data.std)
+    assert three.loss(batch).asscalar() == pytest.approx(sum(apart), rel=1e-5)
+    few = Batch(batch.image[:2], batch.mask[:2], batch.uniform[:2], 0, batch.index[:2])
+    assert three.loss(few).asscalar() == pytest.approx(sum(apart[:2]), rel=1e-5)  # fewer images than devices
+
+
+def test_missing_gpus_are_named():
+    with pytest.raises(ValueError, match=r'gpu\(97\) asked for, but MXNet sees \d+ GPUs'):
+        contexts_of(['gpu(97)'])
+    assert contexts_of(['cpu(0)', 'cpu(3)']) == [mx.cpu(0), mx.cpu(3)]
