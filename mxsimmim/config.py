@@ -293,8 +293,8 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
         key, equals, value = text.partition('=')
         if not equals:
             raise ConfigError(f"'{text}' is not key=value: write for instance optim.base_lr=2e-4")
-        try:
-            parsed = yaml.safe_load(value)
+        try:  # a string is what was typed, be it empty or a number to YAML
+            parsed = value if key in _text_keys() else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"command line: the value of '{key}' is not YAML: {_one_line(error)}") from None
         # A section given whole (`model={...}`) is the same as its keys given one by one.
@@ -367,6 +367,13 @@ def known_keys(section: type = Config, prefix: str = '') -> List[str]:
         if _is_section(field.annotation):
             keys += known_keys(field.annotation, f'{prefix}{name}.')
     return keys
+
+
+def _text_keys() -> List[str]:
+    """Keys of known_keys() whose value is a plain string."""
+    return [name for name, field in _fields(Config) if field.annotation is str] + [
+        f'{section}.{name}' for section, kind in _fields(Config) if _is_section(kind.annotation)
+        for name, field in _fields(kind.annotation) if field.annotation is str]
 
 
 class _Loader(yaml.SafeLoader):

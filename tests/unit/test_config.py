@@ -43,6 +43,11 @@ def test_inheritance_and_overrides(tmp_path):
     assert cfg.load(tmp_path / 'b.yaml', ['optim.base_lr=2e-4']).optim.base_lr == 2e-4  # YAML alone reads a string
 
 
+def test_strings_are_taken_as_typed():
+    config = cfg.load(CONF / 'base.yaml', ['name=0123', 'data.path=', 'output=1e3'])
+    assert (config.name, config.data.path, config.output) == ('0123', '', '1e3')
+
+
 @pytest.mark.parametrize('text, steps', [('500', 500), (500, 500), ('3 epochs', 30), ('1 epoch', 10), ('0.5 epochs', 5),
                                          ('5%', 20), ('7steps', 7)])
 def test_durations(text, steps):
