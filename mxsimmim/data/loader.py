@@ -1,4 +1,5 @@
 """Batches ahead of time, by threads, the same for any number of them."""
+import contextlib
 import logging
 import os
 import queue
@@ -91,11 +92,9 @@ class Loader:
                 del missing[step]
                 yield step, ahead.pop(step)
         finally:
-            while not tasks.empty():
-                try:
+            with contextlib.suppress(queue.Empty):
+                while True:
                     tasks.get_nowait()
-                except queue.Empty:
-                    pass
             for _ in threads:
                 tasks.put(None)
             for thread in threads:

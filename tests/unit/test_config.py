@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mxsimmim import config as cfg
+from mxsimmim import config as cfg, configfile
 
 CONF = Path(__file__).parents[2] / 'conf'
 SWIN = ['model.type=swin', 'model.img_size=192', 'model.patch_size=4', 'model.embed_dim=128', 'model.window_size=6']
@@ -11,19 +11,19 @@ SWIN = ['model.type=swin', 'model.img_size=192', 'model.patch_size=4', 'model.em
 
 def test_base_yaml_is_the_defaults_with_every_key_commented():
     text = (CONF / 'base.yaml').read_text()
-    assert text == cfg.reference_yaml(), 'run `mxsimmim config > conf/base.yaml`'
-    assert cfg.load(CONF / 'base.yaml').model_copy(update={'name': ''}) == cfg.Config()
+    assert text == configfile.reference_yaml(), 'run `mxsimmim config > conf/base.yaml`'
+    assert configfile.load(CONF / 'base.yaml').model_copy(update={'name': ''}) == cfg.Config()
     for line in text.splitlines():
         assert not line or '#' in line
 
 
 @pytest.mark.parametrize('path', sorted(CONF.glob('*.yaml')), ids=lambda p: p.name)
 def test_recipes_load_and_go_round(path, tmp_path):
-    config = cfg.load(path)
+    config = configfile.load(path)
     assert config.name == path.stem
-    (tmp_path / 'again.yaml').write_text(cfg.to_yaml(config))
-    assert cfg.load(tmp_path / 'again.yaml') == config
-    assert cfg.from_dict(cfg.to_dict(config), 'a checkpoint') == config
+    (tmp_path / 'again.yaml').write_text(configfile.to_yaml(config))
+    assert configfile.load(tmp_path / 'again.yaml') == config
+    assert configfile.from_dict(configfile.to_dict(config), 'a checkpoint') == config
 
 
 @pytest.mark.parametrize('path', [p for p in sorted(CONF.glob('*.yaml')) if p.name != 'base.yaml'],
@@ -37,14 +37,14 @@ def test_recipes_open_with_command_time_and_result(path):
 def test_inheritance_and_overrides(tmp_path):
     (tmp_path / 'a.yaml').write_text('optim: {base_lr: 1.0, gamma: 0.5}\ntrain: {batch_size: 8}\n')
     (tmp_path / 'b.yaml').write_text('base: a.yaml\noptim: {base_lr: 2}\nname: other\n')
-    config = cfg.load(tmp_path / 'b.yaml', ['train.batch_size=16', 'optim={eps: 1e-6}', 'model.ape=true'])
+    config = configfile.load(tmp_path / 'b.yaml', ['train.batch_size=16', 'optim={eps: 1e-6}', 'model.ape=true'])
     assert (config.optim.base_lr, config.optim.gamma, config.optim.eps) == (2.0, 0.5, 1e-6)
     assert (config.train.batch_size, config.name, config.model.use_ape) == (16, 'other', True)
-    assert cfg.load(tmp_path / 'b.yaml', ['optim.base_lr=2e-4']).optim.base_lr == 2e-4  # YAML alone reads a string
+    assert configfile.load(tmp_path / 'b.yaml', ['optim.base_lr=2e-4']).optim.base_lr == 2e-4  # YAML alone reads a string
 
 
 def test_strings_are_taken_as_typed():
-    config = cfg.load(CONF / 'base.yaml', ['name=0123', 'data.path=', 'output=1e3'])
+    config = configfile.load(CONF / 'base.yaml', ['name=0123', 'data.path=', 'output=1e3'])
     assert (config.name, config.data.path, config.output) == ('0123', '', '1e3')
 
 
@@ -95,7 +95,7 @@ def test_durations(text, steps):
 ])
 def test_complaints(overrides, complaint):
     with pytest.raises(cfg.ConfigError) as error:
-        cfg.load(CONF / 'base.yaml', overrides)
+        configfile.load(CONF / 'base.yaml', overrides)
     assert complaint in str(error.value)
 
 
@@ -112,13 +112,13 @@ def test_complaints(overrides, complaint):
 def test_bad_files(content, complaint, tmp_path):
     (tmp_path / 'bad.yaml').write_text(content)
     with pytest.raises(cfg.ConfigError) as error:
-        cfg.load(tmp_path / 'bad.yaml')
+        configfile.load(tmp_path / 'bad.yaml')
     assert complaint in str(error.value)
 
 
 def test_every_problem_is_reported_at_once():
     with pytest.raises(cfg.ConfigError) as error:
-        cfg.load(CONF / 'base.yaml', ['optim.base_lr=x', 'train.batch_size=y'])
+        configfile.load(CONF / 'base.yaml', ['optim.base_lr=x', 'train.batch_size=y'])
     assert len(str(error.value).splitlines()) == 2
 
 
@@ -128,7 +128,7 @@ def test_frozen():
 
 
 def test_what_may_change_in_a_resumed_run():
-    old, new = cfg.Config(), cfg.load(CONF / 'base.yaml', ['log.every=3', 'devices=[cpu(0),cpu(1)]', 'data.threads=7'])
-    assert cfg.differences(old, new) == []
-    new = cfg.load(CONF / 'base.yaml', ['optim.base_lr=1', 'mask.ratio=0.5'])
-    assert cfg.differences(old, new) == [('mask.ratio', 0.6, 0.5), ('optim.base_lr', 0.0001, 1.0)]
+    old, new = cfg.Config(), configfile.load(CONF / 'base.yaml', ['log.every=3', 'devices=[cpu(0),cpu(1)]', 'data.threads=7'])
+    assert configfile.differences(old, new) == []
+    new = configfile.load(CONF / 'base.yaml', ['optim.base_lr=1', 'mask.ratio=0.5'])
+    assert configfile.differences(old, new) == [('mask.ratio', 0.6, 0.5), ('optim.base_lr', 0.0001, 1.0)]
