@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from . import __version__, config as cfg
+from . import __version__, configfile
+from .config import ConfigError
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    config = cfg.load(args.config, args.overrides)
+    config = configfile.load(args.config, args.overrides)
     if not config.data.path:
-        raise cfg.ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
+        raise ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
     from . import runtime
     runtime.prepare(config.runtime)
     from . import train
@@ -40,7 +41,11 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def config(args: argparse.Namespace) -> int:
-    print(cfg.to_yaml(cfg.load(args.config, args.overrides)) if args.config else cfg.reference_yaml(), end='')
+    if args.config:
+        text = configfile.to_yaml(configfile.load(args.config, args.overrides))
+    else:
+        text = configfile.reference_yaml()
+    print(text, end='')
     return 0
 
 
@@ -77,7 +82,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.function(args)
-    except cfg.ConfigError as error:
+    except ConfigError as error:
         status, text = 2, str(error)
     except ValueError as error:  # by the rule of the house a ValueError speaks to the user
         status, text = 1, str(error)

@@ -166,7 +166,7 @@ def render(facts: Facts, problems: List[Problem]) -> str:
     rows.append(('GPU driver', f'CUDA {facts.driver[0]}.{facts.driver[1]}' if any(facts.driver) else 'none'))
     rows += [('', ''), ('mxnet', facts.mxnet.get('version', 'cannot be imported')),
              ('features', ' '.join(facts.mxnet.get('features', ()))),
-             ('threads', set_by['OMP_NUM_THREADS']),
+             ('threads', '; '.join(text for name, text in set_by.items() if 'OMP_' in name)),
              ('BLAS core', (facts.mxnet.get('blas') or 'unknown') + _bracket(set_by.get('OPENBLAS_CORETYPE'))),
              ('oneDNN', facts.mxnet.get('isa', 'unknown') + _bracket(set_by.get('DNNL_MAX_CPU_ISA'))),
              ('horovod', _horovod_text(facts.horovod)), ('', '')]

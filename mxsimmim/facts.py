@@ -20,6 +20,7 @@ from typing import Any, Dict, FrozenSet, Iterator, NamedTuple, Tuple
 from . import runtime
 
 GIB = 2 ** 30
+VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OPENBLAS_CORETYPE', 'DNNL_MAX_CPU_ISA')
 
 
 class Gpu(NamedTuple):
@@ -60,8 +61,7 @@ class Facts(NamedTuple):
 def collect() -> Facts:
     """Asks the machine; what it does not tell stays empty or 0."""
     version = sys.version_info
-    environment = {name: os.environ[name] for name in ('OMP_NUM_THREADS', 'OPENBLAS_CORETYPE', 'DNNL_MAX_CPU_ISA')
-                   if os.environ.get(name)}
+    environment = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     auto = SimpleNamespace(threads=0, blas_core='auto')  # RuntimeConfig's defaults, without needing pydantic
     flags, cores = runtime.cpu_flags(), runtime.cores()
     driver = _ask('_driver')

@@ -30,7 +30,8 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     placement = Replicated(net, contexts_of(config.devices)[:1], config.data.mean, config.data.std)
     source = ImageFiles(image_files(images))
     transform = EvalTransform(config.data, config.mask, config.model)
-    batches = list(fixed_batches(source, transform, min(len(source), 32), len(source), seed, config.data.threads))
+    batches = list(fixed_batches(source, transform, min(len(source), 32), len(source), seed, config.data.threads,
+                                  max_broken=0))
     predicted = [to_uint8(placement.reconstruct(batch), config.data.mean, config.data.std) for batch in batches]
     picture = grid(np.concatenate([b.image for b in batches]), np.concatenate([b.mask for b in batches]),
                    np.concatenate(predicted))

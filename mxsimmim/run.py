@@ -8,11 +8,12 @@ from typing import Any, Callable, Dict, Iterator, Optional, Union
 
 import yaml
 
-from . import __version__, config as cfg
+from . import __version__, configfile
+from .config import Config
 from .checkpoint import Checkpoint, load, newest
 
 
-def folder_of(config: cfg.Config) -> Path:
+def folder_of(config: Config) -> Path:
     """``output/name``."""
     return Path(config.output) / config.name
 
@@ -61,7 +62,7 @@ class Stop:
             signal.signal(number, handler)
 
 
-def read_config(folder: Union[str, Path]) -> cfg.Config:
+def read_config(folder: Union[str, Path]) -> Config:
     """The resolved configuration of a run.
 
     Raises:
@@ -69,14 +70,14 @@ def read_config(folder: Union[str, Path]) -> cfg.Config:
     """
     path = Path(folder) / 'config.yaml'
     try:
-        return cfg.from_dict(yaml.safe_load(path.read_text(encoding='utf-8')), str(path))
+        return configfile.from_dict(yaml.safe_load(path.read_text(encoding='utf-8')), str(path))
     except OSError as error:
         raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
     except (yaml.YAMLError, AttributeError):
         raise ValueError(f'{path}: not the configuration of a run') from None
 
 
-def checkpoint_to_resume(config: cfg.Config, samples: int, log: Callable[[str], None]) -> Optional[Checkpoint]:
+def checkpoint_to_resume(config: Config, samples: int, log: Callable[[str], None]) -> Optional[Checkpoint]:
     """The checkpoint `resume` asks for, checked against the configuration and the number of training images.
 
     Raises:
@@ -106,8 +107,8 @@ def checkpoint_to_resume(config: cfg.Config, samples: int, log: Callable[[str], 
     return saved
 
 
-def _differences(config: cfg.Config, samples: int, state: Dict[str, Any]) -> list:
-    changed = cfg.differences(cfg.from_dict(state['config'], 'checkpoint'), config)
+def _differences(config: Config, samples: int, state: Dict[str, Any]) -> list:
+    changed = configfile.differences(configfile.from_dict(state['config'], 'checkpoint'), config)
     if state['samples'] != samples:
         changed.append(('the number of training images', state['samples'], samples))
     return changed

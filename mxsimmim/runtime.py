@@ -21,6 +21,11 @@ BLAS_CORES = ('PRESCOTT', 'CORE2', 'PENRYN', 'DUNNINGTON', 'NEHALEM', 'ATHLON', 
               'NANO', 'ATOM', 'SANDYBRIDGE', 'BOBCAT', 'BULLDOZER', 'PILEDRIVER', 'STEAMROLLER', 'EXCAVATOR', 'HASWELL',
               'ZEN', 'SKYLAKEX')
 
+# How long libgomp's threads spin for the next operator before they sleep, in loops: some tens of microseconds. Its own
+# default, milliseconds, takes a core from our decoding threads and from other processes: the digits demo fell from 150
+# to 13 images/s beside two of these, and ViT-B gains nothing by it.
+SPINS = 20_000
+
 # What libmxnet.so of mxnet-cu112 links beside the driver, each after those it needs: (folder in nvidia/, file).
 CUDA_LIBRARIES = (('cuda_runtime', 'libcudart.so.11.0'), ('nvtx', 'libnvToolsExt.so.1'),
                   ('cuda_nvrtc', 'libnvrtc.so.11.2'), ('cublas', 'libcublasLt.so.11'), ('cublas', 'libcublas.so.11'),
@@ -70,6 +75,8 @@ def settings(config: 'RuntimeConfig', environ: Mapping[str, str], flags: FrozenS
                          + f": write auto, none, or one of {', '.join(BLAS_CORES)}")
     if name != 'NONE':
         result['OPENBLAS_CORETYPE'] = name
+    if not environ.get('OMP_WAIT_POLICY') and not environ.get('GOMP_SPINCOUNT'):
+        result['GOMP_SPINCOUNT'] = str(SPINS)
     return result
 
 

@@ -6,7 +6,8 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 import mxnet as mx
 import numpy as np
 
-from . import config as cfg
+from . import configfile
+from .config import Config, Duration
 from .checkpoint import Checkpoint, save
 from .data.loader import Loader
 from .data.sampling import batch_at, steps_per_epoch
@@ -21,7 +22,7 @@ from .optim import AdamW, learning_rates, weight_decays
 from .parallel.aggregate import SyncGradients
 from .parallel.placement import Replicated, contexts_of
 from .run import Stop, checkpoint_to_resume, folder_of, locked, versions
-from .validation import Validation, table
+from .validation import SEED as VALIDATION_SEED, Validation, table
 
 
 class Plan(NamedTuple):
@@ -35,7 +36,7 @@ class Plan(NamedTuple):
 
 class Run(NamedTuple):
     """What the loop works with."""
-    config: cfg.Config
+    config: Config
     plan: Plan
     source: Source
     loader: Loader
@@ -47,7 +48,7 @@ class Run(NamedTuple):
     validation: Optional[Validation]
 
 
-def pretrain(config: cfg.Config) -> int:
+def pretrain(config: Config) -> int:
     """Trains until the end, an error or a signal; returns the exit status, 128 + its number for a signal.
 
     Raises:
@@ -60,7 +61,7 @@ def pretrain(config: cfg.Config) -> int:
     with locked(folder), Stop() as stop:
         notes: List[str] = []
         saved = checkpoint_to_resume(config, len(source), notes.append)
-        (folder / 'config.yaml').write_text(cfg.to_yaml(config), encoding='utf-8')
+        (folder / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
         start = saved.step if saved else 0
         with Monitor(folder, plan.total, start) as monitor:
             for note in notes:
@@ -95,17 +96,17 @@ def train(run: Run, start: int, stop: Stop) -> None:
         run.monitor.message(f'stopped by signal {stop.signal}: step {done} is saved, the same command goes on from it')
 
 
-def open_data(config: cfg.Config) -> Tuple[Source, Optional[Source]]:
+def open_data(config: Config) -> Tuple[Source, Optional[Source]]:
     """Training images, held-out images or None."""
     source = open_source(config.data.path)
     if config.data.val_path:
         return source, open_source(config.data.val_path)
     if config.data.val_fraction:
-        return hold_out(source, config.data.val_fraction, config.seed)
+        return hold_out(source, config.data.val_fraction, VALIDATION_SEED)
     return source, None
 
 
-def plan_of(config: cfg.Config, samples: int) -> Plan:
+def plan_of(config: Config, samples: int) -> Plan:
     """The plan for this many training images.
 
     Raises:
@@ -118,7 +119,7 @@ def plan_of(config: cfg.Config, samples: int) -> Plan:
         raise ValueError(f'optim.warmup={config.optim.warmup} is {warmup} steps, longer than the {total} of '
                          f'train.length={config.train.length}: shorten the warm-up, for instance optim.warmup=5%')
 
-    def period(length: cfg.Duration) -> int:
+    def period(length: Duration) -> int:
         return max(1, length.steps(per_epoch, total))
 
     keep_every = config.checkpoint.keep_every
@@ -126,7 +127,7 @@ def plan_of(config: cfg.Config, samples: int) -> Plan:
                 period(keep_every) if keep_every else None)
 
 
-def assemble(config: cfg.Config, plan: Plan, source: Source, held_out: Optional[Source],
+def assemble(config: Config, plan: Plan, source: Source, held_out: Optional[Source],
              contexts: List[mx.Context], saved: Optional[Checkpoint], monitor: Monitor) -> Run:
     """Builds everything the loop needs, from initial weights or from a checkpoint."""
     train, optim = config.train, config.optim
@@ -157,7 +158,7 @@ def assemble(config: cfg.Config, plan: Plan, source: Source, held_out: Optional[
 def introduce(run: Run, saved: Optional[Checkpoint]) -> None:
     """Says what is about to be trained, on what, and from where."""
     config, plan, say = run.config, run.plan, run.monitor.message
-    say(cfg.to_yaml(config).rstrip())
+    say(configfile.to_yaml(config).rstrip())
     sizes = [int(np.prod(p.shape)) for p in named_parameters(run.placement.net).values()]
     say(f'{config.model.type}: {sum(sizes):,} parameters, {multiply_adds(config.model) / 1e9:.2f} GFLOPs an image '
         '(multiply-adds of a forward pass)')
@@ -203,7 +204,7 @@ def save_checkpoint(run: Run, done: int) -> None:
     run.meter.read()
     began = time.monotonic()
     arrays = {'weights': official.extract(run.placement.net), 'optimizer': run.optimizer.arrays()}
-    state = {'config': cfg.to_dict(run.config), 'samples': len(run.source), 'versions': versions(),
+    state = {'config': configfile.to_dict(run.config), 'samples': len(run.source), 'versions': versions(),
              'epoch': done // run.plan.per_epoch, 'step_in_epoch': done % run.plan.per_epoch,
              'meter': run.meter.state()}
     save(folder_of(run.config) / 'checkpoints', done, arrays, state, run.config.checkpoint.keep, run.plan.keep_every)

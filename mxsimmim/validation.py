@@ -13,8 +13,11 @@ from .parallel.placement import Replicated
 from .pictures import grid, to_uint8
 
 
+SEED = 0  # of masks and of which images are held out: the same for every run, whatever its own seed
+
+
 class Validation:
-    """Held-out images and their masks; both are functions of the configuration alone."""
+    """Held-out images and their masks; neither depends on the run's seed."""
 
     def __init__(self, config: Config, source: Source):
         self._config, self._source = config, source
@@ -25,7 +28,7 @@ class Validation:
         config = self._config
         size = -(-config.train.batch_size // config.train.accumulate)
         transform = EvalTransform(config.data, config.mask, config.model)
-        return fixed_batches(self._source, transform, min(size, self.images), self.images, config.seed,
+        return fixed_batches(self._source, transform, min(size, self.images), self.images, SEED,
                              config.data.threads)
 
     def loss(self, placement: Replicated) -> float:

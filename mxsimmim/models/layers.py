@@ -22,7 +22,7 @@ def swap(F: Any, x: Any, *shape: int) -> Any:
 
 
 def to_cells(F: Any, image: Any, side: int, cell: int) -> Any:
-    """(B, 3, side, side) to (B, cells, 3*cell*cell): a row a cell, ordered (channel, y, x) as a convolution's weight."""
+    """(B, 3, side, side) to (B, cells, 3*cell*cell): a row a cell, ordered (channel, y, x) as in a convolution."""
     n = side // cell
     rows = swap(F, image, AUTO, 3, n, cell * side)            # (B, n, 3, cell*side)
     cells = swap(F, rows, AUTO, 3 * cell, n, cell)            # (B*n, n, 3*cell, cell)

@@ -33,7 +33,7 @@ def prepared(tmp_path):
     (['data.path=empty'], 1, 'empty'),
     (['data.path=text.txt'], 1, 'text.txt'),
     (['data.path=cut.rec'], 1, 'cut.rec'),
-    (['data.path=few', 'data.val_fraction=0'], 1, 'train.batch_size=32'),
+    (['data.path=few', 'data.val_fraction=0'], 1, 'a batch of 32 images cannot be filled from 5: lower train.batch_size'),
     (['data.path=few', 'train.batch_size=2', 'data.val_path=missing'], 1, 'missing'),
     (['data.path=few', 'train.batch_size=2', 'data.val_fraction=0.01'], 1, 'val_fraction'),
     (['data.path=many', 'data.max_broken=3'], 1, 'more than data.max_broken=3'),

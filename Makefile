@@ -1,0 +1,82 @@
+# A newcomer needs nothing before `make demo` and `make test`: they find a Python 3.8 to 3.11 (PYTHON=/path/to/it names
+# one), make .venv and install what is missing. `make test` compiles Horovod too, once.
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -ec
+VENV := .venv
+BIN := $(VENV)/bin
+HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
+comma := ,
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits
+	$(BIN)/mxsimmim pretrain conf/digits.yaml
+
+test: $(VENV)/test  # runs every test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+
+bench: $(VENV)/bench  # measures speed beside PyTorch
+	$(BIN)/python tools/bench/train.py
+	$(BIN)/python tools/bench/data.py
+	$(BIN)/python tools/bench/startup.py
+
+clean:  # removes what was installed and built, keeps runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Half a package looks whole to the next pip. So `whole`, which names the folder it was installed for, is away while pip
+# works; where it is away or names another folder at the start, the installation begins anew.
+ifneq ($(shell test -x $(BIN)/python && cat $(VENV)/whole 2> /dev/null),$(CURDIR))
+ANEW := yes
+.PHONY: $(VENV)/base
+endif
+
+# $(call install,ARGUMENTS): pip, showing of all its output what it downloads.
+define install
+	@rm -f $(VENV)/whole
+	@$(BIN)/python -m pip install --progress-bar off $(1) \
+		| sed -un 's/^ *Downloading \(.*\)/    \1/p; s/^ *Using cached \(.*\)/    \1, cached/p'
+	@echo '$(CURDIR)' > $(VENV)/whole
+endef
+
+$(VENV)/base: setup.py pyproject.toml
+	@if [ '$(ANEW)' ]; then \
+		python=$$(tools/find_python.sh); \
+		echo "==> Making $(VENV) with $$("$$python" --version), $$python"; \
+		rm -rf $(VENV); "$$python" -m venv $(VENV); \
+		$(BIN)/python -m pip install -q pip==25.0.1 setuptools==75.3.2 wheel==0.45.1; \
+	fi
+	@echo '==> Installing mxsimmim and what it needs (250 MB to download, about a minute)'
+	$(call install,--no-build-isolation -e .)
+	@touch $@
+
+$(VENV)/test: $(VENV)/base $(VENV)/horovod-$(HOROVOD)
+	@echo '==> Installing what the tests need'
+	$(call install,--no-build-isolation --find-links $(VENV)/horovod-$(HOROVOD) -e '.[test$(comma)horovod]')
+	@touch $@
+
+# Horovod has no wheel. Its build looks for the installed mxnet (hence no isolation), CMake 4 refuses the files of its
+# third parties, and GCC 13 no longer includes <cstdint> for them. pip's cache is off: it may hold a build without MXNet.
+$(VENV)/horovod-$(HOROVOD): | $(VENV)/base
+	@command -v "$${CXX:-c++}" g++ clang++ > /dev/null || { \
+		echo 'Horovod must be compiled, and no C++ compiler is on PATH (c++, g++, clang++).' \
+			'On Debian or Ubuntu: sudo apt-get install g++' >&2; exit 1; }
+	@echo '==> Compiling Horovod $(HOROVOD) (once, 1 to 3 minutes)'
+	$(call install,cmake==3.31.10 cloudpickle psutil packaging)
+	@rm -rf $@.part
+	@env -u MAKELEVEL MAKEFLAGS=-j$$(nproc) HOROVOD_CMAKE='$(CURDIR)/$(BIN)/cmake' CXXFLAGS='-include cstdint' \
+		HOROVOD_WITH_MXNET=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 \
+		HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 \
+		$(BIN)/python -m pip wheel -q --no-cache-dir --no-build-isolation --no-deps -w $@.part horovod==$(HOROVOD)
+	@mv $@.part $@
+
+$(VENV)/bench: $(VENV)/base
+	@echo '==> Installing PyTorch to compare with'
+	$(call install,--no-build-isolation -e '.[bench]')
+	@touch $@

@@ -1,0 +1,227 @@
+"""Configuration files: YAML that inherits, ``key=value`` overrides, and the words for what is wrong with them.
+
+`load` turns files and overrides into a `Config`; every problem is a `ConfigError` whose text has one line a problem,
+naming the key, where it was set and the way out.
+"""
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+
+import yaml
+from pydantic import ValidationError
+
+from .config import Config, ConfigError, Section
+
+
+def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, the files it inherits from, and ``key=value`` overrides.
+
+    A file's ``base: other.yaml`` (relative to that file) is read first and overridden key by key.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a wrong type, an impossible combination.
+    """
+    path = Path(path)
+    values: Dict[str, Tuple[Any, str]] = {}  # dotted key -> (value, where it was set)
+    for file, content in _inherited(path, ()):
+        values.update((key, (value, str(file))) for key, value in _flatten(content))
+    for text in overrides:
+        key, equals, value = text.partition('=')
+        if not equals:
+            raise ConfigError(f"'{text}' is not key=value: write for instance optim.base_lr=2e-4")
+        try:  # a string is what was typed, be it empty or a number to YAML
+            parsed = value if key in _text_keys() else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: the value of '{key}' is not YAML: {_one_line(error)}") from None
+        # A section given whole (`model={...}`) is the same as its keys given one by one.
+        for inner, item in (_flatten(parsed, f'{key}.') if isinstance(parsed, dict) else [(key, parsed)]):
+            values[inner] = (item, 'command line')
+    values.setdefault('name', (path.stem, str(path)))
+    if values['name'][0] in (None, ''):
+        values['name'] = (path.stem, str(path))
+    return _build(values)
+
+
+def from_dict(content: Dict[str, Any], where: str) -> Config:
+    """The configuration a `to_dict` wrote; `where` names it in errors (`ConfigError`)."""
+    return _build({key: (value, where) for key, value in _flatten(content)})
+
+
+def to_dict(config: Section) -> Dict[str, Any]:
+    """Plain dicts, lists, numbers and strings, in the order of definition."""
+    return config.model_dump(mode='json')
+
+
+def to_yaml(config: Section) -> str:
+    """The resolved configuration; `load` reads it back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=110)
+
+
+def differences(old: Config, new: Config) -> List[Tuple[str, Any, Any]]:
+    """Keys on which a run and its resumption must agree and do not: (key, old, new).
+
+    What decides speed, place or amount of output may change between the two; what decides the numbers may not.
+    """
+    free = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
+            'data.val_path', 'data.threads', 'data.prefetch', 'data.max_broken', 'train.store', 'train.max_bad_steps')
+    before, after = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
+    return [(key, before.get(key), after[key]) for key in after
+            if before.get(key) != after[key] and not key.startswith(free)]
+
+
+def reference_yaml() -> str:
+    """Every key with its default and meaning, as a commented YAML file: the text of ``conf/base.yaml``."""
+    lines = ['# Every key with its default. Generated from mxsimmim/config.py: `mxsimmim config > conf/base.yaml`.',
+             "# Lengths of time are steps (500), '10 epochs', or '5%' of the run."]
+    sections = [(None, Config)] + [(name, field) for name, field in _fields(Config) if _is_section(field.annotation)]
+    for name, kind in sections:
+        indent = ''
+        if name is not None:
+            kind, indent = kind.annotation, '  '
+            lines += ['', f'{name}:  # {kind.__doc__.splitlines()[0]}']
+        for key, field in _fields(kind):
+            if not _is_section(field.annotation):
+                value = to_dict(kind())[key]
+                text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace('\n...', '').strip()
+                lines.append(f'{indent}{key}: {text}  # {field.description}')
+    return '\n'.join(lines) + '\n'
+
+
+def _fields(section: type) -> List[Tuple[str, Any]]:
+    return list(section.model_fields.items())
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def known_keys(section: type = Config, prefix: str = '') -> List[str]:
+    """All dotted keys, sections included."""
+    keys = []
+    for name, field in _fields(section):
+        keys.append(prefix + name)
+        if _is_section(field.annotation):
+            keys += known_keys(field.annotation, f'{prefix}{name}.')
+    return keys
+
+
+def _text_keys() -> List[str]:
+    """Keys of known_keys() whose value is a plain string."""
+    return [name for name, field in _fields(Config) if field.annotation is str] + [
+        f'{section}.{name}' for section, kind in _fields(Config) if _is_section(kind.annotation)
+        for name, field in _fields(kind.annotation) if field.annotation is str]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML itself would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _inherited(path: Path, children: Tuple[Path, ...]) -> Iterator[Tuple[Path, Dict[str, Any]]]:
+    """(file, content), the remotest ancestor first."""
+    if path.resolve() in children:
+        raise ConfigError(f'{path}: base: goes round in a circle: ' + ' -> '.join(c.name for c in children))
+    try:
+        content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
+    except OSError as error:
+        asked = f' (base of {children[-1]})' if children else ''
+        raise ConfigError(f'{path}{asked}: cannot read the configuration: {error.strerror}') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{path}: not YAML: {_one_line(error)}') from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
+    base = content.pop('base', None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: key 'base': expected the name of one file, found {base!r}")
+        yield from _inherited(path.parent / base, children + (path.resolve(),))
+    yield path, content
+
+
+def _one_line(error: Exception) -> str:
+    mark = getattr(error, 'problem_mark', None)
+    problem = getattr(error, 'problem', None) or ' '.join(str(error).split())
+    return problem + (f' (line {mark.line + 1}, column {mark.column + 1})' if mark else '')
+
+
+def _flatten(content: Dict[str, Any], prefix: str = '') -> Iterator[Tuple[str, Any]]:
+    """Dotted keys, so that a file can override one key of a section; a null section is an empty one."""
+    sections = {name for name in known_keys() if '.' not in name} - {n for n, f in _fields(Config)
+                                                                     if not _is_section(f.annotation)}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f'{prefix}{key}.')
+        elif not (prefix + str(key) in sections and value in (None, {})):
+            yield prefix + str(key), value
+
+
+def _build(values: Dict[str, Tuple[Any, str]]) -> Config:
+    known = known_keys()
+    tree: Dict[str, Any] = {}
+    problems = []
+    for key, (value, where) in values.items():
+        *parents, leaf = _canonical(key).split('.')
+        if _canonical(key) not in known:
+            problems.append(f"{where}: unknown key '{key}'{_nearest(key, known)}")
+            continue
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                break
+        if isinstance(node, dict):
+            node[leaf] = value
+    if not problems:
+        try:
+            return Config(**tree)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                problems += _explain(item, values, known)
+    raise ConfigError('\n'.join(dict.fromkeys(problems)))
+
+
+def _canonical(key: str) -> str:
+    return 'model.use_ape' if key == 'model.ape' else key
+
+
+def _nearest(key: str, known: List[str]) -> str:
+    """A hint at the known key whose last part is most like the unknown one's, the same section first."""
+    section, _, leaf = key.rpartition('.')
+    for candidates in ([name for name in known if name.rpartition('.')[0] == section], known):
+        leaves = {name.rpartition('.')[2]: name for name in candidates}
+        near = difflib.get_close_matches(leaf, list(leaves), 1, 0.6)
+        if near:
+            return f" (did you mean '{leaves[near[0]]}'?)"
+    return '; `mxsimmim config` lists the known ones'
+
+
+def _explain(item: Dict[str, Any], values: Dict[str, Tuple[Any, str]], known: List[str]) -> Iterator[str]:
+    """The lines for one pydantic error: where: key 'a.b': what is wrong."""
+    names = [str(part) for part in item['loc']]
+    while names and '.'.join(names) not in known:  # drops the index of a list and the arm of a union
+        names.pop()
+    key = '.'.join(names)
+    message = re.sub(r'^(Value|Assertion) error, ', '', item['msg'])
+    message = message[:1].lower() + message[1:] if re.match('[A-Z][a-z]+ ', message) else message
+    where = {w for k, (_, w) in values.items() if _canonical(k) == key}
+    if where:
+        found = '' if item['type'] == 'value_error' else f', found {_show(item["input"])}'
+        yield f"{where.pop()}: key '{key}': {message}{found}"
+    else:  # a combination of keys: name the files that set the ones it speaks of
+        spoken = [k for k in values if k.rsplit('.', 1)[-1] in re.findall(r'\w+', message) and k.startswith(key)]
+        files = ', '.join(dict.fromkeys(values[k][1] for k in spoken)) or 'configuration'
+        yield f"{files}: {key + ': ' if key else ''}{message}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + '...'

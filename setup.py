@@ -1,0 +1,58 @@
+"""Installation. The pins are what tests and recorded numbers ran with; each has wheels for Python 3.8 to 3.11."""
+import re
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+if not (3, 8) <= sys.version_info[:2] <= (3, 11):
+    sys.exit('mxsimmim needs Python 3.8 to 3.11 (MXNet 1.9.1 needs numpy < 1.24, which newer Pythons do not have); '
+             f'{sys.executable} is Python {sys.version.split()[0]}. `make demo` finds a fitting one.')
+
+setup(
+    name='mxsimmim',
+    version=re.search(r"__version__ = '(.*)'", Path('mxsimmim/__init__.py').read_text())[1],
+    description='SimMIM pre-training of vision transformers on Apache MXNet Gluon',
+    author='the mxsimmim authors',
+    license='Apache-2.0',
+    python_requires='>=3.8,<3.12',
+    packages=find_packages(include=['mxsimmim', 'mxsimmim.*']),
+    entry_points={'console_scripts': ['mxsimmim = mxsimmim.cli:main']},
+    install_requires=[
+        'mxnet==1.9.1',
+        'numpy==1.23.5',
+        'scipy==1.10.1',
+        'scikit-learn==1.3.2',
+        'pydantic==2.10.6',
+        'typing_extensions>=4.12',
+        'pyyaml==6.0.2',
+        'tqdm==4.67.1',
+        'tensorboardX==2.6.2.2',
+        'matplotlib==3.7.5',
+        'pillow==10.4.0',
+        'opencv-python-headless==4.8.1.78',
+        'simplejpeg==1.7.3',
+        'numba==0.58.1',
+        'safetensors==0.5.3',
+    ],
+    extras_require={
+        # NVIDIA GPUs. mxnet-cu112 fills the same folder as mxnet, so it must be installed once more, after both:
+        # pip install --force-reinstall --no-deps mxnet-cu112==1.9.1
+        'cu112': [
+            'mxnet-cu112==1.9.1',
+            'nvidia-cuda-runtime-cu11==11.8.89',
+            'nvidia-cuda-nvrtc-cu11==11.8.89',
+            'nvidia-nvtx-cu11==11.8.86',
+            'nvidia-cublas-cu11==11.11.3.6',
+            'nvidia-cufft-cu11==10.9.0.58',
+            'nvidia-curand-cu11==10.3.0.86',
+            'nvidia-cusolver-cu11==11.4.1.48',
+            'nvidia-cudnn-cu11==8.9.6.50',
+            'nvidia-nccl-cu11==2.21.5',
+        ],
+        # Has no wheel and must be compiled against the installed mxnet: the Makefile does.
+        'horovod': ['horovod==0.28.1'],
+        'test': ['pytest==8.3.5', 'ruff==0.17.5'],
+        'bench': ['torch==2.13.0; python_version >= "3.10"'],
+    },
+)
