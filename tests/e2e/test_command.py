@@ -23,7 +23,8 @@ def test_help_and_wrong_keys_answer_at_once(mxsimmim):
 
 def test_mxnet_stays_away_from_help_and_errors(mxsimmim, tmp_path):
     (tmp_path / 'mxnet.py').write_text('raise SystemExit(99)')
-    for arguments, status in ((['--help'], 0), (['config'], 0), (['pretrain', BASE, 'x=1'], 2), (['pretrain', BASE], 2)):
+    for arguments, status in ((['--help'], 0), (['config'], 0), (['pretrain', BASE, 'x=1'], 2),
+                              (['pretrain', BASE], 2)):
         mxsimmim(*arguments, status=status)
 
 
@@ -36,7 +37,8 @@ def test_config(mxsimmim):
 def test_a_run_from_start_to_pictures(mxsimmim, tmp_path):
     text = mxsimmim('pretrain', BASE, *TINY, 'name=run', 'train.length=20', 'validation.at_start=true',
                     'validation.every=10').stderr
-    for part in ('parameters', 'GFLOPs an image', 'embed_dim: 16', '1,617 training images, 50 steps an epoch, 20 in all',
+    for part in ('parameters', 'GFLOPs an image', 'embed_dim: 16',
+                 '1,617 training images, 50 steps an epoch, 20 in all',
                  'AvgDist of the masks', 'step 3/20', 'step 20/20', 'validation loss', 'at the start', 'at the end',
                  'mean of the visible pixels', 'nearest visible pixel', 'pictures: runs/run/pictures'):
         assert part in text, part

@@ -40,7 +40,7 @@ def test_inheritance_and_overrides(tmp_path):
     config = configfile.load(tmp_path / 'b.yaml', ['train.batch_size=16', 'optim={eps: 1e-6}', 'model.ape=true'])
     assert (config.optim.base_lr, config.optim.gamma, config.optim.eps) == (2.0, 0.5, 1e-6)
     assert (config.train.batch_size, config.name, config.model.use_ape) == (16, 'other', True)
-    assert configfile.load(tmp_path / 'b.yaml', ['optim.base_lr=2e-4']).optim.base_lr == 2e-4  # YAML alone reads a string
+    assert configfile.load(tmp_path / 'b.yaml', ['optim.base_lr=2e-4']).optim.base_lr == 2e-4  # a string to YAML
 
 
 def test_strings_are_taken_as_typed():
@@ -128,7 +128,8 @@ def test_frozen():
 
 
 def test_what_may_change_in_a_resumed_run():
-    old, new = cfg.Config(), configfile.load(CONF / 'base.yaml', ['log.every=3', 'devices=[cpu(0),cpu(1)]', 'data.threads=7'])
+    old = cfg.Config()
+    new = configfile.load(CONF / 'base.yaml', ['log.every=3', 'devices=[cpu(0),cpu(1)]', 'data.threads=7'])
     assert configfile.differences(old, new) == []
     new = configfile.load(CONF / 'base.yaml', ['optim.base_lr=1', 'mask.ratio=0.5'])
     assert configfile.differences(old, new) == [('mask.ratio', 0.6, 0.5), ('optim.base_lr', 0.0001, 1.0)]

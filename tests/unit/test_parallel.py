@@ -28,6 +28,10 @@ def batches(config, steps, images):
                     mask.astype('uint8'), uniform, 0, np.arange(images))
 
 
+def take(batch, part):
+    return Batch(batch.image[part], batch.mask[part], batch.uniform[part], 0, batch.index[part])
+
+
 def trained(keys, devices, accumulate=1, steps=10, images=7, recipe='fixed', clip=0.5, store='local'):
     print('seed', SEED)
     config, data = ModelConfig(**keys), DataConfig()
@@ -91,7 +95,7 @@ def test_the_reference_clips_after_every_accumulated_part(devices):
     placement, _, read = next(gradients(1, None, 1))
     halves = []
     for part in (slice(0, 3), slice(3, 6)):
-        placement.forward_backward(Batch(batch.image[part], batch.mask[part], batch.uniform[part], 0, batch.index[part]))
+        placement.forward_backward(take(batch, part))
         halves.append(read() / 2)
     clip = np.linalg.norm(halves[0]) / 4
     expected = halves[0] / 4 + halves[1]
@@ -127,12 +131,10 @@ def test_validation_loss_is_the_mean_over_images():
     batch = next(batches(config, 1, 7))
     net = build_simmim(config, seed=SEED)
     one = Replicated(net, [mx.cpu(0)], data.mean, data.std)
-    apart = [one.loss(Batch(batch.image[i:i + 1], batch.mask[i:i + 1], batch.uniform[i:i + 1], 0, batch.index)).asscalar()
-             for i in range(7)]
+    apart = [one.loss(take(batch, slice(i, i + 1))).asscalar() for i in range(7)]
     three = Replicated(build_simmim(config, seed=SEED), [mx.cpu(i) for i in range(3)], data.mean, data.std)
     assert three.loss(batch).asscalar() == pytest.approx(sum(apart), rel=1e-5)
-    few = Batch(batch.image[:2], batch.mask[:2], batch.uniform[:2], 0, batch.index[:2])
-    assert three.loss(few).asscalar() == pytest.approx(sum(apart[:2]), rel=1e-5)  # fewer images than devices
+    assert three.loss(take(batch, slice(0, 2))).asscalar() == pytest.approx(sum(apart[:2]), rel=1e-5)  # fewer images than devices
 
 
 def test_missing_gpus_are_named():

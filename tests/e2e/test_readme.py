@@ -1,0 +1,86 @@
+"""The README's commands, as typed, on a few small images; only lengths are cut."""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import DEADLINE, ROOT, TINY
+from PIL import Image
+
+README = (ROOT / 'README.md').read_text()
+SHORT = [key for key in TINY if not key.startswith(('data.', 'model.', 'mask.patch'))] + [
+    'train.length=2', 'optim.warmup=1', 'train.batch_size=4', 'validation.images=4', 'validation.pictures=2']
+
+
+def shell_lines():
+    blocks = re.findall(r'^```sh\n(.*?)^```', README, re.S | re.M)
+    return [line.partition('  #')[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def small(config):
+    """Overrides that make a recipe's network small, whatever its type."""
+    if config.endswith('digits.yaml'):
+        return SHORT + ['model.depth=1', 'data.val_fraction=0.01']
+    return SHORT + ['model.img_size=64', 'model.embed_dim=24', 'model.num_heads=2', 'model.depth=1']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkout with images in /images, as far as the commands can tell."""
+    shutil.copytree(ROOT / 'conf', tmp_path / 'conf')
+    shutil.copytree(ROOT / 'tools', tmp_path / 'tools', ignore=shutil.ignore_patterns('__pycache__'))
+    (tmp_path / 'images').mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), 'uint8')
+        Image.fromarray(pixels).save(tmp_path / 'images' / f'{number}.jpg')
+    return tmp_path
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / 'Makefile').read_text()
+    targets = set(re.findall(r'make (\w+)', ' '.join(shell_lines()) + README))
+    assert targets >= {'demo', 'test', 'bench'}
+    for target in targets:
+        assert re.search(rf'^{target}:', makefile, re.M), target
+
+
+def test_commands(folder):
+    ran = 0
+    for line in shell_lines():
+        words = shlex.split(line.replace('/images', str(folder / 'images')))
+        if words[0] == 'mxsimmim':
+            words[:1] = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim']
+            if 'pretrain' in words:
+                config = words[words.index('pretrain') + 1]
+                words = [word.replace('gpu(', 'cpu(').replace('val_fraction=0.01', 'val_fraction=0.2')
+                         for word in words] + small(config) + [f'name=run{ran}']
+                if config.endswith('digits.yaml'):
+                    words[-1] = 'name=digits'
+        elif words[0] == 'python':
+            words[0] = sys.executable
+        else:
+            assert words[0] == 'make', line
+            continue
+        result = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                universal_newlines=True, timeout=DEADLINE)
+        assert result.returncode == 0, f'{line}\n{result.stdout}'
+        ran += 1
+    assert ran == 9
+    assert (folder / 'grid.png').stat().st_size > 1000 and (folder / 'curves.png').stat().st_size > 1000
+
+
+def test_python_example():
+    example = re.search(r'^```python\n(.*?)^```', README, re.S | re.M)[1]
+    example = example.replace('embed_dim=768, depth=12', 'embed_dim=24, depth=1')
+    names = {}
+    exec(example, names)
+    assert 0 < names['loss'].asscalar() < 5
+    assert names['picture'].shape == (2, 3, 224, 224) and 'encoder.cls_token' in names['weights']
+
+
+@pytest.mark.parametrize('path', re.findall(r'\]\(((?!http)[^)]+)\)', README))
+def test_links(path):
+    assert (ROOT / path).exists()

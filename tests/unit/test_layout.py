@@ -1,0 +1,51 @@
+"""Imports go one way: a module knows those before it in this list, and its neighbours in the same folder."""
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
+ORDER = ['__init__', 'config', 'configfile', 'runtime', 'facts', 'doctor', 'data', 'models', 'interop', 'optim',
+         'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'meter', 'validation', 'run', 'train',
+         'reconstruct', 'cli', '__main__']
+# What answers before, or without, the second that `import mxnet` takes.
+WITHOUT_MXNET = ['__init__', 'config', 'configfile', 'runtime', 'data', 'checkpoint', 'monitor', 'pictures',
+                 'baselines', 'cli']
+FILES = sorted(PACKAGE.rglob('*.py'))
+
+
+def place(path):
+    return path.relative_to(PACKAGE).with_suffix('').parts[0]
+
+
+def imports(path, everywhere):
+    """Dotted names imported by a file, relative ones resolved; at the top only, or inside functions too."""
+    tree = ast.parse(path.read_text())
+    package = ('mxsimmim',) + path.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else ()
+            module = '.'.join(base + ((node.module,) if node.module else ()))
+            yield module
+            yield from (f'{module}.{alias.name}' for alias in node.names)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    own = ORDER.index(place(path))
+    for name in imports(path, everywhere=True):
+        parts = name.split('.')
+        if parts[0] == 'mxsimmim' and len(parts) > 1 and parts[1] in ORDER:
+            assert ORDER.index(parts[1]) <= own, f'{path.name} imports {name}'
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if place(p) in WITHOUT_MXNET],
+                         ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_mxnet_is_not_imported_at_the_top(path):
+    assert not any(name.split('.')[0] == 'mxnet' for name in imports(path, everywhere=False))
+
+
+def test_nothing_imports_tools():
+    assert not any(name.split('.')[0] == 'tools' for path in FILES for name in imports(path, everywhere=True))
