@@ -146,7 +146,10 @@ def assemble(config: Config, plan: Plan, source: Source, held_out: Optional[Sour
         return batch_at(step, len(source), train.batch_size, config.seed)
 
     def samples(step: int) -> str:
-        return ', '.join(source.name(int(i)) for i in batch(step - 1)[1])
+        names = [source.name(int(i)) for i in batch(step - 1)[1]]
+        listed = folder_of(config) / 'bad-samples.txt'
+        listed.write_text('\n'.join(names) + '\n', encoding='utf-8')
+        return ', '.join(names[:8]) + (f' and {len(names) - 8} more, all in {listed}' if len(names) > 8 else '')
 
     loader = Loader(source, PretrainTransform(config.data, config.mask, config.model), batch, config.seed,
                     config.data.threads, config.data.prefetch, config.data.max_broken, monitor.message)
@@ -165,8 +168,7 @@ def introduce(run: Run, saved: Optional[Checkpoint]) -> None:
     say(f'{len(run.source):,} training images, {plan.per_epoch:,} steps an epoch, {plan.total:,} in all, on '
         + ', '.join(map(str, run.placement.contexts)))
     if run.validation:
-        say(f'{run.validation.images:,} held-out images; AvgDist of the masks '
-            f'{run.validation.average_distance():.2f} pixels')
+        say(f'{run.validation.images:,} held-out images')
     else:
         say('no validation: set data.val_path or data.val_fraction for a loss on held-out images')
     if saved:
@@ -191,8 +193,7 @@ def validate(run: Run, done: int) -> None:
     report(run, done)
     run.meter.read()
     began = time.monotonic()
-    values = {'epoch': done / run.plan.per_epoch, 'val_loss': run.validation.loss(run.placement)}
-    run.monitor.write(done, values)
+    run.monitor.write(done, {'epoch': done / run.plan.per_epoch, **run.validation.measure(run.placement)})
     if run.config.validation.pictures:
         run.monitor.picture(done, 'reconstruction', run.validation.picture(run.placement))
     run.meter.pause(time.monotonic() - began)

@@ -22,6 +22,7 @@ class Validation:
     def __init__(self, config: Config, source: Source):
         self._config, self._source = config, source
         self.images = min(config.validation.images, len(source))
+        self._avg_dist: Optional[float] = None
 
     def batches(self) -> Iterator[Batch]:
         """The images in batches no larger than those of training."""
@@ -31,15 +32,15 @@ class Validation:
         return fixed_batches(self._source, transform, min(size, self.images), self.images, SEED,
                              config.data.threads)
 
-    def loss(self, placement: Replicated) -> float:
-        """Mean masked loss over the held-out images."""
-        sums = [placement.loss(batch) for batch in self.batches()]
-        return float(sum(s.asscalar() for s in sums)) / self.images
-
-    def average_distance(self) -> float:
-        """AvgDist of the masks used here: mean distance in pixels from a masked pixel to the nearest visible one."""
-        masks = np.concatenate([batch.mask for batch in self.batches()])
-        return average_distance(masks, self._config.model.patch_size)
+    def measure(self, placement: Replicated) -> Dict[str, float]:
+        """val_loss, the mean masked loss over the held-out images, and val_avg_dist, the AvgDist of their masks."""
+        sums, masks = [], []
+        for batch in self.batches():
+            sums.append(placement.loss(batch))
+            masks.append(batch.mask)
+        if self._avg_dist is None:  # while the device works; the masks never change
+            self._avg_dist = average_distance(np.concatenate(masks), self._config.model.patch_size)
+        return {'val_loss': sum(s.asscalar() for s in sums) / self.images, 'val_avg_dist': self._avg_dist}
 
     def picture(self, placement: Replicated) -> np.ndarray:
         """The first images: original, masked, reconstruction; uint8 (H, W, 3)."""

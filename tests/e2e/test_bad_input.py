@@ -52,10 +52,14 @@ def test_pretrain(prepared, mxsimmim, options, status, complaint):
     assert 'Traceback' not in result.stderr
 
 
-def test_bad_steps_name_their_samples(mxsimmim):
+def test_bad_steps_name_their_samples(mxsimmim, tmp_path):
     text = mxsimmim('pretrain', BASE, *TINY, 'optim.base_lr=1e30', 'optim.warmup=0', 'train.max_bad_steps=2',
                     'optim.clip_grad=null', 'train.batch_size=4', status=1).stderr
     assert 'learning rate 7.8125e+27' in text and text.count('digits#') >= 4
+    text = mxsimmim('pretrain', BASE, *TINY, 'optim.base_lr=1e30', 'optim.warmup=0', 'train.max_bad_steps=2',
+                    'optim.clip_grad=null', 'name=many', status=1).stderr
+    assert 'and 24 more, all in runs/many/bad-samples.txt' in text
+    assert len((tmp_path / 'runs' / 'many' / 'bad-samples.txt').read_text().split()) == 32
 
 
 def test_broken_images_are_named_counted_and_replaced(prepared, mxsimmim, tmp_path):

@@ -39,7 +39,7 @@ def test_a_run_from_start_to_pictures(mxsimmim, tmp_path):
                     'validation.every=10').stderr
     for part in ('parameters', 'GFLOPs an image', 'embed_dim: 16',
                  '1,617 training images, 50 steps an epoch, 20 in all',
-                 'AvgDist of the masks', 'step 3/20', 'step 20/20', 'validation loss', 'at the start', 'at the end',
+                 'val_avg_dist', 'step 3/20', 'step 20/20', 'validation loss', 'at the start', 'at the end',
                  'mean of the visible pixels', 'nearest visible pixel', 'pictures: runs/run/pictures'):
         assert part in text, part
     run = tmp_path / 'runs' / 'run'
