@@ -4,6 +4,7 @@ import math
 from typing import Callable, Dict, Iterable, List, Mapping
 
 import mxnet as mx
+import numpy as np
 from mxnet.gluon import Parameter
 
 from .config import OptimConfig, TrainConfig
@@ -77,17 +78,24 @@ class AdamW:
 
         A scale of 0 leaves weights and moments alone; MXNet's operator decides that on the device.
         """
-        # MXNet's operator has no bias correction: fold it into rate and epsilon, and undo that for the decay.
-        beta1, beta2 = self._betas
+        # MXNet's operator has no bias correction: fold it into rate and epsilon. It works with the betas rounded to
+        # float32, where 1 - 0.999 is off by 1.3e-5: correct for those. PyTorch rounds after the decay and again after
+        # the step; the operator's own decay rounds once, which tells after ten steps.
+        beta1, beta2 = (float(np.float32(beta)) for beta in self._betas)
         root = math.sqrt(1 - beta2 ** (update + 1))
         corrected = lr * root / (1 - beta1 ** (update + 1))
+        longest = max(int(np.prod(p.shape)) for p in self._parameters.values())
         for device, scale in enumerate(scales):
+            decayed = {decay: mx.nd.broadcast_to(1 - lr * decay * (scale != 0), (longest,))
+                       for decay in set(self._decays.values()) if decay}
             for name, p in self._parameters.items():
-                weight = p.list_data()[device]
+                weight, decay = p.list_data()[device], self._decays[name]
+                if decay:
+                    flat = weight.reshape((-1,))
+                    mx.nd.elemwise_mul(flat, decayed[decay][:flat.size], out=flat)
                 mx.nd.contrib.adamw_update(
                     weight, p.list_grad()[device], self.mean[name][device], self.var[name][device], scale, out=weight,
-                    lr=corrected, beta1=beta1, beta2=beta2, epsilon=self._eps * root, wd=lr * self._decays[name],
-                    eta=1.0)
+                    lr=corrected, beta1=beta1, beta2=beta2, epsilon=self._eps * root, wd=0, eta=1.0)
 
     def arrays(self) -> Dict[str, object]:
         """The moments as NumPy arrays, named `mean.NAME` and `var.NAME`."""

@@ -154,7 +154,7 @@ class PretrainTransform:
 
 
 class EvalTransform:
-    """Resize and centre crop as the reference evaluates, with a mask from the generator; called like the above.
+    """The largest square in the middle, resized as in training, with a mask from the generator; called like the above.
 
     `Sample.uniform` is empty: nothing else is random.
     """
@@ -167,11 +167,11 @@ class EvalTransform:
         return _allocate(count, self._model, 0)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Sample:
-        size = self._model.img_size
-        picture = resize_short_side(Image.fromarray(image), int(256 / 224 * size))
-        left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
-        picture = picture.crop((left, top, left + size, top + size))
-        return Sample(np.asarray(picture), _draw_mask(rng, self._mask, self._model), np.empty(0, np.float32))
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = resize(image[top:top + side, left:left + side], self._model.img_size)
+        return Sample(square, _draw_mask(rng, self._mask, self._model), np.empty(0, np.float32))
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:

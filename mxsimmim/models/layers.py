@@ -44,18 +44,45 @@ class Linear(nn.Dense):
         super().__init__(outputs, in_units=inputs, use_bias=bias, flatten=False)
 
 
+def row_sums(F: Any, x: Any, weights: Any) -> Any:
+    """(..., C) times weights (1, C), summed over the last axis: (..., 1)."""
+    return F.FullyConnected(x, weights, num_hidden=1, no_bias=True, flatten=False)
+
+
+def outer(F: Any, column: Any, row: Any, size: int, bias: Any = None) -> Any:
+    """column (..., 1) times row (of `size` values) plus bias (size,): (..., size).
+
+    With a column of ones this is broadcasting, whose gradient, a sum over rows, MXNet computes ten times slower on a
+    CPU than this matrix product's.
+    """
+    inputs = [column, F.reshape(row, shape=(AUTO, 1))] + ([] if bias is None else [bias])
+    return F.FullyConnected(*inputs, num_hidden=size, no_bias=bias is None, flatten=False)
+
+
+def spread(F: Any, row: Any, like: Any, size: int) -> Any:
+    """row (of `size` values) repeated to the shape of `like` (..., size)."""
+    return outer(F, F.ones_like(F.slice_axis(like, axis=-1, begin=0, end=1)), row, size)
+
+
 class LayerNorm(HybridBlock):
     """Layer normalisation of the last axis, with the reference's parameter names."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self._eps = eps
+        self._eps, self._width = eps, width
         with self.name_scope():
             self.weight = self.params.get('weight', shape=(width,))
             self.bias = self.params.get('bias', shape=(width,))
 
     def hybrid_forward(self, F, x, weight, bias):
-        return F.LayerNorm(x, weight, bias, eps=self._eps)
+        # F.LayerNorm with its backward three times as fast on a CPU (docs/benchmarks.md): row sums and outer products
+        # are matrix products. The gradient through the mean inside the variance is zero, hence BlockGrad.
+        ones = F.ones_like(weight)
+        average = F.reshape(ones / self._width, shape=(1, AUTO))
+        mean = row_sums(F, x, average)                                                          # (..., 1)
+        centred = x - F.BlockGrad(outer(F, mean, ones, self._width))
+        scale = F.rsqrt(row_sums(F, F.square(centred), average) + self._eps)
+        return x * outer(F, scale, weight, self._width) + outer(F, -mean * scale, weight, self._width, bias)
 
 
 class PatchEmbed(HybridBlock):
@@ -89,23 +116,19 @@ class Mlp(HybridBlock):
         return self.fc2(F.LeakyReLU(self.fc1(x), act_type='gelu'))
 
 
-def attend(F: Any, qkv: Any, heads: int, width: int, tokens: int, bias: Any,
-           mask: Any = None, windows: int = 1) -> Any:
+def attend(F: Any, qkv: Any, heads: int, width: int, tokens: int, bias: Any, windows: int = 1) -> Any:
     """Softmax attention of H heads over N tokens: qkv (B, N, 3C) to (B, N, C).
 
-    bias (1, H, N, N) or None is added to the scores; so is mask (1, windows, 1, N, N), where B counts the windows of
-    each image one after another.
+    bias (windows, H, N, N) or None is added to the scores, B counting the windows of each image one after another.
     """
-    size = width // heads
-    q, k, v = (F.reshape(swap(F, x, AUTO, tokens, heads, size), shape=(AUTO, tokens, size))    # (B*H, N, D)
-               for x in F.split(qkv, num_outputs=3, axis=2))
+    size, pairs = width // heads, windows * heads * tokens * tokens
+    qkv = F.reshape(swap(F, qkv, AUTO, tokens, 3 * heads, size), shape=(AUTO, 3, heads * tokens * size))
+    q, k, v = (F.reshape(x, shape=(AUTO, tokens, size)) for x in F.split(qkv, num_outputs=3, axis=1))  # (B*H, N, D)
     scores = F.batch_dot(q * size ** -0.5, k, transpose_b=True)                                # (B*H, N, N)
     if bias is not None:
-        scores = F.broadcast_add(F.reshape(scores, shape=(AUTO, heads, tokens, tokens)), bias)
-    if mask is not None:
-        scores = F.broadcast_add(F.reshape(scores, shape=(AUTO, windows, heads, tokens, tokens)), mask)
-    weights = F.reshape(F.softmax(scores, axis=-1), shape=(AUTO, tokens, tokens))
-    mixed = F.batch_dot(weights, v)                                                            # (B*H, N, D)
+        scores = F.reshape(scores, shape=(AUTO, pairs))
+        scores = F.reshape(scores + spread(F, bias, scores, pairs), shape=(AUTO, tokens, tokens))
+    mixed = F.batch_dot(F.softmax(scores, axis=-1), v)                                         # (B*H, N, D)
     return F.reshape(swap(F, mixed, AUTO, heads, tokens, size), shape=(AUTO, tokens, width))
 
 
@@ -131,10 +154,10 @@ def gather_bias(F: Any, table: Any, index: Any, tokens: int, heads: int) -> Any:
     return F.reshape(F.transpose(pairs), shape=(1, heads, tokens, tokens))
 
 
-def replace_masked(F: Any, x: Any, mask: Any, mask_token: Any) -> Any:
+def replace_masked(F: Any, x: Any, mask: Any, mask_token: Any, width: int) -> Any:
     """x (B, L, C) with the rows whose mask (B, h, w) is 1 replaced by the mask token (1, 1, C)."""
     hidden = F.cast(F.reshape(mask, shape=(0, AUTO, 1)), dtype='float32')                       # (B, L, 1)
-    return F.broadcast_add(F.broadcast_mul(x, 1 - hidden), F.broadcast_mul(hidden, mask_token))
+    return x * outer(F, 1 - hidden, F.ones_like(mask_token), width) + outer(F, hidden, mask_token, width)
 
 
 def drop_path(F: Any, branch: Any, keep: Any, draw: int) -> Any:

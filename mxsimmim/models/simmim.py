@@ -47,7 +47,8 @@ class SimMIM(HybridBlock):
         hidden = self._masked_pixels(F, mask)                                       # (B, cells, 1, cell^2)
         error = F.reshape(predicted - target, shape=(0, 0, 3, AUTO))                # (B, cells, 3, cell^2)
         error = F.abs(error) if self.config.loss == 'l1' else F.square(error)
-        return F.sum(F.broadcast_mul(error, hidden)) / (F.sum(hidden) + 1e-5) / 3
+        weights = F.concat(hidden, hidden, hidden, dim=2)
+        return F.sum(error * weights) / (F.sum(hidden) + 1e-5) / 3
 
     def _predict(self, F: Any, image: Any, mask: Any, keep: Any = None) -> Any:
         """Decoded cells (B, cells, 3*cell*cell)."""

@@ -40,12 +40,12 @@ def roll(F: Any, x: Any, side: int, width: int, shift: int) -> Any:
 
 
 def shift_mask(side: int, window: int, shift: int) -> np.ndarray:
-    """(1, windows, 1, N, N): 0 for pairs that belong together before the shift, FORBIDDEN for the others."""
+    """(windows, 1, N, N): 0 for pairs that belong together before the shift, FORBIDDEN for the others."""
     band = np.digitize(np.arange(side), (side - window, side - shift))  # which of the three strips a row falls in
     region = (band[:, None] * 3 + band).reshape(side // window, window, side // window, window)
     region = region.transpose(0, 2, 1, 3).reshape(-1, window * window)  # (windows, N)
     apart = region[:, :, None] != region[:, None, :]
-    return np.where(apart, FORBIDDEN, 0.0).astype('float32')[None, :, None]
+    return np.where(apart, FORBIDDEN, 0.0).astype('float32')[:, None]
 
 
 class WindowAttention(HybridBlock):
@@ -61,8 +61,10 @@ class WindowAttention(HybridBlock):
 
     def hybrid_forward(self, F, x, mask, relative_position_bias_table, relative_position_index):
         bias = gather_bias(F, relative_position_bias_table, relative_position_index, self._tokens, self._heads)
-        return self.proj(attend(F, self.qkv(x), self._heads, self._width, self._tokens, bias, mask,
-                                self._windows))
+        if mask is not None:
+            bias = F.broadcast_add(bias, mask)                                                 # (windows, H, N, N)
+        return self.proj(attend(F, self.qkv(x), self._heads, self._width, self._tokens, bias,
+                                1 if mask is None else self._windows))
 
 
 class Block(HybridBlock):
@@ -145,6 +147,7 @@ class SwinTransformer(HybridBlock):
     def __init__(self, config: ModelConfig, masked: bool):
         super().__init__()
         width, side = config.embed_dim, config.grid
+        self._width = width
         with self.name_scope():
             self.absolute_pos_embed = self.mask_token = None
             if config.use_ape:
@@ -160,7 +163,7 @@ class SwinTransformer(HybridBlock):
     def hybrid_forward(self, F, image, mask=None, keep=None, absolute_pos_embed=None, mask_token=None):
         x = self.patch_embed(image)
         if mask is not None:
-            x = replace_masked(F, x, mask, mask_token)
+            x = replace_masked(F, x, mask, mask_token, self._width)
         if absolute_pos_embed is not None:
             x = F.broadcast_add(x, absolute_pos_embed)
         for layer in self.layers:

@@ -8,8 +8,8 @@ import numpy as np
 from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
-from .layers import (AUTO, LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, attend, drop_path, gather_bias,
-                     relative_index, replace_masked)
+from .layers import (LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, attend, drop_path, gather_bias,
+                     relative_index, replace_masked, spread)
 
 EPS = 1e-6
 
@@ -84,6 +84,7 @@ class Block(HybridBlock):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         width, self._index = config.embed_dim, index
+        self._width = width
         with self.name_scope():
             self.gamma_1 = self.gamma_2 = None
             if config.init_values is not None:
@@ -98,7 +99,7 @@ class Block(HybridBlock):
     def hybrid_forward(self, F, x, bias, keep, gamma_1=None, gamma_2=None):
         def add(x, branch, gamma, draw):
             if gamma is not None:
-                branch = F.broadcast_mul(branch, F.reshape(gamma, shape=(1, 1, AUTO)))
+                branch = branch * spread(F, gamma, branch, self._width)
             return x + drop_path(F, branch, keep, draw)
 
         x = add(x, self.attn(self.norm1(x), bias), gamma_1, 2 * self._index)
@@ -116,6 +117,7 @@ class VisionTransformer(HybridBlock):
     def __init__(self, config: ModelConfig, masked: bool):
         super().__init__()
         width, side = config.embed_dim, config.grid
+        self._width = width
         with self.name_scope():
             self.cls_token = self.params.get('cls_token', shape=(1, 1, width))
             self.pos_embed = self.mask_token = None
@@ -134,7 +136,7 @@ class VisionTransformer(HybridBlock):
     def hybrid_forward(self, F, image, mask=None, keep=None, cls_token=None, pos_embed=None, mask_token=None):
         x = self.patch_embed(image)
         if mask is not None:
-            x = replace_masked(F, x, mask, mask_token)
+            x = replace_masked(F, x, mask, mask_token, self._width)
         # A row of cls tokens for each image of a batch whose size the graph does not know.
         cls = F.broadcast_like(cls_token, F.slice_axis(x, axis=1, begin=0, end=1), lhs_axes=(0,), rhs_axes=(0,))
         x = F.concat(cls, x, dim=1)

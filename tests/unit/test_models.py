@@ -102,7 +102,7 @@ def test_what_is_taken_apart_is_put_together(shape):
 
 
 def test_shift_mask_forbids_what_the_shift_brought_together():
-    mask = shift_mask(8, 4, 2)[0, :, 0]                        # (windows, 16, 16)
+    mask = shift_mask(8, 4, 2)[:, 0]                           # (windows, 16, 16)
     assert np.all(mask[0] == 0)                                # the first window is untouched
     corner = (mask[3] == 0).reshape(4, 4, 4, 4)                # the last one holds four strangers
     assert corner[0, 0].tolist() == [[True, True, False, False]] * 2 + [[False] * 4] * 2

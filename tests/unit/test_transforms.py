@@ -210,17 +210,20 @@ def test_flip_can_be_switched_off():
     assert all((transform(image, generator(i)).image == want).all() for i in range(10))
 
 
-@pytest.mark.parametrize('width, height, resized', [(500, 375, (292, 219)), (375, 500, (219, 292)),
-                                                    (219, 219, (219, 219)), (100, 1001, (219, 2192))])
-def test_eval_transform(width, height, resized):
+@pytest.mark.parametrize('width, height, box', [(500, 375, (62, 0, 437, 375)), (375, 500, (0, 62, 375, 437)),
+                                                (219, 219, (0, 0, 219, 219)), (100, 1001, (0, 450, 100, 550))])
+def test_eval_transform(width, height, box):
     image = picture(width, height)
-    whole = resize_short_side(Image.fromarray(image), 219)
-    assert whole.size == resized
-    left, top = round((resized[0] - 192) / 2), round((resized[1] - 192) / 2)
     sample = EvalTransform(DataConfig(), MaskConfig(), ModelConfig(img_size=192, drop_path=0.1))(image, generator(4))
-    want = np.asarray(Image.fromarray(image).resize(resized, Image.BICUBIC))[top:top + 192, left:left + 192]
+    want = np.asarray(Image.fromarray(image).crop(box).resize((192, 192), Image.BILINEAR))
     assert (sample.image == want).all()
     assert sample.mask.sum() == 22 * 4 and sample.uniform.shape == (0,)
+
+
+@pytest.mark.parametrize('size, resized', [((500, 375), (292, 219)), ((375, 500), (219, 292)),
+                                           ((100, 1001), (219, 2192))])
+def test_short_side(size, resized):
+    assert resize_short_side(Image.new('RGB', size), 219).size == resized
 
 
 def test_digits_take_the_same_way():
