@@ -12,7 +12,7 @@ from PIL import Image
 
 README = (ROOT / 'README.md').read_text()
 SHORT = [key for key in TINY if not key.startswith(('data.', 'model.', 'mask.patch'))] + [
-    'train.length=2', 'optim.warmup=1', 'train.batch_size=4', 'validation.images=4', 'validation.pictures=2']
+    'train.length=2', 'optim.warmup=1', 'train.batch_size=8', 'validation.images=4', 'validation.pictures=2']
 
 
 def shell_lines():
