@@ -15,16 +15,23 @@ def contexts_of(devices: Any) -> List[mx.Context]:
     """MXNet contexts for `devices`: 'auto' (every GPU, else cpu(0)) or names such as 'gpu(0)'.
 
     Raises:
-        ValueError: a GPU that is not there.
+        ValueError: a GPU that is not there, or that this build of MXNet cannot compute on.
     """
     gpus = mx.context.num_gpus()
     if devices == 'auto':
-        return [mx.gpu(i) for i in range(gpus)] or [mx.cpu(0)]
+        devices = [f'gpu({i})' for i in range(gpus)] or ['cpu(0)']
     found = [mx.Context(name[:3], int(name[4:-1])) for name in devices]
     missing = [str(ctx) for ctx in found if ctx.device_type == 'gpu' and ctx.device_id >= gpus]
     if missing:
         raise ValueError(f"devices: {', '.join(missing)} asked for, but MXNet sees {gpus} GPUs: "
                          'write devices=auto, or run `mxsimmim doctor` to see why')
+    for ctx in found:
+        if ctx.device_type == 'gpu':  # now, with a remedy, not with "no kernel image" in the first step
+            try:
+                (mx.nd.zeros((1,), ctx=ctx) + 1).wait_to_read()
+            except mx.MXNetError as error:
+                raise ValueError(f'{ctx}: MXNet cannot compute there: {str(error).strip().splitlines()[-1]}; run '
+                                 '`mxsimmim doctor` to see what fits, or train on devices=[cpu(0)]') from error
     return found
 
 

@@ -142,3 +142,12 @@ def test_missing_gpus_are_named():
     with pytest.raises(ValueError, match=r'gpu\(97\) asked for, but MXNet sees \d+ GPUs'):
         contexts_of(['gpu(97)'])
     assert contexts_of(['cpu(0)', 'cpu(3)']) == [mx.cpu(0), mx.cpu(3)]
+
+
+@pytest.mark.parametrize('devices', ['auto', ['gpu(0)']])
+def test_gpus_without_code_are_refused_at_the_start(devices, monkeypatch):
+    if mx.context.num_gpus():
+        pytest.skip('needs an MXNet that cannot compute on gpu(0); this one may')
+    monkeypatch.setattr(mx.context, 'num_gpus', lambda: 1)  # the CPU build fails as one without code for a card does
+    with pytest.raises(ValueError, match=r'^gpu\(0\): MXNet cannot compute there: .*mxsimmim doctor'):
+        contexts_of(devices)
