@@ -13,20 +13,20 @@ from ..config import ModelConfig
 STD = 0.02
 
 
-def initialise(parameters: Mapping[str, Parameter], config: ModelConfig, seed: int, pretraining: bool = True) -> None:
+def initialise(parameters: Mapping[str, Parameter], config: ModelConfig, seed: int) -> None:
     """Draws all weights in place: a function of (seed, name) alone, whatever the number of threads."""
     def draw(item):
         name, parameter = item
         rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-        return parameter, initial_value(name, parameter.shape, config, rng, pretraining)
+        return parameter, initial_value(name, parameter.shape, config, rng)
 
     with ThreadPoolExecutor() as pool:  # NumPy draws outside the interpreter's lock
         for parameter, value in pool.map(draw, parameters.items()):
             parameter.set_data(value)
 
 
-def initial_value(name: str, shape: tuple, config: ModelConfig, rng: np.random.Generator,
-                  pretraining: bool) -> np.ndarray:
+def initial_value(name: str, shape: tuple, config: ModelConfig,
+                  rng: np.random.Generator) -> np.ndarray:
     """One parameter's initial value, float32.
 
     Truncated normal 0.02 for linear maps, tokens and positions (ViT's pre-training cuts at one deviation, everything
@@ -44,7 +44,7 @@ def initial_value(name: str, shape: tuple, config: ModelConfig, rng: np.random.G
         return np.ones(shape, 'float32')
     if leaf in ('bias', 'q_bias', 'v_bias') or (vit and leaf == 'relative_position_bias_table'):
         return np.zeros(shape, 'float32')
-    value = truncated_normal(rng, shape, STD, STD if vit and pretraining else 2.0)
+    value = truncated_normal(rng, shape, STD, STD if vit else 2.0)
     block = re.search(r'blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight$', name)
     if vit and block:
         value /= math.sqrt(2 * (int(block[1]) + 1))
