@@ -1,5 +1,6 @@
 """The ``mxsimmim`` command. mxnet is imported only by what computes, so that help and wrong keys answer at once."""
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import List, Optional
@@ -13,7 +14,11 @@ def pretrain(args: argparse.Namespace) -> int:
     if not config.data.path:
         raise ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
     from . import runtime
+    from .world import world
     runtime.prepare(config.runtime)
+    if world(os.environ).role != 'worker':
+        from .parallel.server import serve
+        return serve()
     from . import train
     return train.pretrain(config)
 

@@ -149,6 +149,9 @@ class DataConfig(Section):
     flip: float = Field(0.5, ge=0, le=1, description='probability of a horizontal flip')
     mean: Tuple[float, float, float] = Field((0.485, 0.456, 0.406), description='subtracted, per channel of [0, 1]')
     std: Tuple[float, float, float] = Field((0.229, 0.224, 0.225), description='divided by, per channel of [0, 1]')
+    shares: Union[Literal['equal', 'auto'], Tuple[float, ...]] = Field(
+        'equal', description="each worker's part of the batch: equal, auto (by measured speed, anew every epoch), or "
+        'weights such as [3, 1]')
 
     @model_validator(mode='after')
     def _check(self) -> 'DataConfig':
@@ -156,11 +159,14 @@ class DataConfig(Section):
             _require(0 < low <= high, f'{key}=[{low}, {high}] must be two positive numbers, the smaller first')
         _require(self.crop_scale[1] <= 1, f'crop_scale={_list(self.crop_scale)} asks for more than the image')
         _require(min(self.std) > 0, f'std={_list(self.std)} must be positive')
+        if not isinstance(self.shares, str):
+            _require(len(self.shares) > 0 and min(self.shares) > 0, f'shares={_list(self.shares)} must be positive')
         return self
 
 
 class OptimConfig(Section):
     """AdamW and its schedule. The three rates are for 512 images a step and scale with train.batch_size."""
+    type: Literal['adamw', 'sgd'] = Field('adamw', description='adamw, or sgd without momentum (for comparisons)')
     recipe: Literal['reference', 'fixed'] = Field(
         'reference', description="reference: every quirk of the paper's code; fixed: cosine counted from the end of "
         'the warm-up, no decay on tokens and position tables, accumulated gradients clipped once')
@@ -188,8 +194,21 @@ class TrainConfig(Section):
     length: Time = Field(Duration(800, 'epochs'), description="length of the run: '800 epochs' or a number of steps")
     batch_size: int = Field(2048, gt=0, description='images an update, over all devices and accumulated parts')
     accumulate: int = Field(1, gt=0, description='parts a batch is computed in, one after another, to save memory')
-    store: Literal['local', 'device'] = Field('device', description='where gradients of several devices meet: local '
-                                              '(host memory) or device')
+    store: Literal['auto', 'local', 'device', 'nccl', 'dist_sync', 'dist_device_sync', 'dist_async', 'horovod'] = Field(
+        'auto', description='where gradients meet: auto (device, dist_sync or horovod, as the job was launched), '
+        'local, device, nccl, dist_sync, dist_device_sync, dist_async, horovod')
+    aggregation: Literal['auto', 'sync', 'async', 'local_sgd', 'elastic'] = Field(
+        'auto', description='how workers agree: auto (async with dist_async, else sync), sync, async, local_sgd, '
+        'elastic')
+    local_steps: int = Field(8, gt=0, description='local_sgd, elastic: steps between two meetings')
+    average_moments: bool = Field(True, description="local_sgd: average the optimiser's moments, too")
+    elastic: float = Field(0.9, gt=0, le=1, description='elastic: how far a meeting closes the gap between the workers '
+                           'and their centre')
+    compression: Literal['none', 'fp16', '2bit'] = Field(
+        'none', description='gradients on the wire: none, fp16 (horovod), 2bit (with error feedback)')
+    threshold: float = Field(1e-3, gt=0, description="2bit: the size of what is sent; about the gradient's largest "
+                             'elements')
+    check_replicas: int = Field(100, ge=0, description="steps between comparisons of all replicas' weights; 0: none")
     max_bad_steps: int = Field(10, gt=0, description='non-finite steps in a row that end the run; each is skipped')
 
 

@@ -58,13 +58,17 @@ def to_yaml(config: Section) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=110)
 
 
-def differences(old: Config, new: Config) -> List[Tuple[str, Any, Any]]:
-    """Keys on which a run and its resumption must agree and do not: (key, old, new).
+# What decides speed, place or amount of output may change when a run goes on; what decides the numbers may not.
+FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
+                  'data.val_path', 'data.threads', 'data.prefetch', 'data.max_broken', 'data.shares', 'train.store',
+                  'train.max_bad_steps', 'train.check_replicas')
+# Workers of one job do the same at the same time, each from its own disk and on its own devices.
+FREE_BETWEEN_WORKERS = ('output', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.threads', 'data.prefetch',
+                        'data.max_broken')
 
-    What decides speed, place or amount of output may change between the two; what decides the numbers may not.
-    """
-    free = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
-            'data.val_path', 'data.threads', 'data.prefetch', 'data.max_broken', 'train.store', 'train.max_bad_steps')
+
+def differences(old: Config, new: Config, free: Tuple[str, ...] = FREE_ON_RESUME) -> List[Tuple[str, Any, Any]]:
+    """Keys on which two configurations must agree and do not: (key, old, new). `free` are beginnings of other keys."""
     before, after = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
     return [(key, before.get(key), after[key]) for key in after
             if before.get(key) != after[key] and not key.startswith(free)]

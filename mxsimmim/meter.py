@@ -1,9 +1,12 @@
 """What each step reported, kept until somebody reads it: the only place where the loop waits for the device."""
 import math
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, TypeVar
 
 import mxnet as mx
+import numpy as np
+
+T = TypeVar('T')
 
 
 class Row(NamedTuple):
@@ -19,15 +22,62 @@ class TooManyBadSteps(ValueError):
     """Nothing but non-finite steps."""
 
 
+class Clock:
+    """Where a step's time goes: waiting for data, computing, waiting for other workers; seconds.
+
+    Waiting for data is counted always; the others on steps that are timed, which cannot overlap with their neighbours.
+    """
+
+    def __init__(self):
+        self._mark = 0.0
+        self.steps: List[float] = []  # how long each timed step computed, until somebody empties the list
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new window."""
+        self.data = self.compute = self.communication = 0.0
+        self.timed = 0
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """Yields `items`, counting the time until each is there."""
+        began = time.monotonic()
+        for item in items:
+            self.data += time.monotonic() - began
+            yield item
+            began = time.monotonic()
+
+    def start(self) -> None:
+        """Times the step that begins."""
+        mx.nd.waitall()
+        self._mark = time.monotonic()
+
+    def computed(self) -> None:
+        """The step's gradients are there."""
+        now = time.monotonic()
+        self.steps.append(now - self._mark)
+        self.timed += 1
+        self.compute, self._mark = self.compute + now - self._mark, now
+
+    def communicated(self) -> None:
+        """Waits until everything else is there, too."""
+        mx.nd.waitall()
+        now = time.monotonic()
+        self.communication, self._mark = self.communication + now - self._mark, now
+
+
 class Meter:
     """Collects steps, sums them up for the log, and ends a run that only skips.
 
-    `state` is what an earlier process's `state()` returned, so that a log window cut in two by an interruption is
-    summed up as if it had not been.
+    `combine` makes the job's (k, 3) losses, norms and whether applied of this worker's k steps. `state` is what an
+    earlier process's `state()` returned, so that a log window cut in two by an interruption is summed up as if it had
+    not been.
     """
 
-    def __init__(self, max_bad_steps: int, describe: Callable[[int], str], state: Optional[Dict[str, Any]] = None):
-        self._max_bad_steps, self._describe = max_bad_steps, describe
+    def __init__(self, max_bad_steps: int, describe: Callable[[int], str],
+                 state: Optional[Dict[str, Any]] = None,
+                 combine: Callable[[np.ndarray], np.ndarray] = lambda rows: rows):
+        self._max_bad_steps, self._describe, self._combine = max_bad_steps, describe, combine
+        self.clock = Clock()
         self._waiting: List[Any] = []  # (step, lr, device array of loss, norm, applied)
         self._rows: List[Row] = []
         self.skipped = self._bad_in_a_row = 0
@@ -53,8 +103,11 @@ class Meter:
         Raises:
             TooManyBadSteps: max_bad_steps in a row were not finite.
         """
-        for step, lr, stats in self._waiting:
-            loss, norm, applied = stats.asnumpy().tolist()
+        waiting, self._waiting = self._waiting, []
+        if not waiting:  # in all workers alike
+            return
+        combined = self._combine(np.stack([stats.asnumpy().astype('float64') for *_, stats in waiting]))
+        for (step, lr, _), (loss, norm, applied) in zip(waiting, combined.tolist()):
             self._rows.append(Row(step, lr, loss, norm, bool(applied)))
             self.skipped += not applied
             self._bad_in_a_row = 0 if applied else self._bad_in_a_row + 1
@@ -64,7 +117,6 @@ class Meter:
                     f'(train.max_bad_steps={self._max_bad_steps}), the last one step {step} with learning rate {lr:g}, '
                     f'loss {loss:g}, gradient norm {norm:g}. Lower optim.base_lr or lengthen optim.warmup; the weights '
                     f'are those of before. Samples of step {step}: {self._describe(step)}')
-        self._waiting = []
 
     def summary(self) -> Dict[str, float]:
         """Means over the rows since the last summary, which this ends; loss and norm over applied updates only."""
@@ -73,9 +125,13 @@ class Meter:
         good = [row for row in rows if row.applied]
         now = time.monotonic()
         speed = self._counted / max(now - self._since, 1e-9)
+        clock, timed = self.clock, self.clock.timed or float('nan')
+        times = {'data_seconds': clock.data / max(self._counted, 1), 'compute_seconds': clock.compute / timed,
+                 'communication_seconds': clock.communication / timed}
         self._since, self._counted = now, 0
+        self.clock.reset()
         return {'loss': _mean([row.loss for row in good]), 'grad_norm': _mean([row.grad_norm for row in good]),
-                'lr': rows[-1].lr, 'steps_per_second': speed, 'skipped': self.skipped}
+                'lr': rows[-1].lr, 'steps_per_second': speed, 'skipped': self.skipped, **times}
 
     def pause(self, seconds: float) -> None:
         """Takes time spent on other things than training out of the speed."""

@@ -72,7 +72,8 @@ class Monitor:
             text = _text(record, ('loss', 'images_per_second', 'lr', 'grad_norm', 'skipped'))
             self._bar.set_description_str('  ' + text.replace('grad_norm', 'grad'))  # all of it in 80 columns
         elif echo:
-            text = f'step {step}/{self.total}  {_text(record, sorted(record, key=_order))}'
+            shown = sorted((name for name in record if not name.endswith('_seconds')), key=_order)
+            text = f'step {step}/{self.total}  {_text(record, shown)}'
             if self._bar is None and 'loss' in record and step > self.start:
                 left = (time.monotonic() - self._began) / (step - self.start) * (self.total - step)
                 text += f'  left {timedelta(seconds=round(left))}'
@@ -134,6 +135,26 @@ class Monitor:
         with _writing(self.run / 'tensorboard'):
             self._events.write_event(Event(wall_time=time.time(), **fields))
             self._events.flush()
+
+
+class Quiet:
+    """The monitor of every worker but rank 0: messages go to standard error, nothing is recorded."""
+
+    def write(self, step: int, values: Mapping[str, float], echo: bool = True) -> None:
+        """Rank 0 does."""
+
+    def message(self, text: str) -> None:
+        """Shows `text`, which its launcher puts into this worker's own log."""
+        print(text, file=sys.stderr, flush=True)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Rank 0 does."""
+
+    def __enter__(self) -> 'Quiet':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
 
 
 def read_metrics(run: Path) -> List[Dict[str, Any]]:

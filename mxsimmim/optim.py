@@ -1,7 +1,7 @@
-"""AdamW, what it decays, and the learning rate of each step."""
+"""Optimisers, what they decay, and the learning rate of each step."""
 import bisect
 import math
-from typing import Callable, Dict, Iterable, List, Mapping
+from typing import Callable, Dict, Iterable, List, Mapping, Tuple, Type
 
 import mxnet as mx
 import numpy as np
@@ -27,7 +27,7 @@ def weight_decays(parameters: Mapping[str, Parameter], recipe: str, kind: str, d
             for name, p in parameters.items()}
 
 
-def learning_rates(optim: OptimConfig, train: TrainConfig, per_epoch: int, total: int) -> Callable[[int], float]:
+def learning_rates(optim: OptimConfig, train: TrainConfig, per_epoch: int, total: int) -> Callable[[float], float]:
     """The learning rate of update k, counted from 0, as a function of k.
 
     Linear warm-up from warmup_lr, then cosine to min_lr (Loshchilov and Hutter 2017, arXiv:1608.03983) or drops at
@@ -49,43 +49,49 @@ def learning_rates(optim: OptimConfig, train: TrainConfig, per_epoch: int, total
             return last + (base - last) * (1 + math.cos(math.pi * turn)) / 2
         return base
 
-    def rate(update: int) -> float:
-        t = update - 1 / train.accumulate if update else 0
+    def rate(update: float) -> float:
+        t = max(update - 1 / train.accumulate, 0)  # a server that counts its own updates asks between two
         return first + t * (base - first) / warmup if t < warmup else after_warmup(t)
 
     return rate
 
 
-class AdamW:
-    """Loshchilov and Hutter 2019 (arXiv:1711.05101), as PyTorch computes it: epsilon outside the corrected root.
+def adamw_arguments(optim: OptimConfig, update: int, lr: float) -> Dict[str, float]:
+    """What makes MXNet's adamw_update the AdamW of update number `update`, counted from 0; decay is left to the caller.
 
-    State: two moments a parameter and device, float32, shaped like the parameter. The state of all devices is equal,
-    because they see equal gradients.
+    The operator has no bias correction: fold it into rate and epsilon. It works with the betas rounded to float32,
+    where 1 - 0.999 is off by 1.3e-5: correct for those.
+    """
+    beta1, beta2 = (float(np.float32(beta)) for beta in optim.betas)
+    root = math.sqrt(1 - beta2 ** (update + 1))
+    return dict(lr=lr * root / (1 - beta1 ** (update + 1)), beta1=beta1, beta2=beta2, epsilon=optim.eps * root, wd=0,
+                eta=1.0)
+
+
+class Optimizer:
+    """Decoupled weight decay, and what the optimisers have in common: their state is some moments a parameter.
+
+    Moments are float32, shaped like their parameter, one copy a device. The state of all devices is equal, because
+    they see equal gradients.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], optim: OptimConfig):
-        self._parameters, self._decays = parameters, decays
-        self._betas, self._eps = optim.betas, optim.eps
-        self.mean: Dict[str, List[mx.nd.NDArray]] = {n: self._zeros(p) for n, p in parameters.items()}
-        self.var: Dict[str, List[mx.nd.NDArray]] = {n: self._zeros(p) for n, p in parameters.items()}
+    MOMENTS: Tuple[str, ...] = ()
 
-    @staticmethod
-    def _zeros(parameter: Parameter) -> List[mx.nd.NDArray]:
-        return [mx.nd.zeros(parameter.shape, ctx=ctx) for ctx in parameter.list_ctx()]
+    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], optim: OptimConfig):
+        self._parameters, self._decays, self._optim = parameters, decays, optim
+        self.moments: Dict[str, List[mx.nd.NDArray]] = {
+            f'{moment}.{name}': [mx.nd.zeros(p.shape, ctx=ctx) for ctx in p.list_ctx()]
+            for moment in self.MOMENTS for name, p in parameters.items()}
 
     def update(self, update: int, lr: float, scales: Iterable[mx.nd.NDArray]) -> None:
         """Update number `update`, counted from 0, on each device with its gradients times its scale (1,).
 
-        A scale of 0 leaves weights and moments alone; MXNet's operator decides that on the device.
+        A scale of 0 leaves weights and moments alone; that is decided on the device.
         """
-        # MXNet's operator has no bias correction: fold it into rate and epsilon. It works with the betas rounded to
-        # float32, where 1 - 0.999 is off by 1.3e-5: correct for those. PyTorch rounds after the decay and again after
-        # the step; the operator's own decay rounds once, which tells after ten steps.
-        beta1, beta2 = (float(np.float32(beta)) for beta in self._betas)
-        root = math.sqrt(1 - beta2 ** (update + 1))
-        corrected = lr * root / (1 - beta1 ** (update + 1))
         longest = max(int(np.prod(p.shape)) for p in self._parameters.values())
         for device, scale in enumerate(scales):
+            # PyTorch rounds after the decay and again after the step; the operators' own decay rounds once, which tells
+            # after ten steps.
             decayed = {decay: mx.nd.broadcast_to(1 - lr * decay * (scale != 0), (longest,))
                        for decay in set(self._decays.values()) if decay}
             for name, p in self._parameters.items():
@@ -93,18 +99,43 @@ class AdamW:
                 if decay:
                     flat = weight.reshape((-1,))
                     mx.nd.elemwise_mul(flat, decayed[decay][:flat.size], out=flat)
-                mx.nd.contrib.adamw_update(
-                    weight, p.list_grad()[device], self.mean[name][device], self.var[name][device], scale, out=weight,
-                    lr=corrected, beta1=beta1, beta2=beta2, epsilon=self._eps * root, wd=0, eta=1.0)
+                self._step(weight, p.list_grad()[device], name, device, scale, update, lr)
+
+    def _step(self, weight: mx.nd.NDArray, grad: mx.nd.NDArray, name: str, device: int, scale: mx.nd.NDArray,
+              update: int, lr: float) -> None:
+        raise NotImplementedError
 
     def arrays(self) -> Dict[str, object]:
         """The moments as NumPy arrays, named `mean.NAME` and `var.NAME`."""
-        return {f'{kind}.{name}': copies[0].asnumpy() for kind, moment in (('mean', self.mean), ('var', self.var))
-                for name, copies in moment.items()}
+        return {name: copies[0].asnumpy() for name, copies in self.moments.items()}
 
     def load(self, arrays: Mapping[str, object]) -> None:
         """Sets the moments from what `arrays` returned."""
-        for kind, moment in (('mean', self.mean), ('var', self.var)):
-            for name, copies in moment.items():
-                for copy in copies:
-                    copy[:] = arrays[f'{kind}.{name}']
+        for name, copies in self.moments.items():
+            for copy in copies:
+                copy[:] = arrays[name]
+
+
+class AdamW(Optimizer):
+    """Loshchilov and Hutter 2019 (arXiv:1711.05101), as PyTorch computes it: epsilon outside the corrected root."""
+
+    MOMENTS = ('mean', 'var')
+
+    def _step(self, weight, grad, name, device, scale, update, lr):
+        mean, var = (self.moments[f'{moment}.{name}'][device] for moment in self.MOMENTS)
+        mx.nd.contrib.adamw_update(weight, grad, mean, var, scale, out=weight,
+                                   **adamw_arguments(self._optim, update, lr))
+
+
+class SGD(Optimizer):
+    """w <- w - lr g, no momentum."""
+
+    def _step(self, weight, grad, name, device, scale, update, lr):
+        # NaN times 0 is NaN: a skipped step needs a choice, not a product.
+        step = mx.nd.broadcast_mul(grad.reshape((-1,)), scale * lr)
+        step = mx.nd.where(mx.nd.broadcast_to(scale != 0, step.shape), step, mx.nd.zeros_like(step))
+        flat = weight.reshape((-1,))
+        mx.nd.elemwise_sub(flat, step, out=flat)
+
+
+OPTIMIZERS: Dict[str, Type[Optimizer]] = {'adamw': AdamW, 'sgd': SGD}

@@ -4,13 +4,17 @@ import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Union
 
 import yaml
 
 from . import __version__, configfile
 from .config import Config
 from .checkpoint import Checkpoint, load, newest
+from .data.sources import Source
+
+if TYPE_CHECKING:
+    from .parallel.stores import Store
 
 
 def folder_of(config: Config) -> Path:
@@ -75,6 +79,26 @@ def read_config(folder: Union[str, Path]) -> Config:
         raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
     except (yaml.YAMLError, AttributeError):
         raise ValueError(f'{path}: not the configuration of a run') from None
+
+
+def check_same_job(config: Config, source: Source, store: 'Store') -> None:
+    """Compares configuration and images of all workers.
+
+    Raises:
+        ValueError: in the workers that differ from rank 0, naming what.
+    """
+    names = [os.path.basename(source.name(i * len(source) // 1000)) for i in range(1000)]
+    own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names}
+    first = store.share(lambda: own)
+    changed = configfile.differences(configfile.from_dict(first['config'], 'rank 0'), config,
+                                     configfile.FREE_BETWEEN_WORKERS)
+    if changed:
+        raise ValueError(f'rank {store.rank} is configured differently from rank 0: '
+                         + ', '.join(f'{key} (rank 0 {old}, here {new})' for key, old, new in changed)
+                         + ': give all workers the same files and the same command')
+    if (first['samples'], first['names']) != (len(source), names):
+        raise ValueError(f'data.path={config.data.path}: rank {store.rank} finds {len(source):,} images here, rank 0 '
+                         f'{first["samples"]:,}, or others: all workers need the same images')
 
 
 def checkpoint_to_resume(config: Config, samples: int, log: Callable[[str], None]) -> Optional[Checkpoint]:

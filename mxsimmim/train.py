@@ -1,28 +1,36 @@
 """Pre-training: the loop, and what it does besides updating."""
+import contextlib
+import os
+import signal
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 
 from . import configfile
-from .config import Config, Duration
 from .checkpoint import Checkpoint, save
-from .data.loader import Loader
-from .data.sampling import batch_at, steps_per_epoch
+from .config import Config, Duration
+from .data.loader import Batch, Loader
+from .data.sampling import apportion, batch_at, part_of, steps_per_epoch
 from .data.sources import Source, hold_out, open_source
 from .data.transforms import PretrainTransform
 from .interop import official
 from .meter import Meter
 from .models import build_simmim, named_parameters
 from .models.cost import multiply_adds
-from .monitor import Monitor, read_metrics
-from .optim import AdamW, learning_rates, weight_decays
-from .parallel.aggregate import SyncGradients
+from .monitor import Monitor, Quiet, read_metrics
+from .optim import OPTIMIZERS, learning_rates, weight_decays
+from .parallel.aggregate import ElasticAverage, LocalSGD, SyncGradients
+from .parallel.asynchronous import AsyncServer, ServerStore
+from .parallel.modes import Mode, mode_of
 from .parallel.placement import Replicated, contexts_of
-from .run import Stop, checkpoint_to_resume, folder_of, locked, versions
+from .parallel.replicas import compare
+from .parallel.stores import Store, make_store
+from .run import Stop, check_same_job, checkpoint_to_resume, folder_of, locked, versions
 from .validation import SEED as VALIDATION_SEED, Validation, table
+from .world import World, world
 
 
 class Plan(NamedTuple):
@@ -32,6 +40,7 @@ class Plan(NamedTuple):
     validate: int
     save: int
     keep_every: Optional[int]
+    check: int  # 0 for never
 
 
 class Run(NamedTuple):
@@ -41,10 +50,10 @@ class Run(NamedTuple):
     source: Source
     loader: Loader
     placement: Replicated
-    aggregation: SyncGradients
-    optimizer: AdamW
+    aggregation: Union[SyncGradients, AsyncServer]
+    images: List[int]  # of a batch, one a worker; `rebalance` changes it in place
     meter: Meter
-    monitor: Monitor
+    monitor: Union[Monitor, Quiet]
     validation: Optional[Validation]
 
 
@@ -54,46 +63,98 @@ def pretrain(config: Config) -> int:
     Raises:
         ValueError: whatever the user can mend; checkpoints written before stay whole.
     """
-    contexts = contexts_of(config.devices)
+    place = world(os.environ)
+    mode = mode_of(config, place)
+    contexts = contexts_of(config.devices, place)
     source, held_out = open_data(config)
-    plan = plan_of(config, len(source))
+    plan = plan_of(config, len(source), mode)
     folder = folder_of(config)
-    with locked(folder), Stop() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        if place.rank == 0:
+            stack.enter_context(locked(folder))
+        store = ServerStore(mode.store, place) if mode.store == 'dist_async' else make_store(mode.store, place)
+        check_same_job(config, source, store)
         notes: List[str] = []
-        saved = checkpoint_to_resume(config, len(source), notes.append)
-        (folder / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
-        start = saved.step if saved else 0
-        with Monitor(folder, plan.total, start) as monitor:
-            for note in notes:
-                monitor.message(note)
-            run = assemble(config, plan, source, held_out, contexts, saved, monitor)
-            introduce(run, saved)
-            train(run, start, stop)
-            conclude(run, folder, not stop.signal)
-    return 128 + stop.signal if stop.signal else 0
+        saved = checkpoint_to_resume(config, len(source), notes.append) if place.rank == 0 else None
+        resumed = store.share(lambda: saved and {'step': saved.step, **saved.state})
+        start = resumed['step'] if resumed else 0
+        monitor = Quiet()
+        if place.rank == 0:
+            (folder / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
+            monitor = stack.enter_context(Monitor(folder, plan.total, start))
+        for note in notes:
+            monitor.message(note)
+        run = assemble(config, plan, source, held_out, contexts, mode, store, saved, resumed, monitor)
+        if place.rank == 0:
+            introduce(run, saved, mode, place)
+        stopped = train(run, start, stop)
+        if place.rank == 0:
+            conclude(run, folder, not stopped)
+    return 128 + stopped if stopped else 0
 
 
-def train(run: Run, start: int, stop: Stop) -> None:
-    """From disk to update: sampling, loader, placement, aggregation."""
-    config, plan = run.config, run.plan
+def train(run: Run, start: int, stop: Stop) -> int:
+    """From disk to update: sampling, loader, placement, aggregation. Returns the number of the signal that ended it."""
+    config, plan, aggregation, clock = run.config, run.plan, run.aggregation, run.meter.clock
     rate = learning_rates(config.optim, config.train, plan.per_epoch, plan.total)
-    between = run.aggregation.clip_partial if config.optim.recipe == 'reference' else None
+    between = aggregation.clip_partial if config.optim.recipe == 'reference' and config.train.accumulate > 1 else None
     if start == 0 and config.validation.at_start:
         validate(run, 0)
-    for step, batch in run.loader.iterate(start, plan.total):
-        loss = run.placement.forward_backward(batch, between)
+    stop_at = None
+    for step, batch in clock.watch(batches(run, start)):
+        timed = clock if is_timed(run, step) else None
+        if timed:
+            timed.start()
+        loss = run.placement.forward_backward(batch, aggregation.total(len(batch.image)), between)
         report(run, step)  # on the updates before, while the device works on this one
-        run.meter.add(step + 1, rate(step), run.aggregation.step(step, rate(step), loss))
+        run.meter.add(step + 1, rate(step), aggregation.step(step, rate(step), loss, timed))
         done = step + 1
-        end = done == plan.total or stop.signal
-        if done % plan.validate == 0 or done == plan.total:
+        validating, saving = (done % period == 0 or done == plan.total for period in (plan.validate, plan.save))
+        stop_at = aggregation.agree(done, bool(stop.signal), validating or saving)
+        if plan.check and done % plan.check == 0 and aggregation.equal(done):
+            compare(named_parameters(run.placement.net), aggregation.workers, done)
+        if validating:
             validate(run, done)
-        if done % plan.save == 0 or end:
+        if saving or done == stop_at:
             save_checkpoint(run, done)
-        if end:
+        if done == stop_at:
             break
-    if stop.signal:
-        run.monitor.message(f'stopped by signal {stop.signal}: step {done} is saved, the same command goes on from it')
+    if stop_at is None:
+        return 0
+    run.monitor.message(f'stopped by signal {stop.signal}: step {done} is saved, the same command goes on from it'
+                        if stop.signal else f'stopped at step {done}, which is saved, because another worker was')
+    return stop.signal or signal.SIGTERM
+
+
+def batches(run: Run, start: int) -> Iterator[Tuple[int, Batch]]:
+    """This worker's parts of the batches from `start` on."""
+    if run.config.data.shares != 'auto':
+        yield from run.loader.iterate(start, run.plan.total)
+        return
+    while start < run.plan.total:
+        end = min((start // run.plan.per_epoch + 1) * run.plan.per_epoch, run.plan.total)
+        yield from run.loader.iterate(start, end)
+        rebalance(run)
+        start = end
+
+
+def rebalance(run: Run) -> None:
+    """Gives each worker images in proportion to how fast it computed those it had."""
+    workers, seconds = run.aggregation.workers, run.meter.clock.steps
+    needed = len(run.placement.contexts) * run.config.train.accumulate
+    times, least = workers.gather([np.median(seconds), needed]).T
+    seconds.clear()
+    images = apportion(sum(run.images), [n / t for n, t in zip(run.images, times)], least.astype(int).tolist())
+    if images != run.images:
+        run.monitor.message(f'images a step, by measured speed: {images} (before: {run.images})')
+        run.images[:] = images
+
+
+def is_timed(run: Run, step: int) -> bool:
+    """Whether to measure where a step's time goes: the last of each log record and of each epoch."""
+    done = step + 1
+    return done % run.config.log.every == 0 or done % run.plan.per_epoch == 0 or done == run.plan.total
 
 
 def open_data(config: Config) -> Tuple[Source, Optional[Source]]:
@@ -106,7 +167,7 @@ def open_data(config: Config) -> Tuple[Source, Optional[Source]]:
     return source, None
 
 
-def plan_of(config: Config, samples: int) -> Plan:
+def plan_of(config: Config, samples: int, mode: Mode) -> Plan:
     """The plan for this many training images.
 
     Raises:
@@ -119,46 +180,76 @@ def plan_of(config: Config, samples: int) -> Plan:
         raise ValueError(f'optim.warmup={config.optim.warmup} is {warmup} steps, longer than the {total} of '
                          f'train.length={config.train.length}: shorten the warm-up, for instance optim.warmup=5%')
 
+    meeting = config.train.local_steps if mode.aggregation in ('local_sgd', 'elastic') else 1
+
     def period(length: Duration) -> int:
-        return max(1, length.steps(per_epoch, total))
+        """At least 1, and where workers meet."""
+        return -(-max(1, length.steps(per_epoch, total)) // meeting) * meeting
 
-    keep_every = config.checkpoint.keep_every
+    keep_every, check = config.checkpoint.keep_every, config.train.check_replicas
     return Plan(per_epoch, total, period(config.validation.every), period(config.checkpoint.every),
-                period(keep_every) if keep_every else None)
+                period(keep_every) if keep_every else None, period(Duration(check, 'steps')) if check else 0)
 
 
-def assemble(config: Config, plan: Plan, source: Source, held_out: Optional[Source],
-             contexts: List[mx.Context], saved: Optional[Checkpoint], monitor: Monitor) -> Run:
-    """Builds everything the loop needs, from initial weights or from a checkpoint."""
-    train, optim = config.train, config.optim
+def assemble(config: Config, plan: Plan, source: Source, held_out: Optional[Source], contexts: List[mx.Context],
+             mode: Mode, store: Store, saved: Optional[Checkpoint], resumed: Optional[Dict[str, Any]],
+             monitor: Union[Monitor, Quiet]) -> Run:
+    """Builds everything the loop needs, from initial weights or from a checkpoint.
+
+    `saved` is the checkpoint, which rank 0 alone has read; `resumed` is its state, which all have.
+    """
     net = build_simmim(config.model, None if saved else config.seed)
     if saved:
         official.assign(net, saved.arrays['weights'])
-    placement = Replicated(net, contexts, config.data.mean, config.data.std, train.accumulate)
-    parameters = named_parameters(net)
-    decays = weight_decays(parameters, optim.recipe, config.model.type, optim.weight_decay)
-    optimizer = AdamW(parameters, decays, optim)
-    if saved:
-        optimizer.load(saved.arrays['optimizer'])
-    aggregation = SyncGradients(parameters, optimizer, train.store, optim.clip_grad)
+    placement = Replicated(net, contexts, config.data.mean, config.data.std, config.train.accumulate)
+    images = divide(config, store, len(contexts) * config.train.accumulate, resumed)
+    aggregation = make_aggregation(config, plan, net, mode, store, images)
+    if resumed:
+        aggregation.load(saved and saved.arrays['optimizer'], resumed['step'])
 
     def batch(step: int) -> Tuple[int, np.ndarray]:
-        return batch_at(step, len(source), train.batch_size, config.seed)
+        epoch, index = batch_at(step, len(source), config.train.batch_size, config.seed)
+        return epoch, index[part_of(images, store.rank)]
 
     def samples(step: int) -> str:
         names = [source.name(int(i)) for i in batch(step - 1)[1]]
         listed = folder_of(config) / 'bad-samples.txt'
+        listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text('\n'.join(names) + '\n', encoding='utf-8')
         return ', '.join(names[:8]) + (f' and {len(names) - 8} more, all in {listed}' if len(names) > 8 else '')
 
     loader = Loader(source, PretrainTransform(config.data, config.mask, config.model), batch, config.seed,
                     config.data.threads, config.data.prefetch, config.data.max_broken, monitor.message)
-    meter = Meter(train.max_bad_steps, samples, saved.state['meter'] if saved else None)
-    validation = Validation(config, held_out) if held_out else None
-    return Run(config, plan, source, loader, placement, aggregation, optimizer, meter, monitor, validation)
+    meter = Meter(config.train.max_bad_steps, samples, resumed and resumed['meter'], aggregation.combine)
+    validation = Validation(config, held_out, store) if held_out else None
+    return Run(config, plan, source, loader, placement, aggregation, images, meter, monitor, validation)
 
 
-def introduce(run: Run, saved: Optional[Checkpoint]) -> None:
+def divide(config: Config, store: Store, needed: int, resumed: Optional[Dict[str, Any]]) -> List[int]:
+    """Images of a batch for each worker; each needs one for each of its devices and accumulated parts."""
+    least = store.gather([needed])[:, 0].astype(int).tolist()
+    shares = config.data.shares
+    if shares == 'auto' and resumed and len(resumed['images']) == store.size:
+        return resumed['images']
+    return apportion(config.train.batch_size, [1] * store.size if isinstance(shares, str) else shares, least)
+
+
+def make_aggregation(config: Config, plan: Plan, net: mx.gluon.Block, mode: Mode, store: Store,
+                     images: List[int]) -> Union[SyncGradients, AsyncServer]:
+    """The aggregation that `mode` names."""
+    optim, train = config.optim, config.train
+    parameters = named_parameters(net)
+    decays = weight_decays(parameters, optim.recipe, config.model.type, optim.weight_decay)
+    if mode.aggregation == 'async':
+        return AsyncServer(parameters, decays, store, config, plan.per_epoch, plan.total)
+    optimizer = OPTIMIZERS[optim.type](parameters, decays, optim)
+    if mode.aggregation == 'sync':
+        return SyncGradients(parameters, optimizer, store, train, optim.clip_grad)
+    kind = {'local_sgd': LocalSGD, 'elastic': ElasticAverage}[mode.aggregation]
+    return kind(parameters, optimizer, store, train, optim.clip_grad, images, plan.total)
+
+
+def introduce(run: Run, saved: Optional[Checkpoint], mode: Mode, place: World) -> None:
     """Says what is about to be trained, on what, and from where."""
     config, plan, say = run.config, run.plan, run.monitor.message
     say(configfile.to_yaml(config).rstrip())
@@ -167,6 +258,9 @@ def introduce(run: Run, saved: Optional[Checkpoint]) -> None:
         '(multiply-adds of a forward pass)')
     say(f'{len(run.source):,} training images, {plan.per_epoch:,} steps an epoch, {plan.total:,} in all, on '
         + ', '.join(map(str, run.placement.contexts)))
+    if place.size > 1:
+        servers = f' through {place.servers} servers' if place.servers else ''
+        say(f'{place.size} workers{servers}, {mode.aggregation} over {mode.store}; images a step: {run.images}')
     if run.validation:
         say(f'{run.validation.images:,} held-out images')
     else:
@@ -182,7 +276,9 @@ def report(run: Run, done: int) -> None:
         return
     values = run.meter.summary()
     values['images_per_second'] = values.pop('steps_per_second') * run.config.train.batch_size
-    values['broken_images'] = run.loader.broken
+    times = ('data_seconds', 'compute_seconds', 'communication_seconds')
+    (*seconds, broken), more = run.aggregation.observed([values[name] for name in times] + [run.loader.broken])
+    values.update(zip(times, seconds), broken_images=round(broken * run.aggregation.workers.size), **more)
     run.monitor.write(done, {'epoch': done / run.plan.per_epoch, **values})
 
 
@@ -193,9 +289,10 @@ def validate(run: Run, done: int) -> None:
     report(run, done)
     run.meter.read()
     began = time.monotonic()
-    run.monitor.write(done, {'epoch': done / run.plan.per_epoch, **run.validation.measure(run.placement)})
-    if run.config.validation.pictures:
-        run.monitor.picture(done, 'reconstruction', run.validation.picture(run.placement))
+    with run.aggregation.consensus():
+        run.monitor.write(done, {'epoch': done / run.plan.per_epoch, **run.validation.measure(run.placement)})
+        if run.config.validation.pictures and run.aggregation.workers.rank == 0:
+            run.monitor.picture(done, 'reconstruction', run.validation.picture(run.placement))
     run.meter.pause(time.monotonic() - began)
 
 
@@ -204,11 +301,15 @@ def save_checkpoint(run: Run, done: int) -> None:
     report(run, done)
     run.meter.read()
     began = time.monotonic()
-    arrays = {'weights': official.extract(run.placement.net), 'optimizer': run.optimizer.arrays()}
-    state = {'config': configfile.to_dict(run.config), 'samples': len(run.source), 'versions': versions(),
-             'epoch': done // run.plan.per_epoch, 'step_in_epoch': done % run.plan.per_epoch,
-             'meter': run.meter.state()}
-    save(folder_of(run.config) / 'checkpoints', done, arrays, state, run.config.checkpoint.keep, run.plan.keep_every)
+    with run.aggregation.consensus():
+        moments = run.aggregation.moments()  # to which every worker contributes
+        if run.aggregation.workers.rank == 0:
+            arrays = {'weights': official.extract(run.placement.net), 'optimizer': moments}
+            state = {'config': configfile.to_dict(run.config), 'samples': len(run.source), 'versions': versions(),
+                     'epoch': done // run.plan.per_epoch, 'step_in_epoch': done % run.plan.per_epoch,
+                     'images': run.images, 'meter': run.meter.state()}
+            save(folder_of(run.config) / 'checkpoints', done, arrays, state, run.config.checkpoint.keep,
+                 run.plan.keep_every)
     run.meter.pause(time.monotonic() - began)
 
 

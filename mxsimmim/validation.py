@@ -1,4 +1,5 @@
 """Masked loss on held-out images with masks that never change, so that the curve compares across epochs and runs."""
+import math
 from typing import Dict, Iterator, Optional
 
 import numpy as np
@@ -10,6 +11,7 @@ from .data.masks import average_distance
 from .data.sources import Source
 from .data.transforms import EvalTransform
 from .parallel.placement import Replicated
+from .parallel.stores import Store
 from .pictures import grid, to_uint8
 
 
@@ -17,30 +19,35 @@ SEED = 0  # of masks and of which images are held out: the same for every run, w
 
 
 class Validation:
-    """Held-out images and their masks; neither depends on the run's seed."""
+    """Held-out images and their masks; neither depends on the run's seed. Each worker measures its part of them."""
 
-    def __init__(self, config: Config, source: Source):
-        self._config, self._source = config, source
+    def __init__(self, config: Config, source: Source, workers: Store):
+        self._config, self._source, self._workers = config, source, workers
         self.images = min(config.validation.images, len(source))
-        self._avg_dist: Optional[float] = None
+        self._distances: Optional[float] = None
 
-    def batches(self) -> Iterator[Batch]:
-        """The images in batches no larger than those of training."""
+    def batches(self, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+        """One of `size` parts of the images, in batches no larger than a worker's in training."""
         config = self._config
-        size = -(-config.train.batch_size // config.train.accumulate)
+        batch = -(-config.train.batch_size // (config.train.accumulate * self._workers.size))
         transform = EvalTransform(config.data, config.mask, config.model)
-        return fixed_batches(self._source, transform, min(size, self.images), self.images, SEED,
-                             config.data.threads)
+        return fixed_batches(self._source, transform, min(batch, self.images), self.images, SEED,
+                             config.data.threads, rank=rank, size=size)
 
     def measure(self, placement: Replicated) -> Dict[str, float]:
-        """val_loss, the mean masked loss over the held-out images, and val_avg_dist, the AvgDist of their masks."""
+        """val_loss, the mean masked loss over the held-out images, and val_avg_dist, the AvgDist of their masks.
+
+        Each image counts once, however many workers share them.
+        """
         sums, masks = [], []
-        for batch in self.batches():
+        for batch in self.batches(self._workers.rank, self._workers.size):
             sums.append(placement.loss(batch))
             masks.append(batch.mask)
-        if self._avg_dist is None:  # while the device works; the masks never change
-            self._avg_dist = average_distance(np.concatenate(masks), self._config.model.patch_size)
-        return {'val_loss': sum(s.asscalar() for s in sums) / self.images, 'val_avg_dist': self._avg_dist}
+        if self._distances is None:  # while the device works; the masks never change
+            self._distances = sum(len(mask) * average_distance(mask, self._config.model.patch_size) for mask in masks)
+        own = [math.fsum(s.asscalar() for s in sums), self._distances]
+        loss, distance = self._workers.gather(own).sum(axis=0) / self.images
+        return {'val_loss': loss, 'val_avg_dist': distance}
 
     def picture(self, placement: Replicated) -> np.ndarray:
         """The first images: original, masked, reconstruction; uint8 (H, W, 3)."""

@@ -9,7 +9,7 @@ from typing import Callable, Deque, Dict, Iterator, NamedTuple, Sequence, Tuple,
 
 import numpy as np
 
-from .sampling import generator
+from .sampling import generator, split
 from .sources import Source
 from .transforms import EvalTransform, PretrainTransform, decode
 
@@ -154,8 +154,8 @@ class Loader:
 
 
 def fixed_batches(source: Source, transform: Transform, batch: int, images: int, seed: int, threads: int,
-                  max_broken: int = 100, log: Callable[[str], None] = logging.getLogger(__name__).warning
-                  ) -> Iterator[Batch]:
+                  max_broken: int = 100, log: Callable[[str], None] = logging.getLogger(__name__).warning,
+                  rank: int = 0, size: int = 1) -> Iterator[Batch]:
     """The same images with the same masks every time, the last batch as small as need be.
 
     Args:
@@ -167,6 +167,7 @@ def fixed_batches(source: Source, transform: Transform, batch: int, images: int,
         threads, max_broken, log: as for `Loader`.
     """
     chosen = np.sort(generator(seed).permutation(len(source))[:images])
+    chosen = chosen[split(len(chosen), size)[rank]]
     steps = -(-len(chosen) // batch)
     loader = Loader(source, transform, lambda step: (0, chosen[step * batch:(step + 1) * batch]), seed, threads, 1,
                     max_broken, log)

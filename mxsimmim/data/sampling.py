@@ -1,6 +1,6 @@
 """Which sample is taken when: pure functions of counts, seed and step, so that any run can be entered anywhere."""
 import functools
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import numpy as np
 
@@ -52,3 +52,28 @@ def batch_at(step: int, samples: int, batch: int, seed: int) -> Tuple[int, np.nd
     """
     epoch, position = divmod(step, steps_per_epoch(samples, batch))
     return epoch, epoch_order(samples, seed, epoch)[position * batch:(position + 1) * batch]
+
+
+def apportion(count: int, weights: Sequence[float], least: Sequence[int]) -> List[int]:
+    """`count` divided in proportion to `weights`, each part an integer of at least `least`, by largest remainders.
+
+    Raises:
+        ValueError: the least parts together exceed `count`.
+    """
+    if sum(least) > count:
+        raise ValueError(f'a batch of {count} images is too small for {len(least)} workers that need '
+                         f'{", ".join(map(str, least))} (devices x train.accumulate): raise train.batch_size')
+    exact = [count * weight / sum(weights) for weight in weights]
+    parts = [max(int(share), low) for share, low in zip(exact, least)]
+    while sum(parts) != count:
+        step = 1 if sum(parts) < count else -1
+        candidates = [i for i in range(len(parts)) if step > 0 or parts[i] > least[i]]
+        nearest = max(candidates, key=lambda i: (step * (exact[i] - parts[i]), -i))
+        parts[nearest] += step
+    return parts
+
+
+def part_of(parts: Sequence[int], number: int) -> slice:
+    """Where part `number` lies in what `apportion` divided."""
+    start = sum(parts[:number])
+    return slice(start, start + parts[number])

@@ -1,4 +1,5 @@
 """Placements: where the model lives and how a batch becomes gradients."""
+import os
 from typing import Any, List, Optional, Sequence, Tuple
 
 import mxnet as mx
@@ -9,17 +10,23 @@ from mxnet.gluon import HybridBlock
 from ..data.loader import Batch
 from ..data.sampling import split
 from ..models.layers import keep_factors
+from ..world import ALONE, World
 
 
-def contexts_of(devices: Any) -> List[mx.Context]:
+def contexts_of(devices: Any, world: World = ALONE) -> List[mx.Context]:
     """MXNet contexts for `devices`: 'auto' (every GPU, else cpu(0)) or names such as 'gpu(0)'.
+
+    Processes of one machine that see all of its GPUs divide them under 'auto'.
 
     Raises:
         ValueError: a GPU that is not there, or that this build of MXNet cannot compute on.
     """
     gpus = mx.context.num_gpus()
     if devices == 'auto':
-        devices = [f'gpu({i})' for i in range(gpus)] or ['cpu(0)']
+        own = range(gpus)
+        if gpus >= world.local_size > 1 and 'CUDA_VISIBLE_DEVICES' not in os.environ:
+            own = own[split(gpus, world.local_size)[world.local_rank]]
+        devices = [f'gpu({i})' for i in own] or ['cpu(0)']
     found = [mx.Context(name[:3], int(name[4:-1])) for name in devices]
     missing = [str(ctx) for ctx in found if ctx.device_type == 'gpu' and ctx.device_id >= gpus]
     if missing:
@@ -53,16 +60,17 @@ class Replicated:
                 parameter.grad_req = 'add'
         net.hybridize(static_alloc=True)
 
-    def forward_backward(self, batch: Batch, between: Optional[Any] = None) -> mx.nd.NDArray:
-        """Leaves in the parameters' gradients, on each context, its part of the mean gradient over the batch.
+    def forward_backward(self, batch: Batch, total: int, between: Optional[Any] = None) -> mx.nd.NDArray:
+        """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.
 
-        `between`, if given, is called between two accumulated parts. Returns the mean loss (1,) on the first context.
+        These are the images of the batch, or, where `batch` is one worker's part of it, of all workers. `between`, if
+        given, is called between two accumulated parts. Returns that part of the mean loss (1,), on the first context.
         """
-        total, losses = len(batch.image), []
+        losses = []
         if self._accumulate > 1:
             for parameter in self._parameters:
                 parameter.zero_grad()
-        for number, part in enumerate(split(total, self._accumulate)):
+        for number, part in enumerate(split(len(batch.image), self._accumulate)):
             if number and between:
                 between()
             with autograd.record():

@@ -1,27 +1,156 @@
-"""Stores: what adds up arrays that lie on several devices, by MXNet's names."""
-from typing import List, Sequence
+"""Stores: what adds up arrays that lie on several devices and in several workers, by MXNet's names.
+
+Every store offers `keys` and `sum`; all else that workers tell each other is made of sums. `Server`, for dist_async,
+is the exception: there the parameter server decides what becomes of what it is sent.
+"""
+import json
+from typing import Any, Callable, Dict, List, Sequence
 
 import mxnet as mx
+import numpy as np
 
-NAMES = ('local', 'device')
+from ..world import ALONE, World
+
+Copies = List[mx.nd.NDArray]  # of one array, one a device
 
 
 class Store:
-    """Sums gradients over the devices of this process, in place, through an MXNet kvstore."""
+    """Adds up arrays, in place. This one knows only the devices of one process."""
 
-    def __init__(self, name: str, arrays: Sequence[List[mx.nd.NDArray]]):
-        self._store = mx.kv.create(name)
-        for key, copies in enumerate(arrays):
-            self._store.init(key, mx.nd.zeros_like(copies[0]))
+    def __init__(self, name: str, world: World = ALONE):
+        """
+        Raises:
+            ValueError: this build of MXNet has no such store.
+        """
+        self.rank, self.size = world.rank, world.size
+        self._rows: Dict[int, Any] = {}  # length -> (key, array) of `gather`
+        self._latest: Dict[int, mx.nd.NDArray] = {}  # key -> what was summed under it last
+        self._next = 0
+        try:
+            self._store = mx.kv.create(name)
+        except mx.MXNetError as error:
+            raise ValueError(f'train.store={name}: this build of MXNet does not have it '
+                             f'({str(error).strip().splitlines()[-1]}): use train.store=device') from error
 
-    def sum(self, arrays: Sequence[List[mx.nd.NDArray]]) -> None:
-        """Replaces each array's copies, one a device, by their sum; the first arrays have the highest priority."""
-        for key, copies in enumerate(arrays):
-            # A CPU push keeps the pushed array as its buffer and the pull writes into it: fine, since it is the output.
-            self._store.pushpull(key, copies, out=copies, priority=-key)
+    def keys(self, arrays: Sequence[Copies]) -> List[int]:
+        """Makes these arrays known, by shape and type; all workers in the same order."""
+        keys = list(range(self._next, self._next + len(arrays)))
+        self._next += len(arrays)
+        self._declare(keys, arrays)
+        return keys
+
+    def _declare(self, keys: List[int], arrays: Sequence[Copies]) -> None:
+        for key, copies in zip(keys, arrays):
+            if len(copies) > 1:
+                self._store.init(key, mx.nd.zeros_like(copies[0]))
+
+    def sum(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
+        """Replaces each array's copies by their sum over all devices and workers, without waiting for it.
+
+        The first keys have the highest priority.
+        """
+        for key, copies in zip(keys, arrays):
+            if self.size > 1 or len(copies) > 1:
+                self._in_turn(key, copies[0])
+                # A CPU push keeps the pushed array as its buffer and the pull writes into it: fine, it is the output.
+                self._store.pushpull(key, copies, out=copies, priority=-key)
+
+    def _in_turn(self, key: int, array: mx.nd.NDArray) -> None:
+        """Waits for what is under way under this key, if it is another array.
+
+        Uses of one array are ordered by MXNet's engine. Those of one key are not: of two arrays summed under it, one
+        worker's second was added to another worker's first.
+        """
+        previous = self._latest.get(key)
+        if previous is not None and previous is not array:
+            previous.wait_to_read()
+        self._latest[key] = array
+
+    def gather(self, row: Sequence[float]) -> np.ndarray:
+        """Every worker's numbers, float64 (workers, len(row)); a barrier. All give equally many.
+
+        Sums of zeros and one row are exact.
+        """
+        length = len(row)
+        if length not in self._rows:
+            array = mx.nd.zeros((self.size, length), dtype='float64')
+            self._rows[length] = self.keys([[array]]), array
+        keys, array = self._rows[length]
+        content = np.zeros(array.shape)
+        content[self.rank] = row
+        array[:] = content
+        self.sum(keys, [[array]])
+        return array.asnumpy()
+
+    def broadcast(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
+        """Overwrites every copy in every worker with rank 0's first one; the keys' own arrays have these shapes."""
+        if self.size > 1:
+            for first, *others in arrays:
+                for array in others + ([first] if self.rank else []):
+                    array[:] = 0
+            self.sum(keys, arrays)
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` returned on rank 0, where alone it is called; anything that JSON can hold."""
+        if self.size == 1:
+            return make()
+        text = json.dumps(make()).encode() if self.rank == 0 else b''
+        length = int(self.gather([len(text)])[0, 0])
+        numbers = np.frombuffer(text, 'uint8') if self.rank == 0 else np.zeros(length)
+        return json.loads(self.gather(numbers)[0].astype('uint8').tobytes())
 
 
-def make_store(name: str, arrays: Sequence[List[mx.nd.NDArray]]) -> Store:
-    """The store for these arrays, given with their copies on each device."""
-    assert name in NAMES, name
-    return Store(name, arrays)
+class DistStore(Store):
+    """MXNet's parameter servers; several devices of a worker are added up before anything is sent."""
+
+    def _declare(self, keys: List[int], arrays: Sequence[Copies]) -> None:
+        self._store.init(keys, [mx.nd.zeros_like(first) for first, *_ in arrays])
+        # MXNet does not order one worker's first pushes after another's initialisation: without this, one may pull the
+        # other's first gradient for its weights.
+        mx.nd.waitall()
+        self._store._barrier()
+
+
+class HorovodStore(Store):
+    """Horovod's allreduce. It looks at one device a process only: devices are added up before, and copied to after."""
+
+    def __init__(self, _name: str, world: World):
+        """
+        Raises:
+            ValueError: Horovod is missing, was built without MXNet, or sees other processes than we do.
+        """
+        super().__init__('device', world)
+        try:
+            import horovod.mxnet as hvd
+        except ImportError as error:
+            raise ValueError(f'train.store=horovod: Horovod does not load here ({error}): `make test` in a checkout '
+                             'builds it for the installed mxnet; or use servers: tools/launch.py -s 1') from None
+        hvd.init()
+        self._horovod = hvd
+        if (hvd.rank(), hvd.size()) != (world.rank, world.size):
+            raise ValueError(f'Horovod calls this process {hvd.rank()} of {hvd.size()}, its launcher {world.rank} of '
+                             f'{world.size}: start the job with tools/launch.py --horovod')
+
+    def sum(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
+        for key, (first, *others) in zip(keys, arrays):
+            if others:
+                self._store.pushpull(key, [first] + others, out=[first] + others, priority=-key)
+            self._in_turn(key, first)
+            self._horovod.allreduce_(first, op=self._horovod.Sum, name=str(key), priority=-key)
+            for other in others:
+                first.copyto(other)
+
+
+STORES: Dict[str, Callable[[str, World], Store]] = {
+    'local': Store, 'device': Store, 'nccl': Store,
+    'dist_sync': DistStore, 'dist_device_sync': DistStore, 'horovod': HorovodStore,
+}
+
+
+def make_store(name: str, world: World) -> Store:
+    """The store of this name for this process.
+
+    Raises:
+        ValueError: it cannot be had here.
+    """
+    return STORES[name](name, world)

@@ -15,6 +15,8 @@ from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import REFERENCE_BATCH, AdamW, learning_rates, weight_decays
 from mxsimmim.parallel.aggregate import SyncGradients
+from mxsimmim.parallel.stores import make_store
+from mxsimmim.world import ALONE
 
 DATA = Path(__file__).parent.parent / 'data'
 KEYS = set(ModelConfig.model_fields) | {'ape'}
@@ -95,7 +97,7 @@ def test_twelve_steps(recorded):
     net.hybridize(static_alloc=True)
     parameters = named_parameters(net)
     adamw = AdamW(parameters, weight_decays(parameters, 'reference', recorded.model.type, 0.05), optim)
-    aggregation = SyncGradients(parameters, adamw, 'local', optim.clip_grad)
+    aggregation = SyncGradients(parameters, adamw, make_store('local', ALONE), TrainConfig(), optim.clip_grad)
     rows = []
     for step in range(steps):
         image = mx.nd.array(recorded.file['train/images'][step])

@@ -1,16 +1,18 @@
 """Imports go one way: a module knows those before it in this list, and its neighbours in the same folder."""
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
-ORDER = ['__init__', 'config', 'configfile', 'runtime', 'facts', 'doctor', 'data', 'models', 'interop', 'optim',
-         'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'meter', 'validation', 'run', 'train',
-         'reconstruct', 'cli', '__main__']
+ORDER = ['__init__', 'config', 'configfile', 'world', 'runtime', 'cluster', 'facts', 'doctor', 'data', 'models',
+         'interop', 'optim', 'meter', 'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'validation', 'run',
+         'train', 'reconstruct', 'cli', '__main__']
 # What answers before, or without, the second that `import mxnet` takes.
-WITHOUT_MXNET = ['__init__', 'config', 'configfile', 'runtime', 'data', 'checkpoint', 'monitor', 'pictures',
-                 'baselines', 'cli']
+WITHOUT_MXNET = ['__init__', 'cluster', 'world', 'config', 'configfile', 'runtime', 'data', 'checkpoint', 'monitor',
+                 'pictures', 'baselines', 'cli']
+SERVERS = ['parallel/modes.py', 'parallel/protocol.py', 'parallel/server.py']  # which must come before mxnet
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 
@@ -41,10 +43,17 @@ def test_imports_go_one_way(path):
             assert ORDER.index(parts[1]) <= own, f'{path.name} imports {name}'
 
 
-@pytest.mark.parametrize('path', [p for p in FILES if place(p) in WITHOUT_MXNET],
+@pytest.mark.parametrize('path', [
+    p for p in FILES if place(p) in WITHOUT_MXNET or str(p.relative_to(PACKAGE)) in SERVERS],
                          ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_mxnet_is_not_imported_at_the_top(path):
     assert not any(name.split('.')[0] == 'mxnet' for name in imports(path, everywhere=False))
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if place(p) == 'cluster'], ids=lambda p: p.name)
+def test_the_launcher_needs_the_standard_library_only(path):
+    names = {name.split('.')[0] for name in imports(path, everywhere=True)}
+    assert names <= {'mxsimmim'} | (sys.stdlib_module_names if sys.version_info >= (3, 10) else names)
 
 
 def test_nothing_imports_tools():

@@ -3,13 +3,15 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from mxsimmim.config import DataConfig, ModelConfig, OptimConfig
+from mxsimmim.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.data.loader import Batch
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import AdamW, weight_decays
 from mxsimmim.parallel.aggregate import SyncGradients
 from mxsimmim.parallel.placement import Replicated, contexts_of
+from mxsimmim.parallel.stores import make_store
+from mxsimmim.world import ALONE
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.3)
 SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
@@ -40,11 +42,11 @@ def trained(keys, devices, accumulate=1, steps=10, images=7, recipe='fixed', cli
     placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std, accumulate)
     parameters = named_parameters(net)
     adamw = AdamW(parameters, weight_decays(parameters, recipe, config.type, 0.05), optim)
-    aggregation = SyncGradients(parameters, adamw, store, clip)
+    aggregation = SyncGradients(parameters, adamw, make_store(store, ALONE), TrainConfig(batch_size=images), clip)
     between = aggregation.clip_partial if recipe == 'reference' else None
     rows = []
     for step, batch in enumerate(batches(config, steps, images)):
-        loss = placement.forward_backward(batch, between)
+        loss = placement.forward_backward(batch, images, between)
         rows.append(aggregation.step(step, 1e-3, loss).asnumpy())
     copies = [{n: p.list_data()[d].asnumpy() for n, p in parameters.items()} for d in range(devices)]
     assert all(np.array_equal(copies[0][n], copy[n]) for copy in copies for n in copy)  # replicas are equal, bit by bit
@@ -88,19 +90,19 @@ def test_the_reference_clips_after_every_accumulated_part(devices):
         placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std, accumulate)
         parameters = named_parameters(net)
         adamw = AdamW(parameters, weight_decays(parameters, 'reference', 'vit', 0.0), OptimConfig())
-        aggregation = SyncGradients(parameters, adamw, 'local', clip)
+        aggregation = SyncGradients(parameters, adamw, make_store('local', ALONE), TrainConfig(batch_size=6), clip)
         yield placement, aggregation, lambda: np.concatenate(
             [g.ravel() for g in official.extract(net, grad=True).values()])
 
     placement, _, read = next(gradients(1, None, 1))
     halves = []
     for part in (slice(0, 3), slice(3, 6)):
-        placement.forward_backward(take(batch, part))
-        halves.append(read() / 2)
+        placement.forward_backward(take(batch, part), 6)
+        halves.append(read())
     clip = np.linalg.norm(halves[0]) / 4
     expected = halves[0] / 4 + halves[1]
     placement, aggregation, read = next(gradients(2, clip, devices))
-    loss = placement.forward_backward(batch, aggregation.clip_partial)
+    loss = placement.forward_backward(batch, 6, aggregation.clip_partial)
     _, norm, _ = aggregation.step(0, 0.0, loss).asnumpy()
     assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
     # MXNet's AdamW operator leaves the gradient multiplied with its scale.
@@ -115,11 +117,11 @@ def test_a_non_finite_step_changes_nothing(poison, devices):
     placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std)
     parameters = named_parameters(net)
     adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
-    aggregation = SyncGradients(parameters, adamw, 'local', 5.0)
+    aggregation = SyncGradients(parameters, adamw, make_store('local', ALONE), TrainConfig(batch_size=4), 5.0)
     parameters['decoder.0.bias'].set_data(mx.nd.full((48,), poison))
     before, moments = official.extract(net), adamw.arrays()
     for step, batch in enumerate(batches(config, 2, 4)):
-        loss, norm, applied = aggregation.step(step, 1e-3, placement.forward_backward(batch)).asnumpy()
+        loss, norm, applied = aggregation.step(step, 1e-3, placement.forward_backward(batch, 4)).asnumpy()
         assert applied == 0 and not np.isfinite(loss * norm)
     after = official.extract(net)
     assert all(np.array_equal(before[n], after[n], equal_nan=True) for n in before)

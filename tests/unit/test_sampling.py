@@ -4,7 +4,10 @@ import time
 import numpy as np
 import pytest
 
-from mxsimmim.data.sampling import batch_at, epoch_order, generator, split, steps_per_epoch
+from mxsimmim.data.sampling import (apportion, batch_at, epoch_order, generator, part_of, split,
+                                    steps_per_epoch)
+
+SEED = 3
 
 
 @pytest.mark.parametrize('count, parts, lengths', [
@@ -66,3 +69,33 @@ def test_a_million_samples_are_ordered_quickly():
     for step in range(1000):
         batch_at(step, 1_000_000, 2048, seed=1)
     assert time.perf_counter() - began < 2  # 3 epochs; a shuffle a step would take half a minute
+
+
+@pytest.mark.parametrize('count, weights, least, expected', [
+    (8, [1, 1], [1, 1], [4, 4]),
+    (8, [3, 1], [1, 1], [6, 2]),
+    (7, [1, 1], [1, 1], [4, 3]),
+    (10, [1, 1, 1], [1, 1, 1], [4, 3, 3]),
+    (10, [0.29, 0.71], [1, 1], [3, 7]),
+    (5, [100, 1, 1], [1, 1, 1], [3, 1, 1]),
+    (6, [100, 1], [1, 4], [2, 4]),
+])
+def test_apportion(count, weights, least, expected):
+    assert apportion(count, weights, least) == expected
+
+
+def test_apportion_never_loses_an_image():
+    print('seed', SEED)
+    rng = np.random.default_rng(SEED)
+    for _ in range(300):
+        workers = int(rng.integers(1, 9))
+        least = rng.integers(1, 5, workers).tolist()
+        count = int(rng.integers(sum(least), 200))
+        parts = apportion(count, rng.uniform(0.1, 10, workers).tolist(), least)
+        assert sum(parts) == count and all(p >= low for p, low in zip(parts, least))
+        assert [i for n in range(workers) for i in range(count)[part_of(parts, n)]] == list(range(count))
+
+
+def test_a_batch_too_small_for_the_workers_is_named():
+    with pytest.raises(ValueError, match='batch of 3 images is too small for 2 workers that need 2, 2'):
+        apportion(3, [1, 1], [2, 2])

@@ -147,13 +147,15 @@ def mxnet_worker(keys: dict, batch: int, threads: int, _: bool) -> Worker:
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
     from mxsimmim.parallel.placement import Replicated
+    from mxsimmim.parallel.stores import make_store
+    from mxsimmim.world import ALONE
 
     model, data, optim = cfg.ModelConfig(**keys), cfg.DataConfig(), cfg.OptimConfig()
     net = build_simmim(model, seed=0)
     parameters = named_parameters(net)
     placement = Replicated(net, [mx.cpu()], data.mean, data.std)
     optimizer = AdamW(parameters, weight_decays(parameters, optim.recipe, model.type, DECAY), optim)
-    aggregation = SyncGradients(parameters, optimizer, 'local', CLIP)
+    aggregation = SyncGradients(parameters, optimizer, make_store('local', ALONE), cfg.TrainConfig(), CLIP)
     rng = np.random.default_rng(0)
     images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
                    mask=rng.integers(0, 2, (batch, model.grid, model.grid), np.uint8),
@@ -161,7 +163,7 @@ def mxnet_worker(keys: dict, batch: int, threads: int, _: bool) -> Worker:
     updates = iter(range(sys.maxsize))
 
     def step() -> None:
-        aggregation.step(next(updates), RATE, placement.forward_backward(images))
+        aggregation.step(next(updates), RATE, placement.forward_backward(images, batch))
 
     return step, mx.nd.waitall, sum(int(np.prod(p.shape)) for p in parameters.values()), f'MXNet {mx.__version__}'
 

@@ -1,0 +1,211 @@
+"""AsyncServer: parameter servers that update with whatever gradient comes, when it comes."""
+import contextlib
+import os
+import time
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import Parameter
+
+from .. import configfile
+from ..config import Config
+from ..meter import Clock
+from ..world import World
+from . import protocol
+from .aggregate import global_norm
+from .stores import Store
+
+
+class ServerStore(Store):
+    """dist_async: what is pushed goes to the server's rule for that key. There are no sums; `gather` meets."""
+
+    def __init__(self, name: str, world: World):
+        super().__init__(name, world)
+        self.servers = world.servers
+        self._number = time.time_ns()  # of commands; grows from process to process, too
+        self._next = protocol.ROWS
+        if self.rank == 0:
+            self.command({})  # from now on the servers have a rule for what is pushed
+        self.meet()
+
+    def gather(self, row: Sequence[float]) -> np.ndarray:
+        """As `Store.gather`: a row has its key in each worker, and the servers put there what was pushed last."""
+        length = len(row)
+        if length not in self._rows:
+            keys = list(range(self._next, self._next + self.size))
+            self._next += self.size
+            self.init(keys, [mx.nd.zeros((length,), dtype='float64')] * self.size)
+            self._rows[length] = keys
+        keys = self._rows[length]
+        self._store.push(keys[self.rank], mx.nd.array(np.asarray(row, 'float64'), dtype='float64'))
+        self.meet()
+        rows = [mx.nd.zeros((length,), dtype='float64') for _ in keys]
+        for key, array in zip(keys, rows):
+            self._store.pull(key, out=array)
+        self.meet()
+        return np.stack([array.asnumpy() for array in rows])
+
+    def init(self, keys: List[int], arrays: Sequence[mx.nd.NDArray]) -> None:
+        """Rank 0's values for new keys."""
+        self._store.init(keys, list(arrays))
+        self.meet()
+
+    def push(self, key: int, array: mx.nd.NDArray) -> None:
+        """Sends; `array` must not be used again before it is overwritten: pulls of the key may go through it."""
+        self._store.push(key, array, priority=-key)
+
+    def pull(self, key: int, copies: List[mx.nd.NDArray]) -> None:
+        """Fetches, after what this worker pushed to the key before."""
+        self._store.pull(key, out=copies, priority=-key)
+
+    def meet(self) -> None:
+        """Waits until every worker's pushes and pulls are done."""
+        mx.nd.waitall()
+        self._store._barrier()
+
+    def command(self, content: Dict[str, Any]) -> None:
+        """Sends a signed command to every server and waits until it was carried out."""
+        self._number += 1
+        self._store._send_command_to_servers(
+            protocol.HEAD, protocol.sign(content, self._number, protocol.job_key(os.environ)))
+
+
+class AsyncServer:
+    """Each worker pushes its gradient, the mean over its own images, and takes back whatever the weights then are.
+
+    Dean et al. 2012 (Downpour SGD) with AdamW on the servers. There, one update is one worker's push: the schedule of
+    a job of n workers counts n of them as one step. A gradient that is not finite is not applied to its parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], store: ServerStore,
+                 config: Config, per_epoch: int, total: int):
+        self.workers = store
+        self._names, self._parameters = list(parameters), list(parameters.values())
+        self._local = Store('device')
+        self._local_keys = self._local.keys([p.list_grad() for p in self._parameters])
+        self._layout = protocol.Layout(len(parameters), 2, store.servers)
+        self._boards = [mx.nd.zeros((protocol.BOARD,), dtype='float64') for _ in range(2)]
+        self._seen = mx.nd.zeros((1,), dtype='float64')
+        self._reported, self._time, self._stop_at = np.zeros(protocol.BOARD), time.monotonic(), None
+        self._images = mx.nd.zeros((1,), dtype='float64')
+        firsts = [p.list_data()[0] for p in self._parameters]
+        keys = list(range(len(firsts)))
+        store.init(keys, firsts)
+        for kind in range(self._layout.moments):
+            store.init([self._moment(kind, key) for key in keys], [mx.nd.zeros_like(first) for first in firsts])
+        store.init([self._layout.board], self._boards[:1])
+        self._settings = {'config': configfile.to_dict(config), 'layout': list(self._layout),
+                          'decays': [decays[name] for name in self._names], 'workers': store.size,
+                          'per_epoch': per_epoch, 'total': total}
+        self.load(None, 0)
+
+    def load(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
+        """Gives the servers rank 0's moments, None for zeros, and takes their parameters, which are rank 0's first."""
+        if self.workers.rank == 0:
+            self.workers.command({**self._settings, 'updates': update * self.workers.size})
+            for key, (name, p) in enumerate(zip(self._names, self._parameters)):
+                for kind, moment in enumerate(('mean', 'var')):
+                    value = mx.nd.array(moments[f'{moment}.{name}']) if moments else mx.nd.zeros(p.shape)
+                    self.workers.push(self._moment(kind, key), value)
+        self.workers.meet()
+        self._pull()
+        self.workers.meet()
+
+    def total(self, images: int) -> int:
+        """Images over which the gradient is a mean: the worker's own."""
+        self._images[:] = images
+        return images
+
+    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None) -> mx.nd.NDArray:
+        """Sends the gradients, takes new weights; returns as `SyncGradients.step`, of this worker alone."""
+        gradients = [p.list_grad() for p in self._parameters]
+        self._local.sum(self._local_keys, gradients)
+        norm = global_norm(gradients)
+        stats = mx.nd.concat(loss, norm, mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss), dim=0)
+        stats.wait_to_read()  # a pull writes into the gradients
+        if clock:
+            clock.computed()
+        for key, (first, *_) in enumerate(gradients):
+            self.workers.push(key, first)
+        one = mx.nd.ones((1,), dtype='float64')
+        self._post(mx.nd.concat(one, self._images, loss.astype('float64').as_in_context(mx.cpu()) * self._images,
+                                self._seen, *[one * 0] * (protocol.BOARD - protocol.STOP), dim=0))
+        self._pull()
+        if clock:
+            clock.communicated()
+        return stats
+
+    def agree(self, step: int, stopping: bool, due: bool = False) -> Optional[int]:
+        """As `SyncGradients.agree`. Workers are at different steps: all go on to the furthest one's.
+
+        They meet when one of them says so on the board, and, `due`, where they will meet anyway.
+        """
+        if self._stop_at is None:
+            if stopping:
+                self._write({protocol.STOP: [1]})
+            stopping = stopping or self._boards[1].asnumpy()[protocol.STOP] > 0
+            if stopping or due:
+                steps, votes = self.workers.gather([step, stopping]).T
+                self._stop_at = int(steps.max()) if votes.any() else None
+        return self._stop_at
+
+    @contextlib.contextmanager
+    def consensus(self) -> Iterator[None]:
+        """While entered, all workers wait and hold the servers' parameters."""
+        self.workers.meet()
+        self._pull()
+        self.workers.meet()
+        yield
+        self.workers.meet()
+
+    def equal(self, _step: int) -> bool:
+        """Never: each worker has the weights of its own last pull."""
+        return False
+
+    def combine(self, rows: np.ndarray) -> np.ndarray:
+        """This worker's: asking for the others' would keep it waiting."""
+        return rows
+
+    def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
+        """As `SyncGradients.observed`, from the board; besides loss, images/s and staleness since the last call."""
+        self._write({protocol.NOTES: [1, *noted]})
+        self.workers.pull(self._layout.board, [self._boards[0]])
+        board, now = self._boards[0].asnumpy(), time.monotonic()
+        new, seconds = board - self._reported, now - self._time
+        self._reported, self._time = board, now
+        updates = max(new[protocol.UPDATES], 1)
+        means = new[protocol.NOTES + 1:] / max(new[protocol.NOTES], 1)
+        return list(means), {'loss': new[protocol.LOSS] / max(new[protocol.IMAGES], 1),
+                             'images_per_second': new[protocol.IMAGES] / seconds,
+                             'staleness': new[protocol.STALENESS] / updates}
+
+    def moments(self) -> Dict[str, Any]:
+        """The servers' moments; inside `consensus`."""
+        arrays = {}
+        for kind, moment in enumerate(('mean', 'var')):
+            for key, (name, p) in enumerate(zip(self._names, self._parameters)):
+                arrays[f'{moment}.{name}'] = mx.nd.zeros(p.shape)
+                self.workers.pull(self._moment(kind, key), [arrays[f'{moment}.{name}']])
+        return {name: array.asnumpy() for name, array in arrays.items()}
+
+    def _moment(self, kind: int, key: int) -> int:
+        return (1 + kind) * self._layout.stride + key
+
+    def _write(self, fields: Mapping[int, Sequence[float]]) -> None:
+        """Adds to some fields of the board, each followed by its neighbours."""
+        row = np.zeros(protocol.BOARD)
+        for first, values in fields.items():
+            row[first:first + len(values)] = values
+        self._post(mx.nd.array(row, dtype='float64'))
+
+    def _post(self, row: mx.nd.NDArray) -> None:
+        self.workers.push(self._layout.board, row)
+
+    def _pull(self) -> None:
+        """Weights, and how many updates they have seen."""
+        self._boards.reverse()  # the other one, of the step before, can be read without waiting
+        self.workers.pull(self._layout.board, [self._boards[0]])
+        self._seen = self._boards[0][protocol.UPDATES:protocol.UPDATES + 1].copy()
+        for key, p in enumerate(self._parameters):
+            self.workers.pull(key, p.list_data())

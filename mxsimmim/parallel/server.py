@@ -1,0 +1,113 @@
+"""Our parameter server and scheduler process.
+
+MXNet's own starts inside ``import mxnet`` and unpickles whatever it is sent. This one starts first: it imports mxnet
+under no role, gives the process its role back, and runs MXNet's server loop with a controller that opens nothing but
+JSON signed with the job's key.
+"""
+import ctypes
+import math
+import os
+import sys
+import traceback
+from typing import Any, Callable, Dict, List, Optional
+
+from . import protocol
+
+
+def serve() -> int:
+    """Runs this process's role, server or scheduler, until the workers are done.
+
+    Raises:
+        ValueError: there is no job key.
+    """
+    key = protocol.job_key(os.environ)
+    role = os.environ.pop('DMLC_ROLE')
+    import mxnet as mx
+    os.environ['DMLC_ROLE'] = role
+    store = mx.kv.create('dist')
+    server = Server(store, key)
+    controller = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(server.control)
+    mx.base.check_call(mx.base._LIB.MXKVStoreRunServer(store.handle, controller, None))
+    return 0
+
+
+class Server:
+    """What our server does with commands and, for asynchronous jobs, with what workers push.
+
+    A synchronous job sends no command: MXNet's loop adds up the pushes of all workers by itself.
+    """
+
+    def __init__(self, store: Any, key: bytes):
+        self._store, self._key, self._last = store, key, 0
+        self._layout = protocol.Layout(0, 0, 1)
+        self._moments: Dict[int, Any] = {}  # key -> the array that workers push and pull under it
+        self._updates: Dict[int, int] = {}  # key of a weight -> updates so far
+        self._done = 0
+
+    def control(self, head: int, body: Optional[bytes], _: Any = None) -> None:
+        """MXNet's controller callback. A command that is not ours is logged and dropped."""
+        text = (body or b'').decode('utf-8', 'surrogateescape')
+        try:
+            self._last, command = protocol.opened(text, self._last, self._key)
+        except (ValueError, TypeError) as error:
+            print(f'server: dropped a command (head {head}, {len(text)} bytes): {error}', file=sys.stderr, flush=True)
+            return
+        self._store._set_updater(lambda *arguments: self._or_die(self._update, *arguments))
+        if command:
+            self._or_die(self._configure, command)
+
+    def _configure(self, command: Dict[str, Any]) -> None:
+        """The optimiser of an asynchronous job: configuration, decay of each key, and how far the job is."""
+        from .. import configfile
+        from ..optim import learning_rates
+        config = configfile.from_dict(command['config'], 'the worker')
+        self._optim = config.optim
+        self._layout = protocol.Layout(*command['layout'])
+        self._decays: List[float] = command['decays']
+        self._workers: int = command['workers']
+        self._rate = learning_rates(config.optim, config.train, command['per_epoch'], command['total'])
+        self._done, self._updates = command['updates'], {}
+
+    @staticmethod
+    def _or_die(function: Callable[..., None], *arguments: Any) -> None:
+        """ctypes swallows exceptions, and a server that goes on without its update is worse than none."""
+        try:
+            function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _update(self, key: int, received: Any, stored: Any) -> None:
+        """MXNet's updater: what becomes of `stored` when `received`, of the same shape, is pushed."""
+        if key < self._layout.weights:
+            self._step(key, received, stored)
+        elif key == self._layout.board:
+            self._post(received, stored)
+        else:
+            if key < self._layout.board:
+                self._moments[key] = stored
+            stored[:] = received  # also a row of `gather`
+
+    def _step(self, key: int, gradient: Any, weight: Any) -> None:
+        import mxnet as mx
+
+        from ..optim import adamw_arguments
+        if not math.isfinite(mx.nd.dot(gradient.reshape((-1,)), gradient.reshape((-1,))).asscalar()):
+            return
+        update = self._updates.setdefault(key, self._done)
+        self._updates[key] += 1
+        lr = self._rate(update / self._workers)  # schedules count updates of the whole batch
+        if self._decays[key]:
+            weight *= 1 - lr * self._decays[key]
+        mean, var = (self._moments[key + kind * self._layout.stride] for kind in (1, 2))
+        mx.nd.contrib.adamw_update(weight, gradient, mean, var, mx.nd.ones((1,)), out=weight,
+                                   **adamw_arguments(self._optim, update, lr))
+
+    @staticmethod
+    def _post(received: Any, board: Any) -> None:
+        new, total = received.asnumpy(), board.asnumpy()
+        if new[protocol.UPDATES]:
+            new[protocol.STALENESS] = total[protocol.UPDATES] - new[protocol.STALENESS]
+        new[~(abs(new) < math.inf)] = 0  # the loss of a skipped step
+        board[:] = total + new

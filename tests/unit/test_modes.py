@@ -1,0 +1,57 @@
+"""Which stores and aggregations go together, and that the others are refused with what to do instead."""
+import pytest
+
+from mxsimmim.config import Config
+from mxsimmim.parallel.modes import mode_of
+from mxsimmim.world import ALONE, World
+
+PS = World('worker', 0, 2, servers=1, transport='ps')
+P3 = PS._replace(p3=True)
+HOROVOD = World('worker', 0, 2, transport='horovod')
+NO_CLIP = {'clip_grad': None}
+
+
+def config(optim=None, shares='equal', **train):
+    return Config(train=train, optim=optim or {}, data={'shares': shares})
+
+
+@pytest.mark.parametrize('world, keys, expected', [
+    (ALONE, {}, ('device', 'sync')),
+    (PS, {}, ('dist_sync', 'sync')),
+    (HOROVOD, {}, ('horovod', 'sync')),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP}, ('dist_async', 'async')),
+    (PS, {'store': 'dist_device_sync', 'aggregation': 'local_sgd'}, ('dist_device_sync', 'local_sgd')),
+    (HOROVOD, {'aggregation': 'elastic'}, ('horovod', 'elastic')),
+    (HOROVOD, {'compression': 'fp16'}, ('horovod', 'sync')),
+    (PS, {'compression': '2bit', 'accumulate': 4}, ('dist_sync', 'sync')),
+    (P3, {}, ('dist_sync', 'sync')),
+    (PS, {'shares': (3, 1)}, ('dist_sync', 'sync')),
+])
+def test_modes(world, keys, expected):
+    assert mode_of(config(**keys), world) == expected
+
+
+@pytest.mark.parametrize('world, keys, message', [
+    (ALONE, {'store': 'dist_sync'}, r'train.store=dist_sync needs parameter servers.*tools/launch.py -n 2 -s 1'),
+    (HOROVOD, {'store': 'dist_sync'}, 'started as Horovod ranks'),
+    (PS._replace(servers=0), {}, 'needs a server, and the job has none'),
+    (PS, {'store': 'horovod'}, 'train.store=horovod needs Horovod ranks.*--horovod'),
+    (PS, {'store': 'device'}, r'one of 2 started with parameter servers: leave train.store=auto'),
+    (PS, {'store': 'dist_async'}, r'optim.clip_grad=5.0 cannot work with train.store=dist_async.*clip_grad=null'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'accumulate': 2}, 'train.accumulate=2 cannot work'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'compression': '2bit'}, 'compression=2bit cannot work.*dist_async'),
+    (PS, {'store': 'dist_async', 'optim': {'clip_grad': None, 'type': 'sgd'}}, 'optim.type=sgd'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'shares': 'auto'}, 'data.shares=auto'),
+    (PS, {'store': 'dist_async', 'aggregation': 'sync'}, 'aggregation=sync does not go with train.store=dist_async'),
+    (PS, {'aggregation': 'async'}, 'train.aggregation=async does not go with train.store=dist_sync'),
+    (ALONE, {'aggregation': 'local_sgd'}, 'needs several workers, and there is one'),
+    (P3, {'store': 'dist_async', 'optim': NO_CLIP}, '--p3 works with'),
+    (P3, {'compression': '2bit'}, '--p3 cannot work with train.compression=2bit'),
+    (PS, {'compression': 'fp16'}, 'works with train.store=horovod.*2bit'),
+    (ALONE, {'compression': '2bit'}, 'compression=2bit is for several workers'),
+    (PS, {'compression': '2bit', 'aggregation': 'elastic'}, 'is for gradients'),
+    (PS, {'shares': (1, 2, 3)}, r'data.shares=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
+])
+def test_what_cannot_work_is_refused_by_name(world, keys, message):
+    with pytest.raises(ValueError, match=message):
+        mode_of(config(**keys), world)
