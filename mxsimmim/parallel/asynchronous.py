@@ -14,7 +14,7 @@ from ..meter import Clock
 from ..world import World
 from . import protocol
 from .aggregate import global_norm
-from .stores import Store
+from .stores import Store, from_bytes, to_bytes
 
 
 class ServerStore(Store):
@@ -31,20 +31,20 @@ class ServerStore(Store):
 
     def gather(self, row: Sequence[float]) -> np.ndarray:
         """As `Store.gather`: a row has its key in each worker, and the servers put there what was pushed last."""
-        length = len(row)
+        length = 8 * len(row)
         if length not in self._rows:
             keys = list(range(self._next, self._next + self.size))
             self._next += self.size
-            self.init(keys, [mx.nd.zeros((length,), dtype='float64')] * self.size)
+            self.init(keys, [mx.nd.zeros((length,))] * self.size)
             self._rows[length] = keys
         keys = self._rows[length]
-        self._store.push(keys[self.rank], mx.nd.array(np.asarray(row, 'float64'), dtype='float64'))
+        self._store.push(keys[self.rank], mx.nd.array(to_bytes(row)))
         self.meet()
-        rows = [mx.nd.zeros((length,), dtype='float64') for _ in keys]
+        rows = [mx.nd.zeros((length,)) for _ in keys]
         for key, array in zip(keys, rows):
             self._store.pull(key, out=array)
         self.meet()
-        return np.stack([array.asnumpy() for array in rows])
+        return from_bytes(np.stack([array.asnumpy() for array in rows]))
 
     def init(self, keys: List[int], arrays: Sequence[mx.nd.NDArray]) -> None:
         """Rank 0's values for new keys."""
@@ -85,10 +85,9 @@ class AsyncServer:
         self._local = Store('device')
         self._local_keys = self._local.keys([p.list_grad() for p in self._parameters])
         self._layout = protocol.Layout(len(parameters), 2, store.servers)
-        self._boards = [mx.nd.zeros((protocol.BOARD,), dtype='float64') for _ in range(2)]
-        self._seen = mx.nd.zeros((1,), dtype='float64')
-        self._reported, self._time, self._stop_at = np.zeros(protocol.BOARD), time.monotonic(), None
-        self._images = mx.nd.zeros((1,), dtype='float64')
+        self._boards = [mx.nd.zeros(protocol.BOARD_SHAPE) for _ in range(2)]
+        self._reported, self._time, self._stop_at = np.zeros(protocol.FIELDS), time.monotonic(), None
+        self._images = 0
         firsts = [p.list_data()[0] for p in self._parameters]
         keys = list(range(len(firsts)))
         store.init(keys, firsts)
@@ -114,7 +113,7 @@ class AsyncServer:
 
     def total(self, images: int) -> int:
         """Images over which the gradient is a mean: the worker's own."""
-        self._images[:] = images
+        self._images = images
         return images
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None) -> mx.nd.NDArray:
@@ -128,9 +127,12 @@ class AsyncServer:
             clock.computed()
         for key, (first, *_) in enumerate(gradients):
             self.workers.push(key, first)
-        one = mx.nd.ones((1,), dtype='float64')
-        self._post(mx.nd.concat(one, self._images, loss.astype('float64').as_in_context(mx.cpu()) * self._images,
-                                self._seen, *[one * 0] * (protocol.BOARD - protocol.STOP), dim=0))
+        mine = np.zeros(protocol.BOARD_SHAPE, 'float32')
+        mine[0, protocol.UPDATES], mine[0, protocol.IMAGES] = 1, self._images
+        row = mx.nd.array(mine)
+        row[0, protocol.LOSS] = loss.as_in_context(mx.cpu()) * self._images
+        row[:, protocol.STALENESS] = self._boards[0][:, protocol.UPDATES]
+        self.workers.push(self._layout.board, row)
         self._pull()
         if clock:
             clock.communicated()
@@ -144,7 +146,7 @@ class AsyncServer:
         if self._stop_at is None:
             if stopping:
                 self._write({protocol.STOP: [1]})
-            stopping = stopping or self._boards[1].asnumpy()[protocol.STOP] > 0
+            stopping = stopping or self._boards[1].asnumpy()[0, protocol.STOP] > 0
             if stopping or due:
                 steps, votes = self.workers.gather([step, stopping]).T
                 self._stop_at = int(steps.max()) if votes.any() else None
@@ -171,7 +173,7 @@ class AsyncServer:
         """As `SyncGradients.observed`, from the board; besides loss, images/s and staleness since the last call."""
         self._write({protocol.NOTES: [1, *noted]})
         self.workers.pull(self._layout.board, [self._boards[0]])
-        board, now = self._boards[0].asnumpy(), time.monotonic()
+        board, now = self._boards[0].asnumpy().astype('float64').sum(axis=0), time.monotonic()
         new, seconds = board - self._reported, now - self._time
         self._reported, self._time = board, now
         updates = max(new[protocol.UPDATES], 1)
@@ -194,18 +196,14 @@ class AsyncServer:
 
     def _write(self, fields: Mapping[int, Sequence[float]]) -> None:
         """Adds to some fields of the board, each followed by its neighbours."""
-        row = np.zeros(protocol.BOARD)
+        row = np.zeros(protocol.BOARD_SHAPE, 'float32')
         for first, values in fields.items():
-            row[first:first + len(values)] = values
-        self._post(mx.nd.array(row, dtype='float64'))
-
-    def _post(self, row: mx.nd.NDArray) -> None:
-        self.workers.push(self._layout.board, row)
+            row[0, first:first + len(values)] = values
+        self.workers.push(self._layout.board, mx.nd.array(row))
 
     def _pull(self) -> None:
         """Weights, and how many updates they have seen."""
         self._boards.reverse()  # the other one, of the step before, can be read without waiting
         self.workers.pull(self._layout.board, [self._boards[0]])
-        self._seen = self._boards[0][protocol.UPDATES:protocol.UPDATES + 1].copy()
         for key, p in enumerate(self._parameters):
             self.workers.pull(key, p.list_data())

@@ -12,9 +12,10 @@ HEAD = 0  # of our commands: the only one that MXNet hands to a controller, and 
 # the NOTED numbers come from the workers' logs.
 UPDATES, IMAGES, LOSS, STALENESS, STOP, NOTES = range(6)
 NOTED = 4
-BOARD = NOTES + 1 + NOTED
-
-
+FIELDS = NOTES + 1 + NOTED
+# What float32 rounds off is in the second row: MXNet's servers keep no more even of a float64, and images are counted
+# far beyond 2**24.
+BOARD_SHAPE = (2, FIELDS)
 ROWS = 1 << 20  # keys from here on are rows of `gather`: the servers put there what was pushed last
 
 

@@ -43,6 +43,7 @@ class Server:
         self._moments: Dict[int, Any] = {}  # key -> the array that workers push and pull under it
         self._updates: Dict[int, int] = {}  # key of a weight -> updates so far
         self._done = 0
+        self._board: Any = None  # float64 (FIELDS,); what workers pull has it in two halves
 
     def control(self, head: int, body: Optional[bytes], _: Any = None) -> None:
         """MXNet's controller callback. A command that is not ours is logged and dropped."""
@@ -58,8 +59,11 @@ class Server:
 
     def _configure(self, command: Dict[str, Any]) -> None:
         """The optimiser of an asynchronous job: configuration, decay of each key, and how far the job is."""
+        import numpy as np
+
         from .. import configfile
         from ..optim import learning_rates
+        self._board = np.zeros(protocol.FIELDS)
         config = configfile.from_dict(command['config'], 'the worker')
         self._optim = config.optim
         self._layout = protocol.Layout(*command['layout'])
@@ -104,10 +108,12 @@ class Server:
         mx.nd.contrib.adamw_update(weight, gradient, mean, var, mx.nd.ones((1,)), out=weight,
                                    **adamw_arguments(self._optim, update, lr))
 
-    @staticmethod
-    def _post(received: Any, board: Any) -> None:
-        new, total = received.asnumpy(), board.asnumpy()
+    def _post(self, received: Any, board: Any) -> None:
+        import numpy as np
+        new = received.asnumpy().astype('float64').reshape(protocol.BOARD_SHAPE).sum(axis=0)
         if new[protocol.UPDATES]:
-            new[protocol.STALENESS] = total[protocol.UPDATES] - new[protocol.STALENESS]
-        new[~(abs(new) < math.inf)] = 0  # the loss of a skipped step
-        board[:] = total + new
+            new[protocol.STALENESS] = self._board[protocol.UPDATES] - new[protocol.STALENESS]
+        new[~np.isfinite(new)] = 0  # the loss of a skipped step
+        self._board += new
+        rounded = self._board.astype('float32')
+        board[:] = np.stack([rounded, (self._board - rounded).astype('float32')]).reshape(board.shape)

@@ -14,6 +14,16 @@ from ..world import ALONE, World
 Copies = List[mx.nd.NDArray]  # of one array, one a device
 
 
+def to_bytes(row: Sequence[float]) -> np.ndarray:
+    """float64 numbers as bytes, one a float32: MXNet's servers keep no more than 24 bits even of a float64."""
+    return np.asarray(row, 'float64').view('uint8').astype('float32')
+
+
+def from_bytes(rows: np.ndarray) -> np.ndarray:
+    """(workers, n) float64 of (workers, 8 n) of `to_bytes`."""
+    return rows.astype('uint8').view('float64')
+
+
 class Store:
     """Adds up arrays, in place. This one knows only the devices of one process."""
 
@@ -67,20 +77,17 @@ class Store:
         self._latest[key] = array
 
     def gather(self, row: Sequence[float]) -> np.ndarray:
-        """Every worker's numbers, float64 (workers, len(row)); a barrier. All give equally many.
-
-        Sums of zeros and one row are exact.
-        """
-        length = len(row)
+        """Every worker's numbers, float64 (workers, len(row)), exactly; a barrier. All give equally many."""
+        length = 8 * len(row)
         if length not in self._rows:
-            array = mx.nd.zeros((self.size, length), dtype='float64')
+            array = mx.nd.zeros((self.size, length))
             self._rows[length] = self.keys([[array]]), array
         keys, array = self._rows[length]
-        content = np.zeros(array.shape)
-        content[self.rank] = row
+        content = np.zeros(array.shape, 'float32')
+        content[self.rank] = to_bytes(row)
         array[:] = content
         self.sum(keys, [[array]])
-        return array.asnumpy()
+        return from_bytes(array.asnumpy())
 
     def broadcast(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
         """Overwrites every copy in every worker with rank 0's first one; the keys' own arrays have these shapes."""
