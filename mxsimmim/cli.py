@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import List, Optional
 
@@ -88,13 +89,27 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         return args.function(args)
     except ConfigError as error:
-        status, text = 2, str(error)
+        return fail(2, str(error))
     except ValueError as error:  # by the rule of the house a ValueError speaks to the user
-        status, text = 1, str(error)
+        return fail(1, str(error))
     except BrokenPipeError:
         return 1
+    except Exception:
+        if 'DMLC_ROLE' in os.environ:
+            fail(1, traceback.format_exc())
+        raise
+
+
+def fail(status: int, text: str) -> int:
+    """Says what went wrong. A process of a job with parameter servers ends here, while its exception is still held.
+
+    With the exception goes the kvstore, and MXNet then waits for the other workers, which wait for this one.
+    """
     for line in text.splitlines():
         print(f'mxsimmim: error: {line}', file=sys.stderr)
+    if 'DMLC_ROLE' in os.environ:
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

@@ -113,7 +113,8 @@ def train(run: Run, start: int, stop: Stop) -> int:
         validating, saving = (done % period == 0 or done == plan.total for period in (plan.validate, plan.save))
         stop_at = aggregation.agree(done, bool(stop.signal), validating or saving)
         if plan.check and done % plan.check == 0 and aggregation.equal(done):
-            compare(named_parameters(run.placement.net), aggregation.workers, done)
+            with aggregation.consensus():
+                compare(named_parameters(run.placement.net), aggregation.workers, done)
         if validating:
             validate(run, done)
         if saving or done == stop_at:
@@ -259,7 +260,7 @@ def introduce(run: Run, saved: Optional[Checkpoint], mode: Mode, place: World) -
     say(f'{len(run.source):,} training images, {plan.per_epoch:,} steps an epoch, {plan.total:,} in all, on '
         + ', '.join(map(str, run.placement.contexts)))
     if place.size > 1:
-        servers = f' through {place.servers} servers' if place.servers else ''
+        servers = f' through {place.servers} server{"s"[:place.servers > 1]}' if place.servers else ''
         say(f'{place.size} workers{servers}, {mode.aggregation} over {mode.store}; images a step: {run.images}')
     if run.validation:
         say(f'{run.validation.images:,} held-out images')

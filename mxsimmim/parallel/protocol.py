@@ -3,6 +3,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 from typing import Any, Dict, Mapping, NamedTuple
 
 KEY_FILE = 'MXSIMMIM_KEY_FILE'
@@ -49,14 +50,15 @@ def job_key(environ: Mapping[str, str]) -> bytes:
                          'with tools/launch.py, which makes a key and hands it to every process')
     try:
         with open(path, 'rb') as file:
-            key = bytes.fromhex(file.read().decode('ascii').strip())
+            text = file.read().decode('ascii', 'replace').strip()
             if os.fstat(file.fileno()).st_mode & 0o077:
                 raise ValueError(f'{KEY_FILE}={path}: others than its owner may read it: chmod 600 {path}')
     except OSError as error:
         raise ValueError(f'{KEY_FILE}={path}: cannot be read: {error.strerror}') from None
-    if len(key) < 16:
-        raise ValueError(f'{KEY_FILE}={path}: a key has at least 16 bytes, as hexadecimal digits; it has {len(key)}')
-    return key
+    if not re.fullmatch('([0-9a-f]{2}){16,}', text):
+        raise ValueError(f'{KEY_FILE}={path}: a key has at least 16 bytes, as hexadecimal digits; this is something '
+                         f'else, of {len(text)} characters')
+    return bytes.fromhex(text)
 
 
 def sign(command: Dict[str, Any], number: int, key: bytes) -> str:

@@ -47,11 +47,11 @@ class Server:
 
     def control(self, head: int, body: Optional[bytes], _: Any = None) -> None:
         """MXNet's controller callback. A command that is not ours is logged and dropped."""
-        text = (body or b'').decode('utf-8', 'surrogateescape')
+        body = body or b''
         try:
-            self._last, command = protocol.opened(text, self._last, self._key)
+            self._last, command = protocol.opened(body.decode('utf-8', 'surrogateescape'), self._last, self._key)
         except (ValueError, TypeError) as error:
-            print(f'server: dropped a command (head {head}, {len(text)} bytes): {error}', file=sys.stderr, flush=True)
+            print(f'server: dropped a command (head {head}, {len(body)} bytes): {error}', file=sys.stderr, flush=True)
             return
         self._store._set_updater(lambda *arguments: self._or_die(self._update, *arguments))
         if command:
@@ -97,10 +97,10 @@ class Server:
         import mxnet as mx
 
         from ..optim import adamw_arguments
-        if not math.isfinite(mx.nd.dot(gradient.reshape((-1,)), gradient.reshape((-1,))).asscalar()):
-            return
         update = self._updates.setdefault(key, self._done)
         self._updates[key] += 1
+        if not math.isfinite(mx.nd.dot(gradient.reshape((-1,)), gradient.reshape((-1,))).asscalar()):
+            return  # counts in the schedule nevertheless, as it does without servers
         lr = self._rate(update / self._workers)  # schedules count updates of the whole batch
         if self._decays[key]:
             weight *= 1 - lr * self._decays[key]

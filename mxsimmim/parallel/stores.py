@@ -16,7 +16,7 @@ Copies = List[mx.nd.NDArray]  # of one array, one a device
 
 def to_bytes(row: Sequence[float]) -> np.ndarray:
     """float64 numbers as bytes, one a float32: MXNet's servers keep no more than 24 bits even of a float64."""
-    return np.asarray(row, 'float64').view('uint8').astype('float32')
+    return np.ascontiguousarray(row, 'float64').view('uint8').astype('float32')
 
 
 def from_bytes(rows: np.ndarray) -> np.ndarray:

@@ -1,0 +1,321 @@
+"""The launcher's hand on one host: starts processes, reports what becomes of them, and leaves none behind.
+
+It is sent to the host, together with the modules it imports, by the launcher that it then obeys, so the two never
+differ. Its own parent, the guardian, does nothing but wait: should the agent be killed, orphans fall to the guardian,
+which kills them. Neither has threads, so that code may run safely between fork and exec.
+"""
+import asyncio
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+from mxsimmim.cluster import probe
+from mxsimmim.cluster.channel import OPENING, Channel, Message
+from mxsimmim.cluster.rendezvous import Rendezvous
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's linux/prctl.h
+SILENCE = 20.0  # seconds without a word from the launcher after which its machine is taken to be gone
+BACKLOG = 4 << 20  # bytes on their way to the launcher beyond which output goes to the log alone
+TAIL = 10  # last lines of a log that a summary shows
+libc = ctypes.CDLL(None)
+
+
+class Child:
+    """A process of the job, the leader of its own session and process group."""
+
+    def __init__(self, role: str, index: int, process: Any, log: str) -> None:
+        self.role, self.index, self.process, self.log, self.ended = role, index, process, log, False
+
+
+class Agent:
+    """Obeys messages: each `do` names a method, its other entries are the arguments."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes) -> None:
+        self.loop, self.private, self.address = loop, private, ''
+        self.children: List[Child] = []
+        self.pipes: Dict[int, Callable[[], None]] = {}
+        self.held: List[socket.socket] = []
+        self.environ: Dict[str, str] = {}
+        self.done = loop.create_future()
+        self.abandoned, self.missed = False, 0
+        self.heard = time.monotonic()
+        self.channel = Channel(loop, reader, writer, self.obey, self.abandon, secret, launcher=False)
+        self.channel.write(b'' if secret else OPENING)
+        loop.add_signal_handler(signal.SIGCHLD, self.reap)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self.abandon)
+        loop.call_later(SILENCE, self.watch)
+        self.channel.send(event='hello', rank=int(os.environ.get('OMPI_COMM_WORLD_RANK', -1)))
+
+    def obey(self, message: Message) -> None:
+        self.heard = time.monotonic()
+        try:
+            getattr(self, 'do_' + message.pop('do'))(**message)
+        except (OSError, ValueError) as error:
+            self.channel.send(event='problem', text=str(error))
+
+    def do_ping(self) -> None:
+        self.channel.send(event='pong', time=time.time())
+
+    def do_probe(self, directory: str, environ: Dict[str, Optional[str]], needs: Dict[str, Any]) -> None:
+        """Prepares the processes' surroundings and tells the launcher about the host."""
+        self.environ = changed(os.environ, {'PATH': os.path.dirname(sys.executable) + os.pathsep
+                                            + os.environ.get('PATH', os.defpath), **environ})
+        try:
+            os.chdir(os.path.expanduser(directory))
+        except OSError as error:
+            raise ValueError(f"working directory '{directory}' cannot be entered ({error.strerror}): make it there, "
+                             'or let --sync-dst-dir copy it') from None
+        needs['near'] = needs['near'] or self.address
+        self.channel.send(event='facts', facts=probe.facts(needs, self.environ))
+
+    def do_reserve(self, address: str) -> None:
+        """A port for ps-lite's scheduler, which binds it itself.
+
+        A bound socket that never listens keeps it: the kernel gives the port to nobody who asks for any, and ZeroMQ can
+        bind it too and listen, since both set SO_REUSEADDR.
+        """
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((address, 0))
+        self.held.append(held)
+        self.channel.send(event='reserved', port=held.getsockname()[1])
+
+    def do_rendezvous(self, address: str) -> None:
+        """Starts the store that Horovod's ranks meet at."""
+        listener = socket.socket()
+        listener.bind((address, 0))
+        self.loop.create_task(asyncio.start_server(Rendezvous().serve, sock=listener))
+        self.channel.send(event='reserved', port=listener.getsockname()[1])
+
+    def do_reach(self, address: str, port: int) -> None:
+        """Whether this host gets through to the scheduler's: nobody listens there yet, so a refusal is good news."""
+        try:
+            socket.create_connection((address, port), timeout=3).close()
+        except ConnectionRefusedError:
+            pass
+        except OSError as error:
+            raise ValueError(f'cannot reach {address}:{port}, where the job meets ({error}): open the firewall between '
+                             'the hosts for it, or choose another network with --interface') from None
+        self.channel.send(event='reached')
+
+    def do_start(self, processes: List[Message], logs: str, key: str) -> None:
+        path = os.path.join(self.private, 'key')
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
+            file.write(key)
+        os.makedirs(logs, exist_ok=True)
+        for process in processes:
+            process['environ']['MXSIMMIM_KEY_FILE'] = path
+            self.spawn(logs=logs, **process)
+        self.channel.send(event='started')
+
+    def spawn(self, logs: str, role: str, index: int, argv: List[str], environ: Dict[str, Optional[str]],
+              live: bool) -> None:
+        """Starts one process; its output goes to its log and, if `live`, to the launcher as well."""
+        path = os.path.join(logs, f'{role}-{index}.log')
+        me, log = os.getpid(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        pipes = [os.pipe(), os.pipe()] if live else []
+        outputs = [writer for _, writer in pipes] or [log, log]
+        try:
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=outputs[0], stderr=outputs[1],
+                                       env=changed(self.environ, environ), start_new_session=True,
+                                       preexec_fn=lambda: die_with(me, signal.SIGKILL))
+        except OSError as error:
+            raise ValueError(f'{role} {index} cannot be started: {argv[0]}: {error.strerror}') from None
+        finally:
+            for descriptor in set(outputs) - {log}:
+                os.close(descriptor)
+        for stream, (reader, _) in enumerate(pipes):
+            os.set_blocking(reader, False)
+            self.pipes[reader] = lambda reader=reader, stream=stream: self.copy(reader, log, stream)
+            self.loop.add_reader(reader, self.pipes[reader])
+        if not live:
+            os.close(log)
+        self.children.append(Child(role, index, process, path))
+
+    def copy(self, reader: int, log: int, stream: int) -> None:
+        """Moves what a live process has written, not more than a pipe can hold at a time."""
+        for _ in range(16):
+            try:
+                data = os.read(reader, 1 << 16)
+            except BlockingIOError:
+                return
+            if not data:
+                self.loop.remove_reader(reader)
+                del self.pipes[reader]
+                return os.close(reader)
+            with contextlib.suppress(OSError):  # a full disk: the terminal still shows it
+                os.write(log, data)
+            if len(self.channel.outgoing) > BACKLOG:
+                self.missed += 1
+                continue
+            self.channel.send(event='output', stream=stream, data=data.decode('latin-1'), missed=self.missed)
+            self.missed = 0
+
+    def reap(self) -> None:
+        """Reports children that ended. Orphans of theirs, which the kernel hands to this process, end unmentioned."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for child in self.children:
+                if child.process.pid == pid and not child.ended:
+                    self.ended(child, status)
+
+    def ended(self, child: Child, status: int) -> None:
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        child.ended, child.process.returncode = True, code
+        for copy in list(self.pipes.values()):
+            copy()
+        self.channel.send(event='exit', role=child.role, index=child.index, code=code, time=time.time(),
+                          tail=tail(child.log))
+
+    def do_signal(self, roles: List[str], number: int) -> None:
+        for child in self.children:
+            if child.role in roles and not child.ended:
+                send(os.killpg, child.process.pid, number)
+
+    def do_finish(self, fetch: bool) -> None:
+        """Ends whatever is left, hands over the logs and goes."""
+        self.sweep()
+        for child in self.children if fetch else ():
+            with contextlib.suppress(OSError), open(child.log, 'rb') as file:
+                for data in iter(lambda: file.read(1 << 20), b''):
+                    self.channel.send(event='log', role=child.role, index=child.index, data=data.decode('latin-1'))
+        self.channel.send(event='bye')
+        self.leave()
+
+    def sweep(self) -> None:
+        kill_descendants(self.reap)
+
+    def watch(self) -> None:
+        """Gives up on a launcher whose machine has vanished: a connection may stay open for hours then."""
+        if time.monotonic() - self.heard > SILENCE:
+            self.channel.close()
+        self.loop.call_later(2, self.watch)
+
+    def abandon(self) -> None:
+        """The launcher is gone: workers may save a checkpoint, for which they need the servers; all end in 8 s."""
+        if self.abandoned or self.done.done():
+            return
+        self.abandoned = True
+        self.do_signal(['worker'], signal.SIGTERM)
+        self.loop.call_later(5, self.do_signal, ['server', 'scheduler'], signal.SIGTERM)
+        deadline = self.loop.time() + 7
+
+        def poll() -> None:
+            if self.loop.time() > deadline or all(child.ended for child in self.children):
+                self.sweep()
+                self.leave()
+            else:
+                self.loop.call_later(0.1, poll)
+        poll()
+
+    def leave(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+def changed(environ: Any, changes: Dict[str, Optional[str]]) -> Dict[str, str]:
+    """An environment with some variables set, and those that are None removed."""
+    return {name: value for name, value in {**environ, **changes}.items() if value is not None}
+
+
+def send(how: Callable[[int, int], None], pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # ended meanwhile, or has become another user's
+        how(pid, number)
+
+
+def die_with(parent: int, number: int) -> None:
+    """Between fork and exec: this process gets signal `number` when its parent dies, and starts with no handlers."""
+    libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    for handled in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(handled, signal.SIG_DFL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def tail(path: str) -> List[str]:
+    """The last lines of a log; none if it is gone."""
+    try:
+        with open(path, 'rb') as file:
+            file.seek(max(0, os.path.getsize(path) - 8192))
+            return file.read().decode(errors='replace').rstrip().splitlines()[-TAIL:]
+    except OSError:
+        return []
+
+
+def descendants(root: int) -> List[int]:
+    """All processes below one, from /proc."""
+    below: Dict[int, List[int]] = {}
+    for name in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{name}/stat') as file:
+                parent = int(file.read().rpartition(')')[2].split()[1])
+        except OSError:
+            continue  # ended meanwhile
+        below.setdefault(parent, []).append(int(name))
+    found = [root]
+    for pid in found:
+        found += below.get(pid, [])
+    return found[1:]
+
+
+def kill_descendants(collect: Callable[[], None], deadline: float = 2.0) -> None:
+    """Kills every process below this one, also those that are forked meanwhile; `collect` takes their exit statuses."""
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        collect()
+        alive = descendants(os.getpid())
+        if not alive:
+            return
+        for pid in alive:
+            send(os.kill, pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def guard(agent: int, private: str) -> None:
+    """The guardian's whole life: waits for the agent, kills what it may have left, and clears up."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: send(os.kill, agent, number))
+    while os.waitpid(-1, 0)[0] != agent:
+        pass
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the rest
+    kill_descendants(lambda: None)
+    shutil.rmtree(private, ignore_errors=True)
+    os._exit(0)
+
+
+async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes,
+                address: str) -> None:
+    agent = Agent(loop, private, reader, writer, secret)
+    agent.address = address or (os.environ.get('SSH_CONNECTION', '').split() + [''] * 4)[2]
+    await agent.done
+    deadline = time.monotonic() + 60  # for logs on their way through a slow network
+    while agent.channel.open and agent.channel.outgoing and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+
+
+def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '') -> None:
+    """Runs an agent that talks through two descriptors; `address` is where others reach this host, if it is known."""
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    private = tempfile.mkdtemp(prefix='mxsimmim-')  # mode 0700
+    guardian, agent = os.getpid(), os.fork()
+    if agent:
+        guard(agent, private)
+    die_with(guardian, signal.SIGTERM)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(serve(loop, private, reader, writer, secret, address))
+    os._exit(0)

@@ -1,0 +1,156 @@
+"""The launcher's command line. What follows the options is the command, and is never looked into."""
+import argparse
+import difflib
+import os
+import re
+from typing import Dict, List, Mapping, Sequence, Tuple
+
+HELP = """\
+Starts a training command as many processes, here or on many hosts, and ends them together.
+
+  tools/launch.py [options] [--] COMMAND [ARGUMENT ...]
+
+Everything after the first word that is not an option, or after --, is the command, word for word. Each process gets it
+with its role in the environment, and writes logs/ROLE-INDEX.log; worker 0 is shown here as well."""
+EXAMPLES = """\
+examples:
+  on this machine, 2 workers and 1 parameter server:
+    tools/launch.py -n 2 -s 1 -- mxsimmim pretrain conf/digits.yaml
+  on the hosts of a file (host[:port] [slots=N] a line), over ssh:
+    tools/launch.py -n 4 -s 2 -H hosts -- mxsimmim pretrain conf/vit_base.yaml data.path=/images
+  the same as 4 ranks of Horovod:
+    tools/launch.py -n 4 -H hosts --horovod -- mxsimmim pretrain conf/vit_base.yaml data.path=/images
+
+exit status: 0 if all workers ended well, 2 if nothing was started, else that of the process that failed first
+(128 + N if signal N killed it, or stopped the launcher)."""
+OPTIONS: Tuple = (
+    (('-h', '--help'), dict(action='help', help='show this and end')),
+    (('-n', '--num-workers'), dict(type=int, metavar='N', help='workers, or ranks with --horovod')),
+    (('-s', '--num-servers'), dict(type=int, metavar='N', help='parameter servers (default: as many as workers)')),
+    (('-H', '--hostfile'), dict(metavar='FILE', help='hosts, one a line: host[:port] [slots=N]; default: this one')),
+    (('--launcher',), dict(choices=('local', 'ssh', 'mpi'), help='default: ssh with a hostfile, else local')),
+    (('--horovod',), dict(action='store_true', help='start Horovod ranks instead of parameter servers')),
+    (('--devices',), dict(choices=('cpu', 'gpu'), default='cpu', help="divide each host's cores (cpu, the default) or "
+                          'GPUs as well (gpu) among its workers')),
+    (('--interface',), dict(default='', metavar='NAME', help='network interface the job uses on every host; default: '
+                            'the one that ssh came in by, lo for a job on this machine')),
+    (('--sync-dst-dir',), dict(metavar='DIR', help='first copy the working directory to DIR on every host (rsync)')),
+    (('--env',), dict(action='append', default=[], metavar='NAME[=VALUE]', help='variable for all processes; without '
+                      'a value, the one it has here')),
+    (('--env-server',), dict(action='append', default=[], metavar='NAME[=VALUE]', help='for servers and scheduler')),
+    (('--env-worker',), dict(action='append', default=[], metavar='NAME[=VALUE]', help='for workers')),
+    (('--p3',), dict(action='store_true', help='parameter servers: send what is needed first, first (P3)')),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are the launcher's own, without half a page of usage."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, with `command` (a list of words), `given` (variables by role) and defaults filled in.
+
+    Raises:
+        ValueError: an option or a value that cannot be used, for the user.
+    """
+    parser = Parser('tools/launch.py', usage=argparse.SUPPRESS, description=HELP, epilog=EXAMPLES, add_help=False,
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for names, details in OPTIONS:
+        parser.add_argument(*names, **details)
+    words, command = split(argv)
+    options = parser.parse_args(words)
+    options.command = command
+    check(options)
+    options.given = {'worker': variables(options.env + options.env_worker, os.environ),
+                     'server': variables(options.env + options.env_server, os.environ)}
+    return options
+
+
+def split(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """(the launcher's words, the command's words).
+
+    Raises:
+        ValueError: an option that the launcher does not have.
+    """
+    takes = {name: 'action' not in details or details['action'] == 'append'
+             for names, details in OPTIONS for name in names}
+    place = 0
+    while place < len(argv):
+        word = argv[place]
+        if word == '--':
+            return list(argv[:place]), list(argv[place + 1:])
+        if not word.startswith('-') or word == '-':
+            break
+        name = word.partition('=')[0] if word.startswith('--') else word[:2]
+        if name not in takes or ('=' in word and word.startswith('--') and not takes[name]):
+            near = difflib.get_close_matches(name, takes, 1)
+            raise ValueError(f"no option '{word}'" + (f' (did you mean {near[0]}?)' if near and near[0] != name else '')
+                             + ": the command's own options come after it, as in: tools/launch.py -n 2 -- COMMAND "
+                             + word)
+        place += 2 if takes[name] and word == name else 1
+    return list(argv[:place]), list(argv[place:])
+
+
+def check(options: argparse.Namespace) -> None:
+    """Fills in what depends on other options, and refuses what does not go together."""
+    def need(condition: object, text: str) -> None:
+        if not condition:
+            raise ValueError(text)
+
+    need(options.num_workers is not None, 'how many workers? Give -n N (-h shows help)')
+    need(options.num_workers > 0, f'-n {options.num_workers}: at least 1 worker is needed')
+    need(options.command, 'no command: write it after the options, as in: tools/launch.py -n 2 -- mxsimmim pretrain …')
+    options.launcher = options.launcher or ('ssh' if options.hostfile else 'local')
+    need(options.hostfile or options.launcher != 'ssh', '--launcher ssh needs the hosts: give -H FILE')
+    need(not options.hostfile or options.launcher != 'local', '--launcher local starts everything on this machine: '
+         'leave out -H, or use --launcher ssh')
+    need(not options.sync_dst_dir or options.launcher != 'local', '--sync-dst-dir copies to other hosts: it needs -H')
+    need(not options.sync_dst_dir or options.hostfile, '--sync-dst-dir copies to other hosts: it needs -H')
+    if options.horovod:
+        need(not options.num_servers, f'--horovod has no parameter servers: leave out -s {options.num_servers}')
+        need(not options.p3, '--p3 is a way to speak to parameter servers: leave it out with --horovod')
+        options.num_servers = 0
+    elif options.num_servers is None:
+        options.num_servers = options.num_workers
+    need(options.horovod or options.num_servers > 0, f'-s {options.num_servers}: at least 1 parameter server is '
+         'needed; --horovod works without')
+
+
+def variables(words: Sequence[str], environ: Mapping[str, str]) -> Dict[str, str]:
+    """Variables from NAME (as it is here), NAME=VALUE, or NAME:VALUE as MXNet's launcher wrote it.
+
+    Raises:
+        ValueError: not of this form, or NAME is not set here.
+    """
+    result = {}
+    for word in words:
+        found = re.fullmatch(r'([A-Za-z_]\w*)(?:[=:](.*))?', word, re.DOTALL)
+        if not found:
+            raise ValueError(f"'{word}' is not a variable: write NAME to pass on its value here, or NAME=VALUE")
+        name, value = found.groups()
+        if value is None and name not in environ:
+            raise ValueError(f"variable '{name}' is not set here: set it, or write {name}=VALUE")
+        result[name] = environ[name] if value is None else value
+    return result
+
+
+def data_paths(command: Sequence[str]) -> List[str]:
+    """Data that the command will read on every host, by its words data.path=… and data.val_path=…."""
+    found = [word.partition('=')[2] for word in command if word.startswith(('data.path=', 'data.val_path='))]
+    return [path for path in found if path not in ('', 'digits')]
+
+
+def contents(hostfile: str) -> str:
+    """The text of a hostfile.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with open(hostfile, encoding='utf-8') as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"hostfile '{hostfile}' cannot be read ({getattr(error, 'strerror', 'not a text')})") from None

@@ -1,0 +1,147 @@
+"""What an agent finds out about its host before anything starts. Part of what is sent to every host.
+
+Nothing is imported to learn its version: `import mxnet` takes a second, and would start a server in a server's
+environment.
+"""
+import fcntl
+import glob
+import os
+import platform
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+from typing import Any, Dict, List, Optional, Tuple
+
+from mxsimmim import runtime
+
+SIOCGIFADDR = 0x8915  # of Linux's bits/ioctls.h
+
+
+def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
+    """The host's versions, cores, GPUs, clock and network, and what is wrong with it.
+
+    Args:
+        needs: `command` (its first word), `paths` (of data), `interface` (a name, or empty), `near` (an address of this
+            host that others reach, or empty), `gpus` and `horovod` (whether they are needed).
+        environ: what the processes will see.
+    """
+    problems = []
+    if not shutil.which(needs['command'], path=environ.get('PATH', '')):
+        problems.append(f"no command '{needs['command']}' in {os.getcwd()}, in {os.path.dirname(sys.executable)} or on "
+                        'its PATH: install it there, or write its full path')
+    for path in needs['paths']:
+        problem = unreadable(path)
+        if problem:
+            problems.append(problem)
+    interface, address = '', ''
+    try:
+        interface, address = choose(interfaces(), needs['interface'], needs['near'])
+    except ValueError as error:
+        problems.append(str(error))
+    return {'host': platform.node(), 'python': '{}.{}'.format(*sys.version_info), 'executable': sys.executable,
+            'packages': {name: version(name) for name in ('mxnet', 'mxsimmim', 'horovod')},
+            'mpi': needs['horovod'] and horovod_has_mpi(), 'cores': runtime.cores(),
+            'gpus': gpus(environ) if needs['gpus'] else [], 'interface': interface, 'address': address,
+            'named': named() if needs['horovod'] else '', 'problems': problems}
+
+
+def unreadable(path: str) -> str:
+    """What is wrong with a data path; empty if it can be read."""
+    try:
+        if os.path.isdir(path):
+            os.listdir(path)
+        else:
+            open(path, 'rb').close()
+    except OSError as error:
+        return f"data '{path}' cannot be read ({error.strerror}): put the data there, or mount them"
+    return ''
+
+
+def folder(package: str) -> Optional[str]:
+    """Where a package would be imported from; None if it is not installed."""
+    for finder in sys.meta_path:
+        spec = finder.find_spec(package, None) if hasattr(finder, 'find_spec') else None
+        if spec and spec.origin:
+            return os.path.dirname(spec.origin)
+    return None
+
+
+def version(package: str) -> Optional[str]:
+    """The version of a package that `import` would find; None if it is not installed."""
+    where = folder(package)
+    for name in ('libinfo.py', '__init__.py') if where else ():
+        found = re.search(r'^__version__ = [\'"](.*)[\'"]', runtime.contents(runtime.Path(where, name)), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return 'unknown' if where else None
+
+
+def horovod_has_mpi() -> bool:
+    """Whether Horovod's library for MXNet was linked with MPI."""
+    for path in glob.glob(os.path.join(glob.escape(folder('horovod') or '/nowhere'), 'mxnet', 'mpi_lib*.so')):
+        with open(path, 'rb') as file:
+            return b'\0libmpi.so' in file.read()
+    return False
+
+
+def gpus(environ: Dict[str, str]) -> List[str]:
+    """The GPUs of this host, as CUDA_VISIBLE_DEVICES names them."""
+    if environ.get('CUDA_VISIBLE_DEVICES') is not None:
+        return [name for name in environ['CUDA_VISIBLE_DEVICES'].split(',') if name.strip() not in ('', '-1')]
+    try:
+        listing = subprocess.run(['nvidia-smi', '-L'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=15,
+                                 universal_newlines=True).stdout
+        count = sum(line.startswith('GPU ') for line in listing.splitlines())
+    except (OSError, subprocess.SubprocessError):
+        count = 0
+    return [str(number) for number in range(count or len(glob.glob('/proc/driver/nvidia/gpus/*')))]
+
+
+def named() -> str:
+    """The address that this host's own name stands for; empty if none."""
+    try:
+        return socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return ''
+
+
+def interfaces() -> Dict[str, str]:
+    """IPv4 address of each network interface that has one (ps-lite and Gloo's rendezvous speak IPv4)."""
+    result = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack('256s', name.encode()))
+                result[name] = socket.inet_ntoa(reply[20:24])
+            except OSError:
+                pass  # no IPv4 address
+    return result
+
+
+def inet6() -> Dict[str, str]:
+    """The interface of each IPv6 address."""
+    rows = [line.split() for line in runtime.contents(runtime.Path('/proc/net/if_inet6')).splitlines()]
+    return {socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])): row[5] for row in rows}
+
+
+def choose(known: Dict[str, str], wanted: str, near: str) -> Tuple[str, str]:
+    """The interface to use and its address: the one that is `wanted`, else the one that holds the address `near`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    near = near.partition('%')[0]
+    near = near[7:] if near.startswith('::ffff:') and '.' in near else near
+    listing = ', '.join(f'{name} {address}' for name, address in known.items()) or 'none'
+    if wanted:
+        if wanted not in known:
+            raise ValueError(f"no interface '{wanted}' with an IPv4 address: --interface takes one of {listing}")
+        return wanted, known[wanted]
+    for name, address in known.items():
+        if near == address or inet6().get(near) == name:
+            return name, address
+    raise ValueError(f'no interface with an IPv4 address holds {near or "the address"} where this host is reached: '
+                     f'choose with --interface among {listing}')

@@ -1,0 +1,39 @@
+"""`mxsimmim` with a fault in the worker of rank 1: with_fault.py FAULT ARGUMENTS OF MXSIMMIM.
+
+changed-weight: a weight changes by itself after the third update. slow: each image takes 4 ms longer.
+"""
+import os
+import sys
+import time
+
+import mxsimmim.cli
+from mxsimmim.config import RuntimeConfig
+from mxsimmim.world import world
+
+fault, *arguments = sys.argv[1:]
+place = world(os.environ)
+if place.role == 'worker' and place.rank == 1:
+    from mxsimmim import runtime
+    runtime.prepare(RuntimeConfig(threads=1))
+    import mxnet as mx
+
+    from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.placement import Replicated
+    step, forward_backward = SyncGradients.step, Replicated.forward_backward
+
+    def changed(self, update, *others):
+        stats = step(self, update, *others)
+        if update == 2:
+            self._parameters[0].list_data()[0][:] += 1e-6
+        return stats
+
+    def slow(self, batch, *others):
+        mx.nd.waitall()
+        time.sleep(0.004 * len(batch.image))
+        return forward_backward(self, batch, *others)
+
+    if fault == 'changed-weight':
+        SyncGradients.step = changed
+    elif fault == 'slow':
+        Replicated.forward_backward = slow
+sys.exit(mxsimmim.cli.main(arguments))
