@@ -12,8 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits
-	$(BIN)/mxsimmim pretrain conf/digits.yaml
+demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 workers and a parameter server
+	$(BIN)/python tools/launch.py -n 2 -s 1 -- $(BIN)/mxsimmim pretrain conf/digits.yaml
 
 test: $(VENV)/test  # runs every test
 	$(BIN)/python -m pytest
@@ -25,7 +25,8 @@ bench: $(VENV)/bench  # measures speed beside PyTorch
 	$(BIN)/python tools/bench/train.py
 	$(BIN)/python tools/bench/data.py
 	$(BIN)/python tools/bench/startup.py
-	$(BIN)/python tools/bench/startup.py
+	$(BIN)/python tools/bench/scale.py
+	$(BIN)/python tools/bench/allreduce.py
 
 clean:  # removes what was installed and built, keeps runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
@@ -77,7 +78,7 @@ $(VENV)/horovod-$(HOROVOD): | $(VENV)/base
 		$(BIN)/python -m pip wheel -q --no-cache-dir --no-build-isolation --no-deps -w $@.part horovod==$(HOROVOD)
 	@mv $@.part $@
 
-$(VENV)/bench: $(VENV)/base
+$(VENV)/bench: $(VENV)/test
 	@echo '==> Installing PyTorch to compare with'
 	$(call install,--no-build-isolation -e '.[bench]')
 	@touch $@

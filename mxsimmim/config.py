@@ -35,7 +35,8 @@ class Duration(NamedTuple):
         return int(round(self.value * scale))
 
     def __str__(self) -> str:
-        return f'{self.value:g}%' if self.unit == '%' else f'{self.value:g} {self.unit}'
+        value = int(self.value) if self.value == int(self.value) else self.value
+        return f'{value}%' if self.unit == '%' else f'{value} {self.unit}'
 
 
 def _parse_duration(value: Any) -> Duration:
