@@ -190,6 +190,7 @@ class Agent:
         """Ends whatever is left, hands over the logs and goes."""
         self.sweep()
         for child in self.children if fetch else ():
+            self.channel.send(event='log', role=child.role, index=child.index, data='')  # an empty one is a log, too
             with contextlib.suppress(OSError), open(child.log, 'rb') as file:
                 for data in iter(lambda: file.read(1 << 20), b''):
                     self.channel.send(event='log', role=child.role, index=child.index, data=data.decode('latin-1'))

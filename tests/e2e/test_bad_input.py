@@ -1,7 +1,7 @@
 """What users get wrong, each with its message and a status that is not zero. Keys are in unit/test_config.py."""
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from running import ROOT, TINY
 from PIL import Image
 
 BASE = ROOT / 'conf' / 'base.yaml'

@@ -3,7 +3,7 @@ import json
 import time
 
 import yaml
-from conftest import ROOT, TINY, command
+from running import ROOT, TINY, command
 
 BASE = ROOT / 'conf' / 'base.yaml'
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import DEADLINE, ROOT, TINY
+from running import DEADLINE, ROOT, TINY
 from PIL import Image
 
 README = (ROOT / 'README.md').read_text()

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from conftest import DEADLINE, ROOT, TINY, metrics, weights
+from running import DEADLINE, ROOT, TINY, metrics, weights
 
 BASE = ROOT / 'conf' / 'base.yaml'
 SEED, KILLS = 20261120, 20
@@ -17,7 +17,7 @@ def whole(tmp_path_factory):
     """An uninterrupted run of 60 steps."""
     import subprocess
 
-    from conftest import command
+    from running import command
     folder = tmp_path_factory.mktemp('whole')
     subprocess.run(command('pretrain', BASE, *TINY, 'name=run'), cwd=folder, check=True, timeout=DEADLINE)
     return folder / 'runs' / 'run'

@@ -27,8 +27,9 @@ def train(mode: str, workers: int, epochs: int, further: List[str], folder: Path
     Raises:
         SystemExit: the run failed; its output was shown.
     """
-    keys = MODES[mode] + [f'train.length={epochs} epochs', f'optim.warmup={max(1, epochs // 10)} epochs', f'name={mode}',
-                          f'validation.every={max(1, epochs // 10)} epochs', 'validation.pictures=0'] + further
+    tenth = max(1, epochs // 10)
+    keys = MODES[mode] + [f'name={mode}', f'train.length={epochs} epochs', f'optim.warmup={tenth} epochs',
+                          f'validation.every={tenth} epochs', 'validation.pictures=0'] + further
     command = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', 'pretrain', str(ROOT / 'conf' / 'digits.yaml')] + keys
     result = subprocess.run([sys.executable, str(ROOT / 'tools' / 'launch.py'), '-n', str(workers), '-s', '1', '--']
                             + command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -1,0 +1,333 @@
+"""What starts where, from options, hosts and facts: pure functions, by tables."""
+import asyncio
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+
+from mxsimmim.cluster import job, mpi, options, preflight, probe, seats, ssh
+from mxsimmim.cluster.channel import Channel
+from mxsimmim.cluster.job import Host, Process, Site
+from mxsimmim.cluster.rendezvous import Rendezvous
+
+TWO = [Host('a'), Host('b')]
+
+
+@pytest.mark.parametrize('line, host', [
+    ('a', Host('a')), ('a:2222', Host('a', 2222)), ('a slots=4', Host('a', None, 4)),
+    ('a:1 slots=02  # x', Host('a', 1, 2)),
+    ('10.0.0.1:65535', Host('10.0.0.1', 65535)), ('me@node-1.lab:22', Host('me@node-1.lab', 22)), ('::1', Host('::1')),
+    ('[::1]', Host('::1')), ('[fe80::1%eth0]:22 slots=3', Host('fe80::1%eth0', 22, 3)),
+    ('me@[::1]:22', Host('me@::1', 22)), ('fe80::1%eth0', Host('fe80::1%eth0'))])
+def test_a_line_of_the_hostfile(line, host):
+    assert job.read_hostfile(f'# hosts\n\n  {line}\r\n', 'hosts') == [host]
+
+
+@pytest.mark.parametrize('line, part', [
+    ('a b', "'b' after the host"), ('a slots=0', "'slots=0' after the host"), ('a slots=2 x', "'x' after"),
+    ('a slots= 2', "'slots='"), ('a:0', 'port 0 is not'), ('a:65536', 'port 65536 is not'),
+    ('a:', "'a:' is not a host"),
+    ('a:x', "'a:x' is not a host"), ('[::1', 'is not a host'), ('-oProxyCommand=x', 'is not a host'), ('a;b', 'is not'),
+    ('-x@a', 'is not a host'), ('first', 'stands in line 1 already'), ('$(reboot)', 'is not a host')])
+def test_a_bad_line_of_the_hostfile_is_named(line, part):
+    with pytest.raises(ValueError) as error:
+        job.read_hostfile(f'first\n# two\n{line}\nlast', 'my/hosts')
+    assert str(error.value).startswith('my/hosts:3: ') and part in str(error.value)
+
+
+def test_an_empty_hostfile():
+    with pytest.raises(ValueError, match='^hosts: no host in it'):
+        job.read_hostfile('# none\n\n', 'hosts')
+
+
+@pytest.mark.parametrize('workers, slots, horovod, expected', [
+    (1, [1], False, [0]), (5, [1], False, [0] * 5), (4, [1, 1, 1], False, [0, 1, 2, 0]), (3, [2, 1], False, [0, 1, 0]),
+    (6, [2, 1], False, [0, 1, 0, 0, 1, 0]), (4, [1, 3], False, [0, 1, 1, 1]), (4, [1, 1, 1], True, [0, 0, 1, 2]),
+    (6, [2, 1], True, [0, 0, 0, 0, 1, 1]), (1, [1, 5], False, [0])])
+def test_workers_go_round_the_hosts_by_slots(workers, slots, horovod, expected):
+    hosts = [Host(f'h{n}', None, slot) for n, slot in enumerate(slots)]
+    placed = job.place(workers, 0 if horovod else 3, hosts, horovod)
+    assert [p for p in placed if p.role == 'worker'] == [Process('worker', n, host) for n, host in enumerate(expected)]
+    others = [] if horovod else [('server', n, n % len(hosts)) for n in range(3)] + [('scheduler', 0, 0)]
+    assert placed[workers:] == others
+
+
+SITES = [Site('a', '10.0.0.1', 'eth0', 8, ('0', '1', '2', '3')), Site('b', '10.0.0.2', 'ib0', 3, ('4', '5', '6'))]
+NONE = {'worker': {}, 'server': {}}
+
+
+def test_the_environment_of_parameter_servers():
+    processes = job.place(3, 2, TWO)
+    environs = job.environments(processes, SITES, 9000, {'worker': {'A': 'w'}, 'server': {'A': 's'}}, p3=True)
+    common = {'DMLC_PS_ROOT_URI': '10.0.0.1', 'DMLC_PS_ROOT_PORT': '9000', 'DMLC_NUM_WORKER': '3',
+              'DMLC_NUM_SERVER': '2', 'DMLC_PS_VAN_TYPE': 'p3', 'PYTHONUNBUFFERED': '1', 'HOROVOD_RANK': None,
+              'HOROVOD_SIZE': None, 'OMPI_COMM_WORLD_RANK': None, 'OMPI_COMM_WORLD_SIZE': None}
+    own = [('worker', 'DMLC_WORKER_ID', '0', 0, '4'), ('worker', 'DMLC_WORKER_ID', '1', 1, '3'),
+           ('worker', 'DMLC_WORKER_ID', '2', 0, '4'), ('server', 'DMLC_SERVER_ID', '0', 0, '4'),
+           ('server', 'DMLC_SERVER_ID', '1', 1, '3')]
+    for environ, (role, name, index, host, threads) in zip(environs, own):
+        assert environ == {**common, 'DMLC_ROLE': role, name: index, 'DMLC_NODE_HOST': SITES[host].address,
+                           'OMP_NUM_THREADS': threads, 'A': role[0]}
+    assert environs[5] == {**common, 'DMLC_ROLE': 'scheduler', 'DMLC_NODE_HOST': '10.0.0.1', 'OMP_NUM_THREADS': '4',
+                           'A': 's'}
+
+
+def test_the_environment_of_horovod():
+    processes = job.place(3, 0, TWO, horovod=True)
+    environs = job.environments(processes, SITES, 9000, {'worker': {'OMP_NUM_THREADS': '7'}, 'server': {}},
+                                horovod='gloo')
+    names = 'RANK', 'SIZE', 'LOCAL_RANK', 'LOCAL_SIZE', 'CROSS_RANK', 'CROSS_SIZE', 'HOSTNAME', 'GLOO_IFACE'
+    table = [('0', '3', '0', '2', '0', '2', 'a', 'eth0'), ('1', '3', '1', '2', '0', '1', 'a', 'eth0'),
+             ('2', '3', '0', '1', '1', '2', 'b', 'ib0')]
+    for environ, row in zip(environs, table):
+        assert environ == {**{f'HOROVOD_{name}': value for name, value in zip(names, row)}, 'OMP_NUM_THREADS': '7',
+                           'HOROVOD_CONTROLLER': 'gloo', 'HOROVOD_CPU_OPERATIONS': 'gloo', 'PYTHONUNBUFFERED': '1',
+                           'HOROVOD_GLOO_RENDEZVOUS_ADDR': '10.0.0.1', 'HOROVOD_GLOO_RENDEZVOUS_PORT': '9000',
+                           'NCCL_SOCKET_IFNAME': row[-1], 'DMLC_ROLE': None}
+    by_mpi = job.environments(processes, SITES, 9000, NONE, horovod='mpi')[0]
+    assert by_mpi['HOROVOD_RANK'] == '0' and not any('GLOO' in name or 'CONTROLLER' in name for name in by_mpi)
+
+
+def test_gpus_are_divided_among_the_workers_of_a_host():
+    environs = job.environments(job.place(3, 1, TWO), SITES, 1, NONE, gpus=True)
+    assert [environ['CUDA_VISIBLE_DEVICES'] for environ in environs] == ['0,1', '4,5,6', '2,3', '', '']
+    with pytest.raises(ValueError, match='host b has 3 GPUs for 4 workers'):
+        job.environments(job.place(8, 1, TWO), SITES, 1, NONE, gpus=True)
+
+
+def test_cores_are_divided_but_never_to_nothing():
+    environs = job.environments(job.place(8, 1, TWO), SITES, 1, NONE)
+    assert [environ['OMP_NUM_THREADS'] for environ in environs] == ['2', '1'] * 4 + ['2', '2']
+
+
+@pytest.mark.parametrize('argv, own, command', [
+    ('-n 2 x', '-n 2', 'x'), ('-n 2 -- x -n 3', '-n 2', 'x -n 3'), ('-n2 --horovod x --horovod', '-n2 --horovod',
+                                                                    'x --horovod'),
+    ('--env A=1 --env=B x -- y', '--env A=1 --env=B', 'x -- y'), ('-n 2 -- -- x', '-n 2', '-- x'), ('-n 2', '-n 2', ''),
+    ('-n 2 -- --log-file z', '-n 2', '--log-file z'), ('--launcher mpi -H h x -H y', '--launcher mpi -H h', 'x -H y')])
+def test_the_command_is_cut_off_untouched(argv, own, command):
+    assert options.split(argv.split()) == (own.split(), command.split())
+    odd = ['a b', "c'd", '"', '', '\n', '$HOME', '*', '--', 'ü\udc80']
+    assert options.split(own.split() + ['--'] + odd) == (own.split(), odd)
+
+
+@pytest.mark.parametrize('argv, part', [
+    ('', 'how many workers'), ('-n 0 x', 'at least 1 worker'), ('-n x y', "invalid int value: 'x'"),
+    ('-n 2', 'no command'),
+    ('-n 2 -s 0 x', 'at least 1 parameter server'), ('-n 2 --horovod -s 1 x', 'leave out -s 1'),
+    ('-n 2 --horovod --p3 x', '--p3'), ('-n 2 --launcher ssh x', 'give -H FILE'),
+    ('-n 2 -H h --launcher local x', '-H'),
+    ('-n 2 --launcher sge x', 'sge'), ('-n 2 --sync-dst-dir d x', 'needs -H'),
+    ('-n 2 --num-serverz 3 x', '--num-servers'),
+    ('-n 2 --lr 3 x', "no option '--lr'"), ('-n 2 --env 1=2 x', "'1=2' is not a variable"),
+    ('-n 2 --env NOT_SET_ANYWHERE x', 'not set here'), ('-n 2 --horovod=1 x', '--horovod=1')])
+def test_wrong_options(argv, part):
+    with pytest.raises(ValueError) as error:
+        options.parse(argv.split())
+    assert part in str(error.value)
+
+
+def test_options(monkeypatch):
+    monkeypatch.setenv('HERE', 'x y')
+    parsed = options.parse('-n 3 --env HERE --env-worker W=a=b --env-server S:1 --env-worker HERE= cmd'.split())
+    assert parsed.given == {'worker': {'HERE': '', 'W': 'a=b'}, 'server': {'HERE': 'x y', 'S': '1'}}
+    assert (parsed.num_workers, parsed.num_servers, parsed.launcher, parsed.command) == (3, 3, 'local', ['cmd'])
+    assert options.parse(['-n', '1', '-H', 'f', 'x']).launcher == 'ssh'
+    assert options.parse(['-n', '4', '--horovod', 'x']).num_servers == 0
+
+
+def test_data_paths():
+    words = ['x', 'data.path=/a b', 'data.path=digits', 'data.val_path=v', 'data.threads=2', 'data.path=']
+    assert options.data_paths(words) == ['/a b', 'v']
+
+
+def test_the_ssh_command_runs_python_with_any_shell():
+    command = ssh.agent(Host('me@::1', 2222), '/no/such/python', 'print("it\'s", 1)')
+    assert command[0] == 'ssh' and command[-3:-1] == ['--', 'me@::1'] and command[-5:-3] == ['-p', '2222']
+    assert {'BatchMode=yes', 'ConnectTimeout=10', 'ServerAliveInterval=3'} < set(command)
+    for shell in ['sh', 'bash']:
+        assert subprocess.check_output([shell, '-c', command[-1]]) == b"it's 1\n"
+    mine = ssh.agent(Host('a'), sys.executable, 'import sys; print(sys.executable)')[-1]
+    assert subprocess.check_output(['sh', '-c', mine]).decode().strip() == sys.executable
+
+
+def test_a_path_of_the_users_finds_python(tmp_path):
+    (tmp_path / 'python3').write_text('#!/bin/sh\necho mine\n')
+    (tmp_path / 'python3').chmod(0o755)
+    command = ssh.agent(Host('a'), sys.executable, 'x', f'{tmp_path}:/bin')[-1]
+    assert subprocess.check_output(['/bin/sh', '-c', command]) == b'mine\n'
+    nothing = subprocess.run(['/bin/sh', '-c', ssh.agent(Host('a'), '/x', 'y', '/nowhere')[-1]], stderr=subprocess.PIPE)
+    assert nothing.returncode == 127 and b'no Python: ' in nothing.stderr
+
+
+def test_the_rsync_command():
+    command = ssh.sync(Host('me@::1', 2222), "~/my 'dir'")
+    assert command[0] == 'rsync' and command[-1] == "me@[::1]:my 'dir'/" and command[-4].endswith('-p 2222')
+    assert '--rsync-path=mkdir -p ' + shlex.quote("my 'dir'") + ' && rsync' in command
+    assert {'--exclude=/runs', '--exclude=/logs', '--exclude=.git', '--exclude=.venv'} < set(command)
+
+
+@pytest.mark.parametrize('said, part', [
+    ('ssh: Could not resolve hostname a: Name or service not known', 'correct the name'),
+    ('me@a: Permission denied (publickey).', 'ssh-copy-id -p 22 a'), ('Host key verification failed.', 'ssh -p 22 a'),
+    ('ssh: connect to host a port 22: Connection refused', 'does sshd run'), ('something new', 'something new')])
+def test_what_ssh_says_and_what_to_do(said, part):
+    assert ssh.remedy(Host('a', 22), said).startswith(said) and part in ssh.remedy(Host('a', 22), said)
+
+
+def test_the_mpirun_command_holds_no_secret():
+    agent = ['-x', 'MXSIMMIM_LAUNCH', 'py', '-c', mpi.BOOTSTRAP]
+    start = ['mpirun', '--oversubscribe', '--bind-to', 'none']
+    assert mpi.command(job.place(2, 1, [Host('')]), [], 'py', '') == start + ['-np', '4'] + agent
+    network = ['--mca', 'btl_tcp_if_include', 'ib0']
+    processes = job.place(3, 1, [Host('a'), Host('b', None, 2)])  # a b b, a, a
+    assert mpi.command(processes, [Host('a'), Host('b')], 'py', 'ib0') == (
+        start + network + ['--host', 'a:1', '-np', '1'] + agent + [':', '--host', 'b:2', '-np', '2'] + agent
+        + [':', '--host', 'a:2', '-np', '2'] + agent)
+    with pytest.raises(ValueError, match="host 'b': mpirun takes neither"):
+        mpi.command(processes, [Host('a'), Host('b', 2222)], 'py', '')
+
+
+def fact(**changes):
+    return {'problems': [], 'packages': {'mxnet': '1.9.1', 'mxsimmim': '0.1.0', 'horovod': None}, 'offset': 0.0,
+            'python': '3.11', 'executable': '/py', 'named': '10.0.0.1', 'host': 'ha', 'mpi': False, **changes}
+
+
+def checked(*facts, command='mxsimmim', horovod=False):
+    sites = [Site(name, f'10.0.0.{n}', 'eth0', 1) for n, name in zip(range(1, 9), 'abcdefgh')]
+    return preflight.problems(sites[:len(facts)], facts, Namespace(command=[command], horovod=horovod, launcher='ssh'))
+
+
+def test_hosts_that_agree_have_no_problem():
+    assert checked(fact(), fact(offset=-29)) == []
+    other = {'mxnet': '1.9.1', 'mxsimmim': None, 'horovod': '1'}
+    assert checked(fact(), fact(packages=other), command='python') == []
+
+
+@pytest.mark.parametrize('changes, horovod, part', [
+    (dict(problems=['no x']), False, 'no x'), (dict(python='3.8'), False, 'Python 3.8, but a has 3.11'),
+    (dict(packages={'mxnet': '2.0', 'mxsimmim': '0.1.0', 'horovod': None}), False, 'mxnet 2.0, but a has 1.9.1'),
+    (dict(packages={'mxnet': '1.9.1', 'mxsimmim': '0.2', 'horovod': None}), False, 'mxsimmim 0.2, but a has 0.1.0'),
+    (dict(packages={'mxnet': None, 'mxsimmim': '0.1.0', 'horovod': None}), False, 'no mxnet in /py'),
+    (dict(packages={'mxnet': '1.9.1', 'mxsimmim': None, 'horovod': None}), False, 'no mxsimmim in /py'),
+    (dict(offset=31.4), False, 'its clock is 31 s ahead'), (dict(offset=-99.0), False, 'its clock is 99 s behind'),
+    (dict(named='127.0.1.1', host='hb'), True, "hb, stands for 127.0.1.1 there")])
+def test_each_problem_names_its_host(changes, horovod, part):
+    have = {'mxnet': '1.9.1', 'mxsimmim': '0.1.0', 'horovod': '0.28.1'}
+    first = fact(packages=have) if horovod else fact()
+    second = fact(**{**({'packages': have} if horovod else {}), **changes})
+    lines = checked(first, second, horovod=horovod)
+    assert len(lines) == 1 and lines[0].startswith('host b: ') and part in lines[0]
+
+
+def test_all_problems_of_all_hosts_are_told_at_once():
+    lines = checked(fact(problems=['1', '2']), fact(problems=['3'], python='3.8'), fact())
+    assert [line[:8] for line in lines] == ['host a: ', 'host a: ', 'host b: ', 'host b: ']
+
+
+def test_a_loopback_address_does_not_serve_several_hosts():
+    sites = [Site('localhost', '127.0.0.1', 'lo', 1), Site('b', '10.0.0.2', 'eth0', 1)]
+    lines = preflight.problems(sites, [fact(), fact()], Namespace(command=['x'], horovod=False, launcher='ssh'))
+    assert len(lines) == 1 and 'host localhost: other hosts cannot reach it at 127.0.0.1' in lines[0]
+
+
+def test_the_interface():
+    known = {'lo': '127.0.0.1', 'eth0': '10.0.0.1', 'eth1': '10.1.0.1'}
+    assert probe.choose(known, '', '10.1.0.1') == ('eth1', '10.1.0.1')
+    assert probe.choose(known, 'eth0', '10.1.0.1') == ('eth0', '10.0.0.1')
+    assert probe.choose(known, '', '::ffff:10.0.0.1') == ('eth0', '10.0.0.1')
+    assert probe.interfaces()['lo'] == '127.0.0.1'
+    with pytest.raises(ValueError, match="no interface 'ib0'.*lo 127.0.0.1, eth0 10.0.0.1, eth1 10.1.0.1"):
+        probe.choose(known, 'ib0', '')
+    with pytest.raises(ValueError, match='holds 10.9.9.9 where'):
+        probe.choose(known, '', '10.9.9.9')
+
+
+def test_versions_are_found_without_importing(tmp_path, monkeypatch):
+    for name, text in (('one', "__version__ = '1.2'\nraise SystemExit"), ('two', 'raise SystemExit')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / '__init__.py').write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (probe.version('one'), probe.version('two'), probe.version('three')) == ('1.2', 'unknown', None)
+    assert probe.version('mxnet') == '1.9.1' and probe.version('mxsimmim') == '0.1.0'
+
+
+def test_gpus_of_a_user_who_restricts_them():
+    assert probe.gpus({'CUDA_VISIBLE_DEVICES': '3,GPU-5'}) == ['3', 'GPU-5']
+    assert probe.gpus({'CUDA_VISIBLE_DEVICES': ''}) == probe.gpus({'CUDA_VISIBLE_DEVICES': '-1'}) == []
+
+
+def test_what_is_sent_to_a_host_is_all_it_needs():
+    text = seats.program('tail(sys.argv[1])').decode()
+    call = "sys.modules['mxsimmim.cluster.agent'].tail"
+    code = text.replace(call, 'print(' + call)
+    subprocess.run([sys.executable, '-I', '-S', '-c', code.rstrip() + ')', os.devnull], check=True, cwd='/')
+
+
+async def talk(secrets, tamper=None, opening=b''):
+    """Messages that the launcher gets when an agent sends two, through sockets that are each other's ends."""
+    loop, ends, got, closed = asyncio.get_event_loop(), socket.socketpair(), [], []
+    wire = socket.socketpair()
+    channels = [Channel(loop, ends[0].fileno(), ends[0].fileno(), got.append, lambda: closed.append(0), secrets[0],
+                        opening=opening),
+                Channel(loop, wire[0].fileno(), wire[0].fileno(), got.append, lambda: None, secrets[1], launcher=False)]
+    channels[1].send(event='one', text='ü' * 100_000)
+    channels[1].send(event='two')
+    data = b''
+    wire[1].setblocking(False)
+    while not data.endswith(b'"two"}'):
+        data += await asyncio.wait_for(loop.sock_recv(wire[1], 1 << 20), 10)
+    ends[1].setblocking(False)
+    await asyncio.wait_for(loop.sock_sendall(ends[1], tamper(data) if tamper else data), 10)
+    for _ in range(1000):
+        if closed or len(got) == 2:
+            break
+        await asyncio.sleep(0.01)
+    for channel in channels:
+        channel.close()
+    return [message['event'] for message in got]
+
+
+def test_messages_arrive_whole_and_in_order():
+    assert asyncio.run(talk((b'', b''))) == asyncio.run(talk((b'k', b'k'))) == ['one', 'two']
+
+
+def test_what_a_login_shell_prints_first_is_skipped():
+    assert asyncio.run(talk((b'', b''), lambda data: b'Welcome!\n' * 99 + b'<<go>>' + data, b'<go>')) == []
+    assert asyncio.run(talk((b'', b''), lambda data: b'Welcome!\n' * 99 + b'<<go>' + data, b'<go>')) == ['one', 'two']
+
+
+@pytest.mark.parametrize('tamper', [lambda data: data[:100] + b'x' + data[101:], lambda data: data[200_000:] + data,
+                                    lambda data: b'\xff' * 4 + data, None])
+def test_forged_messages_go_nowhere(tamper):
+    assert asyncio.run(talk((b'key', b'key' if tamper else b'other'), tamper)) == []
+
+
+async def request(port, method, path, body=b'', length=None):
+    reader, writer = await asyncio.open_connection('127.0.0.1', port)
+    size = len(body) if length is None else length
+    writer.write(f'{method} {path} HTTP/1.1\r\nHost: x\r\ncontent-length: {size}\r\n\r\n'.encode() + body)
+    head, _, value = (await asyncio.wait_for(reader.read(), 10)).partition(b'\r\n\r\n')
+    writer.close()
+    return int(head.split()[1]), value
+
+
+async def conversation():
+    server = await asyncio.start_server(Rendezvous().serve, '127.0.0.1', 0)
+    port = server.sockets[0].getsockname()[1]
+    answers = [await request(port, *words) for words in [
+        ('GET', '/global/0'), ('PUT', '/global/0', b'\0\xff'), ('PUT', '/global/rank_0', b'x'), ('GET', '/global/0'),
+        ('PUT', '/global/1', b''), ('DELETE', '/global/0'), ('GET', '/global/0'), ('DELETE', '/global/1'),
+        ('GET', '/global/0'), ('POST', '/global/0'), ('GET', '/x'), ('PUT', '/a/b', b'', 1 << 30)]]
+    server.close()
+    return answers
+
+
+def test_the_rendezvous_forgets_a_scope_when_all_ranks_are_through():
+    ok, absent, bad = (200, b''), (404, b''), (400, b'')
+    assert asyncio.run(conversation()) == [absent, ok, ok, (200, b'\0\xff'), ok, ok, (200, b'\0\xff'), ok, absent, bad,
+                                           bad, bad]

@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""How well training spreads from one worker to two, a core and a thread each, beside PyTorch's DDP over Gloo.
+
+Efficiency is the images/s of two workers over twice those of one, which is the same program alone while the other core
+idles. A step is forward, backward, exchange, clipping of the global norm and AdamW, in float32 on random images that
+are in memory already: no time goes into data. Every measurement is a job of its own, started by tools/launch.py, that
+takes a few steps to warm up; all take turns, and ratios are medians over the turns. A job of two workers also measures
+its parts: steps without any exchange (so its workers only get in each other's way), and the exchange of all gradients
+with nothing else to do. What the exchange adds to a step, over what it takes by itself, was not hidden behind the
+backward pass. PyTorch may be installed elsewhere:
+
+    python tools/bench/scale.py --torch-python ~/torch/bin/python
+
+Prints tables for docs/benchmarks.md. Takes some 10 minutes and 6 GB.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from train import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, require_torch
+
+if TYPE_CHECKING:
+    from mxsimmim.world import World
+
+LAUNCH = Path(__file__).resolve().parents[1] / 'launch.py'
+MODES = {  # title, the launcher's options, the store's name
+    'horovod': ('Horovod', ['--horovod'], 'horovod'),
+    'dist_sync': ('dist_sync, 1 server', ['-s', '1'], 'dist_sync'),
+    'dist_device_sync': ('dist_device_sync, 1 server', ['-s', '1'], 'dist_device_sync'),
+    'p3': ('dist_sync, 1 server, P3', ['-s', '1', '--p3'], 'dist_sync'),
+    'ddp': ('PyTorch DDP, Gloo', ['--horovod'], None),  # for the ranks in the environment; PyTorch does the rest
+}
+BUCKET = 25 * 2 ** 20 // 4  # DDP's own size of an allreduce, elements
+Seconds = Dict[str, List[float]]  # what was measured -> seconds a step, one a round
+
+
+class Worker(NamedTuple):
+    """What a worker process measures. All but `barrier` return at once or when done; `wait` waits for it."""
+    step: Callable[[], None]
+    alone: Callable[[], None]  # a step without the exchange
+    exchange: Callable[[], None]  # the exchange without a step
+    wait: Callable[[], None]
+    barrier: Callable[[], None]
+    rank: int
+    size: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', choices=MODELS, default='vit_base')
+    parser.add_argument('--modes', choices=MODES, nargs='+', default=['horovod', 'dist_sync', 'ddp'], metavar='MODE',
+                        help=f'of {", ".join(MODES)} (default: horovod dist_sync ddp)')
+    parser.add_argument('--batch', type=int, default=4, help='images a step and worker (default: 4)')
+    parser.add_argument('--rounds', type=int, default=7, help='turns of each job (default: 7)')
+    parser.add_argument('--steps', type=int, default=5, help='measured steps a turn (default: 5)')
+    parser.add_argument('--torch-python', default=sys.executable, metavar='PATH',
+                        help='interpreter that has PyTorch (default: this one)')
+    parser.add_argument('--worker', choices=MODES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args)
+    from mxsimmim import facts
+    cores = one_cpu_a_core()
+    if len(cores) < 2:
+        sys.exit('one core: two workers would only share it')
+    os.sched_setaffinity(0, cores[:2])
+    if 'ddp' in args.modes:
+        require_torch(args.torch_python)
+    machine = facts.collect()
+    print(f'{TITLES[args.model]}, {machine.cpu}, 2 of {machine.cores} cores, {machine.system}; batch {args.batch} and '
+          f'1 thread a worker, float32; median of {args.rounds} turns of {args.steps} steps\n', flush=True)
+    print('\n'.join(table(measure(args), args.batch)))
+
+
+def one_cpu_a_core() -> List[int]:
+    """One of the CPUs of each physical core that this process may use."""
+    from mxsimmim.runtime import contents
+    siblings = '/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list'
+    return sorted({contents(Path(siblings.format(cpu))) or cpu: cpu for cpu in os.sched_getaffinity(0)}.values())
+
+
+def measure(args: argparse.Namespace) -> Dict[str, Seconds]:
+    """Seconds a step of each mode: of 'one' worker, and of two a 'step' and its parts, 'alone' and 'exchange'."""
+    seconds: Dict[str, Seconds] = {mode: {} for mode in args.modes}
+    for turn in range(args.rounds):
+        print(f'turn {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
+        one: Dict[str, float] = {}  # a worker alone exchanges nothing: it is the same for all our modes
+        for mode in args.modes:
+            program = [args.torch_python if mode == 'ddp' else sys.executable, __file__, '--worker', mode, '--model',
+                       args.model, '--batch', str(args.batch), '--steps', str(args.steps)]
+            if program[0] not in one or mode == 'ddp':
+                one[program[0]] = job(program)['step']
+            for what, value in {'one': one[program[0]], **job(program, MODES[mode][1])}.items():
+                seconds[mode].setdefault(what, []).append(value)
+    return seconds
+
+
+def job(program: Sequence[str], options: Optional[Sequence[str]] = None) -> Dict[str, float]:
+    """What the program prints as JSON, alone or, with `options` for the launcher, as two workers of a thread each."""
+    launcher = [sys.executable, str(LAUNCH), '-n', '2', '--env', 'OMP_NUM_THREADS=1', *(options or ()), '--']
+    with tempfile.TemporaryDirectory() as folder:  # for the launcher's logs
+        process = subprocess.run((launcher if options is not None else []) + list(program), cwd=folder,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    found = [line for line in process.stdout.splitlines() if line.startswith('{')]  # libraries print, too
+    if process.returncode or not found:
+        sys.exit(f"{' '.join(program)}: exit status {process.returncode}\n{process.stdout}\n{process.stderr}")
+    return json.loads(found[-1])
+
+
+def work(args: argparse.Namespace) -> None:
+    """A process of a job. Rank 0 prints what it measured."""
+    worker = (torch_worker if args.worker == 'ddp' else mxnet_worker)(MODELS[args.model], args.batch, args.worker)
+    for _ in range(WARM_UP):
+        worker.step()
+    parts = {'step': worker.step}
+    if worker.size > 1:
+        parts.update(alone=worker.alone, exchange=worker.exchange)
+    seconds = {what: clock(part, worker, args.steps) for what, part in parts.items()}
+    if worker.rank == 0:
+        print(json.dumps(seconds), flush=True)
+
+
+def clock(function: Callable[[], None], worker: Worker, times: int) -> float:
+    """Mean seconds of a call, between two barriers."""
+    worker.wait()
+    worker.barrier()
+    began = time.perf_counter()
+    for _ in range(times):
+        function()
+    worker.wait()
+    worker.barrier()
+    return (time.perf_counter() - began) / times
+
+
+def join(threads: int) -> 'World':
+    """This process's place in its job, MXNet's environment being prepared; a server or scheduler ends in here."""
+    from mxsimmim import config as cfg, runtime
+    from mxsimmim.world import world
+    runtime.prepare(cfg.RuntimeConfig(threads=threads))
+    place = world(os.environ)
+    if place.role != 'worker':
+        from mxsimmim.parallel.server import serve
+        sys.exit(serve())
+    return place
+
+
+def join_gloo() -> Tuple[int, int]:
+    """Rank and size, PyTorch's process group being there if there are several."""
+    import torch
+    torch.set_num_threads(1)
+    rank, size = int(os.environ.get('HOROVOD_RANK', 0)), int(os.environ.get('HOROVOD_SIZE', 1))
+    if size > 1:
+        os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
+        rendezvous = Path('rendezvous').resolve().as_uri()
+        torch.distributed.init_process_group('gloo', rendezvous, rank=rank, world_size=size)
+    return rank, size
+
+
+def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
+    """What the training loop is made of, with the store of this mode where there are two workers."""
+    place = join(threads=1)
+    import mxnet as mx
+    import numpy as np
+
+    from mxsimmim import config as cfg
+    from mxsimmim.data.loader import Batch
+    from mxsimmim.models import build_simmim, named_parameters
+    from mxsimmim.optim import AdamW, weight_decays
+    from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.placement import Replicated
+    from mxsimmim.parallel.stores import make_store
+    from mxsimmim.world import ALONE
+
+    model, data, optim = cfg.ModelConfig(**keys), cfg.DataConfig(), cfg.OptimConfig()
+    net = build_simmim(model, seed=0)
+    parameters = named_parameters(net)
+    placement = Replicated(net, [mx.cpu()], data.mean, data.std)
+    optimizer = AdamW(parameters, weight_decays(parameters, optim.recipe, model.type, DECAY), optim)
+    total = batch * place.size
+    train = cfg.TrainConfig(batch_size=total)
+    local = make_store('local', ALONE)
+    store = make_store(MODES[mode][2], place) if place.size > 1 else local
+    alone, together = (SyncGradients(parameters, optimizer, s, train, CLIP) for s in (local, store))
+    rng = np.random.default_rng(place.rank)
+    images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
+                   mask=rng.integers(0, 2, (batch, model.grid, model.grid), np.uint8),
+                   uniform=np.empty((batch, 0), np.float32), epoch=0, index=np.arange(batch))
+    updates = iter(range(sys.maxsize))
+    gradients = [parameter.list_grad() for parameter in parameters.values()]
+    exchanged = store.keys(gradients)
+
+    def step(aggregation: SyncGradients) -> None:
+        update = next(updates)
+        aggregation.step(update, RATE, placement.forward_backward(images, total))
+        aggregation.agree(update + 1, False)
+
+    return Worker(lambda: step(together), lambda: step(alone), lambda: store.sum(exchanged, gradients), mx.nd.waitall,
+                  lambda: store.gather([0]), place.rank, place.size)
+
+
+def torch_worker(keys: dict, batch: int, _: str) -> Worker:
+    """DDP at its best here: gradients are views of its buckets, the optimiser is fused."""
+    import torch
+    from torch import distributed
+    from torch_simmim import build_simmim, parameter_groups
+
+    rank, size = join_gloo()
+    torch.manual_seed(0)
+    model = build_simmim(**keys)
+    net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if size > 1 else model
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=RATE, fused=True)
+    side, grid = keys['img_size'], keys['img_size'] // keys['patch_size']
+    image, mask = torch.randn(batch, 3, side, side), torch.randint(0, 2, (batch, grid, grid))
+    buckets = torch.zeros(sum(p.numel() for p in parameters)).split(BUCKET)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        net(image, mask).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
+        optimizer.step()
+
+    def alone() -> None:
+        with net.no_sync():
+            step()
+
+    def exchange() -> None:
+        for work in [distributed.all_reduce(bucket, async_op=True) for bucket in buckets]:
+            work.wait()
+
+    return Worker(step, alone, exchange, lambda: None, distributed.barrier if size > 1 else lambda: None, rank, size)
+
+
+def table(seconds: Dict[str, Seconds], batch: int) -> List[str]:
+    """Lines of the two tables; each ratio is the median of the turns' ratios."""
+    efficiency = {mode: [one / two for one, two in zip(s['one'], s['step'])] for mode, s in seconds.items()}
+    lines = ['| mode | images/s, 1 worker | 2 workers | efficiency | of DDP\'s |', '|---|--:|--:|--:|--:|']
+    for mode, s in seconds.items():
+        one, two = statistics.median(s['one']), statistics.median(s['step'])
+        versus = [ours / ddp for ours, ddp in zip(efficiency[mode], efficiency.get('ddp', []))]
+        lines.append(f'| {MODES[mode][0]} | {batch / one:.2f} | {2 * batch / two:.2f} '
+                     f'| {statistics.median(efficiency[mode]):.1%} '
+                     f'| {f"{statistics.median(versus):.3f}" if versus and mode != "ddp" else ""} |')
+    lines += ['', '| mode, seconds a step | 1 worker | 2 workers, no exchange | with exchange | the exchange by itself '
+              '| of which hidden |', '|---|--:|--:|--:|--:|--:|']
+    for mode, s in seconds.items():
+        hidden = [1 - (step - alone) / exchange for step, alone, exchange in zip(s['step'], s['alone'], s['exchange'])]
+        medians = ' | '.join(f'{statistics.median(s[what]):.3f}' for what in ('one', 'alone', 'step', 'exchange'))
+        lines.append(f'| {MODES[mode][0]} | {medians} | {statistics.median(hidden):.0%} |')
+    return lines
+
+
+if __name__ == '__main__':
+    main()
