@@ -26,6 +26,16 @@ def test_ratio_is_the_median_of_the_turns():
                      '| ViT | PyTorch, compiled (v) | 1.50 | 4.00 | 1.00 of its | 1.5 |']
 
 
+def test_efficiency_is_of_twice_one_worker_and_the_medians_are_of_ratios(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'bench'))
+    seconds = {'horovod': dict(one=[1.0, 2.0, 4.0], step=[1.25, 2.0, 8.0], alone=[1.0, 1.9, 7.5], exchange=[0.5] * 3),
+               'ddp': dict(one=[1.0, 1.0, 1.0], step=[1.0, 2.0, 2.0], alone=[1.0, 1.0, 1.0], exchange=[1.0] * 3)}
+    lines = load('scale').table(seconds, 6)
+    assert lines[2:4] == ['| Horovod | 3.00 | 6.00 | 80.0% | 1.000 |', '| PyTorch DDP, Gloo | 6.00 | 6.00 | 50.0% |  |']
+    assert lines[7:] == ['| Horovod | 2.000 | 1.900 | 2.000 | 0.500 | 50% |',
+                         '| PyTorch DDP, Gloo | 1.000 | 1.000 | 2.000 | 1.000 | 0% |']
+
+
 @pytest.mark.parametrize('python, problem', [('/no/such/python', 'No such file'), (None, 'No module named')])
 def test_an_interpreter_without_torch_is_named_with_the_remedy(python, problem, tmp_path):
     if python is None:  # this interpreter without its packages

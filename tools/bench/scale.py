@@ -91,13 +91,14 @@ def measure(args: argparse.Namespace) -> Dict[str, Seconds]:
     seconds: Dict[str, Seconds] = {mode: {} for mode in args.modes}
     for turn in range(args.rounds):
         print(f'turn {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
-        one: Dict[str, float] = {}  # a worker alone exchanges nothing: it is the same for all our modes
+        one: Dict[bool, float] = {}  # a worker alone exchanges nothing: it is the same in all our modes
         for mode in args.modes:
-            program = [args.torch_python if mode == 'ddp' else sys.executable, __file__, '--worker', mode, '--model',
+            theirs = mode == 'ddp'
+            program = [args.torch_python if theirs else sys.executable, __file__, '--worker', mode, '--model',
                        args.model, '--batch', str(args.batch), '--steps', str(args.steps)]
-            if program[0] not in one or mode == 'ddp':
-                one[program[0]] = job(program)['step']
-            for what, value in {'one': one[program[0]], **job(program, MODES[mode][1])}.items():
+            if theirs not in one:
+                one[theirs] = job(program)['step']
+            for what, value in {'one': one[theirs], **job(program, MODES[mode][1])}.items():
                 seconds[mode].setdefault(what, []).append(value)
     return seconds
 
@@ -241,7 +242,7 @@ def torch_worker(keys: dict, batch: int, _: str) -> Worker:
 def table(seconds: Dict[str, Seconds], batch: int) -> List[str]:
     """Lines of the two tables; each ratio is the median of the turns' ratios."""
     efficiency = {mode: [one / two for one, two in zip(s['one'], s['step'])] for mode, s in seconds.items()}
-    lines = ['| mode | images/s, 1 worker | 2 workers | efficiency | of DDP\'s |', '|---|--:|--:|--:|--:|']
+    lines = ["| mode | images/s, 1 worker | 2 workers | efficiency | of DDP's |", '|---|--:|--:|--:|--:|']
     for mode, s in seconds.items():
         one, two = statistics.median(s['one']), statistics.median(s['step'])
         versus = [ours / ddp for ours, ddp in zip(efficiency[mode], efficiency.get('ddp', []))]
