@@ -24,7 +24,7 @@ from .monitor import Monitor, Quiet, read_metrics
 from .optim import OPTIMIZERS, learning_rates, weight_decays
 from .parallel.aggregate import ElasticAverage, LocalSGD, SyncGradients
 from .parallel.asynchronous import AsyncServer, ServerStore
-from .parallel.modes import Mode, mode_of
+from .parallel.modes import Mode, horovod_cycle, mode_of
 from .parallel.placement import Replicated, contexts_of
 from .parallel.replicas import compare
 from .parallel.stores import Store, make_store
@@ -73,6 +73,8 @@ def pretrain(config: Config) -> int:
         stop = stack.enter_context(Stop())
         if place.rank == 0:
             stack.enter_context(locked(folder))
+        if mode.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
+            os.environ.setdefault('HOROVOD_CYCLE_TIME', f'{horovod_cycle(expected_step(config, place)):.1f}')
         store = ServerStore(mode.store, place) if mode.store == 'dist_async' else make_store(mode.store, place)
         check_same_job(config, source, store)
         notes: List[str] = []
@@ -190,6 +192,11 @@ def plan_of(config: Config, samples: int, mode: Mode) -> Plan:
     keep_every, check = config.checkpoint.keep_every, config.train.check_replicas
     return Plan(per_epoch, total, period(config.validation.every), period(config.checkpoint.every),
                 period(keep_every) if keep_every else None, period(Duration(check, 'steps')) if check else 0)
+
+
+def expected_step(config: Config, place: World) -> float:
+    """Seconds of a step, roughly: three forward passes at 100 GFLOP/s, a CPU core's or two."""
+    return 6 * multiply_adds(config.model) * config.train.batch_size / place.size / 1e11
 
 
 def assemble(config: Config, plan: Plan, source: Source, held_out: Optional[Source], contexts: List[mx.Context],

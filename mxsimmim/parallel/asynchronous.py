@@ -75,7 +75,8 @@ class AsyncServer:
     """Each worker pushes its gradient, the mean over its own images, and takes back whatever the weights then are.
 
     Dean et al. 2012 (Downpour SGD) with AdamW on the servers. There, one update is one worker's push: the schedule of
-    a job of n workers counts n of them as one step. A gradient that is not finite is not applied to its parameter.
+    a job of n workers counts n of them as one step, and applies each at an n-th of the rate, which is for the whole
+    batch. A gradient that is not finite is not applied to its parameter.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], store: ServerStore,

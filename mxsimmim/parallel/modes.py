@@ -13,6 +13,14 @@ class Mode(NamedTuple):
     aggregation: str
 
 
+def horovod_cycle(step: float) -> float:
+    """Milliseconds between two looks of Horovod's background thread at what is to be done, for steps of `step` seconds.
+
+    A look costs half a millisecond of a core, and what becomes ready waits for the next: a hundredth of the step.
+    """
+    return min(max(10 * step, 1.0), 50.0)
+
+
 def mode_of(config: Config, world: World) -> Mode:
     """The mode of this process.
 

@@ -101,7 +101,8 @@ class Server:
         self._updates[key] += 1
         if not math.isfinite(mx.nd.dot(gradient.reshape((-1,)), gradient.reshape((-1,))).asscalar()):
             return  # counts in the schedule nevertheless, as it does without servers
-        lr = self._rate(update / self._workers)  # schedules count updates of the whole batch
+        # Schedules count updates of the whole batch, and rates are for its images: a worker has one part of them.
+        lr = self._rate(update / self._workers) / self._workers
         if self._decays[key]:
             weight *= 1 - lr * self._decays[key]
         mean, var = (self._moments[key + kind * self._layout.stride] for kind in (1, 2))

@@ -65,7 +65,7 @@ def test_the_environment_of_parameter_servers():
     environs = job.environments(processes, SITES, 9000, {'worker': {'A': 'w'}, 'server': {'A': 's'}}, p3=True)
     common = {'DMLC_PS_ROOT_URI': '10.0.0.1', 'DMLC_PS_ROOT_PORT': '9000', 'DMLC_NUM_WORKER': '3',
               'DMLC_NUM_SERVER': '2', 'DMLC_PS_VAN_TYPE': 'p3', 'PYTHONUNBUFFERED': '1', 'HOROVOD_RANK': None,
-              'HOROVOD_SIZE': None, 'OMPI_COMM_WORLD_RANK': None, 'OMPI_COMM_WORLD_SIZE': None}
+              'HOROVOD_SIZE': None, 'OMPI_COMM_WORLD_RANK': None, 'OMPI_COMM_WORLD_SIZE': None, **job.KEPT}
     own = [('worker', 'DMLC_WORKER_ID', '0', 0, '4'), ('worker', 'DMLC_WORKER_ID', '1', 1, '3'),
            ('worker', 'DMLC_WORKER_ID', '2', 0, '4'), ('server', 'DMLC_SERVER_ID', '0', 0, '4'),
            ('server', 'DMLC_SERVER_ID', '1', 1, '3')]

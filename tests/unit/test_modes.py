@@ -2,7 +2,7 @@
 import pytest
 
 from mxsimmim.config import Config
-from mxsimmim.parallel.modes import mode_of
+from mxsimmim.parallel.modes import horovod_cycle, mode_of
 from mxsimmim.world import ALONE, World
 
 PS = World('worker', 0, 2, servers=1, transport='ps')
@@ -55,3 +55,8 @@ def test_modes(world, keys, expected):
 def test_what_cannot_work_is_refused_by_name(world, keys, message):
     with pytest.raises(ValueError, match=message):
         mode_of(config(**keys), world)
+
+
+@pytest.mark.parametrize('step, milliseconds', [(0.001, 1), (0.5, 5), (2.4, 24), (60, 50)])
+def test_horovod_looks_around_a_hundred_times_a_step(step, milliseconds):
+    assert horovod_cycle(step) == pytest.approx(milliseconds)

@@ -14,6 +14,7 @@ backward pass. PyTorch may be installed elsewhere:
 Prints tables for docs/benchmarks.md. Takes some 10 minutes and 6 GB.
 """
 import argparse
+import atexit
 import json
 import os
 import statistics
@@ -161,6 +162,7 @@ def join_gloo() -> Tuple[int, int]:
         os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
         rendezvous = Path('rendezvous').resolve().as_uri()
         torch.distributed.init_process_group('gloo', rendezvous, rank=rank, world_size=size)
+        atexit.register(torch.distributed.destroy_process_group)  # its threads may else abort the process at its end
     return rank, size
 
 
@@ -175,6 +177,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.modes import horovod_cycle
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.stores import make_store
     from mxsimmim.world import ALONE
@@ -187,6 +190,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
     total = batch * place.size
     train = cfg.TrainConfig(batch_size=total)
     local = make_store('local', ALONE)
+    os.environ.setdefault('HOROVOD_CYCLE_TIME', str(horovod_cycle(2.0)))  # as mxsimmim.train does
     store = make_store(MODES[mode][2], place) if place.size > 1 else local
     alone, together = (SyncGradients(parameters, optimizer, s, train, CLIP) for s in (local, store))
     rng = np.random.default_rng(place.rank)
