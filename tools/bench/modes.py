@@ -17,7 +17,7 @@ MODES: Dict[str, List[str]] = {
     'dist_sync': [],
     'dist_async': ['train.store=dist_async', 'optim.clip_grad=null'],
     'local_sgd': ['train.aggregation=local_sgd'],
-    'elastic': ['train.aggregation=elastic'],
+    'elastic': ['train.aggregation=elastic', 'train.local_steps=2', 'train.elastic=1', 'optim.base_lr=2.4e-2'],
 }
 
 
