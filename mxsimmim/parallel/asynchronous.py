@@ -17,6 +17,9 @@ from .aggregate import global_norm
 from .stores import Store, from_bytes, to_bytes
 
 
+KINDS = ('mean', 'var', 'weight')  # what the servers hold for each parameter, besides what workers compute with
+
+
 class ServerStore(Store):
     """dist_async: what is pushed goes to the server's rule for that key. There are no sums; `gather` meets."""
 
@@ -72,7 +75,7 @@ class ServerStore(Store):
 
 
 class AsyncServer:
-    """Each worker pushes its gradient, the mean over its own images, and takes back whatever the weights then are.
+    """Each worker pushes its gradient, the mean over its own images, and takes back what the weights will soon be.
 
     Dean et al. 2012 (Downpour SGD) with AdamW on the servers. There, one update is one worker's push: the schedule of
     a job of n workers counts n of them as one step, and applies each at an n-th of the rate, which is for the whole
@@ -85,7 +88,7 @@ class AsyncServer:
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._local = Store('device')
         self._local_keys = self._local.keys([p.list_grad() for p in self._parameters])
-        self._layout = protocol.Layout(len(parameters), 2, store.servers)
+        self._layout = protocol.Layout(len(parameters), len(KINDS), store.servers)
         self._boards = [mx.nd.zeros(protocol.BOARD_SHAPE) for _ in range(2)]
         self._reported, self._time, self._stop_at = np.zeros(protocol.FIELDS), time.monotonic(), None
         self._images = 0
@@ -105,9 +108,10 @@ class AsyncServer:
         if self.workers.rank == 0:
             self.workers.command({**self._settings, 'updates': update * self.workers.size})
             for key, (name, p) in enumerate(zip(self._names, self._parameters)):
-                for kind, moment in enumerate(('mean', 'var')):
+                for kind, moment in enumerate(KINDS[:2]):
                     value = mx.nd.array(moments[f'{moment}.{name}']) if moments else mx.nd.zeros(p.shape)
                     self.workers.push(self._moment(kind, key), value)
+                self.workers.push(self._moment(2, key), p.list_data()[0].copy())
         self.workers.meet()
         self._pull()
         self.workers.meet()
@@ -157,10 +161,12 @@ class AsyncServer:
     def consensus(self) -> Iterator[None]:
         """While entered, all workers wait and hold the servers' parameters."""
         self.workers.meet()
-        self._pull()
+        for key, p in enumerate(self._parameters):
+            self.workers.pull(self._moment(2, key), p.list_data())
         self.workers.meet()
         yield
         self.workers.meet()
+        self._pull()
 
     def equal(self, _step: int) -> bool:
         """Never: each worker has the weights of its own last pull."""
@@ -186,7 +192,7 @@ class AsyncServer:
     def moments(self) -> Dict[str, Any]:
         """The servers' moments; inside `consensus`."""
         arrays = {}
-        for kind, moment in enumerate(('mean', 'var')):
+        for kind, moment in enumerate(KINDS[:2]):
             for key, (name, p) in enumerate(zip(self._names, self._parameters)):
                 arrays[f'{moment}.{name}'] = mx.nd.zeros(p.shape)
                 self.workers.pull(self._moment(kind, key), [arrays[f'{moment}.{name}']])

@@ -93,7 +93,12 @@ class Server:
                 self._moments[key] = stored
             stored[:] = received  # also a row of `gather`
 
-    def _step(self, key: int, gradient: Any, weight: Any) -> None:
+    def _step(self, key: int, gradient: Any, ahead: Any) -> None:
+        """Updates the weight and leaves in `ahead`, which workers pull, where it will be when their gradient comes.
+
+        Until then the n - 1 other workers update once each. Adam's next steps go mostly where its last one went: the
+        weights are predicted to take n - 1 more of it (Chen et al. 2018, arXiv:1809.02839).
+        """
         import mxnet as mx
 
         from ..optim import adamw_arguments
@@ -103,11 +108,14 @@ class Server:
             return  # counts in the schedule nevertheless, as it does without servers
         # Schedules count updates of the whole batch, and rates are for its images: a worker has one part of them.
         lr = self._rate(update / self._workers) / self._workers
+        mean, var, weight = (self._moments[key + kind * self._layout.stride] for kind in (1, 2, 3))
         if self._decays[key]:
             weight *= 1 - lr * self._decays[key]
-        mean, var = (self._moments[key + kind * self._layout.stride] for kind in (1, 2))
-        mx.nd.contrib.adamw_update(weight, gradient, mean, var, mx.nd.ones((1,)), out=weight,
-                                   **adamw_arguments(self._optim, update, lr))
+        arguments = adamw_arguments(self._optim, update, lr)
+        mx.nd.contrib.adamw_update(weight, gradient, mean, var, mx.nd.ones((1,)), out=weight, **arguments)
+        weight.copyto(ahead)
+        if self._workers > 1:
+            ahead -= (self._workers - 1) * arguments['lr'] * mean / (mx.nd.sqrt(var) + arguments['epsilon'])
 
     def _post(self, received: Any, board: Any) -> None:
         import numpy as np

@@ -48,13 +48,13 @@ def started(workers=1, updates=0, moments=None, servers=1):
     """A server that has had the worker's first commands, its store, and its layout."""
     print('seed', SEED)
     rng = np.random.default_rng(SEED)
-    store, layout = FakeStore(), protocol.Layout(len(SHAPES), 2, servers)
+    store, layout = FakeStore(), protocol.Layout(len(SHAPES), 3, servers)
     server = Server(store, KEY)
     weights = [rng.standard_normal(shape).astype('float32') for shape in SHAPES]
     server.control(0, protocol.sign({}, 1, KEY).encode())
     for key, weight in enumerate(weights):
         store.push(key, weight)
-        for kind in (1, 2):
+        for kind in (1, 2, 3):
             store.push(key + kind * layout.stride, np.zeros_like(weight))
     store.push(layout.board, np.zeros(protocol.BOARD_SHAPE))
     content = {'config': configfile.to_dict(config()), 'layout': list(layout), 'decays': DECAYS, 'workers': workers,
@@ -63,6 +63,7 @@ def started(workers=1, updates=0, moments=None, servers=1):
     for key, weight in enumerate(weights):
         for kind in (1, 2):
             store.push(key + kind * layout.stride, moments[key][kind - 1] if moments else np.zeros_like(weight))
+        store.push(key + 3 * layout.stride, moments[key][2] if moments else weight)
     return server, store, layout, weights, rng
 
 
@@ -82,7 +83,10 @@ def expected(weights, gradients, rates, first=0):
 @pytest.mark.parametrize('servers', [1, 3])
 @pytest.mark.parametrize('workers', [1, 2])
 def test_pushes_are_updates_of_adamw(workers, servers):
-    """With n workers, n pushes of a key move its schedule by one step, each at an n-th of the rate."""
+    """With n workers, n pushes of a key move its schedule by one step, each at an n-th of the rate.
+
+    What workers pull is n - 1 more of the last Adam step ahead, without decay.
+    """
     _, store, layout, weights, rng = started(workers, servers=servers)
     gradients = [[rng.standard_normal(shape).astype('float32') for shape in SHAPES] for _ in range(8)]
     for of_all in gradients:
@@ -91,8 +95,11 @@ def test_pushes_are_updates_of_adamw(workers, servers):
     rate = learning_rates(config().optim, config().train, 5, 10)
     rates = [rate(k / workers) / workers for k in range(8)]
     assert max(rates) > 0.02  # the warm-up is over: the weights have moved
+    (beta1, beta2), eps = OptimConfig().betas, OptimConfig().eps
     for key, (w, m, v) in enumerate(expected(weights, gradients, rates)):
-        np.testing.assert_allclose(store[key], w, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(store[key + 3 * layout.stride], w, rtol=1e-5, atol=1e-6)
+        step = rates[-1] * m / (1 - beta1 ** 8) / (np.sqrt(v / (1 - beta2 ** 8)) + eps)
+        np.testing.assert_allclose(store[key], w - (workers - 1) * step, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(store[key + layout.stride], m, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(store[key + 2 * layout.stride], v, rtol=1e-4, atol=1e-7)
 
@@ -123,7 +130,7 @@ def test_moments_and_the_count_of_updates_can_be_restored():
     for of_all in gradients[:4]:
         for key, gradient in enumerate(of_all):
             one.push(key, gradient)
-    moments = [[one[key + kind * layout.stride] for kind in (1, 2)] for key in range(len(SHAPES))]
+    moments = [[one[key + kind * layout.stride] for kind in (1, 2, 3)] for key in range(len(SHAPES))]
     _, two, *_ = started(updates=4, moments=moments)
     for key in range(len(SHAPES)):
         two.arrays[key][:] = one[key]
