@@ -101,8 +101,8 @@ def place(workers: int, servers: int, hosts: Sequence[Host], horovod: bool = Fal
     return processes
 
 
-# ps-lite takes a new buffer for each message, and glibc gives large ones back to the kernel at once: a seventh of what an
-# exchange costs the CPU went into page faults.
+# ps-lite takes a new buffer for each message, and glibc gives large ones back to the kernel at once: page faults were a
+# seventh of what an exchange costs the CPU.
 KEPT = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(1 << 32)}
 
 

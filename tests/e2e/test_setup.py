@@ -111,7 +111,8 @@ def planned(checkout: Path, target: str) -> str:
 
 def test_second_make_installs_nothing(checkout):
     assert planned(checkout, 'test') == '.venv/bin/python -m pytest\n'
-    assert planned(checkout, 'demo') == '.venv/bin/mxsimmim pretrain conf/digits.yaml\n'
+    assert planned(checkout, 'demo') == ('.venv/bin/python tools/launch.py -n 2 -s 1 -- '
+                                         '.venv/bin/mxsimmim pretrain conf/digits.yaml\n')
     assert planned(checkout, 'lint') == '.venv/bin/ruff check .\n'
 
 
