@@ -26,7 +26,7 @@ bench: $(VENV)/bench  # measures speed beside PyTorch
 	$(BIN)/python tools/bench/data.py
 	$(BIN)/python tools/bench/startup.py
 	$(BIN)/python tools/bench/scale.py
-	$(BIN)/python tools/bench/allreduce.py
+	$(BIN)/python tools/bench/allreduce.py allreduce.png
 
 clean:  # removes what was installed and built, keeps runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
