@@ -150,7 +150,7 @@ class AsyncServer:
         """
         if self._stop_at is None:
             if stopping:
-                self._write({protocol.STOP: [1]})
+                self._write(protocol.STOP, [1])
             stopping = stopping or self._boards[1].asnumpy()[0, protocol.STOP] > 0
             if stopping or due:
                 steps, votes = self.workers.gather([step, stopping]).T
@@ -178,7 +178,7 @@ class AsyncServer:
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
         """As `SyncGradients.observed`, from the board; besides loss, images/s and staleness since the last call."""
-        self._write({protocol.NOTES: [1, *noted]})
+        self._write(protocol.NOTES, [1, *noted])
         self.workers.pull(self._layout.board, [self._boards[0]])
         board, now = self._boards[0].asnumpy().astype('float64').sum(axis=0), time.monotonic()
         new, seconds = board - self._reported, now - self._time
@@ -201,11 +201,10 @@ class AsyncServer:
     def _moment(self, kind: int, key: int) -> int:
         return (1 + kind) * self._layout.stride + key
 
-    def _write(self, fields: Mapping[int, Sequence[float]]) -> None:
-        """Adds to some fields of the board, each followed by its neighbours."""
+    def _write(self, first: int, values: Sequence[float]) -> None:
+        """Adds to the fields of the board from `first` on."""
         row = np.zeros(protocol.BOARD_SHAPE, 'float32')
-        for first, values in fields.items():
-            row[0, first:first + len(values)] = values
+        row[0, first:first + len(values)] = values
         self.workers.push(self._layout.board, mx.nd.array(row))
 
     def _pull(self) -> None:

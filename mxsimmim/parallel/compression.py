@@ -23,7 +23,9 @@ class Plain:
         late = LAST if computed else 0
         self._store.sum(self._keys[late:], arrays[late:])
         if computed:
-            _wait(arrays[:late])
+            for copies in arrays[:late]:
+                for array in copies:
+                    array.wait_to_read()
             computed()
             self._store.sum(self._keys[:late], arrays[:late])
 
@@ -32,21 +34,16 @@ class HalfPrecision:
     """Sums gradients over workers in float16. What float16 cannot hold becomes infinite, and the step is skipped."""
 
     def __init__(self, store: Store, arrays: Sequence[Copies]):
-        self._store, self._local = store, _Devices(arrays)
+        self._local = _Devices(arrays)
         self._halves = [[first.astype('float16')] for first, *_ in arrays]
-        self._keys = store.keys(self._halves)
+        self._plain = Plain(store, self._halves)
 
     def sum(self, arrays: Sequence[Copies], computed: Optional[Callable[[], None]] = None) -> None:
         """As `Plain.sum`."""
         self._local.sum(arrays)
         for (first, *_), (half,) in zip(arrays, self._halves):
             mx.nd.cast(first, dtype='float16', out=half)
-        late = LAST if computed else 0
-        self._store.sum(self._keys[late:], self._halves[late:])
-        if computed:
-            _wait(self._halves[:late])
-            computed()
-            self._store.sum(self._keys[:late], self._halves[:late])
+        self._plain.sum(self._halves, computed)
         for (first, *_), (half,) in zip(arrays, self._halves):
             mx.nd.cast(half, dtype='float32', out=first)
         self._local.copy(arrays)
@@ -62,10 +59,6 @@ class TwoBit:
     """
 
     def __init__(self, store: Store, arrays: Sequence[Copies], threshold: float):
-        """
-        Raises:
-            ValueError: too many workers for even one digit a word.
-        """
         self._store, self._local, self._threshold = store, _Devices(arrays), np.float32(threshold)
         self._base = 2 * store.size + 1
         self.digits = int(24 / math.log2(self._base))
@@ -141,12 +134,6 @@ def unpack(words: np.ndarray, total: np.ndarray, digits: int, base: int, thresho
             rest = value // np.int32(base)
             total[first + j] = np.float32(value - rest * base - workers) * threshold
             words[j] = np.float32(rest)
-
-
-def _wait(arrays: Sequence[Copies]) -> None:
-    for copies in arrays:
-        for array in copies:
-            array.wait_to_read()
 
 
 class _Devices:

@@ -1,7 +1,7 @@
 """Stores: what adds up arrays that lie on several devices and in several workers, by MXNet's names.
 
-Every store offers `keys` and `sum`; all else that workers tell each other is made of sums. `Server`, for dist_async,
-is the exception: there the parameter server decides what becomes of what it is sent.
+Every store offers `keys` and `sum`; all else that workers tell each other is made of sums. `ServerStore`, for
+dist_async, is the exception: there the parameter server decides what becomes of what it is sent.
 """
 import json
 from typing import Any, Callable, Dict, List, Sequence
