@@ -123,6 +123,11 @@ class AdamW(Optimizer):
 
     def _step(self, weight, grad, name, device, scale, update, lr):
         mean, var = (self.moments[f'{moment}.{name}'][device] for moment in self.MOMENTS)
+        if len(self.moments[f'mean.{name}']) > 1:
+            # adamw_update scales its gradient in place but tells the engine that it only reads it, and would overtake
+            # copies to other devices that still read it. This write, of nothing new, waits for them.
+            start = grad.reshape((-1,))[:1]
+            mx.nd.elemwise_mul(start, mx.nd.ones_like(start), out=start)
         mx.nd.contrib.adamw_update(weight, grad, mean, var, scale, out=weight,
                                    **adamw_arguments(self._optim, update, lr))
 

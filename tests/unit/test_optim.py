@@ -88,3 +88,26 @@ def test_adamw_is_the_published_formula():
     again = AdamW({'w': parameter}, {'w': 0.3}, optim)
     again.load(adamw.arrays())
     assert all(np.array_equal(again.arrays()[n], value) for n, value in adamw.arrays().items())
+
+
+def test_adamw_waits_for_copies_of_its_gradient():
+    """It scales gradients in place: a copy to the next device that came later would be scaled twice."""
+    contexts, count, size = [mx.cpu(0), mx.cpu(1)], 24, 16
+    parameters = {f'p{i}': Parameter(f'p{i}', shape=(size,), init='zeros') for i in range(count)}
+    for p in parameters.values():
+        p.initialize(ctx=contexts)
+    adamw = AdamW(parameters, dict.fromkeys(parameters, 0.0), OptimConfig())
+    scale = mx.nd.array([0.5])
+    scales = [scale.as_in_context(ctx) for ctx in contexts]
+    big, ones, expected = mx.nd.ones((1000, 1000), ctx=contexts[1]), mx.nd.ones((size,)), 0.0
+    for update in range(5):
+        for p in parameters.values():
+            first, other = p.list_grad()
+            mx.nd.elemwise_mul(ones * update, ones, out=first)
+            first.copyto(other)  # waits for the second device's last update, which waits for this product:
+        mx.nd.dot(big, big)
+        adamw.update(update, 1e-3, scales)
+        expected = 0.9 * expected + 0.1 * 0.5 * update
+    for name in parameters:
+        for copy in adamw.moments[f'mean.{name}']:
+            np.testing.assert_allclose(copy.asnumpy(), expected, rtol=1e-5)
