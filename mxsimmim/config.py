@@ -247,6 +247,8 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
     resume: str = Field('auto', min_length=1, description='auto: go on from the newest whole checkpoint; none: start '
                         'anew in an empty folder; or the path of a checkpoint')
+    task: Literal['pretrain', 'classify'] = Field('pretrain', description='pretrain, or classify: what `mxsimmim '
+                                                  'finetune` trains')
     devices: Union[Literal['auto'], Tuple[str, ...]] = Field(
         'auto', description='auto (every GPU, else cpu(0)), or a list: [gpu(0), gpu(1)]')
     model: ModelConfig = ModelConfig()

@@ -30,7 +30,8 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
     """One parameter's initial value, float32.
 
     Truncated normal 0.02 for linear maps, tokens and positions (ViT's pre-training cuts at one deviation, everything
-    else at +-2, that is hardly ever); PyTorch's default, uniform, for the decoder and Swin's patch convolution.
+    else at +-2, that is hardly ever), a thousandth of it for ViT's classification head; PyTorch's default, uniform, for
+    the decoder and Swin's patch convolution.
     """
     leaf = name.rsplit('.', 1)[-1]
     vit = config.type == 'vit'
@@ -44,11 +45,12 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
         return np.ones(shape, 'float32')
     if leaf in ('bias', 'q_bias', 'v_bias') or (vit and leaf == 'relative_position_bias_table'):
         return np.zeros(shape, 'float32')
-    value = truncated_normal(rng, shape, STD, STD if vit else 2.0)
+    pretraining = name.startswith('encoder.')
+    value = truncated_normal(rng, shape, STD, STD if vit and pretraining else 2.0)
     block = re.search(r'blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight$', name)
     if vit and block:
         value /= math.sqrt(2 * (int(block[1]) + 1))
-    return value
+    return value * np.float32(1e-3) if vit and name == 'head.weight' else value
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple, std: float, cut: float) -> np.ndarray:

@@ -1,0 +1,63 @@
+"""An encoder with a classification head: what pre-training is for."""
+from typing import Any, Optional
+
+import mxnet as mx
+from mxnet.gluon import HybridBlock
+
+from ..config import ModelConfig
+from .initial import initialise
+from .layers import Linear, named_parameters
+from .simmim import ENCODERS
+
+
+class Classifier(HybridBlock):
+    """Classes of whole images.
+
+    ``net(image (B, 3, H, W)) -> logits (B, classes)``; ``net(image, target (B, classes)[, keep (B, 2 * blocks)]) ->
+    loss (1,)``, the mean cross entropy with the distribution `target`. Image is normalised; keep as in the encoders.
+    """
+
+    def __init__(self, config: ModelConfig, classes: int):
+        super().__init__()
+        self.config, self.classes = config, classes
+        with self.name_scope():
+            self.encoder = ENCODERS[config.type](config, masked=False)
+            self.head = Linear(config.embed_dim * 2 ** (config.stages - 1), classes)
+
+    def forward(self, image, target=None, keep=None):
+        F = mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym
+        if target is None:
+            return self.head(self.pooled(F, image))
+        if keep is None and self.config.drop_path and F is mx.nd:
+            # A cached graph always takes the arguments it was built with, in training and out of it.
+            keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
+        return super().forward(image, target, *([] if keep is None else [keep]))
+
+    def hybrid_forward(self, F, image, target, keep=None):
+        logits = self.head(self.pooled(F, image, keep))
+        entropy = F.sum(-F.log_softmax(logits, axis=-1) * target, axis=1)          # (B,)
+        return F.reshape(F.mean(entropy), shape=(1,))
+
+    def pooled(self, F: Any, image: Any, keep: Any = None) -> Any:
+        """What the head sees of each image (B, C): the mean of its patch tokens, or ViT's cls token."""
+        # The second argument of an encoder is a mask, which there is none of.
+        tokens = self.encoder(image) if keep is None else self.encoder(image, None, keep)
+        if self.config.type == 'vit' and not self.config.use_mean_pooling:
+            return F.reshape(F.slice_axis(tokens, axis=1, begin=0, end=1), shape=(0, -1))
+        mean = F.mean(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None), axis=1)
+        return self.encoder.fc_norm(mean) if self.config.type == 'vit' else mean
+
+    def _collect_params_with_prefix(self, prefix: str = '') -> dict:
+        """Names without `encoder.`: the reference's classifier is its encoder, with a head."""
+        found = self.encoder._collect_params_with_prefix(prefix)
+        found.update(self.head._collect_params_with_prefix(f'{prefix}.head' if prefix else 'head'))
+        return found
+
+
+def build_classifier(config: ModelConfig, classes: int, seed: Optional[int] = 0) -> Classifier:
+    """A classifier on cpu(0), with the reference's random initial weights, or zeros where `seed` is None."""
+    net = Classifier(config, classes)
+    net.initialize(mx.init.Zero(), ctx=mx.cpu())
+    if seed is not None:
+        initialise(named_parameters(net), config, seed)
+    return net
