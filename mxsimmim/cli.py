@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import List, Optional
 
 from . import __version__, configfile
-from .config import ConfigError
+from .config import Config, ConfigError
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    config = configfile.load(args.config, args.overrides)
+    return _train(configfile.load(args.config, args.overrides + ['task=pretrain']), args)
+
+
+def finetune(args: argparse.Namespace) -> int:
+    return _train(configfile.load(args.config, args.overrides + ['task=classify']), args)
+
+
+def _train(config: Config, args: argparse.Namespace) -> int:
     if not config.data.path:
         raise ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
     from . import runtime
@@ -21,7 +28,7 @@ def pretrain(args: argparse.Namespace) -> int:
         from .parallel.server import serve
         return serve()
     from . import train
-    return train.pretrain(config)
+    return train.evaluate(config) if getattr(args, 'eval', False) else train.start(config)
 
 
 def reconstruct(args: argparse.Namespace) -> int:
@@ -30,6 +37,29 @@ def reconstruct(args: argparse.Namespace) -> int:
     runtime.prepare(config.runtime)
     from . import reconstruct
     print(reconstruct.reconstruct(Path(args.run), config, args.images, Path(args.output), args.seed))
+    return 0
+
+
+def features(args: argparse.Namespace) -> int:
+    from . import run, runtime
+    runtime.prepare(run.read_config(args.run).runtime)
+    from . import features
+    print(features.save_features(Path(args.run), args.images, args.block, Path(args.output),
+                                 Path(args.picture) if args.picture else None))
+    return 0
+
+
+def probe(args: argparse.Namespace) -> int:
+    from . import run, runtime
+    config = run.read_config(args.run)
+    other = [text for text in args.overrides if not text.startswith('data.')]
+    if other:
+        raise ConfigError(f"probe: '{other[0]}' cannot be changed: the network is that of {args.run}; only data.… can")
+    if args.overrides:
+        config = configfile.load(Path(args.run) / 'config.yaml', args.overrides)
+    runtime.prepare(config.runtime)
+    from . import probe
+    print(probe.probe(Path(args.run), config, args.block, args.seeds))
     return 0
 
 
@@ -71,10 +101,23 @@ def parser() -> argparse.ArgumentParser:
     run = (['run'], dict(metavar='RUN', help='folder of a run, e.g. runs/digits'))
     command(pretrain, 'pre-train; the same command again goes on where the run stopped',
             (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/vit_base.yaml')), overrides)
+    command(finetune, 'train a classifier, from a pre-trained encoder or from scratch; goes on where the run stopped',
+            (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/finetune_vit_base.yaml')), overrides,
+            (['--eval'], dict(action='store_true', help='train nothing: evaluate the run on the held-out images')))
     command(reconstruct, "draw a run's original, masked and reconstructed images side by side", run,
             (['images'], dict(nargs='+', metavar='IMAGE', help='files or folders')),
             (['-o', '--output'], dict(default='grid.png', metavar='PNG', help='picture to write (grid.png)')),
             (['--seed'], dict(type=int, default=0, help='of the masks (0)')))
+    block = (['--block'], dict(default='', metavar='N', help='after which block, from 1 (the last)'))
+    command(features, "write the features that a run's network has of images", run,
+            (['images'], dict(nargs='+', metavar='IMAGES', help='files, folders, a RecordIO file, or digits')),
+            (['-o', '--output'], dict(default='features.npz', metavar='NPZ', help='file to write (features.npz)')), block,
+            (['--picture'], dict(metavar='PNG', help='also draw them (t-SNE)')))
+    command(probe, "classify by a run's frozen features: linear probe and nearest neighbours", run,
+            (['overrides'], dict(nargs='*', metavar='data.key=value', help='labelled images, if others than the '
+                                 "run's: data.path=…; data.labels_per_class=10 for few labels")),
+            (['--block'], dict(default='', metavar='N', help='after which block, from 1 (the last), or all')),
+            (['--seeds'], dict(type=int, default=5, metavar='S', help='draws of the few labels (5)')))
     command(plot, "draw a run's curves", run,
             (['-o', '--output'], dict(metavar='PNG', help='picture to write (RUN/curves.png)')))
     command(config, 'print every key with its default and meaning, or what a file and overrides resolve to',

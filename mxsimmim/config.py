@@ -78,6 +78,8 @@ class ModelConfig(Section):
     drop_path: float = Field(0.0, ge=0, lt=1, description='stochastic depth of the last block; grows linearly from 0')
     loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
+    pretrained: str = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
+                            '.safetensors file; empty: random weights')
 
     @property
     def stages(self) -> int:
@@ -145,9 +147,18 @@ class DataConfig(Section):
     threads: int = Field(0, ge=0, description='loader threads; 0: one a core')
     prefetch: int = Field(3, gt=0, description='batches prepared ahead')
     max_broken: int = Field(100, ge=0, description='unreadable images tolerated before the run ends')
+    labels: str = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
+                        "images of path; empty: class folders, or a RecordIO file's own labels")
+    classes: str = Field('', description='classify: a file of class names, one a line, in the order of their numbers; '
+                         "empty: the folders' names sorted, or numbers")
+    labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
+                                  'all')
     crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
     crop_ratio: Tuple[float, float] = Field((0.75, 1.3333333333333333), description='width over height of a crop')
+    interpolation: Literal['bilinear', 'bicubic'] = Field('bilinear', description='of random crops: bilinear, bicubic')
     flip: float = Field(0.5, ge=0, le=1, description='probability of a horizontal flip')
+    eval_crop: float = Field(0.875, gt=0, le=1, description='classify: side of the square cut from the middle for '
+                             'evaluation over the short side')
     mean: Tuple[float, float, float] = Field((0.485, 0.456, 0.406), description='subtracted, per channel of [0, 1]')
     std: Tuple[float, float, float] = Field((0.229, 0.224, 0.225), description='divided by, per channel of [0, 1]')
     shares: Union[Literal['equal', 'auto'], Tuple[float, ...]] = Field(
@@ -165,6 +176,21 @@ class DataConfig(Section):
         return self
 
 
+class AugmentConfig(Section):
+    """What else is done to the images and labels a classifier is trained on."""
+    rand_ops: int = Field(2, ge=0, description='RandAugment: operations an image; 0: none')
+    rand_magnitude: float = Field(9.0, ge=0, le=10, description='RandAugment: mean strength, of 10')
+    rand_std: float = Field(0.5, ge=0, description="RandAugment: the strength's standard deviation")
+    erasing: float = Field(0.25, ge=0, le=1, description='probability that a rectangle is overwritten with noise')
+    mixup: float = Field(0.8, ge=0, description='pairs of images are blended, in shares from Beta(mixup, mixup); 0: '
+                         'none')
+    cutmix: float = Field(1.0, ge=0, description='a rectangle of each image of a pair goes into the other, of a share '
+                          'from Beta(cutmix, cutmix); 0: none')
+    mix_switch: float = Field(0.5, ge=0, le=1, description='probability of cutmix, where mixup is on, too')
+    mix_prob: float = Field(1.0, ge=0, le=1, description='probability that a pair is mixed')
+    smoothing: float = Field(0.1, ge=0, lt=1, description='share of the target spread evenly over all classes')
+
+
 class OptimConfig(Section):
     """AdamW and its schedule. The three rates are for 512 images a step and scale with train.batch_size."""
     type: Literal['adamw', 'sgd'] = Field('adamw', description='adamw, or sgd without momentum (for comparisons)')
@@ -179,6 +205,7 @@ class OptimConfig(Section):
     milestones: Tuple[Time, ...] = Field((Duration(700, 'epochs'),), description='multistep: when the rate drops')
     gamma: float = Field(0.1, gt=0, le=1, description='multistep: factor of a drop')
     weight_decay: float = Field(0.05, ge=0, description='decoupled weight decay')
+    layer_decay: float = Field(1.0, gt=0, le=1, description="classify: a block's learning rate over that of the next")
     betas: Tuple[float, float] = Field((0.9, 0.999), description='decay of the two moments')
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment, as in PyTorch's AdamW")
     clip_grad: Optional[float] = Field(5.0, gt=0, description='largest global L2 norm of the gradient; null: no limit')
@@ -210,6 +237,12 @@ class TrainConfig(Section):
     threshold: float = Field(1e-3, gt=0, description="2bit: the size of what is sent; about the gradient's largest "
                              'elements')
     check_replicas: int = Field(100, ge=0, description="steps between comparisons of all replicas' weights; 0: none")
+    ema: float = Field(0.0, ge=0, lt=1, description='decay of an average of the weights, which is then validated and '
+                       'used, too; 0: none')
+    lr_on_plateau: float = Field(1.0, gt=0, le=1, description='the rate is multiplied by this after train.patience '
+                                 'validations without a new best; 1: never')
+    patience: int = Field(5, gt=0, description='lr_on_plateau: validations')
+    stop_early: int = Field(0, ge=0, description='validations without a new best that end the run; 0: none do')
     max_bad_steps: int = Field(10, gt=0, description='non-finite steps in a row that end the run; each is skipped')
 
 
@@ -222,7 +255,7 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What survives a failing machine."""
+    """What survives a failing machine. A classifier's best checkpoint so far is kept besides, in RUN/best."""
     every: Time = Field(Duration(1, 'epochs'), description='time between checkpoints; the last step always saves')
     keep: int = Field(2, gt=0, description='newest checkpoints kept')
     keep_every: Optional[Time] = Field(None, description='checkpoints at multiples of this stay for ever; null: none')
@@ -240,7 +273,7 @@ class RuntimeConfig(Section):
 
 
 class Config(Section):
-    """A whole pre-training run."""
+    """A whole run, pre-training or fine-tuning."""
     name: str = Field('', description='the run is written to output/name; empty: the name of '
                       'the configuration file')
     output: str = Field('runs', min_length=1, description='folder of the runs')
@@ -254,6 +287,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     mask: MaskConfig = MaskConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -265,12 +299,11 @@ class Config(Section):
     def _check(self) -> 'Config':
         _require(re.fullmatch(r'[\w.+-]*', self.name) is not None,
                  f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
-        img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size
-        _require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
-        _require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
-        cells = (img // cell) ** 2
-        _require(math.ceil(self.mask.ratio * cells) < cells,
-                 f'mask.ratio={self.mask.ratio} hides all {cells} cells: lower it or mask.patch_size={cell}')
+        if self.task == 'pretrain':
+            self._check_masks()
+            for key, default in (('model.pretrained', self.model.pretrained == ''),
+                                 ('optim.layer_decay', self.optim.layer_decay == 1)):
+                _require(default, f'{key} is for fine-tuning: mxsimmim finetune')
         if self.devices != 'auto':
             _require(len(self.devices) > 0, 'devices is empty: write devices=auto or devices=[cpu(0)]')
             for device in self.devices:
@@ -291,3 +324,11 @@ class Config(Section):
                             ('checkpoint.keep_every', self.checkpoint.keep_every)):
             _require(period is None or period.value > 0, f'{key}={period} must be positive')
         return self
+
+    def _check_masks(self) -> None:
+        img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size
+        _require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
+        _require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
+        cells = (img // cell) ** 2
+        _require(math.ceil(self.mask.ratio * cells) < cells,
+                 f'mask.ratio={self.mask.ratio} hides all {cells} cells: lower it or mask.patch_size={cell}')

@@ -1,13 +1,14 @@
 """Optimisers, what they decay, and the learning rate of each step."""
 import bisect
 import math
-from typing import Callable, Dict, Iterable, List, Mapping, Tuple, Type
+from typing import Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Type
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import Parameter
+from mxnet.gluon import HybridBlock, Parameter
 
 from .config import OptimConfig, TrainConfig
+from .models import named_parameters
 
 REFERENCE_BATCH = 512  # the batch the configured rates are for
 # Parameters, besides vectors and biases, that a recipe does not decay. The reference decays ViT's mask token and every
@@ -27,8 +28,36 @@ def weight_decays(parameters: Mapping[str, Parameter], recipe: str, kind: str, d
             for name, p in parameters.items()}
 
 
-def learning_rates(optim: OptimConfig, train: TrainConfig, per_epoch: int, total: int) -> Callable[[float], float]:
-    """The learning rate of update k, counted from 0, as a function of k.
+def parameter_groups(net: HybridBlock, layer_decay: float, weight_decay: float,
+                     recipe: str = 'reference') -> Dict[str, Tuple[float, float]]:
+    """(lr_scale, weight_decay) of each of a classifier's parameters, by official name.
+
+    A block's rate is layer_decay times that of the block after it (Clark et al. 2020, arXiv:2003.10555; Bao et al.
+    2022, arXiv:2106.08254): embeddings come first, what follows the last block has the full rate. In fine-tuning the
+    reference recognises Swin's position tables and does not decay them; ViT's it still does.
+    """
+    config = net.config
+    last = config.blocks + 1
+    fixed = 'fixed' if config.type == 'swin' else recipe
+    decays = weight_decays(named_parameters(net), fixed, config.type, weight_decay)
+    return {name: (layer_decay ** (last - _layer(name, config.depths, last)), decay) for name, decay in decays.items()}
+
+
+def _layer(name: str, depths: Tuple[int, ...], last: int) -> int:
+    """0 for embeddings, 1 to the number of blocks for these, `last` for the rest."""
+    parts = name.split('.')
+    if parts[0] in ('cls_token', 'pos_embed', 'absolute_pos_embed', 'patch_embed'):
+        return 0
+    if parts[0] == 'blocks':
+        return 1 + int(parts[1])
+    if parts[0] == 'layers':  # merging belongs to the last block of its stage
+        before, stage = sum(depths[:int(parts[1])]), depths[int(parts[1])]
+        return before + (1 + int(parts[3]) if parts[2] == 'blocks' else stage)
+    return last
+
+
+def learning_rates(optim: OptimConfig, train: TrainConfig, per_epoch: int, total: int) -> Callable[..., float]:
+    """The learning rate of update k, counted from 0, as a function of k, and of a scale of the base rate alone.
 
     Linear warm-up from warmup_lr, then cosine to min_lr (Loshchilov and Hutter 2017, arXiv:1608.03983) or drops at
     milestones. The reference moves its schedule after each update, so updates 0 and 1 both use the warm-up rate and
@@ -41,17 +70,18 @@ def learning_rates(optim: OptimConfig, train: TrainConfig, per_epoch: int, total
     milestones = sorted(m.steps(per_epoch, total) for m in optim.milestones)
     origin = warmup if optim.recipe == 'fixed' else 0
 
-    def after_warmup(t: float) -> float:
+    def after_warmup(t: float, top: float) -> float:
         if optim.schedule == 'multistep':
-            return base * optim.gamma ** bisect.bisect_right(milestones, t)
+            return top * optim.gamma ** bisect.bisect_right(milestones, t)
         if optim.schedule == 'cosine' and total > origin:
             turn = min((t - origin) / (total - origin), 1.0)
-            return last + (base - last) * (1 + math.cos(math.pi * turn)) / 2
-        return base
+            return last + (top - last) * (1 + math.cos(math.pi * turn)) / 2
+        return top
 
-    def rate(update: float) -> float:
+    def rate(update: float, scale: float = 1.0) -> float:
         t = max(update - 1 / train.accumulate, 0)  # a server that counts its own updates asks between two
-        return first + t * (base - first) / warmup if t < warmup else after_warmup(t)
+        top = base * scale
+        return first + t * (top - first) / warmup if t < warmup else after_warmup(t, top)
 
     return rate
 
@@ -77,29 +107,33 @@ class Optimizer:
 
     MOMENTS: Tuple[str, ...] = ()
 
-    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], optim: OptimConfig):
+    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], optim: OptimConfig,
+                 lr_scales: Optional[Mapping[str, float]] = None):
         self._parameters, self._decays, self._optim = parameters, decays, optim
+        self._scales = lr_scales or dict.fromkeys(parameters, 1.0)
         self.moments: Dict[str, List[mx.nd.NDArray]] = {
             f'{moment}.{name}': [mx.nd.zeros(p.shape, ctx=ctx) for ctx in p.list_ctx()]
             for moment in self.MOMENTS for name, p in parameters.items()}
 
-    def update(self, update: int, lr: float, scales: Iterable[mx.nd.NDArray]) -> None:
+    def update(self, update: int, lr: float, scales: Iterable[mx.nd.NDArray], floor: float = 0.0) -> None:
         """Update number `update`, counted from 0, on each device with its gradients times its scale (1,).
 
-        A scale of 0 leaves weights and moments alone; that is decided on the device.
+        A scale of 0 leaves weights and moments alone; that is decided on the device. A parameter's rate lies between
+        `floor`, the schedule's rate for a base rate of 0, and `lr`, as its lr_scale says.
         """
+        rates = {name: lr if scale == 1 else floor + scale * (lr - floor) for name, scale in self._scales.items()}
         longest = max(int(np.prod(p.shape)) for p in self._parameters.values())
         for device, scale in enumerate(scales):
             # PyTorch rounds after the decay and again after the step; the operators' own decay rounds once, which tells
             # after ten steps.
-            decayed = {decay: mx.nd.broadcast_to(1 - lr * decay * (scale != 0), (longest,))
-                       for decay in set(self._decays.values()) if decay}
+            decayed = {factor: mx.nd.broadcast_to(1 - factor * (scale != 0), (longest,))
+                       for factor in {rates[name] * decay for name, decay in self._decays.items() if decay}}
             for name, p in self._parameters.items():
                 weight, decay = p.list_data()[device], self._decays[name]
                 if decay:
                     flat = weight.reshape((-1,))
-                    mx.nd.elemwise_mul(flat, decayed[decay][:flat.size], out=flat)
-                self._step(weight, p.list_grad()[device], name, device, scale, update, lr)
+                    mx.nd.elemwise_mul(flat, decayed[rates[name] * decay][:flat.size], out=flat)
+                self._step(weight, p.list_grad()[device], name, device, scale, update, rates[name])
 
     def _step(self, weight: mx.nd.NDArray, grad: mx.nd.NDArray, name: str, device: int, scale: mx.nd.NDArray,
               update: int, lr: float) -> None:

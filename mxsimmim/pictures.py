@@ -1,7 +1,7 @@
-"""Drawing: original, masked and reconstruction side by side, and the curves of a run."""
+"""Drawing: original, masked and reconstruction side by side, the curves of a run, confused classes, embeddings."""
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -89,6 +89,78 @@ def plot(run: Path, out: Path) -> None:
     rate.set_ylim(bottom=0)
     speed.set_ylim(bottom=0)
     losses.legend(loc='upper right')
+    _save(figure, out)
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], out: Path) -> None:
+    """Draws integer (K, K), images of each true class (row) by predicted class, in shares of the row, as a PNG file.
+
+    Up to 20 classes each field has its number of images, up to 50 each row and column its class.
+
+    Raises:
+        ValueError: `out` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = min(max(5.0, 0.45 * count), 14.0)
+    figure = Figure(figsize=(side + 2, side + 1), layout='constrained')
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    figure.colorbar(image, label='share of the true class', shrink=0.8)
+    axes.set_xlabel('predicted class')
+    axes.set_ylabel('true class')
+    axes.set_title(f'{np.trace(matrix):,} of {matrix.sum():,} images right')
+    if count <= 50:
+        names = [_escape(name if len(name) <= 20 else name[:19] + '…') for name in classes]
+        axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(count), names)
+    if count <= 20:
+        for row, column in zip(*np.nonzero(matrix)):
+            axes.text(column, row, f'{matrix[row, column]:,}', ha='center', va='center', fontsize=8,
+                      color='white' if shares[row, column] > 0.5 else 'black')
+    _save(figure, out)
+
+
+def embedding(points: np.ndarray, labels: Optional[np.ndarray], classes: Sequence[str], title: str, out: Path) -> None:
+    """Draws points (n, 2), coloured by their labels (n,) into `classes` if there are any, as a PNG file.
+
+    Up to 20 classes have a legend.
+
+    Raises:
+        ValueError: `out` cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), layout='constrained')
+    axes = figure.subplots()
+    size = min(max(3e4 / len(points), 4), 40)
+    if labels is None:
+        axes.scatter(*points.T, s=size, linewidths=0)
+    else:
+        few = len(classes) <= 20
+        colors = matplotlib.colormaps['tab10' if len(classes) <= 10 else 'tab20' if few else 'hsv']
+        for number in np.unique(labels):
+            color = colors(int(number) if few else number / len(classes))
+            axes.scatter(*points[labels == number].T, s=size, linewidths=0, color=color,
+                         label=_escape(classes[number]))
+        if few:
+            axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), markerscale=max(1, (60 / size) ** 0.5))
+    axes.set_title(title)
+    axes.set_xticks([])  # neither axis means anything, only what is near what
+    axes.set_yticks([])
+    axes.set_aspect('equal', 'datalim')
+    _save(figure, out)
+
+
+def _escape(name: str) -> str:
+    """So that matplotlib takes no part of a name for mathematics."""
+    return name.replace('$', r'\$')
+
+
+def _save(figure: Any, out: Path) -> None:
     try:
         figure.savefig(out, format='png', dpi=110)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""Pre-training: the loop, and what it does besides updating."""
+"""The loop of pre-training and fine-tuning, and what it does besides updating."""
 import contextlib
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -14,22 +14,25 @@ from .checkpoint import Checkpoint, save
 from .config import Config, Duration
 from .data.loader import Batch, Loader
 from .data.sampling import apportion, batch_at, part_of, steps_per_epoch
-from .data.sources import Source, hold_out, open_source
-from .data.transforms import PretrainTransform
+from .evaluation import Evaluation
 from .interop import official
 from .meter import Meter
-from .models import build_simmim, named_parameters
+from .models import named_parameters
 from .models.cost import multiply_adds
 from .monitor import Monitor, Quiet, read_metrics
-from .optim import OPTIMIZERS, learning_rates, weight_decays
+from .optim import OPTIMIZERS, learning_rates
 from .parallel.aggregate import ElasticAverage, LocalSGD, SyncGradients
 from .parallel.asynchronous import AsyncServer, ServerStore
+from .parallel.average import WeightAverage
 from .parallel.modes import Mode, horovod_cycle, mode_of
 from .parallel.placement import Replicated, contexts_of
 from .parallel.replicas import compare
 from .parallel.stores import Store, make_store
+from .progress import Progress
 from .run import Stop, check_same_job, checkpoint_to_resume, folder_of, locked, versions
-from .validation import SEED as VALIDATION_SEED, Validation, table
+from .tasks import TASKS, Task
+from .trained import load_run
+from .validation import Validation
 from .world import World, world
 
 
@@ -47,17 +50,19 @@ class Run(NamedTuple):
     """What the loop works with."""
     config: Config
     plan: Plan
-    source: Source
+    task: Task
     loader: Loader
     placement: Replicated
     aggregation: Union[SyncGradients, AsyncServer]
     images: List[int]  # of a batch, one a worker; `rebalance` changes it in place
     meter: Meter
     monitor: Union[Monitor, Quiet]
-    validation: Optional[Validation]
+    validation: Union[Validation, Evaluation, None]
+    progress: Progress
+    average: Optional[WeightAverage]
 
 
-def pretrain(config: Config) -> int:
+def start(config: Config) -> int:
     """Trains until the end, an error or a signal; returns the exit status, 128 + its number for a signal.
 
     Raises:
@@ -66,34 +71,57 @@ def pretrain(config: Config) -> int:
     place = world(os.environ)
     mode = mode_of(config, place)
     contexts = contexts_of(config.devices, place)
-    source, held_out = open_data(config)
-    plan = plan_of(config, len(source), mode)
+    task = TASKS[config.task](config)
+    plan = plan_of(config, len(task.source), mode)
     folder = folder_of(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if place.rank == 0:
             stack.enter_context(locked(folder))
-        if mode.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
-            os.environ.setdefault('HOROVOD_CYCLE_TIME', f'{horovod_cycle(expected_step(config, place)):.1f}')
-        store = ServerStore(mode.store, place) if mode.store == 'dist_async' else make_store(mode.store, place)
-        check_same_job(config, source, store)
+        store = open_store(config, mode, place)
+        check_same_job(config, task.source, store)
         notes: List[str] = []
-        saved = checkpoint_to_resume(config, len(source), notes.append) if place.rank == 0 else None
+        saved = checkpoint_to_resume(config, len(task.source), notes.append) if place.rank == 0 else None
         resumed = store.share(lambda: saved and {'step': saved.step, **saved.state})
-        start = resumed['step'] if resumed else 0
+        first = resumed['step'] if resumed else 0
         monitor = Quiet()
         if place.rank == 0:
             (folder / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
-            monitor = stack.enter_context(Monitor(folder, plan.total, start))
+            monitor = stack.enter_context(Monitor(folder, plan.total, first))
         for note in notes:
             monitor.message(note)
-        run = assemble(config, plan, source, held_out, contexts, mode, store, saved, resumed, monitor)
+        run = assemble(config, plan, task, contexts, mode, store, saved, resumed, monitor)
         if place.rank == 0:
             introduce(run, saved, mode, place)
-        stopped = train(run, start, stop)
-        if place.rank == 0:
-            conclude(run, folder, not stopped)
+        stopped = train(run, first, stop)
+        conclude(run, folder, not stopped)
     return 128 + stopped if stopped else 0
+
+
+def evaluate(config: Config) -> int:
+    """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; 0."""
+    place = world(os.environ)
+    contexts, mode = contexts_of(config.devices, place), mode_of(config, place)
+    task, folder = TASKS[config.task](config), folder_of(config)
+    store = open_store(config, mode, place)
+    validation = task.validation(store)
+    if validation is None:
+        raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
+    trained = load_run(folder)
+    if trained.classes != task.classes:
+        ours, theirs = (f'{len(names)} classes ({", ".join(names[:5])}…)' for names in (trained.classes, task.classes))
+        raise ValueError(f'{folder} was trained on {ours}, the data have {theirs}: give data of its own classes')
+    report = validation.report(Replicated(trained.net, contexts, config.data.mean, config.data.std), folder)
+    if place.rank == 0:
+        print(f'{folder}, step {trained.step}\n{report}', flush=True)
+    return 0
+
+
+def open_store(config: Config, mode: Mode, place: World) -> Store:
+    """Where this process's workers meet."""
+    if mode.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
+        os.environ.setdefault('HOROVOD_CYCLE_TIME', f'{horovod_cycle(expected_step(config, place)):.1f}')
+    return ServerStore(mode.store, place) if mode.store == 'dist_async' else make_store(mode.store, place)
 
 
 def train(run: Run, start: int, stop: Stop) -> int:
@@ -101,6 +129,8 @@ def train(run: Run, start: int, stop: Stop) -> int:
     config, plan, aggregation, clock = run.config, run.plan, run.aggregation, run.meter.clock
     rate = learning_rates(config.optim, config.train, plan.per_epoch, plan.total)
     between = aggregation.clip_partial if config.optim.recipe == 'reference' and config.train.accumulate > 1 else None
+    if run.progress.ended:  # before this process began
+        return 0
     if start == 0 and config.validation.at_start:
         validate(run, 0)
     stop_at = None
@@ -110,8 +140,11 @@ def train(run: Run, start: int, stop: Stop) -> int:
             timed.start()
         loss = run.placement.forward_backward(batch, aggregation.total(len(batch.image)), between)
         report(run, step)  # on the updates before, while the device works on this one
-        run.meter.add(step + 1, rate(step), aggregation.step(step, rate(step), loss, timed))
+        lr, floor = (rate(step, scale) * run.progress.factor for scale in (1, 0))
+        run.meter.add(step + 1, lr, aggregation.step(step, lr, loss, timed, floor))
         done = step + 1
+        if run.average:
+            run.average.update(done)
         validating, saving = (done % period == 0 or done == plan.total for period in (plan.validate, plan.save))
         stop_at = aggregation.agree(done, bool(stop.signal), validating or saving)
         if plan.check and done % plan.check == 0 and aggregation.equal(done):
@@ -119,9 +152,9 @@ def train(run: Run, start: int, stop: Stop) -> int:
                 compare(named_parameters(run.placement.net), aggregation.workers, done)
         if validating:
             validate(run, done)
-        if saving or done == stop_at:
+        if saving or done == stop_at or run.progress.ended:
             save_checkpoint(run, done)
-        if done == stop_at:
+        if done == stop_at or run.progress.ended:
             break
     if stop_at is None:
         return 0
@@ -148,7 +181,7 @@ def rebalance(run: Run) -> None:
     needed = len(run.placement.contexts) * run.config.train.accumulate
     times, least = workers.gather([np.median(seconds), needed]).T
     seconds.clear()
-    images = apportion(sum(run.images), [n / t for n, t in zip(run.images, times)], least.astype(int).tolist())
+    images = in_groups(run.task, sum(run.images), [n / t for n, t in zip(run.images, times)], least)
     if images != run.images:
         run.monitor.message(f'images a step, by measured speed: {images} (before: {run.images})')
         run.images[:] = images
@@ -158,16 +191,6 @@ def is_timed(run: Run, step: int) -> bool:
     """Whether to measure where a step's time goes: the last of each log record and of each epoch."""
     done = step + 1
     return done % run.config.log.every == 0 or done % run.plan.per_epoch == 0 or done == run.plan.total
-
-
-def open_data(config: Config) -> Tuple[Source, Optional[Source]]:
-    """Training images, held-out images or None."""
-    source = open_source(config.data.path)
-    if config.data.val_path:
-        return source, open_source(config.data.val_path)
-    if config.data.val_fraction:
-        return hold_out(source, config.data.val_fraction, VALIDATION_SEED)
-    return source, None
 
 
 def plan_of(config: Config, samples: int, mode: Mode) -> Plan:
@@ -199,58 +222,72 @@ def expected_step(config: Config, place: World) -> float:
     return 6 * multiply_adds(config.model) * config.train.batch_size / place.size / 1e11
 
 
-def assemble(config: Config, plan: Plan, source: Source, held_out: Optional[Source], contexts: List[mx.Context],
-             mode: Mode, store: Store, saved: Optional[Checkpoint], resumed: Optional[Dict[str, Any]],
-             monitor: Union[Monitor, Quiet]) -> Run:
-    """Builds everything the loop needs, from initial weights or from a checkpoint.
+def assemble(config: Config, plan: Plan, task: Task, contexts: List[mx.Context], mode: Mode, store: Store,
+             saved: Optional[Checkpoint], resumed: Optional[Dict[str, Any]], monitor: Union[Monitor, Quiet]) -> Run:
+    """Builds everything the loop needs, from initial weights, an encoder or a checkpoint.
 
     `saved` is the checkpoint, which rank 0 alone has read; `resumed` is its state, which all have.
     """
-    net = build_simmim(config.model, None if saved else config.seed)
+    net = task.network(initial=not saved)
     if saved:
         official.assign(net, saved.arrays['weights'])
+    elif not resumed and store.rank == 0:
+        monitor.message(task.load_encoder(net))
     placement = Replicated(net, contexts, config.data.mean, config.data.std, config.train.accumulate)
-    images = divide(config, store, len(contexts) * config.train.accumulate, resumed)
-    aggregation = make_aggregation(config, plan, net, mode, store, images)
-    if resumed:
-        aggregation.load(saved and saved.arrays['optimizer'], resumed['step'])
+    images = divide(config, task, store, len(contexts) * config.train.accumulate, resumed)
+    aggregation = make_aggregation(config, plan, task, net, mode, store, images)
+    if resumed or config.model.pretrained:
+        aggregation.load(saved and saved.arrays['optimizer'], resumed['step'] if resumed else 0)
 
     def batch(step: int) -> Tuple[int, np.ndarray]:
-        epoch, index = batch_at(step, len(source), config.train.batch_size, config.seed)
+        epoch, index = batch_at(step, len(task.source), config.train.batch_size, config.seed)
         return epoch, index[part_of(images, store.rank)]
 
     def samples(step: int) -> str:
-        names = [source.name(int(i)) for i in batch(step - 1)[1]]
+        names = [task.source.name(int(i)) for i in batch(step - 1)[1]]
         listed = folder_of(config) / 'bad-samples.txt'
         listed.parent.mkdir(parents=True, exist_ok=True)
         listed.write_text('\n'.join(names) + '\n', encoding='utf-8')
         return ', '.join(names[:8]) + (f' and {len(names) - 8} more, all in {listed}' if len(names) > 8 else '')
 
-    loader = Loader(source, PretrainTransform(config.data, config.mask, config.model), batch, config.seed,
-                    config.data.threads, config.data.prefetch, config.data.max_broken, monitor.message)
+    loader = Loader(task.source, task.transform(), batch, config.seed, config.data.threads, config.data.prefetch,
+                    config.data.max_broken, monitor.message)
     meter = Meter(config.train.max_bad_steps, samples, resumed and resumed['meter'], aggregation.combine)
-    validation = Validation(config, held_out, store) if held_out else None
-    return Run(config, plan, source, loader, placement, aggregation, images, meter, monitor, validation)
+    average = None
+    if config.train.ema:
+        # All workers hold the same one: rank 0's, of its checkpoint.
+        average = WeightAverage(named_parameters(net), config.train.ema, saved and saved.arrays['ema'])
+        if resumed:
+            average.share(store)
+    return Run(config, plan, task, loader, placement, aggregation, images, meter, monitor, task.validation(store),
+               Progress(config.train, resumed and resumed.get('progress')), average)
 
 
-def divide(config: Config, store: Store, needed: int, resumed: Optional[Dict[str, Any]]) -> List[int]:
+def divide(config: Config, task: Task, store: Store, needed: int, resumed: Optional[Dict[str, Any]]) -> List[int]:
     """Images of a batch for each worker; each needs one for each of its devices and accumulated parts."""
-    least = store.gather([needed])[:, 0].astype(int).tolist()
+    least = store.gather([needed])[:, 0]
     shares = config.data.shares
     if shares == 'auto' and resumed and len(resumed['images']) == store.size:
         return resumed['images']
-    return apportion(config.train.batch_size, [1] * store.size if isinstance(shares, str) else shares, least)
+    return in_groups(task, config.train.batch_size, [1] * store.size if isinstance(shares, str) else shares, least)
 
 
-def make_aggregation(config: Config, plan: Plan, net: mx.gluon.Block, mode: Mode, store: Store,
+def in_groups(task: Task, images: int, weights: Sequence[float], least: np.ndarray) -> List[int]:
+    """`apportion`, but no worker's part ends within images that the task's transform mixes; the last takes the rest."""
+    group = task.transform().group
+    parts = apportion(images // group, weights, (-(-least.astype(int) // group)).tolist())
+    return [part * group for part in parts[:-1]] + [images - sum(parts[:-1]) * group]
+
+
+def make_aggregation(config: Config, plan: Plan, task: Task, net: mx.gluon.Block, mode: Mode, store: Store,
                      images: List[int]) -> Union[SyncGradients, AsyncServer]:
     """The aggregation that `mode` names."""
     optim, train = config.optim, config.train
-    parameters = named_parameters(net)
-    decays = weight_decays(parameters, optim.recipe, config.model.type, optim.weight_decay)
+    parameters, groups = named_parameters(net), task.groups(net)
+    scales, decays = ({name: group[i] for name, group in groups.items()} for i in range(2))
     if mode.aggregation == 'async':
-        return AsyncServer(parameters, decays, store, config, plan.per_epoch, plan.total)
-    optimizer = OPTIMIZERS[optim.type](parameters, decays, optim)
+        return AsyncServer(parameters, decays, store, config, plan.per_epoch, plan.total, scales)
+    optimizer = OPTIMIZERS[optim.type](parameters, decays, optim, scales)
     if mode.aggregation == 'sync':
         return SyncGradients(parameters, optimizer, store, train, optim.clip_grad)
     kind = {'local_sgd': LocalSGD, 'elastic': ElasticAverage}[mode.aggregation]
@@ -262,9 +299,10 @@ def introduce(run: Run, saved: Optional[Checkpoint], mode: Mode, place: World) -
     config, plan, say = run.config, run.plan, run.monitor.message
     say(configfile.to_yaml(config).rstrip())
     sizes = [int(np.prod(p.shape)) for p in named_parameters(run.placement.net).values()]
-    say(f'{config.model.type}: {sum(sizes):,} parameters, {multiply_adds(config.model) / 1e9:.2f} GFLOPs an image '
-        '(multiply-adds of a forward pass)')
-    say(f'{len(run.source):,} training images, {plan.per_epoch:,} steps an epoch, {plan.total:,} in all, on '
+    operations = multiply_adds(config.model, decoder=config.task == 'pretrain') / 1e9
+    say(f'{config.model.type}: {sum(sizes):,} parameters, {operations:.2f} GFLOPs an image (multiply-adds of a forward '
+        'pass)')
+    say(f'{len(run.task.source):,} training images, {plan.per_epoch:,} steps an epoch, {plan.total:,} in all, on '
         + ', '.join(map(str, run.placement.contexts)))
     if place.size > 1:
         servers = f' through {place.servers} server{"s"[:place.servers > 1]}' if place.servers else ''
@@ -272,7 +310,7 @@ def introduce(run: Run, saved: Optional[Checkpoint], mode: Mode, place: World) -
     if run.validation:
         say(f'{run.validation.images:,} held-out images')
     else:
-        say('no validation: set data.val_path or data.val_fraction for a loss on held-out images')
+        say('no validation: set data.val_path or data.val_fraction to measure on held-out images')
     if saved:
         say(f'going on from {saved.path}' if saved.step < plan.total else f'{saved.path} is the end of this run')
 
@@ -291,17 +329,31 @@ def report(run: Run, done: int) -> None:
 
 
 def validate(run: Run, done: int) -> None:
-    """Loss and pictures on the held-out images, if there are any."""
+    """Measures and draws on the held-out images, if there are any; keeps the best classifier."""
     if not run.validation:
         return
     report(run, done)
     run.meter.read()
     began = time.monotonic()
-    with run.aggregation.consensus():
-        run.monitor.write(done, {'epoch': done / run.plan.per_epoch, **run.validation.measure(run.placement)})
-        if run.config.validation.pictures and run.aggregation.workers.rank == 0:
-            run.monitor.picture(done, 'reconstruction', run.validation.picture(run.placement))
+    with model_so_far(run):
+        values = run.validation.measure(run.placement)
+        run.monitor.write(done, {'epoch': done / run.plan.per_epoch, **values})
+        best = run.progress.observe(run.task.score(values))
+        if run.aggregation.workers.rank == 0:
+            picture = run.task.picture(run.validation, run.placement)
+            if picture is not None:
+                run.monitor.picture(done, 'reconstruction', picture)
+            if best and run.task.classes:
+                save(folder_of(run.config) / 'best', done, {'weights': official.extract(run.placement.net)},
+                     state_of(run, done), keep=1)
     run.meter.pause(time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def model_so_far(run: Run) -> Iterator[None]:
+    """While entered, the network is what the run would hand out now."""
+    with run.aggregation.consensus(), run.average.applied() if run.average else contextlib.nullcontext():
+        yield
 
 
 def save_checkpoint(run: Run, done: int) -> None:
@@ -313,20 +365,29 @@ def save_checkpoint(run: Run, done: int) -> None:
         moments = run.aggregation.moments()  # to which every worker contributes
         if run.aggregation.workers.rank == 0:
             arrays = {'weights': official.extract(run.placement.net), 'optimizer': moments}
-            state = {'config': configfile.to_dict(run.config), 'samples': len(run.source), 'versions': versions(),
-                     'epoch': done // run.plan.per_epoch, 'step_in_epoch': done % run.plan.per_epoch,
-                     'images': run.images, 'meter': run.meter.state()}
-            save(folder_of(run.config) / 'checkpoints', done, arrays, state, run.config.checkpoint.keep,
+            if run.average:
+                arrays['ema'] = run.average.arrays()
+            save(folder_of(run.config) / 'checkpoints', done, arrays, state_of(run, done), run.config.checkpoint.keep,
                  run.plan.keep_every)
     run.meter.pause(time.monotonic() - began)
 
 
+def state_of(run: Run, done: int) -> Dict[str, Any]:
+    """What a checkpoint holds besides arrays."""
+    return {'config': configfile.to_dict(run.config), 'samples': len(run.task.source), 'versions': versions(),
+            'epoch': done // run.plan.per_epoch, 'step_in_epoch': done % run.plan.per_epoch, 'images': run.images,
+            'meter': run.meter.state(), 'progress': run.progress.state(), 'classes': list(run.task.classes)}
+
+
 def conclude(run: Run, folder: Path, finished: bool) -> None:
     """What a reader wants to know last: how good it got, and where everything is."""
-    losses: Dict[int, float] = {row['step']: row['val_loss'] for row in read_metrics(folder) if 'val_loss' in row}
-    last = losses.get(run.plan.total)
-    if finished and last is not None and not run.config.model.norm_targets:
-        run.monitor.message(table(losses.get(0), last, run.validation.baselines()))
-    if losses and run.config.validation.pictures:
-        run.monitor.message(f'pictures: {folder}/pictures')
-    run.monitor.message(f'curves: mxsimmim plot {folder}')
+    say = run.monitor.message
+    if run.progress.ended:
+        say(f'stopped: {run.config.train.stop_early} validations without a new best (train.stop_early)')
+    rows = run.aggregation.workers.share(lambda: [row for row in read_metrics(folder) if 'val_loss' in row])
+    if finished and rows and run.validation:
+        with model_so_far(run):
+            say(run.task.conclusion(run.validation, rows, run.plan.total, run.placement, folder))
+    if any((folder / 'pictures').glob('*')):
+        say(f'pictures: {folder}/pictures')
+    say(f'curves: mxsimmim plot {folder}')

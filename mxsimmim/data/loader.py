@@ -5,24 +5,25 @@ import os
 import queue
 import threading
 from collections import deque
-from typing import Callable, Deque, Dict, Iterator, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
 from .sampling import generator, split
 from .sources import Source
-from .transforms import EvalTransform, PretrainTransform, decode
+from .transforms import ClassifyEvalTransform, ClassifyTransform, EvalTransform, PretrainTransform, decode
 
-Transform = Union[PretrainTransform, EvalTransform]
+Transform = Union[PretrainTransform, EvalTransform, ClassifyTransform, ClassifyEvalTransform]
 
 
 class Batch(NamedTuple):
     """What one update, or one worker's part of it, is computed from."""
-    image: np.ndarray  # uint8 (B, S, S, 3)
-    mask: np.ndarray  # uint8 (B, h, w), 1 = masked
+    image: np.ndarray  # uint8 (B, S, S, 3), or float32 (B, 3, S, S), normalised, where a classifier is trained
+    mask: np.ndarray  # uint8 (B, h, w), 1 = masked; (B, 0, 0) for a classifier
     uniform: np.ndarray  # float32 (B, U), in [0, 1), for stochastic depth
     epoch: int
     index: np.ndarray  # (B,), which samples were asked for
+    label: np.ndarray = np.empty((0, 0), np.float32)  # (B, K), target distributions; K = 0 in pre-training
 
 
 class TooManyBroken(ValueError):
@@ -33,7 +34,8 @@ class Loader:
     """Reads, decodes and transforms samples in threads, a few batches ahead of the consumer.
 
     A sample's generator is keyed by (seed, epoch, sample): batches are bit-identical for any number of threads and
-    from whichever step they are started.
+    from whichever step they are started. Where the transform mixes, the samples at positions 0 and 1, 2 and 3, … of a
+    batch are partners, with a generator keyed by (seed, epoch, one, other); an odd last one stays as it is.
     """
 
     def __init__(self, source: Source, transform: Transform, batches: Callable[[int], Tuple[int, Sequence[int]]],
@@ -70,7 +72,7 @@ class Loader:
             TooManyBroken: see `max_broken`.
             Exception: whatever a thread met.
         """
-        tasks: queue.SimpleQueue = queue.SimpleQueue()  # (step, batch, position in it), None to end a thread
+        tasks: queue.SimpleQueue = queue.SimpleQueue()  # (step, batch, positions in it), None to end a thread
         finished: queue.SimpleQueue = queue.SimpleQueue()  # (step, None or an exception)
         threads = [threading.Thread(target=self._work, args=(tasks, finished), name=f'loader-{number}', daemon=True)
                    for number in range(self._threads)]
@@ -78,11 +80,11 @@ class Loader:
             thread.start()
         try:
             ahead: Dict[int, Batch] = {}
-            missing: Dict[int, int] = {}  # step -> samples still in work
+            missing: Dict[int, int] = {}  # step -> groups of samples still in work
             for step in range(start, stop):
                 for new in range(step + len(ahead), min(step + self._prefetch + 1, stop)):
                     ahead[new] = self._submit(new, tasks)
-                    missing[new] = len(ahead[new].index)
+                    missing[new] = len(self._groups(len(ahead[new].index)))
                 while missing[step]:
                     number, error = finished.get()
                     self._say()
@@ -103,33 +105,43 @@ class Loader:
     def _submit(self, step: int, tasks: queue.SimpleQueue) -> Batch:
         """Queues a step's samples; returns the batch that the threads will fill."""
         epoch, index = self._batches(step)
-        batch = Batch(*self._transform.allocate(len(index)), epoch, np.asarray(index))
-        for position in range(len(index)):
-            tasks.put((step, batch, position))
+        image, mask, uniform, label = self._transform.allocate(len(index))
+        batch = Batch(image, mask, uniform, epoch, np.asarray(index), label)
+        for positions in self._groups(len(index)):
+            tasks.put((step, batch, positions))
         return batch
 
+    def _groups(self, count: int) -> List[range]:
+        """Positions in a batch that one thread fills in one go."""
+        size = self._transform.group
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
     def _work(self, tasks: queue.SimpleQueue, finished: queue.SimpleQueue) -> None:
-        for step, batch, position in iter(tasks.get, None):
+        for step, batch, positions in iter(tasks.get, None):
             try:
-                self._fill(batch, position)
+                self._fill(batch, positions)
                 finished.put((step, None))
             except BaseException as error:  # the consumer raises it
                 finished.put((step, error))
 
-    def _fill(self, batch: Batch, position: int) -> None:
-        index = int(batch.index[position])
-        image = self._read(index)
-        sample = self._transform(image, generator(self._seed, batch.epoch, index))
-        batch.image[position], batch.mask[position], batch.uniform[position] = sample
+    def _fill(self, batch: Batch, positions: range) -> None:
+        asked = [int(batch.index[position]) for position in positions]
+        for position, index in zip(positions, asked):
+            found, image = self._read(index)
+            sample = self._transform(image, generator(self._seed, batch.epoch, index), found)
+            batch.image[position], batch.mask[position], batch.uniform[position], batch.label[position] = sample
+        if len(positions) == 2:
+            pair = slice(positions.start, positions.stop)
+            self._transform.mix(batch.image[pair], batch.label[pair], generator(self._seed, batch.epoch, *asked))
 
-    def _read(self, index: int) -> np.ndarray:
-        """The image, or the next one after it that can be read."""
+    def _read(self, index: int) -> Tuple[int, np.ndarray]:
+        """The number and the pixels of this image, or of the next one after it that can be read."""
         count = len(self._source)
         for candidate in range(index, index + count):
             candidate %= count
             if candidate not in self._broken:
                 try:
-                    return decode(self._source.read(candidate), self._source.name(candidate))
+                    return candidate, decode(self._source.read(candidate), self._source.name(candidate))
                 except (ValueError, OSError) as error:
                     self._note(candidate, error)
         raise TooManyBroken(f'none of the {count} images can be read; the last: {self._last()}')

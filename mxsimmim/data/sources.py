@@ -12,6 +12,8 @@ from .sampling import generator
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff')
 
+SEED = 0  # of which images are held out: the same for every run, whatever its own seed
+
 
 class Source(Protocol):
     """A numbered set of images."""
@@ -108,7 +110,9 @@ class Digits:
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
-        self._images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
+        digits = load_digits()
+        self._images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
+        self._labels = digits.target.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -119,21 +123,25 @@ class Digits:
     def read(self, index: int) -> np.ndarray:
         return self._images[index]
 
+    def labels(self) -> np.ndarray:
+        """The digit of each image, int64 (1797,)."""
+        return self._labels
+
 
 class Subset:
     """Some images of a source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
+        self._source, self.indices = source, indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def name(self, index: int) -> str:
-        return self._source.name(int(self._indices[index]))
+        return self._source.name(int(self.indices[index]))
 
     def read(self, index: int) -> Union[bytes, np.ndarray]:
-        return self._source.read(int(self._indices[index]))
+        return self._source.read(int(self.indices[index]))
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> Tuple[Subset, Subset]:
@@ -195,6 +203,26 @@ class Records:
         data = _MAGIC.join(os.pread(file, length, start) for start, length, _ in self._parts(self._offsets[index]))
         labels = _IMAGE.unpack_from(data)[0] if len(data) >= _IMAGE.size else 0
         return data[_IMAGE.size + 4 * labels:]
+
+    def labels(self) -> np.ndarray:
+        """The class number in each record, int64 (n,), without reading the images.
+
+        Raises:
+            ValueError: a record with several labels, or with one that is no class number.
+        """
+        found = np.empty(len(self), np.int64)
+        for index in range(len(self)):
+            start, _, _ = next(self._parts(self._offsets[index]))
+            header = os.pread(self._file.fileno(), _IMAGE.size + 4, start).ljust(_IMAGE.size + 4, b'\0')
+            count, label, _, _ = _IMAGE.unpack_from(header)
+            if count:
+                label, = struct.unpack_from('<f', header, _IMAGE.size)
+            if count > 1 or not 0 <= label < 2 ** 31 or label != int(label):
+                what = f'{count} labels' if count > 1 else f'the label {label:g}'
+                raise ValueError(f'{self.name(index)} has {what}, not a class number such as 0, 1, 2, …: pack the '
+                                 'images again with tools/pack_records.py, from class folders')
+            found[index] = label
+        return found
 
     def _parts(self, offset: Union[int, np.integer]) -> Iterator[Tuple[int, int, int]]:
         """(where its bytes start, their length, where the next part starts) of each part of a record."""

@@ -1,11 +1,11 @@
 """From a file's bytes to a training sample: decoding, cropping, resizing, masking.
 
 Images are uint8 (H, W, 3) RGB throughout; they become normalised floats on the device, which saves three quarters of
-the transfer.
+the transfer. A classifier's training images are the exception: the noise that erases parts of them is not in bytes.
 """
 import io
 import math
-from typing import NamedTuple, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
 import cv2
 import numba
@@ -13,7 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from ..config import DataConfig, MaskConfig, ModelConfig
+from ..config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
+from .augment import erase, mix_pair, mixes, rand_augment, smooth_label
 from .masks import random_mask
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; Pillow takes an image beyond it for a decompression bomb
@@ -28,6 +29,10 @@ class Sample(NamedTuple):
     image: np.ndarray  # uint8 (S, S, 3)
     mask: np.ndarray  # uint8 (h, w), 1 = masked
     uniform: np.ndarray  # float32 (U,) in [0, 1), for stochastic depth: data, so that no device or worker matters
+    label: np.ndarray  # float32 (K,), the target distribution over the classes; K = 0 in pre-training
+
+
+NO_LABEL, NO_MASK = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
 
 
 def decode(data: Union[bytes, np.ndarray], name: str) -> np.ndarray:
@@ -90,28 +95,33 @@ def random_crop(rng: np.random.Generator, height: int, width: int, scale: Tuple[
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(image: np.ndarray, size: int, flip: bool = False) -> np.ndarray:
+def resize(image: np.ndarray, size: int, flip: bool = False, bicubic: bool = False) -> np.ndarray:
     """uint8 (H, W, 3) to (size, size, 3), optionally mirrored left to right.
 
-    Bit for bit Pillow's `Image.resize((size, size), BILINEAR)`, which averages over a triangle as wide as two output
-    pixels, in a fifth of its time: each pass works on whole rows, with columns transposed into rows by OpenCV.
+    Bit for bit Pillow's `Image.resize((size, size), BILINEAR)`, or BICUBIC, which averages over a triangle as wide as
+    two output pixels or a cubic as wide as four, in a fraction of its time: each pass works on whole rows, with columns
+    transposed into rows by OpenCV.
     """
+    return _resize(image, size, size, flip, bicubic)
+
+
+def _resize(image: np.ndarray, out_height: int, out_width: int, flip: bool, bicubic: bool) -> np.ndarray:
     height, width, _ = image.shape
-    columns = np.empty((size, height * 3), np.uint8)
-    _resize_rows(cv2.transpose(image).reshape(width, height * 3), columns, flip)
-    rows = cv2.transpose(columns.reshape(size, height, 3)).reshape(height, size * 3)
-    result = np.empty((size, size, 3), np.uint8)
-    _resize_rows(rows, result.reshape(size, size * 3), False)
+    columns = np.empty((out_width, height * 3), np.uint8)
+    _resize_rows(cv2.transpose(image).reshape(width, height * 3), columns, flip, bicubic)
+    rows = cv2.transpose(columns.reshape(out_width, height, 3)).reshape(height, out_width * 3)
+    result = np.empty((out_height, out_width, 3), np.uint8)
+    _resize_rows(rows, result.reshape(out_height, out_width * 3), False, bicubic)
     return result
 
 
 @numba.njit(nogil=True, error_model='numpy')
-def _resize_rows(rows, out, backwards):
+def _resize_rows(rows, out, backwards, bicubic):
     """Weighted means of neighbouring rows: uint8 (n, L) to (size, L), in fixed point with 22 bits as Pillow does it."""
     n, size = len(rows), len(out)
     scale = n / size
-    support = max(scale, 1.0)
-    inverse = 1.0 / support
+    inverse = 1.0 / max(scale, 1.0)
+    support = max(scale, 1.0) * (2 if bicubic else 1)
     weights = np.empty(2 * math.ceil(support) + 1)
     sums = np.empty(rows.shape[1], np.int32)
     for y in range(size):
@@ -119,38 +129,47 @@ def _resize_rows(rows, out, backwards):
         first = max(int(centre - support + 0.5), 0)
         count = min(int(centre + support + 0.5), n) - first
         for k in range(count):
-            weights[k] = max(0.0, 1.0 - abs((k + first - centre + 0.5) * inverse))
+            x = abs((k + first - centre + 0.5) * inverse)
+            if not bicubic:
+                weights[k] = max(0.0, 1.0 - x)
+            elif x < 1:  # Keys (1981) with a = -0.5
+                weights[k] = (1.5 * x - 2.5) * x * x + 1
+            else:
+                weights[k] = (((x - 5) * x + 8) * x - 4) * -0.5 if x < 2 else 0.0
         total = weights[:count].sum()
         sums[:] = 1 << 21  # rounds to nearest
         for k in range(count):
-            weight, row = np.int32(weights[k] / total * (1 << 22) + 0.5), rows[first + k]
+            exact, row = weights[k] / total * (1 << 22), rows[first + k]
+            weight = np.int32(exact + 0.5 if exact >= 0 else exact - 0.5)
             for i in range(len(sums)):
                 sums[i] += np.int32(row[i]) * weight
         target = out[size - 1 - y] if backwards else out[y]
         for i in range(len(sums)):
-            target[i] = sums[i] >> 22
+            target[i] = min(max(sums[i] >> 22, 0), 255)
 
 
 class PretrainTransform:
-    """Random mask, flip and resized crop; called with (image (H, W, 3), rng), returns a `Sample`.
+    """Random mask, flip and resized crop; called with (image (H, W, 3), rng, its number), returns a `Sample`.
 
     The mask is drawn first, so that it depends on the generator alone and not on the image's size.
     """
+    group = 1  # images that are transformed together
 
     def __init__(self, data: DataConfig, mask: MaskConfig, model: ModelConfig):
         self._data, self._mask, self._model = data, mask, model
-        self._uniforms = 2 * model.blocks if model.drop_path > 0 else 0  # one for each residual branch
+        self._uniforms, self._bicubic = _uniforms(model), data.interpolation == 'bicubic'
 
     def allocate(self, count: int) -> Sample:
         """Uninitialised arrays for `count` samples."""
         return _allocate(count, self._model, self._uniforms)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Sample:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Sample:
         mask = _draw_mask(rng, self._mask, self._model)
         uniform = rng.random(self._uniforms, np.float32)
         flip = rng.random() < self._data.flip
         top, left, height, width = random_crop(rng, *image.shape[:2], self._data.crop_scale, self._data.crop_ratio)
-        return Sample(resize(image[top:top + height, left:left + width], self._model.img_size, flip), mask, uniform)
+        cropped = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
+        return Sample(cropped, mask, uniform, NO_LABEL)
 
 
 class EvalTransform:
@@ -158,6 +177,7 @@ class EvalTransform:
 
     `Sample.uniform` is empty: nothing else is random.
     """
+    group = 1  # images that are transformed together
 
     def __init__(self, data: DataConfig, mask: MaskConfig, model: ModelConfig):
         self._mask, self._model = mask, model
@@ -166,19 +186,96 @@ class EvalTransform:
         """Uninitialised arrays for `count` samples."""
         return _allocate(count, self._model, 0)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Sample:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Sample:
         height, width = image.shape[:2]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         square = resize(image[top:top + side, left:left + side], self._model.img_size)
-        return Sample(square, _draw_mask(rng, self._mask, self._model), np.empty(0, np.float32))
+        return Sample(square, _draw_mask(rng, self._mask, self._model), np.empty(0, np.float32), NO_LABEL)
+
+
+class ClassifyTransform:
+    """Random flip and resized crop, RandAugment, normalisation and random erasing; called like the above.
+
+    `Sample.image` is float32 (3, S, S), normalised; `Sample.label` the smoothed target of the image's number.
+    """
+
+    def __init__(self, data: DataConfig, augment: AugmentConfig, model: ModelConfig, labels: np.ndarray, classes: int):
+        """
+        Args:
+            data, augment, model: what is done.
+            labels: int64 (n,), the class number of each image.
+            classes: how many there are.
+        """
+        self._data, self._augment, self._model = data, augment, model
+        self._labels, self._classes, self._bicubic = labels, classes, data.interpolation == 'bicubic'
+        self._how = {'resample': Image.BICUBIC if self._bicubic else Image.BILINEAR,
+                     'fillcolor': tuple(round(255 * mean) for mean in data.mean)}
+        self.group = 2 if mixes(augment) else 1  # images that are transformed together
+
+    def allocate(self, count: int) -> Sample:
+        """Uninitialised arrays for `count` samples."""
+        size, uniforms = self._model.img_size, _uniforms(self._model)
+        return Sample(np.empty((count, 3, size, size), np.float32), np.empty((count, 0, 0), np.uint8),
+                      np.empty((count, uniforms), np.float32), np.empty((count, self._classes), np.float32))
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int) -> Sample:
+        data, augment = self._data, self._augment
+        uniform = rng.random(_uniforms(self._model), np.float32)
+        flip = rng.random() < data.flip
+        top, left, height, width = random_crop(rng, *image.shape[:2], data.crop_scale, data.crop_ratio)
+        pixels = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
+        if augment.rand_ops:
+            pixels = np.asarray(rand_augment(Image.fromarray(pixels), rng, augment, self._how))
+        result = normalise(pixels, data.mean, data.std)
+        erase(result, rng, augment.erasing)
+        return Sample(result, NO_MASK, uniform, smooth_label(self._labels[index], self._classes, augment.smoothing))
+
+    def mix(self, images: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> None:
+        """mixup or CutMix of two samples, in place: images (2, 3, S, S), targets (2, K)."""
+        mix_pair(images, targets, rng, self._augment)
+
+
+class ClassifyEvalTransform:
+    """The middle of the image resized bicubically; called like the above.
+
+    The short side becomes the integer part of img_size / data.eval_crop (192 at 0.875: 219), and the square is cut out
+    where torchvision's CenterCrop cuts it. `Sample.label` is one-hot, or empty without labels.
+    """
+    group = 1  # images that are transformed together
+
+    def __init__(self, data: DataConfig, model: ModelConfig, labels: Optional[np.ndarray] = None, classes: int = 0):
+        self._size, self._short = model.img_size, int(model.img_size / data.eval_crop)
+        self._labels, self._classes = labels, classes if labels is not None else 0
+
+    def allocate(self, count: int) -> Sample:
+        """Uninitialised arrays for `count` samples."""
+        return Sample(np.empty((count, self._size, self._size, 3), np.uint8), np.empty((count, 0, 0), np.uint8),
+                      np.empty((count, 0), np.float32), np.empty((count, self._classes), np.float32))
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Sample:
+        width, height = _short_side(image.shape[1], image.shape[0], self._short)
+        resized = _resize(image, height, width, False, True)
+        top, left = (round((side - self._size) / 2) for side in resized.shape[:2])
+        label = NO_LABEL if self._labels is None else smooth_label(self._labels[index], self._classes, 0)
+        return Sample(resized[top:top + self._size, left:left + self._size], NO_MASK, NO_LABEL, label)
+
+
+def normalise(image: np.ndarray, mean: Tuple[float, ...], std: Tuple[float, ...]) -> np.ndarray:
+    """uint8 (H, W, 3) to float32 (3, H, W): (x / 255 - mean) / std, by channel."""
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std)]
+    return np.stack([image[..., c] * np.float32(scale[c]) + np.float32(shift[c]) for c in range(3)])
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """Bicubic, keeping the shape, as torchvision's Resize: the long side is rounded down."""
-    width, height = image.size
+    return image.resize(_short_side(*image.size, size), Image.BICUBIC)
+
+
+def _short_side(width: int, height: int, size: int) -> Tuple[int, int]:
     short = min(width, height)
-    return image.resize((size * width // short, size * height // short), Image.BICUBIC)
+    return size * width // short, size * height // short
 
 
 def _draw_mask(rng: np.random.Generator, mask: MaskConfig, model: ModelConfig) -> np.ndarray:
@@ -187,4 +284,9 @@ def _draw_mask(rng: np.random.Generator, mask: MaskConfig, model: ModelConfig) -
 
 def _allocate(count: int, model: ModelConfig, uniforms: int) -> Sample:
     return Sample(np.empty((count, model.img_size, model.img_size, 3), np.uint8),
-                  np.empty((count, model.grid, model.grid), np.uint8), np.empty((count, uniforms), np.float32))
+                  np.empty((count, model.grid, model.grid), np.uint8), np.empty((count, uniforms), np.float32),
+                  np.empty((count, 0), np.float32))
+
+
+def _uniforms(model: ModelConfig) -> int:
+    return 2 * model.blocks if model.drop_path > 0 else 0  # one for each residual branch

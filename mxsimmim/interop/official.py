@@ -3,12 +3,15 @@
 Our structural names are its names; only two layouts differ, because we write two convolutions as linear maps.
 """
 import math
-from typing import Dict, Mapping, Tuple
+from pathlib import Path
+from typing import Dict, List, Mapping, Tuple, Union
 
 import numpy as np
 from mxnet.gluon import HybridBlock
 
 from ..models import named_parameters
+from .pth import read_weights
+from .resize import absolute_table, relative_table
 
 BUFFERS = ('relative_position_index', 'attn_mask')  # in its checkpoints, but computed here
 
@@ -49,3 +52,61 @@ def extract(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
     """
     return {name: (p.list_grad()[0] if grad else p.list_data()[0]).asnumpy().reshape(official_shape(name, p.shape))
             for name, p in named_parameters(net).items()}
+
+
+SHARED = 'rel_pos_bias.relative_position_bias_table'  # of all blocks of a ViT in pre-training
+
+
+def load_pretrained(net: HybridBlock, path: Union[str, Path]) -> List[str]:
+    """Gives a classifier the encoder that is in a file: the reference's .pth, or .safetensors under its names.
+
+    Returns the parameters that keep their initial values because the file has none for them.
+
+    Raises:
+        ValueError: a file that cannot be read, or weights that do not fit the network, each named.
+    """
+    try:
+        return adopt(net, read_weights(path))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
+
+
+def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> List[str]:
+    """`load_pretrained` for arrays: pre-training's (`encoder.…`, its decoder left out) or a classifier's.
+
+    Position tables of another resolution are resized, a table shared by all blocks is copied to each, and a head for
+    another number of classes is left out.
+    """
+    parameters = named_parameters(net)
+    encoder = {name[len('encoder.'):]: value for name, value in arrays.items() if name.startswith('encoder.')}
+    given = {name: np.asarray(value) for name, value in (encoder or arrays).items() if not name.endswith(BUFFERS)}
+    shared = given.pop(SHARED, None)
+    for name in parameters:
+        if shared is not None and name.endswith('attn.relative_position_bias_table'):
+            given.setdefault(name, shared)
+    if shared is not None and SHARED in parameters:
+        given[SHARED] = shared
+    if 'head.weight' in given and given['head.weight'].shape != parameters['head.weight'].shape:
+        given = {name: value for name, value in given.items() if not name.startswith('head.')}
+    values, problems = {}, []
+    for name, p in parameters.items():
+        if name in given:
+            value, shape = given[name], official_shape(name, p.shape)
+            if name.endswith('relative_position_bias_table') and value.ndim == 2 and value.shape[1] == shape[1]:
+                value = relative_table(value, shape[0])
+            elif name.endswith('pos_embed') and value.ndim == 3 and value.shape[2] == shape[2]:
+                value = absolute_table(value, shape[1], shape[1] - net.config.grid ** 2)
+            if value.shape != shape:
+                problems.append(f'{name} has shape {value.shape}, the network needs {shape}')
+            values[name] = value
+    missing = [name for name in parameters if name not in values]
+    problems += [f'missing: {name}' for name in missing if not name.startswith(('head.', 'fc_norm.'))]
+    # A masked encoder's token and final norm have no place in a classifier that averages its patches.
+    problems += [f'unknown: {name}' for name in given
+                 if name not in parameters and not name.startswith(('mask_token', 'norm.', 'decoder.', 'fc_norm.'))]
+    if problems:
+        raise ValueError('these weights do not fit the network; check the model keys of the configuration:\n  '
+                         + '\n  '.join(problems))
+    for name, value in values.items():
+        parameters[name].set_data(value.reshape(parameters[name].shape))
+    return missing

@@ -5,8 +5,9 @@ import mxnet as mx
 from mxnet.gluon import HybridBlock
 
 from ..config import ModelConfig
+from . import vit
 from .initial import initialise
-from .layers import Linear, named_parameters
+from .layers import LayerNorm, Linear, named_parameters
 from .simmim import ENCODERS
 
 
@@ -22,6 +23,8 @@ class Classifier(HybridBlock):
         self.config, self.classes = config, classes
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, masked=False)
+            pooling = config.type == 'vit' and config.use_mean_pooling
+            self.fc_norm = LayerNorm(config.embed_dim, vit.EPS) if pooling else None
             self.head = Linear(config.embed_dim * 2 ** (config.stages - 1), classes)
 
     def forward(self, image, target=None, keep=None):
@@ -45,12 +48,14 @@ class Classifier(HybridBlock):
         if self.config.type == 'vit' and not self.config.use_mean_pooling:
             return F.reshape(F.slice_axis(tokens, axis=1, begin=0, end=1), shape=(0, -1))
         mean = F.mean(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None), axis=1)
-        return self.encoder.fc_norm(mean) if self.config.type == 'vit' else mean
+        return self.fc_norm(mean) if self.fc_norm else mean
 
     def _collect_params_with_prefix(self, prefix: str = '') -> dict:
         """Names without `encoder.`: the reference's classifier is its encoder, with a head."""
         found = self.encoder._collect_params_with_prefix(prefix)
-        found.update(self.head._collect_params_with_prefix(f'{prefix}.head' if prefix else 'head'))
+        for name, child in self._children.items():
+            if child is not self.encoder:
+                found.update(child._collect_params_with_prefix(f'{prefix}.{name}' if prefix else name))
         return found
 
 

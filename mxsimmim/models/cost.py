@@ -2,8 +2,8 @@
 from ..config import ModelConfig
 
 
-def multiply_adds(config: ModelConfig) -> int:
-    """Multiply-adds of one image's forward pass through encoder and decoder: the papers' "FLOPs".
+def multiply_adds(config: ModelConfig, decoder: bool = True) -> int:
+    """Multiply-adds of one image's forward pass through encoder and, if asked, decoder: the papers' "FLOPs".
 
     Matrix products only; normalisation, softmax and activations are a few per cent more.
     """
@@ -20,7 +20,7 @@ def multiply_adds(config: ModelConfig) -> int:
             if stage < config.stages - 1:  # four tokens of this width become one of twice the width
                 tokens, width = tokens // 4, 2 * width
                 total += tokens * 2 * width * width
-    return total + tokens * width * 3 * config.stride ** 2
+    return total + (tokens * width * 3 * config.stride ** 2 if decoder else 0)
 
 
 def _block(tokens: int, width: int, seen: int, mlp_ratio: float) -> int:

@@ -65,13 +65,14 @@ class SimMIM(HybridBlock):
         mask = F.broadcast_axis(mask, axis=(3, 5), size=(size, size))               # (B, cells^2, y, size, x, size)
         return F.reshape(mask, shape=(AUTO, cells * cells, 1, self._cell * self._cell))
 
-    def reconstruct(self, image: mx.nd.NDArray, mask: mx.nd.NDArray) -> mx.nd.NDArray:
+    def reconstruct(self, image: Any, mask: Any) -> Any:
         """The predicted image (B, 3, H, W), normalised as the input is; also where nothing was masked."""
-        cells = self._predict(mx.nd, image, mask)
+        F = mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym
+        cells = self._predict(F, image, mask)
         if self._norm_targets:
-            _, mean, deviation = normalise_cells(mx.nd, to_cells(mx.nd, image, self._side, self._cell))
-            cells = mx.nd.broadcast_add(mx.nd.broadcast_mul(cells, deviation), mean)
-        return from_cells(mx.nd, cells, self._side, self._cell)
+            _, mean, deviation = normalise_cells(F, to_cells(F, image, self._side, self._cell))
+            cells = F.broadcast_add(F.broadcast_mul(cells, deviation), mean)
+        return from_cells(F, cells, self._side, self._cell)
 
 
 def normalise_cells(F: Any, cells: Any) -> Tuple[Any, Any, Any]:

@@ -131,7 +131,8 @@ class VisionTransformer(HybridBlock):
             for index in range(config.depth):
                 self.blocks.add(Block(config, index))
             self.norm = None if config.use_mean_pooling else LayerNorm(width, EPS)
-            self.fc_norm = LayerNorm(width, EPS) if config.use_mean_pooling else None  # for a classifier's mean token
+            # The reference's pre-training has a classifier's norm, too, and does not use it.
+            self.fc_norm = LayerNorm(width, EPS) if config.use_mean_pooling and masked else None
 
     def hybrid_forward(self, F, image, mask=None, keep=None, cls_token=None, pos_embed=None, mask_token=None):
         x = self.patch_embed(image)

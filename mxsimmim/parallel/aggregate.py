@@ -44,7 +44,8 @@ class SyncGradients:
         """Images over which the gradient is a mean; a worker's own `_images` are a part of them."""
         return self._batch
 
-    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None) -> mx.nd.NDArray:
+    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
+             floor: float = 0.0) -> mx.nd.NDArray:
         """Applies the gradients; returns (3,) on the first device: loss, gradient norm before clipping, 1 if applied.
 
         The update is skipped where loss or norm is not finite. With `clock` this waits, and tells it when the gradients
@@ -59,7 +60,7 @@ class SyncGradients:
         norm = global_norm(self._gradients())
         applied = mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss)
         scale = mx.nd.where(applied, self._scale(norm), mx.nd.zeros_like(norm))
-        self._optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts])
+        self._optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts], floor)
         return mx.nd.concat(loss, norm, applied, dim=0)
 
     def clip_partial(self) -> None:
@@ -151,8 +152,9 @@ class _Rounds(SyncGradients):
     def equal(self, step: int) -> bool:
         return step % self._every == 0 or step == self._last
 
-    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None) -> mx.nd.NDArray:
-        stats = super().step(update, lr, loss, clock)
+    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
+             floor: float = 0.0) -> mx.nd.NDArray:
+        stats = super().step(update, lr, loss, clock, floor)
         if self.equal(update + 1):
             if clock:
                 mx.nd.waitall()

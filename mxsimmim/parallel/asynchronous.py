@@ -83,7 +83,7 @@ class AsyncServer:
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], store: ServerStore,
-                 config: Config, per_epoch: int, total: int):
+                 config: Config, per_epoch: int, total: int, lr_scales: Optional[Mapping[str, float]] = None):
         self.workers = store
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._local = Store('device')
@@ -100,6 +100,7 @@ class AsyncServer:
         store.init([self._layout.board], self._boards[:1])
         self._settings = {'config': configfile.to_dict(config), 'layout': list(self._layout),
                           'decays': [decays[name] for name in self._names], 'workers': store.size,
+                          'scales': [(lr_scales or {}).get(name, 1.0) for name in self._names],
                           'per_epoch': per_epoch, 'total': total}
         self.load(None, 0)
 
@@ -121,7 +122,8 @@ class AsyncServer:
         self._images = images
         return images
 
-    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None) -> mx.nd.NDArray:
+    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
+             floor: float = 0.0) -> mx.nd.NDArray:
         """Sends the gradients, takes new weights; returns as `SyncGradients.step`, of this worker alone."""
         gradients = [p.list_grad() for p in self._parameters]
         self._local.sum(self._local_keys, gradients)

@@ -70,6 +70,12 @@ def _aggregation(store: str, aggregation: str, config: Config, world: World) -> 
          'train.store=dist_async with train.aggregation=async; all else needs dist_sync, dist_device_sync or horovod'),
         (alone and world.size == 1,
          f'train.aggregation={aggregation} needs several workers, and there is one: tools/launch.py -n 2'),
+        (train.ema > 0 and aggregation != 'sync',
+         f'train.ema={train.ema} averages weights that all workers share after each update, which '
+         f'train.aggregation={aggregation} does not have: set train.ema=0, or train.aggregation=sync'),
+        (train.lr_on_plateau < 1 and asynchronous,
+         f'train.lr_on_plateau={train.lr_on_plateau} cannot work with train.store=dist_async, whose servers keep their '
+         'own schedule: set train.lr_on_plateau=1, or train.store=dist_sync'),
         (asynchronous and optim.clip_grad is not None,
          f'optim.clip_grad={optim.clip_grad} cannot work with train.store=dist_async: a server never sees the whole '
          'gradient, so it has no global norm: set optim.clip_grad=null, or train.store=dist_sync'),

@@ -85,6 +85,11 @@ class Replicated:
         return mx.nd.add_n(*(self.net(*inputs).as_in_context(self.contexts[0]) * weight
                              for weight, inputs in self._slices(batch, slice(0, len(batch.image)))))
 
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """The network's answer to each image alone (B, classes)."""
+        parts = [self.net(inputs[0]) for _, inputs in self._slices(batch, slice(0, len(batch.image)))]
+        return np.concatenate([part.asnumpy() for part in parts])  # the first is read while the others compute
+
     def reconstruct(self, batch: Batch) -> np.ndarray:
         """The network's images (B, 3, H, W), normalised, computed on the first context."""
         image, mask = self._inputs(batch, slice(0, len(batch.image)), self.contexts[0])[:2]
@@ -98,10 +103,14 @@ class Replicated:
                 for s, ctx in zip(slices, self.contexts) if s.stop > s.start]
 
     def _inputs(self, batch: Batch, part: slice, ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
-        """What the network takes: bytes go to the device and are normalised there."""
-        image = mx.nd.image.to_tensor(mx.nd.array(batch.image[part], ctx=ctx, dtype='uint8'))
-        image = mx.nd.image.normalize(image, mean=self._mean, std=self._std)       # (b, 3, H, W)
-        inputs = image, mx.nd.array(batch.mask[part], ctx=ctx, dtype='uint8')
+        """What the network takes. Bytes go to the device and are normalised there; float images are already."""
+        image = mx.nd.array(batch.image[part], ctx=ctx, dtype=batch.image.dtype)
+        if batch.image.dtype == np.uint8:
+            image = mx.nd.image.normalize(mx.nd.image.to_tensor(image), mean=self._mean, std=self._std)  # (b, 3, H, W)
+        if batch.label is None or not batch.label.shape[1]:
+            inputs = image, mx.nd.array(batch.mask[part], ctx=ctx, dtype='uint8')
+        else:
+            inputs = image, mx.nd.array(batch.label[part], ctx=ctx)
         if batch.uniform.shape[1]:
             inputs += (mx.nd.array(keep_factors(batch.uniform[part], self.net.config.drop_path), ctx=ctx),)
         return inputs

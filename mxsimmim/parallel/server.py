@@ -58,7 +58,7 @@ class Server:
             self._or_die(self._configure, command)
 
     def _configure(self, command: Dict[str, Any]) -> None:
-        """The optimiser of an asynchronous job: configuration, decay of each key, and how far the job is."""
+        """The optimiser of an asynchronous job: configuration, decay and rate of each key, and how far the job is."""
         import numpy as np
 
         from .. import configfile
@@ -68,6 +68,7 @@ class Server:
         self._optim = config.optim
         self._layout = protocol.Layout(*command['layout'])
         self._decays: List[float] = command['decays']
+        self._scales: List[float] = command['scales']
         self._workers: int = command['workers']
         self._rate = learning_rates(config.optim, config.train, command['per_epoch'], command['total'])
         self._done, self._updates = command['updates'], {}
@@ -107,7 +108,7 @@ class Server:
         if not math.isfinite(mx.nd.dot(gradient.reshape((-1,)), gradient.reshape((-1,))).asscalar()):
             return  # counts in the schedule nevertheless, as it does without servers
         # Schedules count updates of the whole batch, and rates are for its images: a worker has one part of them.
-        lr = self._rate(update / self._workers) / self._workers
+        lr = self._rate(update / self._workers, self._scales[key]) / self._workers
         mean, var, weight = (self._moments[key + kind * self._layout.stride] for kind in (1, 2, 3))
         if self._decays[key]:
             weight *= 1 - lr * self._decays[key]

@@ -58,6 +58,7 @@ def started(workers=1, updates=0, moments=None, servers=1):
             store.push(key + kind * layout.stride, np.zeros_like(weight))
     store.push(layout.board, np.zeros(protocol.BOARD_SHAPE))
     content = {'config': configfile.to_dict(config()), 'layout': list(layout), 'decays': DECAYS, 'workers': workers,
+               'scales': [1.0] * len(DECAYS),
                'per_epoch': 5, 'total': 10, 'updates': updates}
     server.control(0, protocol.sign(content, 2, KEY).encode())
     for key, weight in enumerate(weights):

@@ -1,0 +1,184 @@
+"""Which class an image belongs to: class folders, a table, a RecordIO file's own labels, the digits."""
+import csv
+import os
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..config import DataConfig
+from .sampling import generator
+from .sources import SEED, Digits, ImageFiles, Records, Source, Subset, hold_out, image_files, open_source
+
+
+class Labelled(NamedTuple):
+    """Images and the numbers of their classes, in the order of `classes`."""
+    train: Source
+    train_labels: np.ndarray  # int64 (n,)
+    held_out: Optional[Source]
+    held_out_labels: Optional[np.ndarray]  # int64
+    classes: Tuple[str, ...]
+
+
+def open_labelled(data: DataConfig, seed: int) -> Labelled:
+    """Training and held-out images with their classes, as `data` describes them.
+
+    The same images are held out as in pre-training; `seed` draws the training images that data.labels_per_class keeps.
+
+    Raises:
+        ValueError: images without a class, classes without images, unknown classes, a table that does not match, fewer
+            than two classes, too few images of a class.
+    """
+    train, train_labels, classes = labelled_source(data.path, read_classes(data.classes), data.labels)
+    if len(classes) < 2:
+        raise ValueError(f"{data.path} has one class, '{classes[0]}': a classifier needs two or more")
+    held_out, held_out_labels = None, None
+    if data.val_path:
+        held_out, held_out_labels, _ = labelled_source(data.val_path, classes)
+    elif data.val_fraction:
+        whole = train_labels
+        train, held_out = hold_out(train, data.val_fraction, SEED)
+        train_labels, held_out_labels = whole[train.indices], whole[held_out.indices]
+    if data.labels_per_class:
+        kept = few_of_each(train_labels, classes, data.labels_per_class, seed)
+        train, train_labels = Subset(train, kept), train_labels[kept]
+    return Labelled(train, train_labels, held_out, held_out_labels, classes)
+
+
+def labelled_source(path: str, classes: Sequence[str] = (),
+                    table: str = '') -> Tuple[Source, np.ndarray, Tuple[str, ...]]:
+    """(images, int64 (n,) numbers of their classes, class names).
+
+    Args:
+        path: as for `open_source`.
+        classes: names in the order of their numbers, any other being an error; empty: as found.
+        table: file of 'relative path,class' lines for the images in the folder `path`.
+
+    Raises:
+        ValueError: see `open_labelled`.
+    """
+    if table and not os.path.isdir(path):
+        raise ValueError(f'data.labels={table} names the classes of files in a folder, but {path or "data.path"} is '
+                         'not a folder: leave data.labels out, or give the folder')
+    if os.path.isdir(path):
+        files = image_files([path])
+        names = list(_from_table(path, files, table, classes) if table else _from_folders(path, files, classes))
+        return (ImageFiles(files),) + _numbered(names, classes)
+    source = open_source(path)
+    assert isinstance(source, (Digits, Records))
+    labels = source.labels()
+    highest = int(labels.max())
+    if classes and highest >= len(classes):
+        first = int(labels.argmax())
+        raise ValueError(f'{source.name(first)} has label {highest}, but there are only {len(classes)} classes, 0 to '
+                         f'{len(classes) - 1}: complete data.classes, or give images of the same classes')
+    if not classes and highest >= len(source):
+        raise ValueError(f'{path} has labels up to {highest}, but only {len(source)} images: pack it again, or name '
+                         'all classes in data.classes')
+    return source, labels, tuple(classes) or tuple(map(str, range(highest + 1)))
+
+
+def read_classes(file: str) -> Tuple[str, ...]:
+    """The names in `file`, one a line; none if `file` is ''.
+
+    Raises:
+        ValueError: no such file, no name in it, or one twice.
+    """
+    if not file:
+        return ()
+    lines: Dict[str, int] = {}
+    for number, line in enumerate(_read_lines(file, 'data.classes'), 1):
+        name = line.strip()
+        if name in lines:
+            raise ValueError(f"{file}, line {number}: class '{name}' is already in line {lines[name]}: remove one")
+        if name:
+            lines[name] = number
+    if not lines:
+        raise ValueError(f'{file} names no class: write one a line, or leave data.classes out')
+    return tuple(lines)
+
+
+def few_of_each(labels: np.ndarray, classes: Sequence[str], count: int, seed: int) -> np.ndarray:
+    """Positions, ascending, of `count` random images of each class; a larger `count` keeps those of a smaller one.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    rng = generator(seed, 0, 0, 0)
+    kept: List[np.ndarray] = []
+    for number, name in enumerate(classes):
+        own = np.flatnonzero(labels == number)
+        if len(own) < count:
+            raise ValueError(f"data.labels_per_class={count}, but class '{name}' has {len(own)} training images: lower "
+                             'it, or add images')
+        kept.append(rng.permutation(own)[:count])
+    return np.sort(np.concatenate(kept))
+
+
+def _numbered(names: Sequence[str], classes: Sequence[str]) -> Tuple[np.ndarray, Tuple[str, ...]]:
+    classes = tuple(classes) or tuple(sorted(set(names)))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[name] for name in names], np.int64), classes
+
+
+def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
+    """The name of each file's class folder, the first below `path`."""
+    with os.scandir(path) as entries:
+        folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.')}
+    inside = [_below(path, file).split(os.sep) for file in files]
+    outside = [os.path.join(path, *parts) for parts in inside if len(parts) == 1]
+    if outside:
+        raise ValueError(f'{len(outside):,} of the {len(files):,} images in {path} are in no class folder, the first is '
+                         f'{outside[0]}: move images to {path}/CLASS/, or name their classes in a file, data.labels')
+    empty = sorted(folders - {parts[0] for parts in inside})
+    if empty:
+        raise ValueError(f'class folder {os.path.join(path, empty[0])} has no images: add some or remove the folder')
+    unknown = sorted(folders - set(classes)) if classes else []
+    if unknown:
+        raise ValueError(f"{os.path.join(path, unknown[0])} is not one of the {len(classes)} classes "
+                         f'{_listed(classes)}: rename or remove the folder')
+    return (parts[0] for parts in inside)
+
+
+def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[str]) -> Iterator[str]:
+    """Each file's class according to the lines of `table`."""
+    wanted = {_below(path, file) for file in files}
+    rows = csv.reader(_read_lines(table, 'data.labels'), delimiter='\t' if table.lower().endswith('.tsv') else ',')
+    found: Dict[str, Tuple[str, int]] = {}  # relative path -> class, line
+    for row in rows:
+        if not row:
+            continue
+        line = f'{table}, line {rows.line_num}'
+        if len(row) != 2 or not all(field.strip() for field in row):
+            raise ValueError(f"{line} is not 'relative path,class' (separated by a tab in a .tsv file): "
+                             f'{rows.dialect.delimiter.join(row)[:100]}')
+        file, name = os.path.normpath(row[0].strip()), row[1].strip()
+        if file not in wanted:
+            raise ValueError(f'{line}: there is no image {file} in {path}: remove the line (a heading, too), or add it')
+        if file in found:
+            raise ValueError(f'{line}: {file} is already in line {found[file][1]}: remove one')
+        if classes and name not in classes:
+            raise ValueError(f"{line}: class '{name}' is not one of the {len(classes)} of data.classes, "
+                             f'{_listed(classes)}: correct it or complete data.classes')
+        found[file] = name, rows.line_num
+    missing = sorted(wanted - set(found))
+    if missing:
+        raise ValueError(f'{len(missing):,} of the {len(files):,} images in {path} have no line in {table}, the first '
+                         f'is {missing[0]}: add their lines, or remove them')
+    return (found[_below(path, file)][0] for file in files)
+
+
+def _below(path: str, file: str) -> str:
+    return file[len(path):].lstrip(os.sep)  # relpath takes ten times as long
+
+
+def _read_lines(file: str, key: str) -> List[str]:
+    try:
+        with open(file, encoding='utf-8-sig', newline='') as opened:
+            return opened.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
+        raise ValueError(f'{key}={file} cannot be read: {reason}') from None
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ', '.join(classes[:5]) + (', …' if len(classes) > 5 else '')

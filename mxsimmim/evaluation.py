@@ -1,0 +1,95 @@
+"""How well a classifier tells held-out images apart, the same numbers for any number of workers."""
+import json
+import time
+from pathlib import Path
+from typing import Dict, Sequence, Tuple
+
+import numpy as np
+
+from . import metrics, pictures
+from .config import Config
+from .data.loader import TooManyBroken, fixed_batches
+from .data.sampling import split
+from .data.sources import Source
+from .data.transforms import ClassifyEvalTransform
+from .parallel.placement import Replicated
+from .parallel.stores import Store
+
+SHOWN = 20  # classes in the text that is printed; the file has all
+
+
+class Evaluation:
+    """Labelled images, each counted once, whichever worker measures it."""
+
+    def __init__(self, config: Config, source: Source, labels: np.ndarray, classes: Sequence[str], workers: Store):
+        """labels are the numbers (n,) of the images' `classes`."""
+        self._config, self._source, self._labels, self._classes = config, source, labels, classes
+        self._workers = workers
+        self.images = len(source)
+
+    def measure(self, placement: Replicated) -> Dict[str, float]:
+        """val_top1, val_top5, val_ece in percent, val_loss, and val_images_per_second of all workers together.
+
+        Called by every worker at the same time.
+
+        Raises:
+            ValueError: an image that cannot be read: in place of it nothing else may count.
+        """
+        return self._measure(placement)[0]
+
+    def report(self, placement: Replicated, folder: Path) -> str:
+        """Measures, and says it in words; rank 0 writes evaluation.json, evaluation.txt and confusion.png to `folder`.
+
+        Called by every worker at the same time; raises ValueError as `measure`, or where it cannot write.
+        """
+        values, own = self._measure(placement)
+        # Every worker's predictions, in as many numbers as the largest part has images.
+        parts = split(self.images, self._workers.size)
+        padded = np.full(parts[0].stop, metrics.NONE)
+        padded[:len(own)] = own
+        rows = self._workers.gather(padded).astype(int)
+        predicted = np.concatenate([row[:part.stop - part.start] for row, part in zip(rows, parts)])
+        matrix = metrics.confusion_matrix(self._labels, predicted, len(self._classes))
+        scores = metrics.class_scores(self._labels, predicted, len(self._classes))
+        text = self._text(values, scores, matrix)
+        if self._workers.rank == 0:
+            self._write(folder, values, metrics.class_table(scores, self._classes))
+            pictures.confusion(matrix, self._classes, folder / 'confusion.png')
+            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes), confusion.png'
+        return text
+
+    def _measure(self, placement: Replicated) -> Tuple[Dict[str, float], np.ndarray]:
+        """The values of all workers, and the predicted classes of this one's images."""
+        tally, predicted, began = metrics.Tally(), [np.empty(0, int)], time.monotonic()
+        config, workers = self._config, self._workers
+        batch = -(-config.train.batch_size // (config.train.accumulate * workers.size))
+        transform = ClassifyEvalTransform(config.data, config.model)
+        try:
+            for part in fixed_batches(self._source, transform, min(batch, self.images), self.images, 0,
+                                      config.data.threads, max_broken=0, rank=workers.rank, size=workers.size):
+                predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
+        except TooManyBroken as error:
+            raise ValueError(f'every image counts in an evaluation, so all must be readable: remove or repair '
+                             f'{error.__context__ or error}') from None
+        gathered = workers.gather(np.append(tally.state(), time.monotonic() - began))
+        values = metrics.Tally(gathered[:, :-1].sum(axis=0)).values()
+        return {**values, 'val_images_per_second': self.images / gathered[:, -1].max()}, np.concatenate(predicted)
+
+    def _text(self, values: Dict[str, float], scores: np.ndarray, matrix: np.ndarray) -> str:
+        lines = [f"top-1 {values['val_top1']:.2f} %, top-5 {values['val_top5']:.2f} % of {self.images:,} images, "
+                 f"loss {values['val_loss']:.4f}, calibration error {values['val_ece']:.2f} %, "
+                 f"{values['val_images_per_second']:,.0f} images/s",
+                 metrics.class_table(scores, self._classes, SHOWN)]
+        if len(self._classes) > SHOWN:
+            lines.append(f'({SHOWN} of {len(self._classes):,} classes, those of least F1)')
+        confusions = metrics.worst_confusions(matrix, self._classes, 3)
+        return '\n'.join(lines + ([f'most confused: {"; ".join(confusions)}'] if confusions else []))
+
+    def _write(self, folder: Path, values: Dict[str, float], table: str) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
+            (folder / 'evaluation.json').write_text(json.dumps({'images': self.images, **finite}, indent=1) + '\n')
+            (folder / 'evaluation.txt').write_text(table + '\n', encoding='utf-8')
+        except OSError as error:
+            raise ValueError(f'{folder}: cannot write the evaluation there: {error.strerror}') from None

@@ -1,0 +1,343 @@
+"""PyTorch's checkpoint files, read and written without PyTorch, and without running anything that a file says.
+
+A checkpoint is a pickle, and a pickle is a program: its instructions name callables and call them. Here every name is
+looked up in one dict of functions of our own, which only describe tensors or forget what they are given; so nothing is
+ever imported, and a name outside that dict ends the reading.
+"""
+import io
+import math
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, Dict, Mapping, NamedTuple, NoReturn, Optional, Tuple
+
+import numpy as np
+
+LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # the first pickle of a file of torch.save before PyTorch 1.6
+LEGACY_PROTOCOL = 1001
+ALIGNMENT = 64  # of the storages in a file of torch.save, bytes
+LARGEST = 8  # times the size of its file: what the tensors of an honest file never fill
+STORAGES = {'DoubleStorage': 'float64', 'FloatStorage': 'float32', 'HalfStorage': 'float16',
+            'BFloat16Storage': 'bfloat16', 'LongStorage': 'int64', 'IntStorage': 'int32', 'ShortStorage': 'int16',
+            'CharStorage': 'int8', 'ByteStorage': 'uint8', 'BoolStorage': 'bool', 'UntypedStorage': 'uint8'}
+DTYPES = {**{name: name for name in STORAGES.values()}, 'uint16': 'uint16', 'uint32': 'uint32', 'uint64': 'uint64'}
+# What checkpoints hold beside tensors: settings, counters, numpy scalars. Read as an empty dict.
+FORGOTTEN = ['argparse.Namespace', 'yacs.config.CfgNode', 'torch.Size', 'torch.device', 'collections.Counter',
+             'collections.defaultdict', 'builtins.dict', 'builtins.list', 'builtins.set', '__builtin__.dict',
+             '__builtin__.list', '__builtin__.set', '_codecs.encode', 'numpy.dtype', 'numpy.ndarray',
+             'numpy.core.multiarray.scalar', 'numpy.core.multiarray._reconstruct', 'numpy._core.multiarray.scalar',
+             'numpy._core.multiarray._reconstruct']
+
+
+class _Refusal(ValueError):
+    """What `read_pth` raises; its text is for the user."""
+
+
+def _refusal(path: Path, problem: str) -> _Refusal:
+    return _Refusal(f'{path} {problem}')
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: str  # a value of STORAGES
+    size: int   # elements
+
+    @property
+    def bytes(self) -> int:
+        return self.size * _numpy_type(self.dtype).itemsize
+
+
+class _Tensor(NamedTuple):
+    """A view of a storage; offset and strides in elements."""
+    storage: _Storage
+    dtype: str
+    offset: int
+    shape: Tuple[int, ...]
+    strides: Tuple[int, ...]
+
+
+def read_weights(path: Path) -> Dict[str, np.ndarray]:
+    """The arrays of a .safetensors file, or of any other file as `read_pth` reads it.
+
+    Raises:
+        ValueError: naming the file, what is wrong with it and the way out.
+    """
+    return _read_safetensors(Path(path)) if Path(path).suffix == '.safetensors' else read_pth(path)
+
+
+def read_pth(path: Path) -> Dict[str, np.ndarray]:
+    """The tensors of a file of torch.save: of its 'model' or 'state_dict' where it has one, else of its top level.
+
+    Names are the file's own; each array is writable, in C order and of the file's type, except that bfloat16, which
+    numpy does not have, becomes float32. What is not a tensor is skipped.
+
+    Raises:
+        ValueError: no such file, not a checkpoint, damaged, or one that would run code; names file and finding.
+    """
+    path = Path(path)
+    try:
+        with open(path, 'rb') as stream:
+            is_zip = stream.read(4) == b'PK\x03\x04'
+            stream.seek(0)
+            tree, storage_bytes = (_open_zip if is_zip else _open_legacy)(path, stream)
+            return _tensors(path, tree, storage_bytes)
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be read: {error.strerror or error}') from None
+
+
+def _numpy_type(dtype: str) -> np.dtype:
+    """Of the bytes in the file; bfloat16 is read as 16-bit integers first."""
+    return np.dtype('uint16' if dtype == 'bfloat16' else dtype).newbyteorder('<')
+
+
+def _tensors(path: Path, tree: Any, read: Callable[[_Storage], bytes]) -> Dict[str, np.ndarray]:
+    """The arrays of the dict of tensors in `tree`, whose storages `read` fetches."""
+    tensors: Dict[str, _Tensor] = {}
+    if isinstance(tree, dict):
+        tree = next((tree[key] for key in ('model', 'state_dict') if isinstance(tree.get(key), dict)), tree)
+        tensors = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
+    if not tensors:
+        raise _refusal(path, "holds no tensors by name: write it with torch.save({'model': net.state_dict()}, FILE)")
+    storages = {tensor.storage for tensor in tensors.values()}
+    needed = sum(storage.bytes for storage in storages)
+    needed += sum(math.prod(t.shape) * _numpy_type(t.dtype).itemsize for t in tensors.values())
+    if needed > LARGEST * path.stat().st_size:
+        raise _refusal(path, f'is damaged: its tensors would fill {needed:,} bytes, more than {LARGEST} times its '
+                       f'{path.stat().st_size:,}')
+    content = {storage: read(storage) for storage in storages}
+    return {name: _array(tensor, content[tensor.storage]) for name, tensor in tensors.items()}
+
+
+def _array(tensor: _Tensor, content: bytes) -> np.ndarray:
+    dtype = _numpy_type(tensor.dtype)
+    flat = np.frombuffer(content, dtype)
+    strides = [stride * dtype.itemsize for stride in tensor.strides]
+    view = np.lib.stride_tricks.as_strided(flat[tensor.offset:], tensor.shape, strides)
+    if tensor.dtype == 'bfloat16':  # the upper half of a float32
+        return (view.astype('uint32', order='C') << 16).view('float32')
+    return view.astype(dtype.newbyteorder('='), order='C')
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its reads allocate no more than the file holds
+    """Runs a pickle's instructions over `_Tensor`, `_Storage`, the functions in GLOBALS and plain Python values."""
+
+    def __init__(self, path: Path, stream: BinaryIO):
+        super().__init__(stream, encoding='utf-8')
+        self._path = path
+        self.storages: Dict[str, _Storage] = {}  # all that were named, by key
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Looks the name up; never imports."""
+        if f'{module}.{name}' not in GLOBALS:
+            raise _refusal(self._path, f'would run {f"{module}.{name}"!r}, which no checkpoint of weights needs; if '
+                           "you trust it, write it anew in PyTorch: torch.save({'model': net.state_dict()}, FILE)")
+        return GLOBALS[f'{module}.{name}']
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """A storage: ('storage', type, key, device, elements); up to PyTorch 1.5 a view of it follows, always None."""
+        kind, dtype, key, _, size, *view = pid
+        if kind != 'storage' or dtype not in STORAGES.values() or any(view) or type(key) is not str \
+                or type(size) is not int or size < 0:
+            raise ValueError(f'{pid} is not a storage')
+        self.storages[key] = _Storage(key, dtype, size)
+        return self.storages[key]
+
+    def get_extension(self, code: int) -> NoReturn:
+        raise _refusal(self._path, f"would run 'copyreg extension {code}', which no checkpoint of weights needs")
+
+    def load_build(self) -> None:
+        self.stack.pop()  # the state of an object; nothing here is one
+
+    def load_newobj(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.stack[-1](*args)  # a function of GLOBALS in the place of a class
+
+    def load_other(self) -> NoReturn:
+        raise ValueError('not an instruction of torch.save')
+
+    dispatch = {**dict.fromkeys(range(256), load_other), **pickle._Unpickler.dispatch}
+    dispatch.update({pickle.BUILD[0]: load_build, pickle.NEWOBJ[0]: load_newobj})
+    for _code in (pickle.NEWOBJ_EX, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
+        dispatch[_code[0]] = load_other
+
+
+def _rebuild(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any, dtype: str = '') -> _Tensor:
+    """A tensor that lies within its storage and is no larger than it; of the storage's type by default."""
+    numbers = (offset, *shape, *strides)
+    if type(storage) is not _Storage or any(type(n) is not int or n < 0 for n in numbers) \
+            or len(shape) != len(strides) or len(shape) > 32:
+        raise ValueError('not a tensor')
+    dtype = dtype or storage.dtype
+    elements, size = math.prod(shape), storage.bytes // _numpy_type(dtype).itemsize
+    end = offset + 1 + sum((side - 1) * stride for side, stride in zip(shape, strides)) if elements else offset
+    if max(elements, end) > size:
+        raise ValueError(f'a tensor of shape {tuple(shape)}, strides {tuple(strides)} and offset {offset} does not fit '
+                         f'into its storage of {size} elements')
+    return _Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_v3(storage: _Storage, offset: int, shape: tuple, strides: tuple, grad: bool, hooks: Any, dtype: str,
+                *_: Any) -> _Tensor:
+    return _rebuild(storage, offset, shape, strides, dtype=DTYPES[dtype])
+
+
+GLOBALS: Dict[str, Any] = {
+    'collections.OrderedDict': lambda items=(): dict(items),
+    'torch._utils._rebuild_tensor': _rebuild,
+    'torch._utils._rebuild_tensor_v2': _rebuild,
+    'torch._utils._rebuild_tensor_v3': _rebuild_v3,
+    'torch._utils._rebuild_parameter': lambda data, *_: data,
+    'torch._utils._rebuild_parameter_with_state': lambda data, *_: data,
+    'torch.storage.UntypedStorage': 'uint8',
+    **{f'torch.{name}': dtype for name, dtype in {**STORAGES, **DTYPES}.items()},
+    **{name: lambda *_: {} for name in FORGOTTEN},
+}
+
+
+def _unpickle(path: Path, stream: BinaryIO) -> Tuple[Any, Dict[str, _Storage]]:
+    """The next object in the stream, and the storages it names, by key."""
+    unpickler = _Unpickler(path, stream)
+    try:
+        return unpickler.load(), unpickler.storages
+    except _Refusal:
+        raise
+    except Exception as error:  # wherever nonsense instructions lead
+        raise _refusal(path, f'is cut short, damaged, or not of torch.save: {error!r:.200}') from None
+
+
+def _open_zip(path: Path, stream: BinaryIO) -> Tuple[Any, Callable[[_Storage], bytes]]:
+    """The format since PyTorch 1.6: a zip of NAME/data.pkl and NAME/data/KEY, none of them compressed."""
+    try:
+        archive = zipfile.ZipFile(stream)
+        entries = {entry.filename: entry for entry in archive.infolist()}
+    except Exception as error:  # zipfile raises many kinds
+        raise _refusal(path, f'is cut short or damaged: {error}') from None
+
+    def read(name: str, size: Optional[int] = None) -> bytes:
+        entry = entries.get(name)
+        if entry is None:
+            raise _refusal(path, f'has no entry {name!r}: it is damaged, or a zip file that torch.save did not write')
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise _refusal(path, f'has a compressed entry {name!r}; torch.save compresses nothing')
+        if size not in (None, entry.file_size):
+            raise _refusal(path, f'is damaged: {name!r} has {entry.file_size:,} bytes, its tensors need {size:,}')
+        try:
+            return archive.read(entry)
+        except Exception as error:
+            raise _refusal(path, f'is cut short or damaged: {error}') from None
+
+    prefix = next(iter(entries), '').split('/')[0] + '/'
+    if prefix + 'constants.pkl' in entries:
+        raise _refusal(path, "is a TorchScript program, not a checkpoint: write torch.save({'model': "
+                       'net.state_dict()}, FILE) instead')
+    tree, _ = _unpickle(path, io.BytesIO(read(prefix + 'data.pkl')))
+    if prefix + 'byteorder' in entries and read(prefix + 'byteorder') != b'little':
+        raise _refusal(path, 'was written on a big-endian machine: load it and write it anew in PyTorch here')
+    return tree, lambda storage: read(f'{prefix}data/{storage.key}', storage.bytes)
+
+
+def _open_legacy(path: Path, stream: BinaryIO) -> Tuple[Any, Callable[[_Storage], bytes]]:
+    """The format up to PyTorch 1.5: five pickles (magic, version, machine, tree, keys), then a storage for each key.
+
+    A storage is its number of elements, 8 bytes, and its elements.
+    """
+    if _unpickle(path, stream)[0] != LEGACY_MAGIC:
+        raise _refusal(path, 'is a pickle, but not of torch.save')
+    (version, _), _, (tree, storages), (keys, _) = (_unpickle(path, stream) for _ in range(4))
+    if version != LEGACY_PROTOCOL or not isinstance(keys, list) or set(keys) != set(storages):
+        raise _refusal(path, f'is damaged, or of an unknown version of the format before PyTorch 1.6 ({version!r})')
+    starts, position = {}, stream.tell()
+    for key in keys:
+        starts[key] = position
+        position += 8 + storages[key].bytes
+    if position != path.stat().st_size:
+        raise _refusal(path, f'is cut short or damaged: it has {path.stat().st_size:,} bytes and needs {position:,}')
+
+    def read(storage: _Storage) -> bytes:
+        stream.seek(starts[storage.key])
+        size, = struct.unpack('<q', stream.read(8))
+        if (size, storages[storage.key]) != (storage.size, storage):
+            raise _refusal(path, f'is damaged: storage {storage.key!r} has {size} elements, its tensors need '
+                           f'{storage.size}')
+        return stream.read(storage.bytes)
+
+    return tree, read
+
+
+def write_pth(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes ``{'model': OrderedDict of tensors}`` as torch.save does; the file is whole or is not there.
+
+    Raises:
+        ValueError: a type that PyTorch does not have, or a file that cannot be written; named.
+    """
+    path = Path(path)
+    staged = path.with_name(f'.{path.name}.tmp-{os.getpid()}')
+    try:
+        with open(staged, 'wb') as stream, zipfile.ZipFile(stream, 'w') as archive:
+            prefix = path.stem or 'archive'
+            _add(archive, f'{prefix}/data.pkl', _pickle(arrays))
+            _add(archive, f'{prefix}/byteorder', b'little')
+            for key, array in enumerate(arrays.values()):
+                _add(archive, f'{prefix}/data/{key}', array.astype(array.dtype.newbyteorder('<')).tobytes())
+            _add(archive, f'{prefix}/version', b'3\n')
+        os.replace(staged, path)
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be written: {error.strerror or error}') from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: Any) -> None:
+    """An uncompressed entry whose content begins at a multiple of ALIGNMENT, so that it can be mapped into memory."""
+    entry = zipfile.ZipInfo(name)  # of 1980: the same weights give the same file
+    header = 30 + len(name.encode()) + 4  # bytes before the padding: fixed fields, name, the field's own header
+    padding = -(archive.fp.tell() + header) % ALIGNMENT
+    entry.extra = struct.pack('<2sH', b'FB', padding) + b'Z' * padding  # the field that PyTorch itself pads with
+    archive.writestr(entry, content)
+
+
+def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The instructions, of protocol 2, that build the dict; tensor number k is all of storage k, in C order."""
+    def text(value: str) -> bytes:
+        return pickle.BINUNICODE + struct.pack('<I', len(value.encode())) + value.encode()
+
+    def integers(*values: int) -> bytes:
+        return b''.join(pickle.dumps(value, 2)[2:-1] for value in values)  # without the header and the STOP
+
+    ordered_dict = b'ccollections\nOrderedDict\n' + pickle.EMPTY_TUPLE + pickle.REDUCE
+    storages = {dtype: name for name, dtype in STORAGES.items() if name not in ('UntypedStorage', 'BFloat16Storage')}
+    out = [pickle.PROTO + b'\x02', pickle.EMPTY_DICT, text('model'), ordered_dict, pickle.MARK]
+    for key, (name, array) in enumerate(arrays.items()):
+        if array.dtype.name not in storages:
+            raise ValueError(f'{name} is of type {array.dtype}; the file can hold {", ".join(storages)}')
+        shape = array.shape
+        strides = (math.prod(shape[axis + 1:]) for axis in range(len(shape)))
+        out += [text(name), b'ctorch._utils\n_rebuild_tensor_v2\n', pickle.MARK,
+                pickle.MARK, text('storage'), f'ctorch\n{storages[array.dtype.name]}\n'.encode(), text(str(key)),
+                text('cpu'), integers(array.size), pickle.TUPLE, pickle.BINPERSID,
+                integers(0), pickle.MARK, integers(*shape), pickle.TUPLE, pickle.MARK, integers(*strides), pickle.TUPLE,
+                pickle.NEWFALSE, ordered_dict, pickle.TUPLE, pickle.REDUCE]
+    return b''.join(out + [pickle.SETITEMS, pickle.SETITEM, pickle.STOP])
+
+
+def _read_safetensors(path: Path) -> Dict[str, np.ndarray]:
+    from safetensors import SafetensorError, deserialize
+    types = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64', 'I32': 'int32',
+             'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'BOOL': 'bool'}
+    try:
+        entries = deserialize(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be read: {error.strerror or error}') from None
+    except SafetensorError as error:
+        raise _refusal(path, f'is cut short, damaged or no safetensors file: {error}') from None
+    arrays = {}
+    for name, entry in entries:
+        shape, dtype = tuple(entry['shape']), types.get(entry['dtype'])
+        if dtype is None:
+            raise _refusal(path, f"holds {name!r} of type {entry['dtype']}, which numpy does not have")
+        strides = tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
+        arrays[name] = _array(_Tensor(_Storage('', dtype, math.prod(shape)), dtype, 0, shape, strides),
+                              bytes(entry['data']))
+    return arrays

@@ -1,0 +1,54 @@
+"""An average of the weights over time."""
+import contextlib
+from typing import Dict, Iterator, Mapping, Optional
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import Parameter
+
+from ..interop.official import official_shape
+from .stores import Store
+
+
+class WeightAverage:
+    """average <- d average + (1 - d) weights after each update (Polyak and Juditsky 1992), on the first device.
+
+    d grows as (1 + k) / (10 + k) after k updates, up to `decay`, so that initial weights are soon forgotten.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], decay: float,
+                 saved: Optional[Mapping[str, np.ndarray]] = None):
+        self._parameters, self._decay = parameters, decay
+        self._average = {name: p.list_data()[0].copy() for name, p in parameters.items()}
+        for name, value in (saved or {}).items():
+            self._average[name][:] = value.reshape(self._average[name].shape)
+
+    def update(self, done: int) -> None:
+        """After update number `done`, counted from 1."""
+        decay = min(self._decay, (1 + done) / (10 + done))
+        for name, p in self._parameters.items():
+            average = self._average[name]
+            mx.nd.elemwise_add(average * decay, p.list_data()[0] * (1 - decay), out=average)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """While entered, the parameters hold the average on all devices."""
+        own = {name: p.list_data()[0].copy() for name, p in self._parameters.items()}
+        self._set(self._average)
+        yield
+        self._set(own)
+
+    def share(self, store: Store) -> None:
+        """Gives all workers rank 0's."""
+        arrays = [[value] for value in self._average.values()]
+        store.broadcast(store.keys(arrays), arrays)
+
+    def arrays(self) -> Dict[str, np.ndarray]:
+        """The average under the reference's names and in its layouts."""
+        return {name: value.asnumpy().reshape(official_shape(name, value.shape))
+                for name, value in self._average.items()}
+
+    def _set(self, values: Mapping[str, mx.nd.NDArray]) -> None:
+        for name, p in self._parameters.items():
+            for copy in p.list_data():
+                values[name].copyto(copy)

@@ -1,0 +1,146 @@
+"""What pre-training and fine-tuning do differently: data, network, validation. The loop is the same."""
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+
+import numpy as np
+from mxnet.gluon import HybridBlock
+
+from . import checkpoint
+from .config import Config
+from .data.labels import open_labelled
+from .data.sources import Source, hold_out, open_source
+from .data.transforms import ClassifyTransform, PretrainTransform
+from .evaluation import Evaluation
+from .interop import official
+from .models import build_classifier, build_simmim, named_parameters
+from .optim import parameter_groups, weight_decays
+from .parallel.placement import Replicated
+from .parallel.stores import Store
+from .validation import SEED, Validation, table
+
+
+class Pretraining:
+    """Masked images; the better the lower the loss on those held out."""
+    classes: Tuple[str, ...] = ()
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.source, self.held_out = self._open()
+
+    def _open(self) -> Tuple[Source, Optional[Source]]:
+        data = self.config.data
+        source = open_source(data.path)
+        if data.val_path:
+            return source, open_source(data.val_path)
+        return hold_out(source, data.val_fraction, SEED) if data.val_fraction else (source, None)
+
+    def network(self, initial: bool) -> HybridBlock:
+        """The network, with random weights if they are to be used."""
+        return build_simmim(self.config.model, self.config.seed if initial else None)
+
+    def load_encoder(self, _net: HybridBlock) -> str:
+        """Nothing: pre-training starts from random weights."""
+        return ''
+
+    def groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
+        """(lr_scale, weight_decay) of each parameter."""
+        optim = self.config.optim
+        decays = weight_decays(named_parameters(net), optim.recipe, self.config.model.type, optim.weight_decay)
+        return {name: (1.0, decay) for name, decay in decays.items()}
+
+    def transform(self) -> PretrainTransform:
+        """What is done to a training image."""
+        return PretrainTransform(self.config.data, self.config.mask, self.config.model)
+
+    def validation(self, workers: Store) -> Optional[Validation]:
+        """Loss on the held-out images, if there are any."""
+        return Validation(self.config, self.held_out, workers) if self.held_out else None
+
+    @staticmethod
+    def score(values: Mapping[str, float]) -> float:
+        """Of a validation; the higher the better."""
+        return -values['val_loss']
+
+    def picture(self, validation: Validation, placement: Replicated) -> Optional[np.ndarray]:
+        """What a validation draws, uint8 (H, W, 3)."""
+        return validation.picture(placement) if self.config.validation.pictures else None
+
+    def conclusion(self, validation: Validation, rows: List[Dict[str, Any]], last: int, _placement: Replicated,
+                   _folder: Path) -> str:
+        """What is said at the end, of the validations in the log `rows`."""
+        losses = {row['step']: row['val_loss'] for row in rows}
+        if last not in losses or self.config.model.norm_targets:
+            return ''
+        return table(losses.get(0), losses[last], validation.baselines())
+
+
+class Classification:
+    """Labelled images; the better the more of those held out are given their class."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._data = open_labelled(config.data, config.seed)
+        self.source, self.held_out, self.classes = self._data.train, self._data.held_out, self._data.classes
+
+    def network(self, initial: bool) -> HybridBlock:
+        """As in `Pretraining`."""
+        return build_classifier(self.config.model, len(self.classes), self.config.seed if initial else None)
+
+    def load_encoder(self, net: HybridBlock) -> str:
+        """Gives the network the encoder of `model.pretrained`; returns a sentence about it.
+
+        Raises:
+            ValueError: there is none, or it does not fit.
+        """
+        path = self.config.model.pretrained
+        if not path:
+            return ''
+        if Path(path).is_dir():
+            saved = checkpoint.newest(Path(path) / 'checkpoints', print)
+            if saved is None:
+                raise ValueError(f'model.pretrained={path} is no run with a checkpoint: give the folder of a run, or a '
+                                 '.pth or .safetensors file')
+            try:
+                new = official.adopt(net, saved.arrays.get('ema', saved.arrays['weights']))
+            except ValueError as error:
+                raise ValueError(f'model.pretrained={saved.path}: {error}') from None
+            path = str(saved.path)
+        else:
+            new = official.load_pretrained(net, path)
+        return f'encoder from {path}; new: {", ".join(new) or "nothing"}'
+
+    def groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
+        """As in `Pretraining`, with layer decay."""
+        optim = self.config.optim
+        return parameter_groups(net, optim.layer_decay, optim.weight_decay, optim.recipe)
+
+    def transform(self) -> ClassifyTransform:
+        """As in `Pretraining`."""
+        return ClassifyTransform(self.config.data, self.config.augment, self.config.model, self._data.train_labels,
+                                 len(self.classes))
+
+    def validation(self, workers: Store) -> Optional[Evaluation]:
+        """As in `Pretraining`."""
+        if not self.held_out:
+            return None
+        return Evaluation(self.config, self.held_out, self._data.held_out_labels, self.classes, workers)
+
+    @staticmethod
+    def score(values: Mapping[str, float]) -> float:
+        """As in `Pretraining`."""
+        return values['val_top1']
+
+    def picture(self, _validation: Evaluation, _placement: Replicated) -> Optional[np.ndarray]:
+        """Nothing: the confusion matrix is drawn at the end."""
+        return None
+
+    def conclusion(self, validation: Evaluation, rows: List[Dict[str, Any]], last: int, placement: Replicated,
+                   folder: Path) -> str:
+        """As in `Pretraining`; writes the evaluation to the run's folder."""
+        best = max(rows, key=self.score)
+        return (validation.report(placement, folder)
+                + f'\nbest: {best["val_top1"]:.2f} % at step {best["step"]}, kept in {folder}/best')
+
+
+Task = Union[Pretraining, Classification]
+TASKS = {'pretrain': Pretraining, 'classify': Classification}

@@ -1,0 +1,204 @@
+"""Classes from folders, tables, RecordIO and the digits; few labels a class; and what is said when they do not match."""
+import os
+
+import numpy as np
+import pytest
+
+from mxsimmim.config import DataConfig
+from mxsimmim.data.labels import Labelled, labelled_source, open_labelled, read_classes
+from mxsimmim.data.sources import SEED, Digits, RecordWriter, hold_out
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def listed(source, labels, classes):
+    """{file name: class} of a source."""
+    assert labels.dtype == np.int64 and len(labels) == len(source)
+    return {os.path.basename(source.name(i)): classes[labels[i]] for i in range(len(source))}
+
+
+@pytest.fixture
+def animals(tmp_path):
+    touch(tmp_path / 'train', 'cat/1.jpg', 'cat/old/2.jpg', 'ant/3.jpg', 'dog/4.jpg', 'dog/5.png', '.cache/x.jpg',
+          'notes.txt', 'dog/list.csv')
+    return tmp_path / 'train'
+
+
+def test_class_folders(animals):
+    train, labels, held_out, held_out_labels, classes = open_labelled(DataConfig(path=f'{animals}/'), 0)
+    assert classes == ('ant', 'cat', 'dog') and held_out is None and held_out_labels is None
+    assert listed(train, labels, classes) == {'1.jpg': 'cat', '2.jpg': 'cat', '3.jpg': 'ant', '4.jpg': 'dog',
+                                              '5.png': 'dog'}
+
+
+def test_held_out_folders_are_numbered_as_the_training_ones(animals, tmp_path):
+    touch(tmp_path / 'val', 'dog/a.jpg', 'cat/b.jpg')
+    found = open_labelled(DataConfig(path=str(animals), val_path=str(tmp_path / 'val')), 0)
+    assert isinstance(found, Labelled) and found.held_out_labels.tolist() == [1, 2]  # cat, dog
+    assert listed(found.held_out, found.held_out_labels, found.classes) == {'a.jpg': 'dog', 'b.jpg': 'cat'}
+    touch(tmp_path / 'val', 'cow/c.jpg')
+    with pytest.raises(ValueError, match='val/cow is not one of the 3 classes ant, cat, dog: rename or remove'):
+        open_labelled(DataConfig(path=str(animals), val_path=str(tmp_path / 'val')), 0)
+
+
+def test_order_from_a_file_of_classes(animals, tmp_path):
+    names = tmp_path / 'classes.txt'
+    names.write_text('\ufeffdog\n\nemu\ncat \r\nant\n', encoding='utf-8')
+    _, labels, _, _, classes = open_labelled(DataConfig(path=str(animals), classes=str(names)), 0)
+    assert classes == ('dog', 'emu', 'cat', 'ant') and labels.tolist() == [3, 2, 2, 0, 0]
+    names.write_text('dog\ncat\n')
+    with pytest.raises(ValueError, match='train/ant is not one of the 2 classes dog, cat: rename or remove the folder'):
+        open_labelled(DataConfig(path=str(animals), classes=str(names)), 0)
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'a\nb\na\n', "classes.txt, line 3: class 'a' is already in line 1: remove one"),
+    (b'\n \n', 'classes.txt names no class: write one a line'),
+    (b'\xff\xfe', 'data.classes=.*classes.txt cannot be read: not UTF-8 text'),
+    (None, 'data.classes=.*classes.txt cannot be read: No such file')])
+def test_bad_files_of_classes(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / 'classes.txt').write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_classes(str(tmp_path / 'classes.txt'))
+
+
+@pytest.mark.parametrize('extra, message', [
+    ('bird/readme.txt', 'class folder .*train/bird has no images: add some or remove the folder'),
+    ('6.jpg', '1 of the 6 images in .*train are in no class folder, the first is .*train/6.jpg: move images to '
+     '.*train/CLASS/, or name their classes in a file, data.labels')])
+def test_folders_that_do_not_divide_into_classes(animals, extra, message):
+    touch(animals, extra)
+    with pytest.raises(ValueError, match=message):
+        open_labelled(DataConfig(path=str(animals)), 0)
+
+
+def test_messages_count_and_a_single_class(tmp_path):
+    touch(tmp_path, 'flat/1.jpg', 'flat/2.jpg', 'flat/3.jpg')
+    with pytest.raises(ValueError, match='3 of the 3 images in .*flat are in no class folder, the first is .*flat/1.jpg'):
+        open_labelled(DataConfig(path=str(tmp_path / 'flat')), 0)
+    with pytest.raises(ValueError, match="has one class, 'flat': a classifier needs two or more"):
+        open_labelled(DataConfig(path=str(tmp_path)), 0)
+
+
+FLAT = ('a.jpg', 'b.jpg', 'deep/c.jpg')
+
+
+@pytest.mark.parametrize('name, text', [
+    ('labels.csv', 'b.jpg,yes\na.jpg,no\n\ndeep/c.jpg, yes \n'),
+    ('labels.tsv', 'deep/c.jpg\tyes\na.jpg\tno\n./b.jpg\tyes'),
+    ('labels.csv', '\ufeff"a.jpg","no"\r\nb.jpg,yes\r\ndeep//c.jpg,yes\r\n')])
+def test_table(tmp_path, name, text):
+    touch(tmp_path / 'images', *FLAT)
+    (tmp_path / name).write_text(text, encoding='utf-8')
+    found = open_labelled(DataConfig(path=str(tmp_path / 'images'), labels=str(tmp_path / name)), 0)
+    assert found.classes == ('no', 'yes')
+    assert listed(found.train, found.train_labels, found.classes) == {'a.jpg': 'no', 'b.jpg': 'yes', 'c.jpg': 'yes'}
+
+
+@pytest.mark.parametrize('text, message', [
+    ('path,class\na.jpg,no\n', r'labels.csv, line 1: there is no image path in .*images: remove the line \(a heading'),
+    ('a.jpg,no\n\nx.jpg,no\n', 'labels.csv, line 3: there is no image x.jpg in .*images'),
+    ('../out.jpg,no\n', 'line 1: there is no image ../out.jpg in'),
+    ('a.jpg,no\nb.jpg,no\n./a.jpg,yes\n', 'labels.csv, line 3: a.jpg is already in line 1: remove one'),
+    ('a.jpg,no\nb.jpg,maybe\n', "labels.csv, line 2: class 'maybe' is not one of the 2 of data.classes, no, yes: corr"),
+    ('a.jpg,no\nb.jpg\n', r"labels.csv, line 2 is not 'relative path,class' \(separated by a tab .*\): b.jpg"),
+    ('a.jpg,no,1\n', "line 1 is not 'relative path,class'"), ('a.jpg,\n', "line 1 is not 'relative path,class'"),
+    ('a.jpg,no\n', '2 of the 3 images in .*images have no line in .*labels.csv, the first is b.jpg: add'),
+    ('a.jpg,no\nb.jpg,yes\n', '1 of the 3 images .* the first is deep/c.jpg'), ('', '3 of the 3 images')])
+def test_tables_that_do_not_match(tmp_path, text, message):
+    touch(tmp_path / 'images', *FLAT)
+    touch(tmp_path, 'out.jpg')
+    (tmp_path / 'classes.txt').write_text('no\nyes\n')
+    (tmp_path / 'labels.csv').write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_labelled(DataConfig(path=str(tmp_path / 'images'), labels=str(tmp_path / 'labels.csv'),
+                                 classes=str(tmp_path / 'classes.txt')), 0)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_table_needs_a_folder(tmp_path):
+    with pytest.raises(ValueError, match='data.labels=a.csv names the classes of files in a folder, but digits is not'):
+        open_labelled(DataConfig(path='digits', labels='a.csv'), 0)
+    touch(tmp_path, *FLAT)
+    with pytest.raises(ValueError, match='data.labels=.*none.csv cannot be read: No such file'):
+        open_labelled(DataConfig(path=str(tmp_path), labels=str(tmp_path / 'none.csv')), 0)
+
+
+def records(path, labels, image=b'image'):
+    with RecordWriter(str(path)) as writer:
+        for number, label in enumerate(labels):
+            writer.write(image + b'\n#\xd7\xce' * (number % 2), label)  # every other one in several parts
+        writer.commit()
+    return str(path)
+
+
+def test_records(tmp_path):
+    path = records(tmp_path / 'a.rec', [2, 0, 5, 2, 0, 1])
+    _, labels, _, _, classes = open_labelled(DataConfig(path=path), 0)
+    assert labels.tolist() == [2, 0, 5, 2, 0, 1] and labels.dtype == np.int64
+    assert classes == ('0', '1', '2', '3', '4', '5')
+    (tmp_path / 'names').write_text('a\nb\nc\nd\ne\nf\ng\n')
+    assert open_labelled(DataConfig(path=path, classes=str(tmp_path / 'names')), 0).classes == tuple('abcdefg')
+    (tmp_path / 'names').write_text('a\nb\n')
+    with pytest.raises(ValueError, match='a.rec#2 has label 5, but there are only 2 classes, 0 to 1: complete'):
+        open_labelled(DataConfig(path=path, classes=str(tmp_path / 'names')), 0)
+
+
+@pytest.mark.parametrize('labels, message', [
+    ([0, 1.5], r'a.rec#1 has the label 1.5, not a class number such as 0, 1, 2'),
+    ([0, -1], 'a.rec#1 has the label -1, not'), ([0, float('nan')], 'a.rec#1 has the label nan'),
+    ([0, 1e6], 'a.rec has labels up to 1000000, but only 2 images: pack it again, or name all classes in data.cl')])
+def test_records_with_other_labels(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=message):
+        labelled_source(records(tmp_path / 'a.rec', labels))
+
+
+def test_records_with_a_list_of_labels(tmp_path):
+    from mxnet import recordio
+    path = str(tmp_path / 'a.rec')
+    for row, message in (([3.], None), ([3., 1.], 'a.rec#0 has 2 labels, not a class number')):
+        writer = recordio.MXRecordIO(path, 'w')
+        for _ in range(4):
+            writer.write(recordio.pack(recordio.IRHeader(0, row, 0, 0), b'image'))
+        writer.close()
+        if message is None:
+            assert labelled_source(path)[1].tolist() == [3] * 4
+        else:
+            with pytest.raises(ValueError, match=message):
+                labelled_source(path)
+
+
+def test_digits_hold_out_the_images_of_pre_training():
+    from mxsimmim import validation
+    assert SEED == validation.SEED
+    found = open_labelled(DataConfig(path='digits', val_fraction=0.2), seed=7)
+    train, held_out = hold_out(Digits(), 0.2, validation.SEED)
+    assert found.classes == tuple('0123456789')
+    for mine, want, labels in ((found.train, train, found.train_labels),
+                               (found.held_out, held_out, found.held_out_labels)):
+        assert [mine.name(i) for i in range(len(mine))] == [want.name(i) for i in range(len(want))]
+        assert (labels == Digits().labels()[want.indices]).all()
+    assert len(found.train_labels) == 1438 and np.bincount(Digits().labels())[:3].tolist() == [178, 182, 177]
+
+
+def test_few_labels_a_class():
+    digits = Digits().labels()
+
+    def kept(count, seed):
+        data = DataConfig(path='digits', val_fraction=0.2, labels_per_class=count)
+        train, labels, held_out, held_out_labels, _ = open_labelled(data, seed)
+        names = [train.name(i) for i in range(len(train))]
+        assert np.bincount(labels).tolist() == [count] * 10 and len(held_out) == len(held_out_labels) == 359
+        assert all(digits[int(name.split('#')[1])] == label for name, label in zip(names, labels))
+        assert not set(names) & {held_out.name(i) for i in range(359)}
+        return set(names)
+
+    assert kept(10, seed=1) == kept(10, seed=1) and kept(10, seed=1) < kept(25, seed=1)
+    assert len(kept(10, seed=1) & kept(10, seed=2)) < 30
+    with pytest.raises(ValueError, match="data.labels_per_class=160, but class '0' has 139 training images: lower it"):
+        kept(160, seed=1)
