@@ -5,6 +5,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# What `export --format onnx` and `serve` need. aiohttp: the newest of each Python, for what its parsers have mended since.
+DEPLOY = [
+    'onnx==1.17.0',
+    'onnxruntime==1.19.2',
+    'aiohttp==3.10.11; python_version < "3.9"',
+    'aiohttp==3.13.3; python_version >= "3.9"',
+    'prometheus_client==0.21.1',
+]
+
 if not (3, 8) <= sys.version_info[:2] <= (3, 11):
     sys.exit('mxsimmim needs Python 3.8 to 3.11 (MXNet 1.9.1 needs numpy < 1.24, which newer Pythons do not have); '
              f'{sys.executable} is Python {sys.version.split()[0]}. `make demo` finds a fitting one.')
@@ -52,7 +61,8 @@ setup(
         ],
         # Has no wheel and must be compiled against the installed mxnet: the Makefile does.
         'horovod': ['horovod==0.28.1'],
-        'test': ['pytest==8.3.5', 'ruff==0.17.5'],
+        'deploy': DEPLOY,
+        'test': ['pytest==8.3.5', 'ruff==0.17.5'] + DEPLOY,
         'bench': ['torch==2.13.0; python_version >= "3.10"'],
     },
 )

@@ -54,12 +54,51 @@ def probe(args: argparse.Namespace) -> int:
     config = run.read_config(args.run)
     other = [text for text in args.overrides if not text.startswith('data.')]
     if other:
-        raise ConfigError(f"probe: '{other[0]}' cannot be changed: the network is that of {args.run}; only data.… can")
+        raise ConfigError(f"'{other[0]}': only data.… can be changed, the rest is what {args.run} was trained with")
     if args.overrides:
         config = configfile.load(Path(args.run) / 'config.yaml', args.overrides)
     runtime.prepare(config.runtime)
     from . import probe
     print(probe.probe(Path(args.run), config, args.block, args.seeds))
+    return 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    from . import run, runtime
+    runtime.prepare(run.read_config(args.run).runtime)
+    from .deploy import predict
+    predict.predict(Path(args.run), args.images, args.top)
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    from . import run, runtime
+    runtime.prepare(run.read_config(args.run).runtime)
+    from .deploy import serve
+    serve.serve(Path(args.run), args.host, args.port, args.max_batch, args.max_bytes)
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    from . import runtime
+    from .config import RuntimeConfig
+    runtime.prepare(RuntimeConfig())
+    from . import exchange
+    print(exchange.import_weights(Path(args.file), Path(args.run), args.config, args.overrides, args.classes))
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from . import run, runtime
+    runtime.prepare(run.read_config(args.run).runtime)
+    if args.format:
+        from .deploy import export
+        print(export.export(args.run, args.file, args.format, args.int8, args.images, args.max_drop))
+    elif args.int8:
+        raise ConfigError('--int8 is of --format symbol: add that')
+    else:
+        from . import exchange
+        print(exchange.export_weights(Path(args.run), Path(args.file), args.names))
     return 0
 
 
@@ -92,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(title='commands', metavar='COMMAND', dest='command', required=True)
 
     def command(function, summary, *arguments):
-        sub = commands.add_parser(function.__name__, help=summary, description=summary)
+        sub = commands.add_parser(function.__name__.rstrip('_'), help=summary, description=summary)
         sub.set_defaults(function=function)
         for names, options in arguments:
             sub.add_argument(*names, **options)
@@ -111,13 +150,36 @@ def parser() -> argparse.ArgumentParser:
     block = (['--block'], dict(default='', metavar='N', help='after which block, from 1 (the last)'))
     command(features, "write the features that a run's network has of images", run,
             (['images'], dict(nargs='+', metavar='IMAGES', help='files, folders, a RecordIO file, or digits')),
-            (['-o', '--output'], dict(default='features.npz', metavar='NPZ', help='file to write (features.npz)')), block,
-            (['--picture'], dict(metavar='PNG', help='also draw them (t-SNE)')))
+            (['-o', '--output'], dict(default='features.npz', metavar='NPZ', help='file to write (features.npz)')),
+            block, (['--picture'], dict(metavar='PNG', help='also draw them (t-SNE)')))
     command(probe, "classify by a run's frozen features: linear probe and nearest neighbours", run,
             (['overrides'], dict(nargs='*', metavar='data.key=value', help='labelled images, if others than the '
                                  "run's: data.path=…; data.labels_per_class=10 for few labels")),
             (['--block'], dict(default='', metavar='N', help='after which block, from 1 (the last), or all')),
             (['--seeds'], dict(type=int, default=5, metavar='S', help='draws of the few labels (5)')))
+    command(predict, "print the classes that a run's classifier gives to images", run,
+            (['images'], dict(nargs='+', metavar='IMAGES', help='files or folders')),
+            (['--top'], dict(type=int, default=5, metavar='K', help='classes an image (5)')))
+    command(serve, "answer HTTP requests with a run's network: an image in, classes or a reconstruction out", run,
+            (['--host'], dict(default='127.0.0.1', help='address to listen on (127.0.0.1)')),
+            (['--port'], dict(type=int, default=8080, help='port to listen on (8080); 0: a free one')),
+            (['--max-batch'], dict(type=int, default=32, metavar='N', help='images computed at once at most (32)')),
+            (['--max-bytes'], dict(type=int, default=10_000_000, metavar='N', help='of an upload (10000000)')))
+    command(import_, "make a run of another program's weights: SimMIM's own, timm's or Hugging Face's",
+            (['file'], dict(metavar='FILE', help='.pth of PyTorch, which is not needed, or .safetensors')),
+            (['run'], dict(metavar='RUN', help='folder to make, e.g. runs/official')), overrides,
+            (['--config'], dict(default='', metavar='CONFIG', help='YAML file, for what the weights do not tell')),
+            (['--classes'], dict(default='', metavar='FILE', help="a classifier's class names, one a line (numbers)")))
+    command(export, "write a run's network for other programs", run,
+            (['file'], dict(metavar='FILE', help='to write: .pth of PyTorch, .safetensors, or as --format says')),
+            (['--names'], dict(default='official', choices=['official', 'timm', 'hf'],
+                               help="of weights: SimMIM's own (official), timm's or Hugging Face's")),
+            (['--format'], dict(choices=['symbol', 'onnx'], help="the network instead of its weights: MXNet's symbol "
+                                'and parameters, FILE being their prefix, or ONNX')),
+            (['--int8'], dict(action='store_true', help='symbol: quantised, its accuracy and speed beside float32')),
+            (['--images'], dict(metavar='PATH', help="int8: labelled images to calibrate and test with (the run's)")),
+            (['--max-drop'], dict(type=float, default=1.0, metavar='POINTS',
+                                  help='int8: percentage points of accuracy it may cost (1)')))
     command(plot, "draw a run's curves", run,
             (['-o', '--output'], dict(metavar='PNG', help='picture to write (RUN/curves.png)')))
     command(config, 'print every key with its default and meaning, or what a file and overrides resolve to',

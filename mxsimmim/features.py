@@ -78,7 +78,7 @@ def blocks_named(text: str, model: ModelConfig) -> List[int]:
     if not text:
         return [model.blocks]
     if not text.isdecimal() or not 1 <= int(text) <= model.blocks:
-        raise ValueError(f'--block {text}: this {model.type} has blocks 1 to {model.blocks}; the last one is the default')
+        raise ValueError(f'--block {text}: this {model.type} has blocks 1 to {model.blocks}; without it: the last')
     return [int(text)]
 
 

@@ -134,7 +134,8 @@ def embedding(points: np.ndarray, labels: Optional[np.ndarray], classes: Sequenc
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 8), layout='constrained')
+    width, height = np.ptp(points, axis=0)
+    figure = Figure(figsize=(9, min(max(8 * height / max(width, 1e-9), 5), 12)), layout='constrained')
     axes = figure.subplots()
     size = min(max(3e4 / len(points), 4), 40)
     if labels is None:

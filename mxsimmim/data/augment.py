@@ -26,7 +26,7 @@ def _times(most: float) -> Callable[[float], float]:
 
 
 def _affine(matrix: Callable[[float, Image.Image], Tuple[float, ...]]) -> Callable[..., Image.Image]:
-    """From the source point of (0, 0) and what a step right or down adds to it: x, dx/dx, dx/dy, then y."""
+    """With (a, b, c, d, e, f) of `matrix`, (x, y) shows what was at (ax + by + c, dx + ey + f)."""
     return lambda image, value, how: image.transform(image.size, Image.AFFINE, matrix(value, image), **how)
 
 

@@ -127,8 +127,8 @@ def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> It
     inside = [_below(path, file).split(os.sep) for file in files]
     outside = [os.path.join(path, *parts) for parts in inside if len(parts) == 1]
     if outside:
-        raise ValueError(f'{len(outside):,} of the {len(files):,} images in {path} are in no class folder, the first is '
-                         f'{outside[0]}: move images to {path}/CLASS/, or name their classes in a file, data.labels')
+        raise ValueError(f'{len(outside):,} of the {len(files):,} images in {path} are in no class folder, the first '
+                         f'is {outside[0]}: move images to {path}/CLASS/, or name their classes in a file, data.labels')
     empty = sorted(folders - {parts[0] for parts in inside})
     if empty:
         raise ValueError(f'class folder {os.path.join(path, empty[0])} has no images: add some or remove the folder')
@@ -141,30 +141,36 @@ def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> It
 
 def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[str]) -> Iterator[str]:
     """Each file's class according to the lines of `table`."""
-    wanted = {_below(path, file) for file in files}
-    rows = csv.reader(_read_lines(table, 'data.labels'), delimiter='\t' if table.lower().endswith('.tsv') else ',')
+    wanted, known = {_below(path, file) for file in files}, set(classes)
     found: Dict[str, Tuple[str, int]] = {}  # relative path -> class, line
-    for row in rows:
-        if not row:
-            continue
-        line = f'{table}, line {rows.line_num}'
+    for number, row in _rows(table):
+        line = f'{table}, line {number}'
         if len(row) != 2 or not all(field.strip() for field in row):
-            raise ValueError(f"{line} is not 'relative path,class' (separated by a tab in a .tsv file): "
-                             f'{rows.dialect.delimiter.join(row)[:100]}')
+            raise ValueError(f"{line} is not 'relative path,class' (separated by a tab in a .tsv file): found "
+                             f'{", ".join(map(repr, row))[:100]}')
         file, name = os.path.normpath(row[0].strip()), row[1].strip()
         if file not in wanted:
             raise ValueError(f'{line}: there is no image {file} in {path}: remove the line (a heading, too), or add it')
         if file in found:
             raise ValueError(f'{line}: {file} is already in line {found[file][1]}: remove one')
-        if classes and name not in classes:
+        if known and name not in known:
             raise ValueError(f"{line}: class '{name}' is not one of the {len(classes)} of data.classes, "
                              f'{_listed(classes)}: correct it or complete data.classes')
-        found[file] = name, rows.line_num
+        found[file] = name, number
     missing = sorted(wanted - set(found))
     if missing:
         raise ValueError(f'{len(missing):,} of the {len(files):,} images in {path} have no line in {table}, the first '
                          f'is {missing[0]}: add their lines, or remove them')
     return (found[_below(path, file)][0] for file in files)
+
+
+def _rows(table: str) -> List[Tuple[int, List[str]]]:
+    """(line number, fields) of each line that is not empty."""
+    reader = csv.reader(_read_lines(table, 'data.labels'), delimiter='\t' if table.lower().endswith('.tsv') else ',')
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise ValueError(f'{table}, line {reader.line_num}: {error}: write relative path,class a line') from None
 
 
 def _below(path: str, file: str) -> str:
@@ -173,8 +179,8 @@ def _below(path: str, file: str) -> str:
 
 def _read_lines(file: str, key: str) -> List[str]:
     try:
-        with open(file, encoding='utf-8-sig', newline='') as opened:
-            return opened.read().splitlines()
+        with open(file, encoding='utf-8-sig') as opened:
+            return opened.read().split('\n')
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
         raise ValueError(f'{key}={file} cannot be read: {reason}') from None

@@ -26,8 +26,8 @@ class BrokenImage(ValueError):
 
 class Sample(NamedTuple):
     """What the network gets of one image."""
-    image: np.ndarray  # uint8 (S, S, 3)
-    mask: np.ndarray  # uint8 (h, w), 1 = masked
+    image: np.ndarray  # uint8 (S, S, 3), or float32 (3, S, S), normalised, where a classifier is trained
+    mask: np.ndarray  # uint8 (h, w), 1 = masked; (0, 0) for a classifier
     uniform: np.ndarray  # float32 (U,) in [0, 1), for stochastic depth: data, so that no device or worker matters
     label: np.ndarray  # float32 (K,), the target distribution over the classes; K = 0 in pre-training
 

@@ -1,5 +1,6 @@
 """A trained network as a graph of operators, and MXNet's files of it."""
 import json
+import warnings
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
@@ -79,6 +80,8 @@ def save_symbol(graph: Graph, prefix: Path) -> List[Path]:
 
 def load_symbol(files: List[Path], graph: Graph) -> SymbolBlock:
     """The network that the two files describe, as any MXNet program loads it."""
-    net = SymbolBlock.imports(str(files[0]), list(graph.inputs), str(files[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # that it cannot tell the inputs' type: float32, its default
+        net = SymbolBlock.imports(str(files[0]), list(graph.inputs), str(files[1]))
     net.hybridize(static_alloc=True)
     return net

@@ -94,7 +94,7 @@ def table(measured: Dict[str, Measured], images: int, calibration: int) -> str:
         times = ''.join(f'{f"{ms:.2f} ms":>14}' for ms in row.latency.values())
         lines.append(f'{name:<9}{f"{row.accuracy:.2f} %":>10}{times}')
     gains = ''.join(f'{_speed(plain.latency[b] / int8.latency[b]):>14}' for b in plain.latency)
-    return '\n'.join(lines + [f'{"int8":<9}{f"{int8.accuracy - plain.accuracy:+.2f}":>10}{gains}'])
+    return '\n'.join(lines + [f'{"change":<9}{f"{int8.accuracy - plain.accuracy:+.2f}":>10}{gains}'])
 
 
 def _speed(ratio: float) -> str:
@@ -107,8 +107,9 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
     if images in (None, data.path):
         own = open_labelled(data, trained.config.seed)
         if own.classes != trained.classes:
-            raise ValueError(f'{data.path} has other classes than the run ({len(own.classes)}, not '
-                             f'{len(trained.classes)}): name the right images with --images')
+            raise ValueError(f'{data.path} has {len(own.classes)} classes ({", ".join(own.classes[:3])}, …), the run '
+                             f'{len(trained.classes)} ({", ".join(trained.classes[:3])}, …): name the right images '
+                             'with --images')
         if own.held_out is None:
             raise ValueError('the run held out no images that could tell what int8 costs: name some with --images')
         order = generator(0).permutation(len(own.train))[:CALIBRATION]

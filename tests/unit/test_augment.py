@@ -1,4 +1,4 @@
-"""RandAugment's table, random erasing, mixup and CutMix: against hand-made pixels and numbers recorded from timm 0.4."""
+"""RandAugment's table, random erasing, mixup and CutMix: against pixels by hand and numbers recorded from timm 0.4."""
 import math
 from collections import Counter
 

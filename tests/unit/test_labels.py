@@ -1,4 +1,4 @@
-"""Classes from folders, tables, RecordIO and the digits; few labels a class; and what is said when they do not match."""
+"""Classes from folders, tables, RecordIO and the digits; few labels a class; what is said when they do not match."""
 import os
 
 import numpy as np
@@ -79,7 +79,7 @@ def test_folders_that_do_not_divide_into_classes(animals, extra, message):
 
 def test_messages_count_and_a_single_class(tmp_path):
     touch(tmp_path, 'flat/1.jpg', 'flat/2.jpg', 'flat/3.jpg')
-    with pytest.raises(ValueError, match='3 of the 3 images in .*flat are in no class folder, the first is .*flat/1.jpg'):
+    with pytest.raises(ValueError, match='3 of the 3 images in .*flat are in no class folder, the first is .*/1.jpg'):
         open_labelled(DataConfig(path=str(tmp_path / 'flat')), 0)
     with pytest.raises(ValueError, match="has one class, 'flat': a classifier needs two or more"):
         open_labelled(DataConfig(path=str(tmp_path)), 0)
@@ -106,7 +106,9 @@ def test_table(tmp_path, name, text):
     ('../out.jpg,no\n', 'line 1: there is no image ../out.jpg in'),
     ('a.jpg,no\nb.jpg,no\n./a.jpg,yes\n', 'labels.csv, line 3: a.jpg is already in line 1: remove one'),
     ('a.jpg,no\nb.jpg,maybe\n', "labels.csv, line 2: class 'maybe' is not one of the 2 of data.classes, no, yes: corr"),
-    ('a.jpg,no\nb.jpg\n', r"labels.csv, line 2 is not 'relative path,class' \(separated by a tab .*\): b.jpg"),
+    ('a.jpg,no\nb.jpg\n', r"labels.csv, line 2 is not 'relative path,class' \(separated by a tab .*\): found 'b.jpg'"),
+    ('a.jpg,no\n"b.jpg,yes\ndeep/c.jpg,yes\n', "line 4 is not 'relative path,class' .*: found 'b.jpg,yesdeep"),
+    ('a.jpg,' + 'n' * 200000, 'labels.csv, line 1: field larger than field limit'),
     ('a.jpg,no,1\n', "line 1 is not 'relative path,class'"), ('a.jpg,\n', "line 1 is not 'relative path,class'"),
     ('a.jpg,no\n', '2 of the 3 images in .*images have no line in .*labels.csv, the first is b.jpg: add'),
     ('a.jpg,no\nb.jpg,yes\n', '1 of the 3 images .* the first is deep/c.jpg'), ('', '3 of the 3 images')])

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim.config import DataConfig, MaskConfig, ModelConfig
+from mxsimmim.config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
+from mxsimmim.data.augment import mix_pair
 from mxsimmim.data.loader import Loader, TooManyBroken, fixed_batches
 from mxsimmim.data.sampling import batch_at, generator
 from mxsimmim.data.sources import Digits, Subset
-from mxsimmim.data.transforms import EvalTransform, PretrainTransform
+from mxsimmim.data.transforms import ClassifyEvalTransform, ClassifyTransform, EvalTransform, PretrainTransform
 
 MODEL, MASK = ModelConfig(img_size=32, patch_size=4, depth=3, drop_path=0.1), MaskConfig(patch_size=8)
 PRETRAIN, EVAL = (kind(DataConfig(), MASK, MODEL) for kind in (PretrainTransform, EvalTransform))
@@ -51,7 +52,7 @@ def assert_equal(one, other):
     assert [step for step, _ in one] == [step for step, _ in other]
     for (_, a), (_, b) in zip(one, other):
         assert a.epoch == b.epoch
-        for field in ('image', 'mask', 'uniform', 'index'):
+        for field in ('image', 'mask', 'uniform', 'index', 'label'):
             assert (getattr(a, field) == getattr(b, field)).all()
 
 
@@ -167,6 +168,58 @@ def test_an_abandoned_loop_ends_the_threads():
     for _ in loader(Pictures(100), batch=10).iterate(0, 10):
         break
     assert loader_threads() == []
+
+
+LABELS = np.arange(19) % 5
+CLASSIFY = ClassifyTransform(DataConfig(), AugmentConfig(), MODEL, LABELS, 5)
+
+
+def decoded(source, index):
+    return np.asarray(Image.open(io.BytesIO(source.read(index))))
+
+
+@pytest.mark.parametrize('batch', [6, 7])
+def test_partners_are_mixed(batch):
+    """Positions 0 and 1, 2 and 3, …; the last of an odd number stays as it is."""
+    source, mixed = Pictures(19), 0
+    for _, found in loader(source, batch=batch, transform=CLASSIFY).iterate(0, 4):
+        samples = [CLASSIFY(decoded(source, i), generator(SEED, found.epoch, i), i) for i in map(int, found.index)]
+        images, labels = (np.stack([getattr(sample, field) for sample in samples]) for field in ('image', 'label'))
+        alone = labels.copy()
+        for first in range(0, batch - 1, 2):
+            pair, indices = slice(first, first + 2), map(int, found.index[first:first + 2])
+            mix_pair(images[pair], labels[pair], generator(SEED, found.epoch, *indices), AugmentConfig())
+        assert (found.image == images).all() and (found.label == labels).all()
+        mixed += (labels != alone).any(1).sum()
+        assert batch == 6 or (found.label[-1] == alone[-1]).all()
+        np.testing.assert_allclose(found.label.sum(1), 1, atol=1e-6)
+    assert mixed > 10
+
+
+def test_mixed_batches_do_not_depend_on_threads_start_or_workers():
+    source = Pictures(19)
+    whole = list(loader(source, batch=6, transform=CLASSIFY).iterate(0, 9))
+    assert_equal(list(loader(source, threads=1, batch=6, transform=CLASSIFY, prefetch=1).iterate(0, 9)), whole)
+    assert_equal(list(loader(source, threads=5, batch=6, transform=CLASSIFY).iterate(4, 9)), whole[4:])
+    for part in (slice(0, 4), slice(4, 6)):  # what two workers would get
+        def own(step, part=part):
+            epoch, index = batch_at(step, 19, 6, SEED)
+            return epoch, index[part]
+        load = Loader(source, CLASSIFY, own, SEED, 2, 2, 0, pytest.fail)
+        for (_, mine), (_, all_of_it) in zip(load.iterate(0, 9), whole):
+            assert (mine.image == all_of_it.image[part]).all() and (mine.label == all_of_it.label[part]).all()
+
+
+def test_a_replaced_image_keeps_its_own_label():
+    source = Pictures(19, broken=(3, 4))
+    plain = ClassifyTransform(DataConfig(), AugmentConfig(mixup=0, cutmix=0, smoothing=0), MODEL, LABELS, 5)
+    evaluation = ClassifyEvalTransform(DataConfig(), MODEL, LABELS, 5)
+    for transform in (plain, evaluation):
+        load = loader(source, batch=19, max_broken=2, log=lambda text: None, transform=transform)
+        (_, batch), = load.iterate(0, 1)
+        shown = np.where(np.isin(batch.index, (3, 4)), 5, batch.index)
+        assert (batch.label.argmax(1) == LABELS[shown]).all() and (batch.label.max(1) == 1).all()
+        assert batch.mask.shape == (19, 0, 0)
 
 
 @pytest.mark.parametrize('threads', [1, 3])

@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mxsimmim import pictures
 
@@ -137,3 +138,53 @@ def test_no_run_and_no_place(tmp_path):
     write_metrics(tmp_path, [{'step': 1, 'loss': 1.0}])
     with pytest.raises(ValueError, match=f'{tmp_path}/no/curves.png: cannot be written: No such file.*another place'):
         pictures.plot(tmp_path, tmp_path / 'no' / 'curves.png')
+
+
+def colors(file):
+    """How many pixels have each color, and the size (W, H)."""
+    with Image.open(file) as image:
+        return {color: count for count, color in image.convert('RGB').getcolors(1 << 24)}, image.size
+
+
+def test_confusion_is_drawn_in_shares_of_the_true_class(tmp_path):
+    """Half of a thousand images or of two: the same blue. What was never taken for another is white."""
+    matrix = np.array([[500, 500, 0], [0, 4, 0], [0, 1, 1]])
+    pictures.confusion(matrix, ['a$', 'b', 'c' * 40], tmp_path / 'out.png')
+    found, size = colors(tmp_path / 'out.png')
+    import matplotlib
+    blues = [tuple(int(round(255 * part)) for part in matplotlib.colormaps['Blues'](share)[:3])
+             for share in (0.0, 0.5, 1.0)]
+    cell = {share: sum(count for color, count in found.items() if np.abs(np.subtract(color, blue)).max() <= 2)
+            for share, blue in zip((0, 0.5, 1), blues)}
+    assert size[0] > 500 and cell[1] > 5000
+    assert cell[0] / cell[1] == pytest.approx(4, rel=0.1) and cell[0.5] / cell[1] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize('classes', [1, 20, 21, 51, 300])
+def test_confusion_of_many_classes(classes, tmp_path):
+    pictures.confusion(np.eye(classes, dtype=int), [f'class {k}' for k in range(classes)], tmp_path / 'out.png')
+    found, size = colors(tmp_path / 'out.png')
+    assert 500 < min(size) and max(size) < 2000 and len(found) > 10
+
+
+@pytest.mark.parametrize('classes', [1, 10, 15, 40])
+def test_embedding_has_a_color_a_class(classes, tmp_path, drawn):
+    labels = np.random.default_rng(0).permutation(np.arange(classes).repeat(5))
+    points = np.random.default_rng(1).standard_normal((len(labels), 2))
+    pictures.embedding(points, labels, [f'class {k}' for k in range(classes)], 'title', tmp_path / 'out.png')
+    pictures.embedding(points, None, (), 'title', tmp_path / 'plain.png')
+    (axes,), (plain,) = drawn[0].axes, drawn[1].axes
+    assert [np.array_equal(clouds.get_offsets(), points[labels == k]) for k, clouds in enumerate(axes.collections)] == [
+        True] * classes
+    assert len({tuple(clouds.get_facecolor()[0]) for clouds in axes.collections}) == classes
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [f'class {k}' for k in range(classes)] if (
+        classes <= 20) else legend is None
+    assert np.array_equal(plain.collections[0].get_offsets(), points) and plain.get_legend() is None
+
+
+def test_pictures_that_cannot_be_written(tmp_path):
+    for draw in (lambda out: pictures.confusion(np.eye(2, dtype=int), 'ab', out),
+                 lambda out: pictures.embedding(np.eye(2), None, (), '', out)):
+        with pytest.raises(ValueError, match='none/out.png: cannot be written'):
+            draw(tmp_path / 'none' / 'out.png')

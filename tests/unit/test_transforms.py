@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim.config import DataConfig, MaskConfig, ModelConfig
+from mxsimmim.config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
 from mxsimmim.data import transforms
+from mxsimmim.data.augment import erase, rand_augment
 from mxsimmim.data.sampling import generator
-from mxsimmim.data.transforms import (BrokenImage, EvalTransform, PretrainTransform, decode, random_crop, resize,
-                                      resize_short_side)
+from mxsimmim.data.transforms import (BrokenImage, ClassifyEvalTransform, ClassifyTransform, EvalTransform,
+                                      PretrainTransform, decode, normalise, random_crop, resize, resize_short_side)
 
 VIT = ModelConfig(drop_path=0.1)
 
@@ -117,11 +118,13 @@ def test_decompression_bomb(form, monkeypatch):
 
 @pytest.mark.parametrize('width, height, size', [(500, 375, 224), (231, 224, 224), (40, 700, 32), (8, 8, 32),
                                                  (224, 224, 224), (1, 1, 7), (3, 500, 64), (1200, 900, 192), (5, 2, 1)])
-def test_resize_equals_pillow(width, height, size):
+@pytest.mark.parametrize('bicubic', [False, True])
+def test_resize_equals_pillow(width, height, size, bicubic):
     image = picture(width, height, seed=width)
-    want = np.asarray(Image.fromarray(image).resize((size, size), Image.BILINEAR))
-    assert (resize(image, size) == want).all()
-    assert (resize(image, size, flip=True) == want[:, ::-1]).all()
+    image[:, ::3] = np.where(image[:, ::3] < 128, 0, 255)  # edges that a cubic overshoots at
+    want = np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC if bicubic else Image.BILINEAR))
+    assert (resize(image, size, bicubic=bicubic) == want).all()
+    assert (resize(image, size, flip=True, bicubic=bicubic) == want[:, ::-1]).all()
 
 
 def test_resize_of_a_crop_does_not_look_beyond_it():
@@ -203,6 +206,13 @@ def test_pretrain_transform_equals_the_pieces():
     assert 0 < flips < 20
 
 
+def test_bicubic_crops():
+    data = DataConfig(interpolation='bicubic', crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+    image = picture(300, 300)
+    want = np.asarray(Image.fromarray(image).resize((224, 224), Image.BICUBIC))
+    assert (PretrainTransform(data, MaskConfig(), ModelConfig())(image, generator(0)).image == want).all()
+
+
 def test_flip_can_be_switched_off():
     data = DataConfig(flip=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     transform, image = PretrainTransform(data, MaskConfig(), ModelConfig()), picture(300, 300)
@@ -237,5 +247,75 @@ def test_digits_take_the_same_way():
 @pytest.mark.parametrize('transform, uniforms', [(PretrainTransform, 24), (EvalTransform, 0)])
 def test_allocate(transform, uniforms):
     arrays = transform(DataConfig(), MaskConfig(), VIT).allocate(5)
-    assert [a.shape for a in arrays] == [(5, 224, 224, 3), (5, 14, 14), (5, uniforms)]
-    assert [a.dtype for a in arrays] == [np.uint8, np.uint8, np.float32]
+    assert [a.shape for a in arrays] == [(5, 224, 224, 3), (5, 14, 14), (5, uniforms), (5, 0)]
+    assert [a.dtype for a in arrays] == [np.uint8, np.uint8, np.float32, np.float32]
+
+
+def test_normalise():
+    image = np.arange(256 * 3).reshape(16, 16, 3).astype(np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    result = normalise(image, mean, std)
+    assert result.dtype == np.float32 and result.flags.c_contiguous
+    np.testing.assert_allclose(result, ((image / 255 - mean) / std).transpose(2, 0, 1), atol=1e-6)
+
+
+LABELS = np.array([2, 0, 3])
+FINE = DataConfig(crop_scale=(0.08, 1.0), interpolation='bicubic')
+
+
+def test_classify_transform_equals_the_pieces():
+    transform, image = ClassifyTransform(FINE, AugmentConfig(), VIT, LABELS, 4), picture(500, 375)
+    how = {'resample': Image.BICUBIC, 'fillcolor': (124, 116, 104)}  # 255 x the mean
+    erased = 0
+    for number in range(20):
+        rng = generator(number)
+        uniform = rng.random(24, np.float32)
+        flip = rng.random() < 0.5
+        top, left, height, width = random_crop(rng, 375, 500, (0.08, 1.0), (3 / 4, 4 / 3))
+        crop = Image.fromarray(image).crop((left, top, left + width, top + height)).resize((224, 224), Image.BICUBIC)
+        crop = crop.transpose(Image.FLIP_LEFT_RIGHT) if flip else crop
+        before = normalise(np.asarray(rand_augment(crop, rng, AugmentConfig(), how)), FINE.mean, FINE.std)
+        want = before.copy()
+        erase(want, rng, 0.25)
+        sample = transform(image, generator(number), number % 3)
+        assert (sample.image == want).all() and (sample.uniform == uniform).all()
+        assert sample.mask.shape == (0, 0)
+        np.testing.assert_allclose(sample.label, np.eye(4)[LABELS[number % 3]] * 0.9 + 0.025, atol=1e-7)
+        erased += (want != before).any()
+    assert 0 < erased < 20
+
+
+def test_classify_transform_without_augmentations():
+    off = AugmentConfig(rand_ops=0, erasing=0, mixup=0, cutmix=0, smoothing=0)
+    data = DataConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0)
+    transform, image = ClassifyTransform(data, off, ModelConfig(), LABELS, 4), picture(300, 300)
+    want = normalise(np.asarray(Image.fromarray(image).resize((224, 224), Image.BILINEAR)), data.mean, data.std)
+    sample = transform(image, generator(1), 1)
+    assert (sample.image == want).all() and sample.label.tolist() == [1, 0, 0, 0] and sample.uniform.shape == (0,)
+    assert transform.group == 1 and ClassifyTransform(data, AugmentConfig(), VIT, LABELS, 4).group == 2
+
+
+@pytest.mark.parametrize('width, height, size, crop, short, left, top', [
+    (500, 375, 192, 0.875, (292, 219), 50, 14),  # 13.5 is rounded to the even 14
+    (375, 500, 192, 0.875, (219, 292), 14, 50), (500, 375, 224, 0.875, (341, 256), 58, 16),  # and 58.5 to 58
+    (256, 256, 224, 0.875, (256, 256), 16, 16), (1000, 80, 224, 0.875, (3200, 256), 1488, 16),
+    (8, 8, 32, 0.875, (36, 36), 2, 2), (8, 8, 32, 1.0, (32, 32), 0, 0), (640, 427, 224, 1.0, (335, 224), 56, 0)])
+def test_classify_eval_transform(width, height, size, crop, short, left, top):
+    """The boxes of torchvision's Resize and CenterCrop, whose pixels these were found to equal."""
+    image, data = picture(width, height), DataConfig(eval_crop=crop)
+    resized = Image.fromarray(image).resize(short, Image.BICUBIC)
+    sample = ClassifyEvalTransform(data, ModelConfig(img_size=size, patch_size=8))(image, generator(0))
+    assert (sample.image == np.asarray(resized.crop((left, top, left + size, top + size)))).all()
+    assert sample.mask.shape == (0, 0) and sample.uniform.shape == sample.label.shape == (0,)
+    labelled = ClassifyEvalTransform(data, ModelConfig(img_size=size, patch_size=8), LABELS, 4)
+    assert labelled(image, generator(0), 2).label.tolist() == [0, 0, 0, 1]
+
+
+def test_classify_allocate():
+    arrays = ClassifyTransform(FINE, AugmentConfig(), VIT, LABELS, 4).allocate(5)
+    assert [a.shape for a in arrays] == [(5, 3, 224, 224), (5, 0, 0), (5, 24), (5, 4)]
+    assert [a.dtype for a in arrays] == [np.float32, np.uint8, np.float32, np.float32]
+    for labels, classes in ((None, 0), (LABELS, 4)):
+        arrays = ClassifyEvalTransform(FINE, VIT, labels, classes).allocate(5)
+        assert [a.shape for a in arrays] == [(5, 224, 224, 3), (5, 0, 0), (5, 0), (5, classes)]
+        assert arrays[0].dtype == np.uint8

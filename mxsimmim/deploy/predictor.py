@@ -1,0 +1,63 @@
+"""A trained network that answers about encoded images."""
+from typing import Any, List, NamedTuple, Sequence, Tuple
+
+import mxnet as mx
+import numpy as np
+
+from ..data.sampling import generator
+from ..data.transforms import ClassifyEvalTransform, EvalTransform, decode, normalise
+from ..parallel.placement import contexts_of
+from ..pictures import grid, to_uint8
+from ..trained import Trained
+
+SEED = 0  # of the mask that images to reconstruct get
+
+
+class Prepared(NamedTuple):
+    """One image on its way into the network."""
+    pixels: np.ndarray  # uint8 (S, S, 3)
+    image: np.ndarray  # float32 (3, S, S), normalised
+    mask: np.ndarray  # uint8 (h, w), 1 = masked; empty for a classifier
+
+
+class Predictor:
+    """Classes of images, or after pre-training their reconstruction; on the first of the run's devices.
+
+    `prepare` and `picture` may be called from any thread, `answer` from one at a time.
+    """
+
+    def __init__(self, trained: Trained):
+        config = trained.config
+        self.classes, self._data, self._net = trained.classes, config.data, trained.net
+        self._context = contexts_of(config.devices)[0]
+        self._net.collect_params().reset_ctx(self._context)
+        self._transform: Any = EvalTransform(config.data, config.mask, config.model)
+        if self.classes:
+            self._transform = ClassifyEvalTransform(config.data, config.model)
+        self._net.hybridize(static_alloc=True)
+
+    def prepare(self, data: bytes, name: str) -> Prepared:
+        """Decodes an image and brings it to the network's size.
+
+        Raises:
+            BrokenImage: not an image, damaged, or too many pixels; its text names it.
+        """
+        pixels, mask, *_ = self._transform(decode(data, name), generator(SEED))
+        return Prepared(pixels, normalise(pixels, self._data.mean, self._data.std), mask)
+
+    def answer(self, batch: Sequence[Prepared]) -> np.ndarray:
+        """Probabilities (B, classes) of a classifier; after pre-training reconstructions, uint8 (B, S, S, 3)."""
+        image = mx.nd.array(np.stack([item.image for item in batch]), ctx=self._context)
+        if self.classes:
+            return mx.nd.softmax(self._net(image), axis=1).asnumpy()
+        mask = mx.nd.array(np.stack([item.mask for item in batch]), ctx=self._context, dtype='uint8')
+        return to_uint8(self._net.reconstruct(image, mask).asnumpy(), self._data.mean, self._data.std)
+
+    def ranked(self, probabilities: np.ndarray) -> List[Tuple[str, float]]:
+        """(class name, probability) of one image, the most probable first."""
+        return [(self.classes[number], float(probabilities[number])) for number in np.argsort(-probabilities)]
+
+    @staticmethod
+    def picture(item: Prepared, reconstruction: np.ndarray) -> np.ndarray:
+        """Original, masked, and reconstruction pasted into what was masked, side by side: uint8 (H, W, 3)."""
+        return grid(item.pixels[None], item.mask[None], reconstruction[None])

@@ -1,0 +1,59 @@
+"""Does pre-training help? Classifiers of the digits with few labels, from a pre-trained encoder and from random weights.
+
+    few_labels.py [RUN] [--labels 10 0] [--seeds 5]
+
+Both with the recipe of conf/finetune_digits.yaml, each seed with labels and initial weights of its own, the same for
+both. Prints mean and standard deviation of the top-1 accuracy on the digits that were held out, from pre-training, too.
+"""
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import List
+
+from mxsimmim import configfile, runtime
+
+RECIPE = Path(__file__).parents[1] / 'conf' / 'finetune_digits.yaml'
+
+
+def accuracy(encoder: str, labels: int, seed: int) -> float:
+    """Top-1, in percent, of one fine-tuned classifier; `labels` a class, 0 for all."""
+    from mxsimmim import train
+    with tempfile.TemporaryDirectory() as folder:
+        length = [] if labels else ['train.length=20 epochs']
+        config = configfile.load(RECIPE, [f'output={folder}', f'seed={seed}', f'model.pretrained={encoder}',
+                                          f'data.labels_per_class={labels}', 'validation.every=100%', *length])
+        with open(Path(folder) / 'log', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            train.start(config)
+        return json.loads((Path(folder) / config.name / 'evaluation.json').read_text())['val_top1']
+
+
+def described(values: List[float]) -> str:
+    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('run', nargs='?', default='runs/digits', help='folder of the pre-training (runs/digits)')
+    parser.add_argument('--labels', type=int, nargs='+', default=[10], help='labels a class; 0: all (10)')
+    parser.add_argument('--seeds', type=int, default=5, help='runs a number (5)')
+    args = parser.parse_args()
+    runtime.prepare(configfile.load(RECIPE).runtime)
+    print(f'top-1 on held-out digits, %, {args.seeds} seeds     random weights    from {args.run}     gain')
+    for labels in args.labels:
+        columns: List[List[float]] = [[], []]
+        for seed in range(args.seeds):
+            for column, encoder in zip(columns, ('', args.run)):
+                column.append(accuracy(encoder, labels, seed))
+                if sys.stderr.isatty():
+                    print(f'\r{len(columns[0]) + len(columns[1])} of {2 * args.seeds} runs', end='\r', file=sys.stderr)
+        name = f'{labels} labels a class' if labels else 'all labels'
+        gain = statistics.mean(columns[1]) - statistics.mean(columns[0])
+        print(f'{name:<40}{described(columns[0]):>14}{described(columns[1]):>{8 + len(args.run) + 6}}{gain:>+9.1f}')
+
+
+if __name__ == '__main__':
+    main()
