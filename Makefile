@@ -12,8 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 workers and a parameter server
+demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 workers and a parameter server; then few labels
 	$(BIN)/python tools/launch.py -n 2 -s 1 -- $(BIN)/mxsimmim pretrain conf/digits.yaml
+	@echo '==> Does it help? Classifiers with 10 labels a class, with this encoder and without'
+	$(BIN)/python -W ignore tools/few_labels.py runs/digits
 
 test: $(VENV)/test  # runs every test
 	$(BIN)/python -m pytest

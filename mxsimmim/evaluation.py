@@ -60,7 +60,7 @@ class Evaluation:
 
     def _measure(self, placement: Replicated) -> Tuple[Dict[str, float], np.ndarray]:
         """The values of all workers, and the predicted classes of this one's images."""
-        tally, predicted, began = metrics.Tally(), [np.empty(0, int)], time.monotonic()
+        tally, predicted, clock = metrics.Tally(), [np.empty(0, int)], [time.monotonic()]
         config, workers = self._config, self._workers
         batch = -(-config.train.batch_size // (config.train.accumulate * workers.size))
         transform = ClassifyEvalTransform(config.data, config.model)
@@ -68,12 +68,16 @@ class Evaluation:
             for part in fixed_batches(self._source, transform, min(batch, self.images), self.images, 0,
                                       config.data.threads, max_broken=0, rank=workers.rank, size=workers.size):
                 predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
+                clock.append(time.monotonic())
         except TooManyBroken as error:
             raise ValueError(f'every image counts in an evaluation, so all must be readable: remove or repair '
                              f'{error.__context__ or error}') from None
-        gathered = workers.gather(np.append(tally.state(), time.monotonic() - began))
-        values = metrics.Tally(gathered[:, :-1].sum(axis=0)).values()
-        return {**values, 'val_images_per_second': self.images / gathered[:, -1].max()}, np.concatenate(predicted)
+        first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
+        speed = [sum(map(len, predicted[1 + first:])), clock[-1] - clock[first]]
+        gathered = workers.gather(np.concatenate([tally.state(), speed]))
+        values = metrics.Tally(gathered[:, :-2].sum(axis=0)).values()
+        values['val_images_per_second'] = gathered[:, -2].sum() / gathered[:, -1].max()
+        return values, np.concatenate(predicted)
 
     def _text(self, values: Dict[str, float], scores: np.ndarray, matrix: np.ndarray) -> str:
         lines = [f"top-1 {values['val_top1']:.2f} %, top-5 {values['val_top5']:.2f} % of {self.images:,} images, "

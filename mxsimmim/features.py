@@ -1,4 +1,5 @@
 """Features of a frozen network: the mean of an image's patch tokens after any block, nothing masked."""
+import contextlib
 import hashlib
 import json
 import os
@@ -86,8 +87,10 @@ def cached(run: Path, trained: Trained, data: DataConfig, source: Source, blocks
            ) -> Dict[int, np.ndarray]:
     """As `extract`, from the files in RUN/features where they hold the same weights, images and transform.
 
+    What cannot be kept there is computed every time.
+
     Raises:
-        ValueError: as `extract`, or a file that cannot be written.
+        ValueError: as `extract`.
     """
     origin = {'weights': _weights(trained), 'images': _images(source), 'img_size': trained.config.model.img_size,
               'eval_crop': data.eval_crop, 'mean': data.mean, 'std': data.std}
@@ -98,7 +101,9 @@ def cached(run: Path, trained: Trained, data: DataConfig, source: Source, blocks
     missing = [number for number in blocks if features[number] is None]
     for number, values in extract(trained, data, source, missing).items() if missing else ():
         features[number] = values
-        write(files[number], features=values, origin=digest)
+        with contextlib.suppress(OSError, ValueError):  # another's run, a full disk: it costs time, no more
+            files[number].parent.mkdir(exist_ok=True)
+            write(files[number], features=values, origin=digest)
     return features
 
 
@@ -140,7 +145,6 @@ def write(file: Path, **arrays: Any) -> None:
     """
     hidden = file.with_name(f'.{file.name}.{os.getpid()}')
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(hidden, 'wb') as opened:
                 np.savez(opened, **arrays)

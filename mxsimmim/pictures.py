@@ -62,6 +62,8 @@ def grid(image: np.ndarray, mask: np.ndarray, reconstruction: np.ndarray) -> np.
 def plot(run: Path, out: Path) -> None:
     """Draws loss, learning rate, gradient norm and images/s of a run over its steps into the PNG file `out`.
 
+    Of a classifier, accuracy takes the place of the gradient norm.
+
     Raises:
         ValueError: the run has no metrics, or `out` cannot be written.
     """
@@ -74,14 +76,16 @@ def plot(run: Path, out: Path) -> None:
     figure = Figure(figsize=(12, 8), layout='constrained')
     losses, rate, norm, speed = figure.subplots(2, 2, sharex=True).flat
     figure.suptitle(f'{Path(run).resolve().name}: {max(record["step"] for record in records):,} steps')
-    panels = ((losses, ('loss', 'val_loss'), 'loss on masked pixels'),
+    classifier = any('val_top1' in record for record in records)
+    panels = ((losses, ('loss', 'val_loss'), 'cross entropy' if classifier else 'loss on masked pixels'),
               (rate, ('lr',), 'learning rate'),
+              (norm, ('val_top1', 'val_top5'), 'correct among the first 1 or 5 guesses (%)') if classifier else
               (norm, ('grad_norm',), 'gradient norm (L2, before clipping)'),
               (speed, ('images_per_second',), 'speed (images/s)'))
     for axes, names, label in panels:
         _curves(axes, records, names)
         axes.set_ylabel(label)
-    for axes in (losses, norm):
+    for axes in (losses,) if classifier else (losses, norm):
         _mark_skipped(axes, records)
     for axes in (norm, speed):
         axes.set_xlabel('step (updates)')
@@ -89,6 +93,8 @@ def plot(run: Path, out: Path) -> None:
     rate.set_ylim(bottom=0)
     speed.set_ylim(bottom=0)
     losses.legend(loc='upper right')
+    if classifier:
+        norm.legend(loc='lower right')
     _save(figure, out)
 
 
@@ -177,8 +183,9 @@ def _points(records: List[Dict[str, Any]], name: str) -> Tuple[np.ndarray, np.nd
 
 def _curves(axes: Any, records: List[Dict[str, Any]], names: Sequence[str]) -> None:
     """One curve a name; losses and norms that span more than a factor of ten get a logarithmic scale."""
-    labels = {'loss': 'training', 'val_loss': 'validation'}
-    colors = {'loss': 'C0', 'val_loss': 'C1', 'lr': 'C2', 'grad_norm': 'C3', 'images_per_second': 'C4'}
+    labels = {'loss': 'training', 'val_loss': 'validation', 'val_top1': 'top-1', 'val_top5': 'top-5'}
+    colors = {'loss': 'C0', 'val_loss': 'C1', 'lr': 'C2', 'grad_norm': 'C3', 'images_per_second': 'C4', 'val_top1': 'C1',
+              'val_top5': 'C5'}
     drawn = []
     for name in names:
         steps, values = _points(records, name)

@@ -27,7 +27,7 @@ from .predictor import Predictor, Prepared
 
 QUEUE = 4  # batches' worth of requests that may be under way; more are turned away
 UPLOAD_SECONDS = 30  # an upload may take
-SHUTDOWN_SECONDS = 60  # requests under way may take at the end
+SHUTDOWN_SECONDS = 60  # uploads under way may take at the end
 PATHS = ('/predict', '/reconstruct', '/healthz', '/metrics')
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Service:
             max_bytes: of the body of a request.
         """
         self._predictor, self._max_bytes, self._limit = predictor, max_bytes, QUEUE * max_batch
-        self._open = 0  # uploads under way
+        self._open, self._ending = 0, False  # uploads under way; whether new ones are turned away
         self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), 'decoder')
         self._registry = registry = CollectorRegistry()
         self._requests = Counter('mxsimmim_requests', 'Requests answered.', ['path', 'status'], registry=registry)
@@ -62,6 +62,12 @@ class Service:
                         web.get('/healthz', self._healthy), web.get('/metrics', self._metrics)])
         app.on_cleanup.append(self._close)
         return app
+
+    async def finish(self) -> None:
+        """Takes nothing new and waits for the uploads under way."""
+        self._ending, deadline = True, time.monotonic() + SHUTDOWN_SECONDS
+        while self._open and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     async def _close(self, _: web.Application) -> None:
         self._batcher.close()
@@ -109,6 +115,8 @@ class Service:
 
     async def _answer(self, request: web.Request) -> Any:
         """(the prepared upload, the network's answer)."""
+        if self._ending:
+            raise web.HTTPServiceUnavailable(text='the service is ending: try again later')
         if self._open >= self._limit:
             raise web.HTTPServiceUnavailable(text=f'{self._limit} images are in work already: try again in a moment',
                                              headers={'Retry-After': '1'})
@@ -206,10 +214,13 @@ async def _run(service: Service, listener: socket.socket) -> None:
         loop.add_signal_handler(number, stop.set)
     # Compressed uploads stay as they are, which is no image: unpacking them could fill the memory.
     runner = web.AppRunner(service.app(), handle_signals=False, access_log=None, auto_decompress=False,
-                           lingering_time=1, shutdown_timeout=SHUTDOWN_SECONDS)
+                           lingering_time=1, shutdown_timeout=1)
     await runner.setup()
-    await web.SockSite(runner, listener).start()
+    site = web.SockSite(runner, listener)
+    await site.start()
     await stop.wait()
+    await site.stop()
+    await service.finish()  # before aiohttp's own end, which reads no more of an upload that has begun
     await runner.cleanup()
 
 

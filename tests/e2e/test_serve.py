@@ -168,12 +168,12 @@ def half_a_jpeg():
     ('POST', '/predict', b'', 400, 'empty'),
     ('POST', '/predict', b'GIF89a' + bytes(50), 400, 'the upload: '),
     ('POST', '/predict', half_a_jpeg(), 400, 'the upload: '),
-    ('POST', '/predict', bomb(), 400, '100000 x 100000 pixels are more than'),
+    ('POST', '/predict', bomb(), 400, 'pixels'),
     ('POST', '/predict', bytes(100_001), 413, '100,000 bytes'),
     ('POST', '/reconstruct', b'', 409, 'POST to /predict'),
     ('GET', '/predict', None, 405, 'takes POST'),
     ('GET', '/../../etc/passwd', None, 404, 'there is no'),
-], ids=lambda value: None if isinstance(value, bytes) else str(value))
+], ids=['empty', 'no image', 'cut short', 'bomb', 'too large', 'wrong task', 'wrong method', 'no such path'])
 def test_bad_requests(classifier, method, path, body, status, sentence):
     found, kind, answer = classifier.ask(method, path, body)
     assert found == status and kind.startswith('application/json')
@@ -197,7 +197,7 @@ def test_an_upload_without_length_is_cut_off(classifier):
 
 def test_health(classifier):
     assert classifier.ask('GET', '/healthz') == (200, 'application/json; charset=utf-8', b'{"status": "ok"}')
-    assert re.fullmatch(r'runs/classifier, step \d: 10 classes, POST /predict, on http://127.0.0.1:\d+\n', classifier.said)
+    assert re.fullmatch(r'runs/classifier, step 40: 10 classes, POST /predict, on http://127.0.0.1:\d+\n', classifier.said)
 
 
 def test_reconstruction_and_the_end(folder):

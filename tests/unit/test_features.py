@@ -152,6 +152,12 @@ def test_the_cache_answers_for_the_same_and_nothing_else(images, tmp_path, monke
         file.write_bytes(file.read_bytes()[:100])
     assert ask(net, [1])[1] == [1] and ask(net, [1])[1] == []
     assert not [name for name in os.listdir(tmp_path / 'features') if name.startswith('.')]
+    for file in (tmp_path / 'features').iterdir():
+        file.unlink()
+    (tmp_path / 'features').rmdir()
+    (tmp_path / 'features').write_text('no folder')
+    again, work = ask(net, [1])
+    assert work == [1] and np.array_equal(again[1], found[1])
 
 
 def test_save_features(images, tmp_path):
@@ -191,7 +197,7 @@ def test_bad_requests(images, tmp_path):
             ('4', [str(images)], out, None, r'--block 4: this vit has blocks 1 to 3'),
             ('all', [str(images)], out, None, '--block all is for `mxsimmim probe`'),
             ('', [str(images / 'cat')], out, tmp_path / 'p.png', '2 images are too few for a picture, which needs 5'),
-            ('', [str(images)], tmp_path / 'run' / 'config.yaml' / 'x', None, 'config.yaml/x: cannot be written')):
+            ('', [str(images)], tmp_path / 'none' / 'x.npz', None, 'none/x.npz: cannot be written: No such file')):
         with pytest.raises(ValueError, match=complaint):
             features.save_features(run, paths, block, place, picture)
     assert not out.exists()
