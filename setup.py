@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# What `export --format onnx` and `serve` need. aiohttp: the newest of each Python, for what its parsers have mended since.
+# What `export --format onnx` and `serve` need; aiohttp in two versions, since the newer mends holes in its parsers.
 DEPLOY = [
     'onnx==1.17.0',
     'onnxruntime==1.19.2',

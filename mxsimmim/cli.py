@@ -56,7 +56,8 @@ def probe(args: argparse.Namespace) -> int:
     if other:
         raise ConfigError(f"'{other[0]}': only data.… can be changed, the rest is what {args.run} was trained with")
     if args.overrides:
-        config = configfile.load(Path(args.run) / 'config.yaml', args.overrides)
+        # Labels are nothing for pre-training, but they are for a probe of it.
+        config = configfile.load(Path(args.run) / 'config.yaml', args.overrides + ['task=classify'])
     runtime.prepare(config.runtime)
     from . import probe
     print(probe.probe(Path(args.run), config, args.block, args.seeds))
@@ -190,7 +191,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs a command; returns the exit status: 2 for what the user wrote, 1 for what went wrong later."""
-    args = parser().parse_args(argv)
+    commands = parser()
+    args, late = commands.parse_known_args(argv)
+    # argparse takes no key=value that comes after an option.
+    if late and (not hasattr(args, 'overrides') or any(text.startswith('-') for text in late)):
+        commands.error(f'unrecognized arguments: {" ".join(late)}')
+    if late:
+        args.overrides += late
     try:
         return args.function(args)
     except ConfigError as error:

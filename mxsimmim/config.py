@@ -301,9 +301,7 @@ class Config(Section):
                  f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
         if self.task == 'pretrain':
             self._check_masks()
-            for key, default in (('model.pretrained', self.model.pretrained == ''),
-                                 ('optim.layer_decay', self.optim.layer_decay == 1)):
-                _require(default, f'{key} is for fine-tuning: mxsimmim finetune')
+            self._check_nothing_of_fine_tuning()
         if self.devices != 'auto':
             _require(len(self.devices) > 0, 'devices is empty: write devices=auto or devices=[cpu(0)]')
             for device in self.devices:
@@ -324,6 +322,14 @@ class Config(Section):
                             ('checkpoint.keep_every', self.checkpoint.keep_every)):
             _require(period is None or period.value > 0, f'{key}={period} must be positive')
         return self
+
+    def _check_nothing_of_fine_tuning(self) -> None:
+        keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'classes'),
+                ('data', 'labels_per_class')] + [('augment', key) for key in AugmentConfig.model_fields]
+        for section, key in keys:
+            own = getattr(self, section)
+            _require(getattr(own, key) == type(own).model_fields[key].default,
+                     f'{section}.{key} is for fine-tuning: mxsimmim finetune')
 
     def _check_masks(self) -> None:
         img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size

@@ -60,18 +60,19 @@ def to_yaml(config: Section) -> str:
 
 # What decides speed, place or amount of output may change when a run goes on; what decides the numbers may not.
 FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
-                  'data.val_path', 'data.threads', 'data.prefetch', 'data.max_broken', 'data.shares', 'train.store',
-                  'train.max_bad_steps', 'train.check_replicas', 'train.stop_early', 'model.pretrained')
+                  'data.val_path', 'data.labels', 'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken',
+                  'data.shares', 'train.store', 'train.max_bad_steps', 'train.check_replicas', 'train.stop_early',
+                  'model.pretrained')
 # Workers of one job do the same at the same time, each from its own disk and on its own devices.
-FREE_BETWEEN_WORKERS = ('output', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.threads', 'data.prefetch',
-                        'data.max_broken', 'model.pretrained')
+FREE_BETWEEN_WORKERS = ('output', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels', 'data.classes',
+                        'data.threads', 'data.prefetch', 'data.max_broken', 'model.pretrained')
 
 
 def differences(old: Config, new: Config, free: Tuple[str, ...] = FREE_ON_RESUME) -> List[Tuple[str, Any, Any]]:
-    """Keys on which two configurations must agree and do not: (key, old, new). `free` are beginnings of other keys."""
+    """Keys on which two configurations must agree and do not: (key, old, new). `free` are others, or `section.`."""
     before, after = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
-    return [(key, before.get(key), after[key]) for key in after
-            if before.get(key) != after[key] and not key.startswith(free)]
+    return [(key, before.get(key), after[key]) for key in after if before.get(key) != after[key]
+            and key not in free and not key.startswith(tuple(name for name in free if name.endswith('.')))]
 
 
 def reference_yaml() -> str:

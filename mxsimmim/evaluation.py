@@ -8,7 +8,7 @@ import numpy as np
 
 from . import metrics, pictures
 from .config import Config
-from .data.loader import TooManyBroken, fixed_batches
+from .data.loader import every_image
 from .data.sampling import split
 from .data.sources import Source
 from .data.transforms import ClassifyEvalTransform
@@ -33,7 +33,7 @@ class Evaluation:
         Called by every worker at the same time.
 
         Raises:
-            ValueError: an image that cannot be read: in place of it nothing else may count.
+            ValueError: an image that cannot be read; another in its place would count under a wrong label.
         """
         return self._measure(placement)[0]
 
@@ -64,14 +64,9 @@ class Evaluation:
         config, workers = self._config, self._workers
         batch = -(-config.train.batch_size // (config.train.accumulate * workers.size))
         transform = ClassifyEvalTransform(config.data, config.model)
-        try:
-            for part in fixed_batches(self._source, transform, min(batch, self.images), self.images, 0,
-                                      config.data.threads, max_broken=0, rank=workers.rank, size=workers.size):
-                predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
-                clock.append(time.monotonic())
-        except TooManyBroken as error:
-            raise ValueError(f'every image counts in an evaluation, so all must be readable: remove or repair '
-                             f'{error.__context__ or error}') from None
+        for part in every_image(self._source, transform, batch, config.data.threads, workers.rank, workers.size):
+            predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
+            clock.append(time.monotonic())
         first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
         speed = [sum(map(len, predicted[1 + first:])), clock[-1] - clock[first]]
         gathered = workers.gather(np.concatenate([tally.state(), speed]))

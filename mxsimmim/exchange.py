@@ -11,6 +11,7 @@ from mxnet.gluon import HybridBlock
 
 from . import checkpoint, configfile
 from .config import Config
+from .data.labels import read_classes
 from .interop import names, official, pth
 from .models import build_classifier, build_simmim
 from .run import versions
@@ -155,15 +156,10 @@ def _labels(file: Path, arrays: Mapping[str, np.ndarray], classes: str) -> List[
     count = len(arrays['head.weight'])
     if not classes:
         return [str(number) for number in range(count)]
-    try:
-        labels = Path(classes).read_text(encoding='utf-8').split('\n')
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise ValueError(f'{classes}: cannot read the class names: {reason}') from None
-    labels = [label.strip() for label in (labels[:-1] if labels[-1] == '' else labels)]
-    if len(labels) != count or len(set(labels)) != count or '' in labels:
-        raise ValueError(f'{classes} has {len(labels)} lines and {len(set(labels) - {""})} different names, and {file} '
-                         f'has {count} classes: it must name each, one a line, in the order of the outputs')
+    labels = list(read_classes(classes))
+    if len(labels) != count:
+        raise ValueError(f'{classes} names {len(labels)} classes, and {file} has {count}: name each, one a line, in '
+                         'the order of its outputs')
     return labels
 
 

@@ -13,7 +13,7 @@ from mxnet.gluon import HybridBlock
 
 from .config import DataConfig, ModelConfig
 from .data.labels import labelled_source
-from .data.loader import fixed_batches
+from .data.loader import every_image
 from .data.sources import ImageFiles, Source, image_files
 from .data.transforms import ClassifyEvalTransform
 from .interop import official
@@ -45,8 +45,7 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
 
     hooks = [layers[number - 1].register_forward_hook(keep(number)) for number in blocks]
     found: Dict[int, List[np.ndarray]] = {number: [] for number in blocks}
-    for batch in fixed_batches(source, ClassifyEvalTransform(data, net.config), BATCH, len(source), 0, data.threads,
-                               max_broken=0):
+    for batch in every_image(source, ClassifyEvalTransform(data, net.config), BATCH, data.threads):
         image = mx.nd.image.to_tensor(mx.nd.array(batch.image, ctx=context, dtype='uint8'))
         net.encoder(mx.nd.image.normalize(image, mean=data.mean, std=data.std))
         for number in blocks:

@@ -13,7 +13,7 @@ from .trained import load_run
 STRENGTHS = np.logspace(-2, 3, 6)  # C of the logistic regression: the inverse of its penalty
 FOLDS = 3
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # Caron et al. 2021 (arXiv:2104.14294), after Wu et al. 2018 (arXiv:1805.01978)
-CHUNK = 1024  # images whose similarities to all training images are held at once
+SIMILARITIES = 1 << 25  # held at once
 
 
 class Row(NamedTuple):
@@ -92,10 +92,10 @@ def nearest(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray, classes
     Each votes with exp(s / 0.07), all where there are fewer. Of equal votes the lower class wins.
     """
     train, held_out = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, held_out))
-    count = min(NEIGHBOURS, len(train))
+    count, chunk = min(NEIGHBOURS, len(train)), max(1, SIMILARITIES // len(train))
     predicted = []
-    for start in range(0, len(held_out), CHUNK):
-        similarity = held_out[start:start + CHUNK] @ train.T                                    # (chunk, n)
+    for start in range(0, len(held_out), chunk):
+        similarity = held_out[start:start + chunk] @ train.T                                    # (chunk, n)
         near = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
         weights = np.exp(np.take_along_axis(similarity, near, axis=1) / TEMPERATURE)
         votes = np.zeros((len(near), classes))

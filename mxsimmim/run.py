@@ -3,8 +3,9 @@ import fcntl
 import os
 import signal
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Union
 
 import yaml
 
@@ -81,14 +82,14 @@ def read_config(folder: Union[str, Path]) -> Config:
         raise ValueError(f'{path}: not the configuration of a run') from None
 
 
-def check_same_job(config: Config, source: Source, store: 'Store') -> None:
-    """Compares configuration and images of all workers.
+def check_same_job(config: Config, source: Source, classes: Sequence[str], store: 'Store') -> None:
+    """Compares configuration, images and classes of all workers.
 
     Raises:
         ValueError: in the workers that differ from rank 0, naming what.
     """
     names = [os.path.basename(source.name(i * len(source) // 1000)) for i in range(1000)]
-    own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names}
+    own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names, 'classes': list(classes)}
     first = store.share(lambda: own)
     changed = configfile.differences(configfile.from_dict(first['config'], 'rank 0'), config,
                                      configfile.FREE_BETWEEN_WORKERS)
@@ -99,10 +100,24 @@ def check_same_job(config: Config, source: Source, store: 'Store') -> None:
     if (first['samples'], first['names']) != (len(source), names):
         raise ValueError(f'data.path={config.data.path}: rank {store.rank} finds {len(source):,} images here, rank 0 '
                          f'{first["samples"]:,}, or others: all workers need the same images')
+    check_classes('rank 0', first['classes'], classes, 'all workers need the same')
 
 
-def checkpoint_to_resume(config: Config, samples: int, log: Callable[[str], None]) -> Optional[Checkpoint]:
-    """The checkpoint `resume` asks for, checked against the configuration and the number of training images.
+def check_classes(where: str, theirs: Sequence[str], ours: Sequence[str], remedy: str) -> None:
+    """
+    Raises:
+        ValueError: the classes `theirs`, of `where`, are not `ours`, of the data here, in the same order.
+    """
+    for number, (old, new) in enumerate(zip_longest(theirs, ours)):
+        if old != new:
+            old, new = (f"'{name}'" if name is not None else 'missing' for name in (old, new))
+            raise ValueError(f'{where} has {len(theirs)} classes, the data here have {len(ours)}, and class {number} '
+                             f'is {old} there, {new} here: {remedy}')
+
+
+def checkpoint_to_resume(config: Config, samples: int, classes: Sequence[str],
+                         log: Callable[[str], None]) -> Optional[Checkpoint]:
+    """The checkpoint `resume` asks for, checked against configuration, number of training images and classes.
 
     Raises:
         ValueError: it is damaged, or the run it belongs to would not be the one that the configuration describes.
@@ -119,6 +134,8 @@ def checkpoint_to_resume(config: Config, samples: int, log: Callable[[str], None
         if later and later.step > saved.step:
             raise ValueError(f'resume={config.resume} is step {saved.step}, but {checkpoints} goes up to step '
                              f'{later.step}: set name= for a new run from there, or resume=auto to go on here')
+        check_classes(str(saved.path), saved.state.get('classes', ()), classes,
+                      'give data of its classes, or start from its encoder by model.pretrained=')
         for key, old, new in _differences(config, samples, saved.state):
             log(f'{key} was {old} at {saved.path} and is {new} from here on')
         return saved
@@ -128,6 +145,9 @@ def checkpoint_to_resume(config: Config, samples: int, log: Callable[[str], None
         raise ValueError(f'{folder_of(config)} holds a run that differs in '
                          + ', '.join(f'{key} (there {old}, here {new})' for key, old, new in changed)
                          + f': set name= for a new run, or resume={saved.path} to go on from there all the same')
+    if saved:
+        check_classes(str(saved.path), saved.state.get('classes', ()), classes,
+                      'give data of its classes, or set name= for a new run')
     return saved
 
 

@@ -24,12 +24,12 @@ from .optim import OPTIMIZERS, learning_rates
 from .parallel.aggregate import ElasticAverage, LocalSGD, SyncGradients
 from .parallel.asynchronous import AsyncServer, ServerStore
 from .parallel.average import WeightAverage
-from .parallel.modes import Mode, horovod_cycle, mode_of
+from .parallel.modes import Mode, horovod_settings, mode_of
 from .parallel.placement import Replicated, contexts_of
 from .parallel.replicas import compare
 from .parallel.stores import Store, make_store
 from .progress import Progress
-from .run import Stop, check_same_job, checkpoint_to_resume, folder_of, locked, versions
+from .run import Stop, check_classes, check_same_job, checkpoint_to_resume, folder_of, locked, versions
 from .tasks import TASKS, Task
 from .trained import load_run
 from .validation import Validation
@@ -79,9 +79,11 @@ def start(config: Config) -> int:
         if place.rank == 0:
             stack.enter_context(locked(folder))
         store = open_store(config, mode, place)
-        check_same_job(config, task.source, store)
+        check_same_job(config, task.source, task.classes, store)
         notes: List[str] = []
-        saved = checkpoint_to_resume(config, len(task.source), notes.append) if place.rank == 0 else None
+        saved = None
+        if place.rank == 0:
+            saved = checkpoint_to_resume(config, len(task.source), task.classes, notes.append)
         resumed = store.share(lambda: saved and {'step': saved.step, **saved.state})
         first = resumed['step'] if resumed else 0
         monitor = Quiet()
@@ -108,9 +110,7 @@ def evaluate(config: Config) -> int:
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     trained = load_run(folder)
-    if trained.classes != task.classes:
-        ours, theirs = (f'{len(names)} classes ({", ".join(names[:5])}…)' for names in (trained.classes, task.classes))
-        raise ValueError(f'{folder} was trained on {ours}, the data have {theirs}: give data of its own classes')
+    check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')
     report = validation.report(Replicated(trained.net, contexts, config.data.mean, config.data.std), folder)
     if place.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
@@ -120,7 +120,7 @@ def evaluate(config: Config) -> int:
 def open_store(config: Config, mode: Mode, place: World) -> Store:
     """Where this process's workers meet."""
     if mode.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
-        os.environ.setdefault('HOROVOD_CYCLE_TIME', f'{horovod_cycle(expected_step(config, place)):.1f}')
+        os.environ.update({**horovod_settings(expected_step(config, place)), **os.environ})
     return ServerStore(mode.store, place) if mode.store == 'dist_async' else make_store(mode.store, place)
 
 

@@ -8,14 +8,11 @@ from . import baselines
 from .config import Config
 from .data.loader import Batch, fixed_batches
 from .data.masks import average_distance
-from .data.sources import Source
+from .data.sources import SEED, Source
 from .data.transforms import EvalTransform
 from .parallel.placement import Replicated
 from .parallel.stores import Store
 from .pictures import grid, to_uint8
-
-
-SEED = 0  # of masks and of which images are held out: the same for every run, whatever its own seed
 
 
 class Validation:

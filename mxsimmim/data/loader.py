@@ -185,3 +185,18 @@ def fixed_batches(source: Source, transform: Transform, batch: int, images: int,
                     max_broken, log)
     for _, part in loader.iterate(0, steps):
         yield part
+
+
+def every_image(source: Source, transform: Transform, batch: int, threads: int, rank: int = 0, size: int = 1
+                ) -> Iterator[Batch]:
+    """All images in their order, or part `rank` of `size`; none is replaced by another.
+
+    Raises:
+        ValueError: naming an image that cannot be read.
+    """
+    try:
+        yield from fixed_batches(source, transform, min(batch, len(source)), len(source), 0, threads, 0, rank=rank,
+                                 size=size)
+    except TooManyBroken as error:
+        raise ValueError(f'every image counts here, so each must be readable: remove or repair '
+                         f'{error.__context__ or error}') from None

@@ -23,8 +23,8 @@ class Graph(NamedTuple):
 
 
 def trace(trained: Trained) -> Graph:
-    """The graph of a classifier, image (B, 3, S, S) to logits (B, K); or after pre-training, of image and mask (B, h, w)
-    to reconstruction (B, 3, S, S). Images are normalised; 1 in a mask is hidden.
+    """What a classifier computes, image (B, 3, S, S) to logits (B, K); after pre-training, image and mask (B, h, w) to
+    reconstruction (B, 3, S, S). Images are normalised; 1 in a mask is hidden.
     """
     model = trained.config.model
     inputs = {'image': (3, model.img_size, model.img_size)}
@@ -64,8 +64,8 @@ def compare(expected: np.ndarray, found: np.ndarray, tolerance: float, what: str
     difference = float(np.abs(expected - found).max())
     limit = tolerance * max(1.0, float(np.abs(expected).max()))
     if not difference <= limit:
-        raise ValueError(f'{what} differs from the network by {difference:.2g} on random images, more than {limit:.2g}: '
-                         'nothing was written; `mxsimmim doctor` shows what to put into a bug report')
+        raise ValueError(f'{what} differs from the network by {difference:.2g} on random images, more than '
+                         f'{limit:.2g}: nothing was written; `mxsimmim doctor` shows what to put into a bug report')
 
 
 def save_symbol(graph: Graph, prefix: Path) -> List[Path]:

@@ -124,9 +124,8 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     '_rminus_scalar': lambda w, name, inputs, a: w.add('Sub', [w.constant(a['scalar'])] + inputs, name),
     'ones_like': _filled(1.0), 'zeros_like': _filled(0.0),
     'sqrt': _same('Sqrt'), 'negative': _same('Neg'), 'BlockGrad': _same('Identity'),
-    'elemwise_add': _same('Add'), 'elemwise_sub': _same('Sub'), 'elemwise_mul': _same('Mul'), 'elemwise_div': _same('Div'),
-    'broadcast_add': _same('Add'), 'broadcast_sub': _same('Sub'), 'broadcast_mul': _same('Mul'),
-    'broadcast_div': _same('Div'),
+    **{f'{kind}_{end}': _same(op) for kind in ('elemwise', 'broadcast')
+       for end, op in (('add', 'Add'), ('sub', 'Sub'), ('mul', 'Mul'), ('div', 'Div'))},
     '_plus_scalar': _scalar('Add'), '_minus_scalar': _scalar('Sub'), '_mul_scalar': _scalar('Mul'),
     '_div_scalar': _scalar('Div'),
 }

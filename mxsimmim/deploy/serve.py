@@ -15,7 +15,8 @@ from typing import Any, Awaitable, Callable, Dict
 
 try:
     import prometheus_client
-    from aiohttp import web
+    from aiohttp import ClientError, web
+    from aiohttp.http_exceptions import HttpProcessingError
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 except ImportError as _error:
     raise ValueError(f"serving needs the package {_error.name}: pip install 'mxsimmim[deploy]'") from None
@@ -26,6 +27,7 @@ from .batching import Batcher
 from .predictor import Predictor, Prepared
 
 QUEUE = 4  # batches' worth of requests that may be under way; more are turned away
+DECODERS = 4  # threads: an image just below MAX_PIXELS takes each of them 1.2 GB, in a file of 10 kB if need be
 UPLOAD_SECONDS = 30  # an upload may take
 SHUTDOWN_SECONDS = 60  # uploads under way may take at the end
 PATHS = ('/predict', '/reconstruct', '/healthz', '/metrics')
@@ -45,7 +47,7 @@ class Service:
         """
         self._predictor, self._max_bytes, self._limit = predictor, max_bytes, QUEUE * max_batch
         self._open, self._ending = 0, False  # uploads under way; whether new ones are turned away
-        self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), 'decoder')
+        self._threads = ThreadPoolExecutor(min(DECODERS, len(os.sched_getaffinity(0))), 'decoder')
         self._registry = registry = CollectorRegistry()
         self._requests = Counter('mxsimmim_requests', 'Requests answered.', ['path', 'status'], registry=registry)
         self._seconds = Histogram('mxsimmim_request_seconds', 'Time from headers to answer.', ['path'],
@@ -126,6 +128,8 @@ class Service:
                 data = await asyncio.wait_for(self._upload(request), UPLOAD_SECONDS)
             except asyncio.TimeoutError:
                 raise web.HTTPRequestTimeout(text=f'the upload took more than {UPLOAD_SECONDS} seconds') from None
+            except (ConnectionError, ClientError, HttpProcessingError):  # nobody may be there to read this
+                raise web.HTTPBadRequest(text='the upload broke off') from None
             loop = asyncio.get_running_loop()
             try:
                 item = await loop.run_in_executor(self._threads, self._predictor.prepare, data, 'the upload')
@@ -209,6 +213,7 @@ def serve(run: Path, host: str, port: int, max_batch: int, max_bytes: int) -> No
 
 
 async def _run(service: Service, listener: socket.socket) -> None:
+    logging.getLogger('aiohttp.server').setLevel(logging.CRITICAL)  # else a traceback for each stranger's nonsense
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

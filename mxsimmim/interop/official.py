@@ -14,6 +14,7 @@ from .pth import read_weights
 from .resize import absolute_table, relative_table
 
 BUFFERS = ('relative_position_index', 'attn_mask')  # in its checkpoints, but computed here
+SHOWN = 3  # of what is wrong with a file, in one line
 
 
 def official_shape(name: str, shape: Tuple[int, ...]) -> Tuple[int, ...]:
@@ -38,11 +39,16 @@ def assign(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
         expected = official_shape(name, parameters[name].shape) if name in parameters else value.shape
         if value.shape != expected:
             problems.append(f'{name} has shape {value.shape}, the network needs {expected}')
-    if problems:
-        raise ValueError('these weights do not fit the network; check the model keys of the configuration:\n  '
-                         + '\n  '.join(problems))
+    _refuse(problems)
     for name, parameter in parameters.items():
         parameter.set_data(given[name].reshape(parameter.shape))
+
+
+def _refuse(problems: List[str]) -> None:
+    if problems:
+        more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
+        raise ValueError(f'these weights do not fit the network: {"; ".join(problems[:SHOWN])}{more}: check the model '
+                         'keys of the configuration')
 
 
 def extract(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
@@ -92,21 +98,23 @@ def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> List[str]:
     for name, p in parameters.items():
         if name in given:
             value, shape = given[name], official_shape(name, p.shape)
-            if name.endswith('relative_position_bias_table') and value.ndim == 2 and value.shape[1] == shape[1]:
-                value = relative_table(value, shape[0])
-            elif name.endswith('pos_embed') and value.ndim == 3 and value.shape[2] == shape[2]:
-                value = absolute_table(value, shape[1], shape[1] - net.config.grid ** 2)
-            if value.shape != shape:
-                problems.append(f'{name} has shape {value.shape}, the network needs {shape}')
+            try:
+                if name.endswith('relative_position_bias_table') and value.ndim == 2 and value.shape[1] == shape[1]:
+                    value = relative_table(value, shape[0])
+                elif name.endswith('pos_embed') and value.ndim == 3 and value.shape[2] == shape[2]:
+                    value = absolute_table(value, shape[1], shape[1] - net.config.grid ** 2)
+            except ValueError as error:
+                problems.append(f'{name}: {error}')
+            else:
+                if value.shape != shape:
+                    problems.append(f'{name} has shape {value.shape}, the network needs {shape}')
             values[name] = value
     missing = [name for name in parameters if name not in values]
     problems += [f'missing: {name}' for name in missing if not name.startswith(('head.', 'fc_norm.'))]
     # A masked encoder's token and final norm have no place in a classifier that averages its patches.
     problems += [f'unknown: {name}' for name in given
                  if name not in parameters and not name.startswith(('mask_token', 'norm.', 'decoder.', 'fc_norm.'))]
-    if problems:
-        raise ValueError('these weights do not fit the network; check the model keys of the configuration:\n  '
-                         + '\n  '.join(problems))
+    _refuse(problems)
     for name, value in values.items():
         parameters[name].set_data(value.reshape(parameters[name].shape))
     return missing

@@ -121,7 +121,10 @@ def _array(tensor: _Tensor, content: bytes) -> np.ndarray:
 
 
 class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its reads allocate no more than the file holds
-    """Runs a pickle's instructions over `_Tensor`, `_Storage`, the functions in GLOBALS and plain Python values."""
+    """Runs a pickle's instructions over `_Tensor`, `_Storage`, the functions in GLOBALS and plain Python values.
+
+    Tuples become lists, so that nothing nested can be hashed: a few shared tuples would hash for ever.
+    """
 
     def __init__(self, path: Path, stream: BinaryIO):
         super().__init__(stream, encoding='utf-8')
@@ -139,8 +142,8 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its read
         """A storage: ('storage', type, key, device, elements); up to PyTorch 1.5 a view of it follows, always None."""
         kind, dtype, key, _, size, *view = pid
         if kind != 'storage' or dtype not in STORAGES.values() or any(view) or type(key) is not str \
-                or type(size) is not int or size < 0:
-            raise ValueError(f'{pid} is not a storage')
+                or type(size) is not int or not 0 <= size < 2 ** 60:
+            raise ValueError('a persistent object that is not a storage')
         self.storages[key] = _Storage(key, dtype, size)
         return self.storages[key]
 
@@ -158,8 +161,12 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its read
         raise ValueError('not an instruction of torch.save')
 
     dispatch = {**dict.fromkeys(range(256), load_other), **pickle._Unpickler.dispatch}
-    dispatch.update({pickle.BUILD[0]: load_build, pickle.NEWOBJ[0]: load_newobj})
-    for _code in (pickle.NEWOBJ_EX, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
+    dispatch.update({pickle.BUILD[0]: load_build, pickle.NEWOBJ[0]: load_newobj,
+                     pickle.TUPLE[0]: dispatch[pickle.LIST[0]], pickle.EMPTY_TUPLE[0]: dispatch[pickle.EMPTY_LIST[0]]})
+    for _size, _code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1):
+        dispatch[_code[0]] = lambda self, n=_size: self.stack.append([self.stack.pop() for _ in range(n)][::-1])
+    for _code in (pickle.NEWOBJ_EX, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EMPTY_SET,
+                  pickle.ADDITEMS, pickle.FROZENSET):
         dispatch[_code[0]] = load_other
 
 
@@ -246,8 +253,9 @@ def _open_legacy(path: Path, stream: BinaryIO) -> Tuple[Any, Callable[[_Storage]
     if _unpickle(path, stream)[0] != LEGACY_MAGIC:
         raise _refusal(path, 'is a pickle, but not of torch.save')
     (version, _), _, (tree, storages), (keys, _) = (_unpickle(path, stream) for _ in range(4))
-    if version != LEGACY_PROTOCOL or not isinstance(keys, list) or set(keys) != set(storages):
-        raise _refusal(path, f'is damaged, or of an unknown version of the format before PyTorch 1.6 ({version!r})')
+    if version != LEGACY_PROTOCOL or not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) \
+            or set(keys) != set(storages):
+        raise _refusal(path, 'is damaged, or of an unknown version of the format before PyTorch 1.6')
     starts, position = {}, stream.tell()
     for key in keys:
         starts[key] = position

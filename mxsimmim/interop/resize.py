@@ -15,7 +15,7 @@ def relative_table(table: np.ndarray, rows: int) -> np.ndarray:
     equally spaced offsets.
 
     Raises:
-        ValueError: the tables are not of squares.
+        ValueError: the tables are not of squares, or of too small ones.
     """
     extra = next((n for n in (0, 3) if _side(len(table) - n) and _side(rows - n)), None)
     if extra is None:
@@ -24,6 +24,9 @@ def relative_table(table: np.ndarray, rows: int) -> np.ndarray:
     old, new = _side(len(table) - extra), _side(rows - extra)
     if old == new:
         return table
+    if old < 4:
+        raise ValueError(f'{len(table)} rows cannot be resized to {rows}: a bicubic spline needs windows of three '
+                         f'tokens a side or more, these are of {old // 2 + 1}')
     steps = _distances(old // 2, new // 2)
     known = np.array([-x for x in reversed(steps)] + [0.0] + steps)
     wanted = np.arange(new) - new // 2

@@ -35,8 +35,10 @@ class WeightAverage:
         """While entered, the parameters hold the average on all devices."""
         own = {name: p.list_data()[0].copy() for name, p in self._parameters.items()}
         self._set(self._average)
-        yield
-        self._set(own)
+        try:
+            yield
+        finally:
+            self._set(own)
 
     def share(self, store: Store) -> None:
         """Gives all workers rank 0's."""

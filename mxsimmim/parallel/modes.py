@@ -1,5 +1,5 @@
 """Which store and which aggregation a process uses, and which combinations cannot work. Nothing here imports mxnet."""
-from typing import NamedTuple
+from typing import Dict, NamedTuple
 
 from ..config import Config
 from ..world import World
@@ -13,12 +13,14 @@ class Mode(NamedTuple):
     aggregation: str
 
 
-def horovod_cycle(step: float) -> float:
-    """Milliseconds between two looks of Horovod's background thread at what is to be done, for steps of `step` seconds.
+def horovod_settings(step: float) -> Dict[str, str]:
+    """Horovod's environment where its thread shares CPU cores with the computation, for steps of `step` seconds.
 
-    A look costs half a millisecond of a core, and what becomes ready waits for the next: a hundredth of the step.
+    A look of its background thread at what is to be done costs half a millisecond of a core, and what becomes ready
+    waits for the next: every hundredth of the step. Copying gradients into a common buffer and out again costs more
+    than it saves from 2 MiB on.
     """
-    return min(max(10 * step, 1.0), 50.0)
+    return {'HOROVOD_CYCLE_TIME': f'{min(max(10 * step, 1.0), 50.0):.1f}', 'HOROVOD_FUSION_THRESHOLD': str(2 << 20)}
 
 
 def mode_of(config: Config, world: World) -> Mode:

@@ -23,7 +23,7 @@ def metrics(run):
                  and not k.endswith('_seconds')} for line in file]
 
 
-def weights(run):
+def weights(run, folder='checkpoints'):
     """Checksums of the newest checkpoint's arrays."""
-    manifest = json.loads((sorted((run / 'checkpoints').glob('step-*'))[-1] / 'manifest.json').read_text())
+    manifest = json.loads((sorted((run / folder).glob('step-*'))[-1] / 'manifest.json').read_text())
     return {name: entry['sha256'] for name, entry in manifest['files'].items() if name.endswith('.safetensors')}

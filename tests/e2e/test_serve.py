@@ -195,9 +195,25 @@ def test_an_upload_without_length_is_cut_off(classifier):
     assert classifier.ask('GET', '/healthz')[0] == 200
 
 
+POST = b'POST /predict HTTP/1.1\r\nHost: x\r\n'
+
+
+@pytest.mark.parametrize('text', [b'nonsense\r\n\r\n', POST + b'Content-Length: -1\r\n\r\n',
+                                  POST + b'Content-Length: 9\r\n\r\nabc',
+                                  POST + b'Transfer-Encoding: chunked\r\n\r\n5\r\nab',
+                                  POST + b'Transfer-Encoding: chunked\r\n\r\nzz\r\nab',
+                                  b'GET / HTTP/1.1\r\nX: ' + bytes(99_999)], ids=range(6))
+def test_strangers(classifier, text):
+    """Nonsense, and uploads that break off, leave the service as it was, and nothing in its log (see `classifier`)."""
+    with socket.create_connection((classifier.host, classifier.port), timeout=DEADLINE) as connection:
+        connection.sendall(text)
+    assert classifier.ask('GET', '/healthz')[0] == 200
+
+
 def test_health(classifier):
     assert classifier.ask('GET', '/healthz') == (200, 'application/json; charset=utf-8', b'{"status": "ok"}')
-    assert re.fullmatch(r'runs/classifier, step 40: 10 classes, POST /predict, on http://127.0.0.1:\d+\n', classifier.said)
+    assert re.fullmatch(r'runs/classifier, step 40: 10 classes, POST /predict, on http://127.0.0.1:\d+\n',
+                        classifier.said)
 
 
 def test_reconstruction_and_the_end(folder):

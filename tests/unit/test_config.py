@@ -30,7 +30,8 @@ def test_recipes_load_and_go_round(path, tmp_path):
                          ids=lambda p: p.name)
 def test_recipes_open_with_command_time_and_result(path):
     text = path.read_text()
-    assert f'mxsimmim pretrain conf/{path.name}' in text
+    command = {'pretrain': 'pretrain', 'classify': 'finetune'}[configfile.load(path).task]
+    assert f'mxsimmim {command} conf/{path.name}' in text
     assert '# Time: ' in text and '# Expected: ' in text
 
 
@@ -99,6 +100,22 @@ def test_complaints(overrides, complaint):
     assert complaint in str(error.value)
 
 
+@pytest.mark.parametrize('override', [
+    'model.pretrained=runs/other', 'optim.layer_decay=0.75', 'data.labels=labels.csv', 'data.classes=names.txt',
+    'data.labels_per_class=10', 'augment.rand_ops=0', 'augment.rand_magnitude=5', 'augment.rand_std=0',
+    'augment.erasing=0', 'augment.mixup=0', 'augment.cutmix=0', 'augment.mix_switch=1', 'augment.mix_prob=0.5',
+    'augment.smoothing=0'])
+def test_what_pre_training_has_no_use_for(override):
+    key = override.partition('=')[0]
+    with pytest.raises(cfg.ConfigError) as error:
+        configfile.load(CONF / 'base.yaml', [override])
+    assert str(error.value) == f'command line: {key} is for fine-tuning: mxsimmim finetune'
+    assert configfile.load(CONF / 'base.yaml', [override, 'task=classify']).task == 'classify'
+    section, name = key.split('.')
+    default = getattr(getattr(cfg.Config(), section), name)
+    assert configfile.load(CONF / 'base.yaml', [f'{key}={default}']).task == 'pretrain'
+
+
 @pytest.mark.parametrize('content, complaint', [
     ('optim:\n  base_lr: 1\n  bas_lr: 2\n', "bad.yaml: unknown key 'optim.bas_lr' (did you mean 'optim.base_lr'?)"),
     ('optim:\n  base_lr: 1\n  base_lr: 2\n', "bad.yaml: not YAML: key 'base_lr' is given twice (line 3, column 3)"),
@@ -133,3 +150,11 @@ def test_what_may_change_in_a_resumed_run():
     assert configfile.differences(old, new) == []
     new = configfile.load(CONF / 'base.yaml', ['optim.base_lr=1', 'mask.ratio=0.5'])
     assert configfile.differences(old, new) == [('mask.ratio', 0.6, 0.5), ('optim.base_lr', 0.0001, 1.0)]
+
+
+def test_labels_may_have_moved_but_not_become_fewer():
+    old = configfile.load(CONF / 'base.yaml', ['task=classify'])
+    moved = ['data.labels=a.csv', 'data.classes=b.txt', 'data.path=c', 'model.pretrained=d']
+    new = configfile.load(CONF / 'base.yaml', ['task=classify', 'data.labels_per_class=10', *moved])
+    for free in (configfile.FREE_ON_RESUME, configfile.FREE_BETWEEN_WORKERS):
+        assert configfile.differences(old, new, free) == [('data.labels_per_class', 0, 10)]

@@ -51,7 +51,8 @@ def run(request, tmp_path):
 def inputs(trained, count):
     rng, model = np.random.default_rng(SEED), trained.config.model
     image = rng.standard_normal((count, 3, model.img_size, model.img_size)).astype('float32')
-    return [image] + ([] if trained.classes else [(rng.random((count, model.grid, model.grid)) < 0.6).astype('float32')])
+    mask = (rng.random((count, model.grid, model.grid)) < 0.6).astype('float32')
+    return [image] if trained.classes else [image, mask]
 
 
 @pytest.mark.parametrize('count', [1, 5])

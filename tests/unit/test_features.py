@@ -111,6 +111,12 @@ def test_weights_that_diverged_are_said(images):
         features.extract(trained(net), DATA, files(images), [1, 2])
 
 
+def test_an_unreadable_image_is_named(images):
+    (images / 'dog' / '3.png').write_bytes(b'broken')
+    with pytest.raises(ValueError, match='remove or repair .*3.png: not an image'):
+        features.extract(trained(build_simmim(ModelConfig(**VIT))), DATA, files(images), [3])
+
+
 def test_blocks_named():
     model = ModelConfig(**SWIN)
     assert [features.blocks_named(text, model) for text in ('', '1', '4', 'all')] == [[4], [1], [4], [1, 2, 3, 4]]

@@ -2,7 +2,7 @@
 import pytest
 
 from mxsimmim.config import Config
-from mxsimmim.parallel.modes import horovod_cycle, mode_of
+from mxsimmim.parallel.modes import horovod_settings, mode_of
 from mxsimmim.world import ALONE, World
 
 PS = World('worker', 0, 2, servers=1, transport='ps')
@@ -26,6 +26,9 @@ def config(optim=None, shares='equal', **train):
     (PS, {'compression': '2bit', 'accumulate': 4}, ('dist_sync', 'sync')),
     (P3, {}, ('dist_sync', 'sync')),
     (PS, {'shares': (3, 1)}, ('dist_sync', 'sync')),
+    (HOROVOD, {'ema': 0.9, 'lr_on_plateau': 0.5}, ('horovod', 'sync')),
+    (PS, {'aggregation': 'local_sgd', 'lr_on_plateau': 0.5}, ('dist_sync', 'local_sgd')),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'stop_early': 3}, ('dist_async', 'async')),
 ])
 def test_modes(world, keys, expected):
     assert mode_of(config(**keys), world) == expected
@@ -50,6 +53,12 @@ def test_modes(world, keys, expected):
     (PS, {'compression': 'fp16'}, 'works with train.store=horovod.*2bit'),
     (ALONE, {'compression': '2bit'}, 'compression=2bit is for several workers'),
     (PS, {'compression': '2bit', 'aggregation': 'elastic'}, 'is for gradients'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'ema': 0.9},
+     'train.ema=0.9 averages weights .* train.aggregation=async does not have: set train.ema=0, or train.aggregation='),
+    (PS, {'aggregation': 'local_sgd', 'ema': 0.9}, 'train.aggregation=local_sgd does not have: set train.ema=0'),
+    (HOROVOD, {'aggregation': 'elastic', 'ema': 0.9}, 'train.aggregation=elastic does not have: set train.ema=0'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'lr_on_plateau': 0.5},
+     'train.lr_on_plateau=0.5 cannot work with train.store=dist_async, .*: set train.lr_on_plateau=1, or train.store='),
     (PS, {'shares': (1, 2, 3)}, r'data.shares=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
 ])
 def test_what_cannot_work_is_refused_by_name(world, keys, message):
@@ -59,4 +68,4 @@ def test_what_cannot_work_is_refused_by_name(world, keys, message):
 
 @pytest.mark.parametrize('step, milliseconds', [(0.001, 1), (0.5, 5), (2.4, 24), (60, 50)])
 def test_horovod_looks_around_a_hundred_times_a_step(step, milliseconds):
-    assert horovod_cycle(step) == pytest.approx(milliseconds)
+    assert float(horovod_settings(step)['HOROVOD_CYCLE_TIME']) == pytest.approx(milliseconds)

@@ -7,7 +7,7 @@ import pytest
 from mxnet.gluon import Parameter
 
 from mxsimmim.config import OptimConfig, TrainConfig
-from mxsimmim.optim import AdamW, learning_rates, weight_decays
+from mxsimmim.optim import SGD, AdamW, learning_rates, weight_decays
 
 TRAIN = TrainConfig(batch_size=512)
 
@@ -111,3 +111,64 @@ def test_adamw_waits_for_copies_of_its_gradient():
     for name in parameters:
         for copy in adamw.moments[f'mean.{name}']:
             np.testing.assert_allclose(copy.asnumpy(), expected, rtol=1e-5)
+
+
+SCHEDULES = [dict(schedule='cosine'), dict(schedule='cosine', recipe='fixed'), dict(schedule='constant'),
+             dict(schedule='multistep', milestones=['3 epochs', '50%'], gamma=0.3)]
+
+
+@pytest.mark.parametrize('keys', SCHEDULES, ids=lambda keys: ' '.join(map(str, keys.values())))
+def test_a_scale_is_of_the_base_rate_alone(keys):
+    """Warm-up and cosine begin and end at rates that no scale touches: floor + scale (full - floor) at every update.
+
+    With the reference's layer decay a group's schedule is that of its own base rate, with the run's other rates.
+    """
+    optim = dict(base_lr=1.0, warmup_lr=0.1, min_lr=0.02, warmup='10 steps', **keys)
+    rate = learning_rates(OptimConfig(**optim), TRAIN, per_epoch=10, total=100)
+    for scale in (0.0, 0.0563, 0.75, 1.0):
+        own = learning_rates(OptimConfig(**{**optim, 'base_lr': scale}), TRAIN, per_epoch=10, total=100)
+        for k in range(101):
+            floor, full = rate(k, 0), rate(k)
+            assert rate(k, scale) == pytest.approx(own(k), rel=1e-12, abs=1e-15)
+            assert floor + scale * (full - floor) == pytest.approx(own(k), rel=1e-12, abs=1e-15)
+
+
+def test_scaled_rates_by_table():
+    rate = learning_rates(OptimConfig(base_lr=1.0, warmup_lr=0.1, min_lr=0.02, warmup='10 steps', schedule='cosine'),
+                          TRAIN, per_epoch=10, total=100)
+    assert [rate(k, 0.5) for k in (0, 1, 6, 51, 101)] == pytest.approx([0.1, 0.1, 0.3, 0.26, 0.02])
+    assert [rate(k, 0) for k in (0, 6, 51, 101)] == pytest.approx([0.1, 0.05, 0.01, 0.02])
+
+
+@pytest.mark.parametrize('kind', [AdamW, SGD])
+@pytest.mark.parametrize('devices', [1, 2])
+def test_groups_have_their_own_rate_and_decay(kind, devices):
+    """Two groups against the formulas in float64: the rate of each is floor + lr_scale (lr - floor)."""
+    print('seed 9')
+    rng = np.random.default_rng(9)
+    contexts = [mx.cpu(i) for i in range(devices)]
+    scales, decays, shapes = {'a': 0.3, 'b': 1.0, 'c': 0.3}, {'a': 0.2, 'b': 0.2, 'c': 0.0}, {
+        'a': (4, 3), 'b': (7,), 'c': (2, 2)}
+    weights = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    made = {name: Parameter(name, shape=shape) for name, shape in shapes.items()}
+    for name, p in made.items():
+        p.initialize(ctx=contexts)
+        p.set_data(mx.nd.array(weights[name]))
+    optim = OptimConfig(betas=(0.8, 0.9), eps=1e-2)
+    optimizer = kind(made, decays, optim, scales)
+    moments = {name: [np.zeros(shape), np.zeros(shape)] for name, shape in shapes.items()}
+    for step in range(6):
+        lr, floor = 0.2 / (step + 1), 0.05
+        for name, p in made.items():
+            gradient = rng.standard_normal(shapes[name])
+            for copy in p.list_grad():
+                copy[:] = gradient
+            own, (mean, var) = floor + scales[name] * (lr - floor), moments[name]
+            mean += 0.2 * (gradient - mean)
+            var += 0.1 * (gradient ** 2 - var)
+            adam = mean / (1 - 0.8 ** (step + 1)) / (np.sqrt(var / (1 - 0.9 ** (step + 1))) + 1e-2)
+            weights[name] = weights[name] * (1 - own * decays[name]) - own * (adam if kind is AdamW else gradient)
+        optimizer.update(step, lr, [mx.nd.ones((1,), ctx=ctx) for ctx in contexts], floor)
+    for name, p in made.items():
+        for copy in p.list_data():
+            np.testing.assert_allclose(copy.asnumpy(), weights[name], rtol=1e-5, atol=1e-6)

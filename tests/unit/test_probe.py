@@ -32,8 +32,9 @@ def test_linear_with_hardly_any_labels(each):
 
 
 @pytest.mark.parametrize('count', [3, 20, 21, 500])
-def test_nearest_against_scikit_learn(count):
-    (train, labels), (held_out, _) = clouds(2, count, spread=1), clouds(3, 1500, spread=1)  # more than one chunk
+def test_nearest_against_scikit_learn(count, monkeypatch):
+    monkeypatch.setattr(probe, 'SIMILARITIES', 700 * count)  # three chunks
+    (train, labels), (held_out, _) = clouds(2, count, spread=1), clouds(3, 1500, spread=1)
     reference = KNeighborsClassifier(min(20, count), metric='cosine', algorithm='brute',
                                      weights=lambda distance: np.exp((1 - distance) / 0.07))
     expected = reference.fit(train.astype('float64'), labels).predict(held_out.astype('float64'))

@@ -44,7 +44,7 @@ def config(**keys):
                   train=TrainConfig(batch_size=512))
 
 
-def started(workers=1, updates=0, moments=None, servers=1):
+def started(workers=1, updates=0, moments=None, servers=1, scales=(1.0, 1.0)):
     """A server that has had the worker's first commands, its store, and its layout."""
     print('seed', SEED)
     rng = np.random.default_rng(SEED)
@@ -58,8 +58,7 @@ def started(workers=1, updates=0, moments=None, servers=1):
             store.push(key + kind * layout.stride, np.zeros_like(weight))
     store.push(layout.board, np.zeros(protocol.BOARD_SHAPE))
     content = {'config': configfile.to_dict(config()), 'layout': list(layout), 'decays': DECAYS, 'workers': workers,
-               'scales': [1.0] * len(DECAYS),
-               'per_epoch': 5, 'total': 10, 'updates': updates}
+               'scales': list(scales), 'per_epoch': 5, 'total': 10, 'updates': updates}
     server.control(0, protocol.sign(content, 2, KEY).encode())
     for key, weight in enumerate(weights):
         for kind in (1, 2):
@@ -68,13 +67,16 @@ def started(workers=1, updates=0, moments=None, servers=1):
     return server, store, layout, weights, rng
 
 
-def expected(weights, gradients, rates, first=0):
-    """Loshchilov and Hutter's algorithm 2 in float64: weights and moments after these gradients."""
+def expected(weights, gradients, *rates, first=0):
+    """Loshchilov and Hutter's algorithm 2 in float64: weights and moments after these gradients.
+
+    `rates` are those of all keys, or one list a key.
+    """
     (beta1, beta2), eps = OptimConfig().betas, OptimConfig().eps
     results = []
-    for w, decay, of_key in zip(weights, DECAYS, zip(*gradients)):
+    for key, (w, decay, of_key) in enumerate(zip(weights, DECAYS, zip(*gradients))):
         w, m, v = w.astype('float64'), np.zeros(w.shape), np.zeros(w.shape)
-        for t, (g, lr) in enumerate(zip(of_key, rates), first + 1):
+        for t, (g, lr) in enumerate(zip(of_key, rates[key % len(rates)]), first + 1):
             m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
             w = w - lr * decay * w - lr * m / (1 - beta1 ** t) / (np.sqrt(v / (1 - beta2 ** t)) + eps)
         results.append((w, m, v))
@@ -105,23 +107,42 @@ def test_pushes_are_updates_of_adamw(workers, servers):
         np.testing.assert_allclose(store[key + 2 * layout.stride], v, rtol=1e-4, atol=1e-7)
 
 
-def test_it_computes_what_workers_compute():
-    """Bit by bit what the optimiser of a single process does with the same gradients."""
-    _, store, _, weights, rng = started()
+def test_each_key_has_its_own_rate():
+    """A layer's decayed rate is that of a run whose base rate alone is so much smaller, warm-up and end being equal."""
+    scales, workers = (0.1, 1.0), 2
+    _, store, layout, weights, rng = started(workers, scales=scales)
+    gradients = [[rng.standard_normal(shape).astype('float32') for shape in SHAPES] for _ in range(8)]
+    for of_all in gradients:
+        for key, gradient in enumerate(of_all):
+            store.push(key, gradient)
+    rates = []
+    for scale in scales:
+        rate = learning_rates(config(base_lr=scale * config().optim.base_lr).optim, config().train, 5, 10)
+        rates.append([rate(k / workers) / workers for k in range(8)])
+    assert max(rates[0]) < max(rates[1]) / 5
+    for key, (w, _, _) in enumerate(expected(weights, gradients, *rates)):
+        np.testing.assert_allclose(store[key + 3 * layout.stride], w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('scales', [(1.0, 1.0), (0.25, 0.5)])
+def test_it_computes_what_workers_compute(scales):
+    """Bit by bit what the optimiser of a single process does with the same gradients; to rounding of its rates."""
+    _, store, _, weights, rng = started(scales=scales)
     parameters = {str(key): Parameter(str(key), shape=shape) for key, shape in enumerate(SHAPES)}
     for key, p in enumerate(parameters.values()):
         p.initialize()
         p.set_data(mx.nd.array(weights[key]))
-    adamw = AdamW(parameters, {str(key): decay for key, decay in enumerate(DECAYS)}, config().optim)
+    adamw = AdamW(parameters, {str(key): decay for key, decay in enumerate(DECAYS)}, config().optim,
+                  {str(key): scale for key, scale in enumerate(scales)})
     rate = learning_rates(config().optim, config().train, 5, 10)
     for update in range(8):
         for key, p in enumerate(parameters.values()):
             gradient = rng.standard_normal(SHAPES[key]).astype('float32')
             store.push(key, gradient)
             p.list_grad()[0][:] = gradient
-        adamw.update(update, rate(update), [mx.nd.ones((1,))])
+        adamw.update(update, rate(update), [mx.nd.ones((1,))], rate(update, 0))
     for key, p in enumerate(parameters.values()):
-        np.testing.assert_array_equal(store[key], p.data().asnumpy())
+        np.testing.assert_allclose(store[key], p.data().asnumpy(), rtol=0 if scales[key] == 1 else 1e-6)
 
 
 def test_moments_and_the_count_of_updates_can_be_restored():
@@ -154,7 +175,8 @@ def test_a_gradient_that_is_not_finite_only_counts(bad):
     assert all(np.array_equal(before[key], store[key]) for key in before)
     gradient = rng.standard_normal(SHAPES[0]).astype('float32')
     store.push(0, gradient)
-    [(w, _, _)] = expected(weights[:1], [[gradient]], [learning_rates(config().optim, config().train, 5, 10)(1)], 1)
+    [(w, _, _)] = expected(weights[:1], [[gradient]], [learning_rates(config().optim, config().train, 5, 10)(1)],
+                            first=1)
     np.testing.assert_allclose(store[0], w, rtol=1e-5, atol=1e-6)
 
 

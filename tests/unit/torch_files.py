@@ -1,10 +1,13 @@
 """Run by a Python that has PyTorch, never imported by a test.
 
-    python torch_files.py record FOLDER      writes kinds.pth and kinds_legacy.pth: what checkpoints hold, in both formats
+    python torch_files.py record FOLDER      writes kinds.pth and kinds_legacy.pth, in the two formats
     python torch_files.py check FILE NPZ     loads FILE strictly and says where it differs from the arrays in NPZ
+    python torch_files.py loss FILE NPZ      loads FILE strictly into the network whose 'config', JSON, is in NPZ, and
+                                             prints its loss on 'image' and 'mask'
 """
 import argparse
 import collections
+import json
 import sys
 import types
 from pathlib import Path
@@ -49,10 +52,24 @@ def check(file: str, expected: str) -> None:
     for name in arrays.files:
         assert loaded[name].is_contiguous() and loaded[name].numpy().dtype == arrays[name].dtype, name
         assert np.array_equal(loaded[name].numpy(), arrays[name]) and loaded[name].shape == arrays[name].shape, name
-        loaded[name] += 1  # each has memory of its own that can be written
+        loaded[name].zero_()  # each has memory of its own that can be written
     mapped = torch.load(file, weights_only=True, mmap=True)['model']
     assert all(np.array_equal(mapped[name].numpy(), arrays[name]) for name in arrays.files)
 
 
+def loss(file: str, given: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / 'tools' / 'bench'))
+    from torch_simmim import build_simmim
+    state, batch = torch.load(file, weights_only=True)['model'], np.load(given)
+    net = build_simmim(**json.loads(str(batch['config'])))
+    for name in state:  # the reference's networks keep these in their checkpoints, this one does not
+        parent, _, leaf = name.rpartition('.')
+        if leaf in ('relative_position_index', 'attn_mask'):
+            net.get_submodule(parent).register_buffer(leaf, torch.zeros_like(state[name]))
+    net.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        print(net(torch.tensor(batch['image']), torch.tensor(batch['mask'])).item())
+
+
 if __name__ == '__main__':
-    {'record': record, 'check': check}[sys.argv[1]](*sys.argv[2:])
+    {'record': record, 'check': check, 'loss': loss}[sys.argv[1]](*sys.argv[2:])

@@ -177,7 +177,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
-    from mxsimmim.parallel.modes import horovod_cycle
+    from mxsimmim.parallel.modes import horovod_settings
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.stores import make_store
     from mxsimmim.world import ALONE
@@ -190,7 +190,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
     total = batch * place.size
     train = cfg.TrainConfig(batch_size=total)
     local = make_store('local', ALONE)
-    os.environ.setdefault('HOROVOD_CYCLE_TIME', str(horovod_cycle(2.0)))  # as mxsimmim.train does
+    os.environ.update({**horovod_settings(2.0), **os.environ})  # as mxsimmim.train does
     store = make_store(MODES[mode][2], place) if place.size > 1 else local
     alone, together = (SyncGradients(parameters, optimizer, s, train, CLIP) for s in (local, store))
     rng = np.random.default_rng(place.rank)

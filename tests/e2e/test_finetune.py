@@ -1,0 +1,189 @@
+"""Fine-tuning as a user runs it: from what, how it goes on, when it ends, what it keeps, what it refuses."""
+import json
+import shutil
+import signal
+import subprocess
+
+import pytest
+from running import DEADLINE, ROOT, TINY, command, metrics, weights
+from test_bad_input import images
+from test_resume import last_step, wait_for
+
+BASE = ROOT / 'conf' / 'base.yaml'
+FINETUNE = [*TINY, 'model.use_mean_pooling=true', 'name=run', 'optim.base_lr=1e-2', 'optim.layer_decay=0.75',
+            'train.length=40', 'train.ema=0.8', 'train.lr_on_plateau=0.5', 'train.patience=1', 'validation.every=5',
+            'checkpoint.every=5', 'data.val_fraction=0.2']
+TIMED = ('val_images_per_second',)
+
+
+def rows(run, name):
+    return {row['step']: row for row in metrics(run) if name in row}
+
+
+def state(run, folder='checkpoints'):
+    return json.loads((sorted((run / folder).glob('step-*'))[-1] / 'state.json').read_text())['state']
+
+
+def first_best(run):
+    """(step, val_top1) of the highest, the first of equals."""
+    validations = rows(run, 'val_top1')
+    step = max(validations, key=lambda step: (validations[step]['val_top1'], -step))
+    return step, validations[step]['val_top1']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A pre-training run, the same as .pth, and a whole fine-tuning run from it: runs/pre, pre.pth, runs/run."""
+    made = tmp_path_factory.mktemp('finetune')
+    for words in (['pretrain', BASE, *TINY, 'name=pre', 'train.length=20'], ['export', 'runs/pre', 'pre.pth'],
+                  ['finetune', BASE, *FINETUNE, 'model.pretrained=runs/pre']):
+        subprocess.run(command(*words), cwd=made, check=True, timeout=DEADLINE)
+    return made
+
+
+@pytest.fixture
+def whole(folder, tmp_path):
+    """Copies of these in the folder of the test; the run is uninterrupted."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return folder / 'runs' / 'run'
+
+
+def test_what_a_run_leaves(whole):
+    text = (whole / 'logs' / 'rank-0.log').read_text()
+    assert 'encoder from runs/pre/checkpoints/step-00000020; new: fc_norm.weight, fc_norm.bias, head.weight' in text
+    assert '1,438 training images' in text and '359 held-out images' in text
+    assert list(rows(whole, 'val_top1')) == list(range(5, 41, 5))
+    step, top1 = first_best(whole)
+    assert [path.name for path in (whole / 'best').iterdir()] == [f'step-{step:08d}']
+    assert f'best: {top1:.2f} % at step {step}, kept in runs/run/best' in text
+    assert state(whole)['progress']['best'] == top1 and state(whole, 'best')['progress']['best'] == top1
+    assert state(whole)['classes'] == list('0123456789')
+    assert set(weights(whole)) == {'weights.safetensors', 'optimizer.safetensors', 'ema.safetensors'}
+    last, evaluation = rows(whole, 'val_top1')[40], json.loads((whole / 'evaluation.json').read_text())
+    assert evaluation.pop('images') == 359 and evaluation.pop('val_images_per_second') > 0
+    assert evaluation == {name: last[name] for name in evaluation}
+
+
+def test_the_rate_falls_where_validations_do_not_improve(whole):
+    """Logged rates are the schedule's, constant after the warm-up, times 0.5 for each validation without a best."""
+    best, factor, factors = -1.0, 1.0, {}
+    for step, row in rows(whole, 'val_top1').items():
+        best, factor = (row['val_top1'], factor) if row['val_top1'] > best else (best, factor / 2)
+        factors[step] = factor
+    assert state(whole)['progress']['factor'] == factor < 1
+    for step, row in rows(whole, 'loss').items():
+        if step > 6:
+            assert row['lr'] == pytest.approx(1e-2 * 32 / 512 * factors.get((step - 1) // 5 * 5, 1), rel=1e-9)
+
+
+def test_from_a_file(whole, mxsimmim, tmp_path):
+    """Bit by bit what the run itself gives."""
+    text = mxsimmim('finetune', BASE, *FINETUNE, 'name=other', 'model.pretrained=pre.pth').stderr
+    assert 'encoder from pre.pth; new: fc_norm.weight, fc_norm.bias, head.weight, head.bias' in text
+    other = tmp_path / 'runs' / 'other'
+    assert weights(other) == weights(whole) and weights(other, 'best') == weights(whole, 'best')
+    assert metrics(other) == metrics(whole)
+
+
+def test_a_signal_changes_nothing(whole, start, mxsimmim, tmp_path):
+    """Neither weights, their average, moments and the best checkpoint, nor what is known of the progress."""
+    run = tmp_path / 'runs' / 'run'
+    shutil.rmtree(run)
+    options = [*FINETUNE, 'model.pretrained=runs/pre', 'checkpoint.every=1000']
+    process = start('finetune', BASE, *options)
+    assert wait_for(process, lambda: last_step(run) >= 12)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=DEADLINE)[1]
+    assert process.returncode == 143 and 'stopped by signal 15: step' in text
+    shutil.rmtree(tmp_path / 'runs' / 'pre')  # is of no use any more
+    text = mxsimmim('finetune', BASE, *options).stderr
+    assert 'going on from runs/run/checkpoints/step-000000' in text and 'encoder from' not in text
+    assert weights(run) == weights(whole) and weights(run, 'best') == weights(whole, 'best')
+    assert metrics(run) == metrics(whole) and state(run)['progress'] == state(whole)['progress']
+
+
+def test_evaluation_alone(whole, mxsimmim, tmp_path):
+    """Of the best checkpoint, which load_run hands out: the numbers that were measured when it was saved."""
+    before = weights(tmp_path / 'runs' / 'run')
+    text = mxsimmim('finetune', BASE, *FINETUNE, '--eval').stdout
+    step, top1 = first_best(whole)
+    assert f'runs/run, step {step}\ntop-1 {top1:.2f} %, ' in text and 'of 359 images' in text
+    found = json.loads((tmp_path / 'runs' / 'run' / 'evaluation.json').read_text())
+    row = rows(whole, 'val_top1')[step]
+    assert {name: found[name] for name in found if name in row} == {name: row[name] for name in row if name in found}
+    assert set(found) == {'images', 'val_top1', 'val_top5', 'val_loss', 'val_ece', 'val_images_per_second'}
+    assert weights(tmp_path / 'runs' / 'run') == before and metrics(tmp_path / 'runs' / 'run') == metrics(whole)
+
+
+def test_it_stops_early_once(mxsimmim, tmp_path):
+    """A rate too small to move anything: the first validation stays the best, and the third without one ends it."""
+    options = [*FINETUNE, 'optim.base_lr=1e-12', 'optim.warmup=0', 'train.stop_early=3', 'train.ema=0']
+    text = mxsimmim('finetune', BASE, *options).stderr
+    run = tmp_path / 'runs' / 'run'
+    assert list(rows(run, 'val_top1')) == [5, 10, 15, 20] and first_best(run)[0] == 5
+    assert 'stopped: 3 validations without a new best (train.stop_early)' in text and 'at step 5, kept in' in text
+    rate = 1e-12 * 32 / 512
+    assert [row['lr'] for row in rows(run, 'loss').values()] == pytest.approx(
+        [rate] * 3 + [rate] * 2 + [rate / 2] * 2 + [rate / 4], rel=1e-9, abs=0)  # after 3, 6, 9, 10; 12, 15; 18, 20
+    before = weights(run), weights(run, 'best'), metrics(run)
+    text = mxsimmim('finetune', BASE, *options).stderr
+    assert 'stopped: 3 validations without a new best (train.stop_early)' in text
+    assert (weights(run), weights(run, 'best'), metrics(run)) == before
+
+
+def test_a_probe_may_have_few_labels(whole, mxsimmim):
+    assert '100 training images (10 of each class, 1 draws)' in mxsimmim(
+        'probe', 'runs/pre', 'data.labels_per_class=10', '--seeds', 1).stdout
+
+
+def one_line(result):
+    errors = [line for line in result.stderr.splitlines() if line.startswith('mxsimmim: error: ')]
+    assert len(errors) == 1 and 'Traceback' not in result.stderr, result.stderr
+    return errors[0]
+
+
+@pytest.fixture
+def folders(whole, tmp_path):
+    """Class folders in various states, a table of labels that lacks an image."""
+    for name in ('train/cat', 'train/dog', 'val/cat', 'val/bird', 'gap/cat', 'flat'):
+        images(tmp_path / name, 20)
+    (tmp_path / 'gap' / 'dog').mkdir()
+    (tmp_path / 'labels.csv').write_text(''.join(f'{number:03d}.png,{number % 2}\n' for number in range(19)))
+
+
+@pytest.mark.parametrize('options, complaint', [
+    (['data.path=train', 'data.val_path=val'], 'val/bird is not one of the 2 classes cat, dog: rename or remove'),
+    (['data.path=gap'], 'class folder gap/dog has no images: add some or remove the folder'),
+    (['data.path=flat', 'data.labels=labels.csv'],
+     '1 of the 20 images in flat have no line in labels.csv, the first is 019.png'),
+    (['model.pretrained=runs/pre', 'model.embed_dim=24', 'name=wide'],
+     'model.pretrained=runs/pre/checkpoints/step-00000020: these weights do not fit the network: cls_token has shape '
+     '(1, 1, 16), the network needs (1, 1, 24); '),
+    (['model.pretrained=runs/none', 'name=other'], 'runs/none'),
+    (['name=none', '--eval'], 'runs/none is not the folder of a run'),
+    (['name=pre', '--eval'], 'runs/pre has 0 classes, the data here have 10'),
+    (['--eval', 'data.path=train'], "runs/run has 10 classes, the data here have 2, and class 0 is '0' there, 'cat' "
+                                    'here: give data of its classes'),
+    (['--eval', 'data.val_fraction=0'], '--eval needs held-out images: set data.val_path or data.val_fraction'),
+    (['--eval', 'model.img_size=32'], 'runs/run was trained with model.img_size=16, here it is 32'),
+])
+def test_bad_input(folders, mxsimmim, options, complaint):
+    assert complaint in one_line(mxsimmim('finetune', BASE, *FINETUNE, *options, status=1))
+
+
+def test_other_classes_in_the_same_order_of_numbers(folders, mxsimmim, tmp_path):
+    """As many images in folders of other names: a head would answer with the wrong ones."""
+    options = [*TINY, 'name=pets', 'train.length=2', 'optim.warmup=0', 'train.batch_size=4', 'checkpoint.every=1',
+               'data.val_fraction=0', 'data.path=train']
+    mxsimmim('finetune', BASE, *options)
+    (tmp_path / 'train' / 'dog').rename(tmp_path / 'train' / 'hound')
+    for more, remedy in (([], 'set name= for a new run'),
+                         (['resume=runs/pets/checkpoints/step-00000002', 'name=more'], 'model.pretrained=')):
+        complaint = one_line(mxsimmim('finetune', BASE, *options, *more, status=1))
+        assert ("step-00000002 has 2 classes, the data here have 2, and class 1 is 'dog' there, 'hound' here"
+                in complaint and remedy in complaint)
+
+
+def test_pretrain_does_not_take_a_recipe_of_fine_tuning(mxsimmim):
+    result = mxsimmim('pretrain', ROOT / 'conf' / 'finetune_digits.yaml', status=2)
+    assert 'optim.layer_decay is for fine-tuning: mxsimmim finetune' in one_line(result)
