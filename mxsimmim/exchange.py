@@ -40,7 +40,7 @@ def import_weights(file: Path, run: Path, config: str = '', overrides: Sequence[
     raw = pth.read_weights(file)
     try:
         arrays, kind = names.to_official(raw)
-    except ValueError as error:
+    except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f'{file}: {error}') from None
     if kind == 'encoder':
         raise ValueError(f'{file} is an encoder without SimMIM decoder or classification head, so it is no run yet: '
@@ -115,7 +115,7 @@ def _swin_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], to
     window, patch = max(windows), told['patch_size']
     told.update(type='swin', depths=[len(table) for table in tables], window_size=window,
                 num_heads=[table[0].shape[1] for table in tables],
-                mlp_ratio=bare['layers.0.blocks.0.mlp.fc1.weight'].shape[0] / told['embed_dim'],
+                mlp_ratio=_ratio(bare['layers.0.blocks.0.mlp.fc1.weight']),
                 use_ape='absolute_pos_embed' in bare)
     masks = [value for name, value in raw.items() if name.endswith('layers.0.blocks.1.attn_mask')]
     if 'absolute_pos_embed' in bare:
@@ -134,7 +134,7 @@ def _vit_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], tol
     table = 'blocks.0.attn.relative_position_bias_table'
     shared = 'rel_pos_bias.relative_position_bias_table'
     told.update(type='vit', depth=len({name.split('.')[1] for name in bare if name.startswith('blocks.')}),
-                mlp_ratio=bare['blocks.0.mlp.fc1.weight'].shape[0] / told['embed_dim'],
+                mlp_ratio=_ratio(bare['blocks.0.mlp.fc1.weight']),
                 init_values=0.1 if 'blocks.0.gamma_1' in bare else None, use_ape='pos_embed' in bare,
                 use_rpb=table in bare, use_shared_rpb=shared in bare, use_mean_pooling='norm.weight' not in bare)
     if table in bare or shared in bare:
@@ -146,6 +146,12 @@ def _vit_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], tol
         told['img_size'] = math.isqrt(bare['pos_embed'].shape[1] - 1) * told['patch_size']
     elif 'img_size' not in told:
         assumed['img_size'] = ASSUMED_SIDE // told['patch_size'] * told['patch_size']
+
+
+def _ratio(weight: np.ndarray) -> float:
+    """A ratio of hidden width to width that, times the width, does not round to below the hidden width."""
+    hidden, width = weight.shape
+    return hidden / width if int(hidden / width * width) == hidden else float(np.nextafter(hidden / width, math.inf))
 
 
 def _yaml(value: Any) -> str:

@@ -111,6 +111,9 @@ def evaluate(config: Config) -> int:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     trained = load_run(folder)
     check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')
+    for key, old, new in configfile.differences(trained.config, config):
+        if key.startswith('model.') and key != 'model.drop_path':
+            raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
     report = validation.report(Replicated(trained.net, contexts, config.data.mean, config.data.std), folder)
     if place.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)

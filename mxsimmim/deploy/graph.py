@@ -83,5 +83,6 @@ def load_symbol(files: List[Path], graph: Graph) -> SymbolBlock:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # that it cannot tell the inputs' type: float32, its default
         net = SymbolBlock.imports(str(files[0]), list(graph.inputs), str(files[1]))
-    net.hybridize(static_alloc=True)
+    # Without static_shape int8 quantises its weights anew in each call: 94 ms instead of 45 for an image through ViT-S.
+    net.hybridize(static_alloc=True, static_shape=True)
     return net

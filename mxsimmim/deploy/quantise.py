@@ -94,7 +94,9 @@ def table(measured: Dict[str, Measured], images: int, calibration: int) -> str:
         times = ''.join(f'{f"{ms:.2f} ms":>14}' for ms in row.latency.values())
         lines.append(f'{name:<9}{f"{row.accuracy:.2f} %":>10}{times}')
     gains = ''.join(f'{_speed(plain.latency[b] / int8.latency[b]):>14}' for b in plain.latency)
-    return '\n'.join(lines + [f'{"change":<9}{f"{int8.accuracy - plain.accuracy:+.2f}":>10}{gains}'])
+    lines.append(f'{"change":<9}{f"{int8.accuracy - plain.accuracy:+.2f}":>10}{gains}')
+    return '\n'.join(lines + ['of networks loaded with SymbolBlock.imports and hybridized with static_alloc and '
+                              'static_shape, as int8 needs'])
 
 
 def _speed(ratio: float) -> str:

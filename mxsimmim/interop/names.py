@@ -13,7 +13,7 @@ from ..config import ModelConfig
 
 STYLES = ('official', 'timm', 'hf')
 BUFFERS = ('relative_position_index', 'attn_mask', 'relative_coords_table')  # computed by every library anew
-# Hugging Face's names as its files have them; its classes of version 5 rename them on loading.
+# Hugging Face's names as its files have them; the classes of its version 5 rename them on loading and on saving.
 HF_TOP = {
     'patch_embed.proj': 'embeddings.patch_embeddings.projection', 'patch_embed.norm': 'embeddings.norm',
     'pos_embed': 'embeddings.position_embeddings', 'cls_token': 'embeddings.cls_token',
@@ -24,6 +24,9 @@ HF_BLOCK = {
     'mlp.fc2': 'output.dense', 'attn.proj': 'attention.output.dense', 'gamma_1': 'lambda_1', 'gamma_2': 'lambda_2'}
 HF_TABLE = {'swin': 'attention.self.relative_position_bias_table',
             'beit': 'attention.attention.relative_position_bias.relative_position_bias_table'}
+HF_5_TOP = {'shared_position_bias': 'rel_pos_bias'}
+HF_5_BLOCK = {'attention.o_proj': 'attn.proj', 'relative_position_bias': 'attn',
+              'attention.relative_position_bias': 'attn'}
 # What a network of ours, or of the reference, can hold.
 VIT_QKV = r'(blocks\.\d+\.attn\.)qkv\.'
 AFFINE = r'\.(weight|bias)'
@@ -72,7 +75,8 @@ def from_official(arrays: Mapping[str, np.ndarray], style: str,
 
     ViT goes to timm's VisionTransformer, and to Hugging Face's ViT, where they can express it; with relative position
     tables, without absolute positions, and for 'hf' with layer scale or mean pooling, to BEiT, which has all of these.
-    Left out are what only pre-training uses: timm has no mask token, and neither it nor BEiT SimMIM's decoder.
+    Left out is what only pre-training uses: timm has no mask token, and neither it nor BEiT has SimMIM's decoder.
+    Hugging Face's ViT and BEiT compute the same with ``layer_norm_eps=1e-6`` in their configuration.
 
     Raises:
         ValueError: a weight without counterpart there, named.
@@ -139,7 +143,7 @@ def _from_timm(arrays: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
     found = {}
     for name, value in arrays.items():
         name = re.sub(r'\.ls([12])\.gamma$', r'.gamma_\1', _rename(_shift_merging(name, by), {'head.fc': 'head'}))
-        if name == 'pos_embed' and math.isqrt(value.shape[1]) ** 2 == value.shape[1]:  # of the patches alone
+        if name == 'pos_embed' and math.isqrt(value.shape[1]) ** 2 == value.shape[1]:  # timm's no_embed_class
             value = np.concatenate([np.zeros_like(value[:, :1]), value], axis=1)
         found[name] = value
     return found
@@ -155,16 +159,17 @@ def _to_timm(arrays: Mapping[str, np.ndarray], kind: str, plain: bool) -> Dict[s
 
 def _from_hf(arrays: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
     """Of a bare model (its names begin with embeddings., …) or one with a head (vit.embeddings., …)."""
-    top = {new: old for old, new in HF_TOP.items()}
-    block = {**{new: old for old, new in HF_BLOCK.items()},
+    top = {**HF_5_TOP, **{new: old for old, new in HF_TOP.items()}}
+    block = {**HF_5_BLOCK, **{new: old for old, new in HF_BLOCK.items()},
              **{name: 'attn.relative_position_bias_table' for name in HF_TABLE.values()}}
     found: Dict[str, np.ndarray] = {}
     parts: Dict[str, Dict[str, np.ndarray]] = {}  # of a projection: query, key, value
     for name, value in arrays.items():
         name = re.sub(r'^(vit|beit|swin)\.', '', name)
-        match = re.fullmatch(r'encoder\.(layers\.\d+\.blocks|layer)\.(\d+)\.(.*)', name)
-        prefix = f"{'blocks' if match[1] == 'layer' else match[1]}.{match[2]}." if match else ''
-        part = match and re.fullmatch(r'attention\.(?:attention|self)\.(query|key|value)\.(weight|bias)', match[3])
+        match = re.fullmatch(r'(?:encoder\.)?(layers\.\d+\.blocks|layers?)\.(\d+)\.(?!downsample)(.*)', name)
+        prefix = f"{match[1] if 'blocks' in match[1] else 'blocks'}.{match[2]}." if match else ''
+        part = match and re.fullmatch(r'attention\.(?:attention\.|self\.)?([qkv])(?:uery|ey|alue|_proj)\.(weight|bias)',
+                                      match[3])
         if part:
             parts.setdefault(f'{prefix}attn.qkv.{part[2]}', {})[part[1]] = value
         elif match:
@@ -172,8 +177,9 @@ def _from_hf(arrays: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         elif not name.startswith('pooler.dense.'):  # of the tanh pooler, which the tokens do not depend on
             found[re.sub(r'^encoder\.(?=layers\.)', '', _rename(name, top))] = value
     for name, whole in parts.items():
-        zeros = np.zeros_like(whole['query'])  # BEiT's keys have no bias
-        found[name] = np.concatenate([whole['query'], whole.get('key', zeros), whole['value']])
+        if not {'q', 'v'} <= whole.keys():
+            raise ValueError(f'of the queries, keys and values of {name}, some are missing')
+        found[name] = np.concatenate([whole['q'], whole.get('k', np.zeros_like(whole['q'])), whole['v']])  # BEiT: no k
     return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from mxnet.gluon import HybridBlock
 
 from ..models import named_parameters
+from .names import to_official
 from .pth import read_weights
 from .resize import absolute_table, relative_table
 
@@ -64,7 +65,7 @@ SHARED = 'rel_pos_bias.relative_position_bias_table'  # of all blocks of a ViT i
 
 
 def load_pretrained(net: HybridBlock, path: Union[str, Path]) -> List[str]:
-    """Gives a classifier the encoder that is in a file: the reference's .pth, or .safetensors under its names.
+    """Gives a classifier the encoder that is in a .pth or .safetensors file of the reference, timm or Hugging Face.
 
     Returns the parameters that keep their initial values because the file has none for them.
 
@@ -72,7 +73,7 @@ def load_pretrained(net: HybridBlock, path: Union[str, Path]) -> List[str]:
         ValueError: a file that cannot be read, or weights that do not fit the network, each named.
     """
     try:
-        return adopt(net, read_weights(path))
+        return adopt(net, to_official(read_weights(path))[0])
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
 

@@ -100,14 +100,19 @@ def _tensors(path: Path, tree: Any, read: Callable[[_Storage], bytes]) -> Dict[s
         tensors = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
     if not tensors:
         raise _refusal(path, "holds no tensors by name: write it with torch.save({'model': net.state_dict()}, FILE)")
-    storages = {tensor.storage for tensor in tensors.values()}
-    needed = sum(storage.bytes for storage in storages)
+    views: Dict[_Storage, Dict[str, _Tensor]] = {}
+    for name, tensor in tensors.items():
+        views.setdefault(tensor.storage, {})[name] = tensor
+    needed = sum(storage.bytes for storage in views)
     needed += sum(math.prod(t.shape) * _numpy_type(t.dtype).itemsize for t in tensors.values())
     if needed > LARGEST * path.stat().st_size:
         raise _refusal(path, f'is damaged: its tensors would fill {needed:,} bytes, more than {LARGEST} times its '
                        f'{path.stat().st_size:,}')
-    content = {storage: read(storage) for storage in storages}
-    return {name: _array(tensor, content[tensor.storage]) for name, tensor in tensors.items()}
+    arrays: Dict[str, np.ndarray] = {}
+    for storage, named in views.items():  # one at a time, so that memory holds the weights once
+        content = read(storage)
+        arrays.update({name: _array(tensor, content) for name, tensor in named.items()})
+    return {name: arrays[name] for name in tensors}
 
 
 def _array(tensor: _Tensor, content: bytes) -> np.ndarray:

@@ -19,8 +19,8 @@ def command(*arguments):
 def metrics(run):
     """Records without what depends on the clock."""
     with open(run / 'metrics.jsonl') as file:
-        return [{k: v for k, v in json.loads(line).items() if k not in ('time', 'images_per_second')
-                 and not k.endswith('_seconds')} for line in file]
+        return [{k: v for k, v in json.loads(line).items() if k != 'time'
+                 and not k.endswith(('_seconds', 'images_per_second'))} for line in file]
 
 
 def weights(run, folder='checkpoints'):

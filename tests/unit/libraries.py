@@ -59,6 +59,9 @@ def record(path: Path) -> None:
             model.save_pretrained(path.parent / 'hf')
             from safetensors.numpy import load_file
             weights = load_file(path.parent / 'hf' / 'model.safetensors')
+            renamed = {key: next(name for name, array in weights.items() if np.array_equal(array, value.numpy()))
+                       for key, value in model.state_dict().items()}
+            arrays[f'{name}/renamed'] = np.array(json.dumps(renamed))
         else:
             weights = {key: value.numpy() for key, value in model.state_dict().items()}
         arrays.update({f'{name}/weights/{key}': value for key, value in weights.items()})

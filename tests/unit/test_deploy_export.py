@@ -1,5 +1,6 @@
 """Exported files against the network they come from: symbol, ONNX, 8 bits."""
 import json
+import sys
 
 import mxnet as mx
 import numpy as np
@@ -107,19 +108,20 @@ def test_an_unknown_operator_is_named():
         onnx_graph.to_onnx(graph.Graph(symbol, {}, {'image': (3, 4, 4)}, 'odd'))
 
 
-def test_int8_quantises_the_linear_maps(tmp_path):
-    """And nothing else: 4 products a block, the patch embedding and the head; the answer moves by a few per cent."""
-    trained = load_run(make_run(tmp_path / 'run', MODELS['vit'], 'classify'))
+@pytest.mark.parametrize('model, products', [('vit', 4 * 2 + 2), ('swin', 4 * 4 + 1 + 2)])
+def test_int8_quantises_the_linear_maps(tmp_path, model, products):
+    """And nothing else: 4 a block, patch embedding, merging and head; the answer moves by a few per cent."""
+    trained = load_run(make_run(tmp_path / 'run', MODELS[model], 'classify'))
     whole = graph.trace(trained)
     x, = inputs(trained, 32)
     int8 = quantise.quantise(whole, x)
     nodes = json.loads(int8.symbol.tojson())['nodes']
     assert sum(node.get('attrs', {}).get('quantized') in ('True', '1') for node in nodes
-               if node['op'] == '_sg_mkldnn_fully_connected') == 4 * 2 + 2
+               if node['op'] == '_sg_mkldnn_fully_connected') == products
     net = graph.load_symbol(graph.save_symbol(int8, tmp_path / 'int8'), int8)
     expected, found = graph.answer(trained, [x]), net(mx.nd.array(x)).asnumpy()
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert 1e-4 < error < 0.05
+    assert 1e-4 < error < 0.1
 
 
 def test_int8_is_measured_and_refused(tmp_path, monkeypatch):
@@ -171,3 +173,11 @@ def test_traced_constants_are_those_the_graph_uses(tmp_path):
     assert isinstance(trained, Trained)
     whole = graph.trace(trained)
     assert set(whole.symbol.list_inputs()) == {'image', *whole.arrays}
+
+
+@pytest.mark.parametrize('package', ['onnx', 'onnxruntime'])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'mxsimmim\[deploy\]'"):
+        export(make_run(tmp_path / 'run', MODELS['vit'], 'classify'), tmp_path / 'out' / 'net.onnx', 'onnx')
+    assert list((tmp_path / 'out').iterdir()) == []

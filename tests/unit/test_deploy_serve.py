@@ -1,5 +1,7 @@
 """What the service does when it has too much to do, and whether it hears strangers."""
 import asyncio
+import importlib
+import sys
 import threading
 
 import numpy as np
@@ -144,3 +146,11 @@ def test_a_port_that_is_taken():
             serve._listen('127.0.0.1', port)
     finally:
         listener.close()
+
+
+@pytest.mark.parametrize('package', ['aiohttp', 'prometheus_client'])
+def test_a_missing_package_is_named(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, 'mxsimmim.deploy.serve')
+    with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'mxsimmim\[deploy\]'"):
+        importlib.import_module('mxsimmim.deploy.serve')

@@ -112,6 +112,12 @@ def test_a_classifier_comes_in_with_its_classes(keys, tmp_path):
     assert load_run(tmp_path / 'numbered').classes == ('0', '1', '2', '3')
 
 
+def test_every_hidden_width_comes_back():
+    for width in (12, 49, 96, 1152):
+        for hidden in range(1, 6 * width, 7):
+            assert int(width * exchange._ratio(np.empty((hidden, width)))) == hidden, (hidden, width)
+
+
 def test_half_precision_comes_in_as_single(tmp_path):
     _, net = classifier(tmp_path / 'a.pth', VIT, dtype='float16')
     exchange.import_weights(tmp_path / 'a.pth', tmp_path / 'run')

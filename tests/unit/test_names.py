@@ -77,6 +77,18 @@ def test_there_and_back_gives_their_names_and_values(model):
             np.testing.assert_array_equal(value, raw[name], err_msg=name)
 
 
+@pytest.mark.parametrize('model', [model for model in MODELS if model.startswith('hf_')])
+def test_the_names_inside_hugging_faces_classes_are_known_too(model):
+    raw = weights(model)
+    inside = {name: raw[file] for name, file in json.loads(str(RECORDED[f'{model}/renamed'])).items()}
+    assert set(inside) != set(raw)
+    arrays, kind = names.to_official(raw)
+    again, again_kind = names.to_official(inside)
+    assert kind == again_kind and set(again) == set(arrays)
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
 def random_weights(net, seed):
     rng = np.random.default_rng(seed)
     for parameter in named_parameters(net).values():
@@ -151,6 +163,10 @@ def test_what_has_no_place_is_named():
     for extra in ('reg_token', 'blocks.0.attn.q_norm.weight', 'pre_logits.fc.weight', 'norm_pre.weight'):
         with pytest.raises(ValueError, match=f"there is no place for '{extra}'"):
             names.to_official({**raw, extra: np.ones(3)})
+    cut = {name: value for name, value in weights('hf_vit').items() if not name.endswith('layer.1.attention.attention.'
+                                                                                        'query.weight')}
+    with pytest.raises(ValueError, match='queries, keys and values of blocks.1.attn.qkv.weight, some are missing'):
+        names.to_official(cut)
     with pytest.raises(ValueError, match="'patch_embed.proj.weight' is missing"):
         names.to_official({'head.weight': np.ones((3, 4))})
     config = ModelConfig(type='swin', img_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2],

@@ -217,7 +217,7 @@ def test_sizes_are_compared_with_the_file_before_anything_is_allocated(keys, wor
 
 
 def test_nothing_nested_is_hashed_or_printed(tmp_path):
-    """A tuple of two the same tuples of two the same …: 60 levels take 2^60 operations to hash, to compare or to print."""
+    """A tuple of twice the same tuple of twice the same …: 60 levels take 2^60 operations to hash or print."""
     nested = b'K\x00K\x00\x86' + b'2\x86' * 60
     for tree in (b'}' + nested + b'K\x00s.', b'(' + nested + b'd.', b'\x8f(' + nested + b'\x90.', nested + b'Q.',
                  b'ctorch._utils\n_rebuild_tensor_v3\n' + STORAGE + b'K\x00))\x89N' + nested + b'tR.',

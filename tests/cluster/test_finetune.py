@@ -1,0 +1,99 @@
+"""Fine-tuning shared among processes: the weights, their average and the evaluation are those of one process."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mxsimmim import checkpoint, configfile
+from mxsimmim.interop import official
+from mxsimmim.models import build_simmim
+
+ROOT = Path(__file__).parents[2]
+SEED = 31
+COMMAND = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', 'finetune', str(ROOT / 'conf' / 'finetune_digits.yaml')]
+# All that is random is on: mixup and CutMix of pairs, RandAugment, erasing, stochastic depth.
+TINY = ['model.img_size=16', 'model.patch_size=8', 'model.embed_dim=16', 'model.depth=2', 'model.num_heads=2',
+        'model.drop_path=0.2', 'augment.rand_ops=2', 'augment.erasing=0.25', 'augment.mixup=0.8', 'augment.cutmix=1',
+        'data.val_fraction=0.1', 'data.labels_per_class=0', 'train.length=10', 'train.batch_size=32',
+        'optim.base_lr=1e-2', 'optim.warmup=0', 'optim.schedule=constant', 'optim.clip_grad=0.5', 'validation.every=5',
+        'checkpoint.every=10', 'log.every=3', 'train.check_replicas=2', 'runtime.threads=1', 'data.threads=1']
+SERVERS, HOROVOD = ['-n', 2, '-s', 1], ['-n', 2, '--horovod']
+
+
+def arrays(run, group='weights'):
+    found = load_file(run / 'checkpoints' / 'step-00000010' / f'{group}.safetensors')
+    return np.concatenate([found[name].ravel() for name in sorted(found)])
+
+
+def recorded(run, name):
+    with open(run / 'metrics.jsonl') as file:
+        return [row[name] for row in map(json.loads, file) if name in row]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """An encoder in `pre`, and in runs/alone what one process makes of it."""
+    print('seed', SEED)
+    made = tmp_path_factory.mktemp('alone')
+    pretraining = configfile.load(ROOT / 'conf' / 'digits.yaml', TINY[:5])
+    checkpoint.save(made / 'pre' / 'checkpoints', 1, {'weights': official.extract(build_simmim(
+        pretraining.model, SEED))}, {}, keep=1)
+    subprocess.run(COMMAND + TINY + [f'model.pretrained={made}/pre', 'train.ema=0.5', 'name=alone'], cwd=made,
+                   check=True, timeout=120)
+    return made
+
+
+@pytest.mark.parametrize('launch, keys', [
+    (SERVERS, ['train.ema=0.5']),
+    (['-n', 3, '-s', 1], ['data.shares=[4,1,2]']),
+    (SERVERS, ['devices=[cpu(0),cpu(1)]']),
+    (HOROVOD, ['train.ema=0.5', 'data.shares=[3,1]']),
+], ids=lambda value: ' '.join(map(str, value)))
+def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
+    """10 steps from one encoder: weights to 1e-5 in the L2 norm, losses, and the evaluation of 180 images."""
+    launcher.run(*launch, '--', *COMMAND, *TINY, f'model.pretrained={folder}/pre', *keys, 'name=many')
+    many, alone = launcher.folder / 'runs' / 'many', folder / 'runs' / 'alone'
+    for group in ['weights'] + ['ema'] * ('train.ema=0.5' in keys):
+        expected = arrays(alone, group)
+        assert np.linalg.norm(arrays(many, group) - expected) / np.linalg.norm(expected) < 1e-5, group
+    np.testing.assert_allclose(recorded(many, 'loss'), recorded(alone, 'loss'), rtol=1e-5)
+    for name in ('val_loss', 'val_top1', 'val_top5') if 'train.ema=0.5' in keys else ():
+        np.testing.assert_allclose(recorded(many, name), recorded(alone, name), rtol=1e-5)
+
+
+def test_evaluation_by_three(launcher, folder):
+    """Parts that are not equally large; the words and the file of one process, but for its speed."""
+    words = COMMAND + TINY + ['name=alone', f'output={folder}/runs', 'data.val_fraction=0.099', '--eval']
+
+    def file():
+        content = json.loads((folder / 'runs' / 'alone' / 'evaluation.json').read_text())
+        assert content.pop('val_images_per_second') > 0 and content['images'] % 3
+        return content
+
+    one = subprocess.run(words, stdout=subprocess.PIPE, universal_newlines=True, check=True, timeout=60).stdout
+    expected = file()
+    three = launcher.run('-n', 3, '-s', 1, '--', *words)
+    assert file() == pytest.approx(expected, rel=1e-6)
+    head, first, *others = one.splitlines()
+    assert first.startswith('top-1 ')
+    for line in [head, first.rpartition(', ')[0], *others]:
+        assert line in three[0] + three[1]
+
+
+@pytest.mark.parametrize('keys', [
+    ['train.store=dist_async', 'optim.clip_grad=null'],
+    ['train.aggregation=local_sgd', 'train.local_steps=5', 'train.lr_on_plateau=0.5'],
+], ids=lambda value: value[0])
+def test_other_aggregations_learn(launcher, folder, keys):
+    launcher.run(*SERVERS, '--', *COMMAND, *TINY, f'model.pretrained={folder}/pre', *keys, 'name=many',
+                 'train.length=100', 'validation.every=50', 'checkpoint.every=50', 'augment.mixup=0',
+                 'augment.cutmix=0', 'augment.rand_ops=0', 'augment.erasing=0', 'optim.base_lr=1e-1', 'log.every=10')
+    run = launcher.folder / 'runs' / 'many'
+    losses, (first, last) = recorded(run, 'loss'), recorded(run, 'val_loss')
+    print(losses, first, last, recorded(run, 'val_top1'))
+    assert losses[-1] < losses[0] - 0.5 and last < first < 2.4
+    assert [path.name for path in sorted((run / 'checkpoints').iterdir())] == ['step-00000050', 'step-00000100']
