@@ -184,8 +184,8 @@ def _points(records: List[Dict[str, Any]], name: str) -> Tuple[np.ndarray, np.nd
 def _curves(axes: Any, records: List[Dict[str, Any]], names: Sequence[str]) -> None:
     """One curve a name; losses and norms that span more than a factor of ten get a logarithmic scale."""
     labels = {'loss': 'training', 'val_loss': 'validation', 'val_top1': 'top-1', 'val_top5': 'top-5'}
-    colors = {'loss': 'C0', 'val_loss': 'C1', 'lr': 'C2', 'grad_norm': 'C3', 'images_per_second': 'C4', 'val_top1': 'C1',
-              'val_top5': 'C5'}
+    colors = {'loss': 'C0', 'val_loss': 'C1', 'lr': 'C2', 'grad_norm': 'C3', 'images_per_second': 'C4',
+              'val_top1': 'C1', 'val_top5': 'C5'}
     drawn = []
     for name in names:
         steps, values = _points(records, name)

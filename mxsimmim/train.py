@@ -106,6 +106,7 @@ def evaluate(config: Config) -> int:
     contexts, mode = contexts_of(config.devices, place), mode_of(config, place)
     task, folder = TASKS[config.task](config), folder_of(config)
     store = open_store(config, mode, place)
+    check_same_job(config, task.source, task.classes, store)
     validation = task.validation(store)
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
@@ -235,7 +236,9 @@ def assemble(config: Config, plan: Plan, task: Task, contexts: List[mx.Context],
     if saved:
         official.assign(net, saved.arrays['weights'])
     elif not resumed and store.rank == 0:
-        monitor.message(task.load_encoder(net))
+        told = task.load_encoder(net)
+        if told:
+            monitor.message(told)
     placement = Replicated(net, contexts, config.data.mean, config.data.std, config.train.accumulate)
     images = divide(config, task, store, len(contexts) * config.train.accumulate, resumed)
     aggregation = make_aggregation(config, plan, task, net, mode, store, images)
@@ -259,7 +262,7 @@ def assemble(config: Config, plan: Plan, task: Task, contexts: List[mx.Context],
     average = None
     if config.train.ema:
         # All workers hold the same one: rank 0's, of its checkpoint.
-        average = WeightAverage(named_parameters(net), config.train.ema, saved and saved.arrays['ema'])
+        average = WeightAverage(named_parameters(net), config.train.ema, saved and saved.arrays.get('ema'))
         if resumed:
             average.share(store)
     return Run(config, plan, task, loader, placement, aggregation, images, meter, monitor, task.validation(store),
@@ -278,7 +281,14 @@ def divide(config: Config, task: Task, store: Store, needed: int, resumed: Optio
 def in_groups(task: Task, images: int, weights: Sequence[float], least: np.ndarray) -> List[int]:
     """`apportion`, but no worker's part ends within images that the task's transform mixes; the last takes the rest."""
     group = task.transform().group
-    parts = apportion(images // group, weights, (-(-least.astype(int) // group)).tolist())
+    least = least.astype(int)
+    least[-1] -= images % group
+    groups = (-(-least // group)).tolist()
+    if group > 1 and sum(groups) > images // group:
+        raise ValueError(f'train.batch_size={images} is too small: with mixup or CutMix, which take {group} images, '
+                         f'the workers need {", ".join(str(group * n) for n in groups)} of them (devices x '
+                         'train.accumulate): raise it')
+    parts = apportion(images // group, weights, groups)
     return [part * group for part in parts[:-1]] + [images - sum(parts[:-1]) * group]
 
 

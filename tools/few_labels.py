@@ -1,4 +1,4 @@
-"""Does pre-training help? Classifiers of the digits with few labels, from a pre-trained encoder and from random weights.
+"""Does pre-training help? Digits with few labels, from a pre-trained encoder and from random weights.
 
     few_labels.py [RUN] [--labels 10 0] [--seeds 5]
 

@@ -4,8 +4,10 @@ import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 from running import DEADLINE, ROOT, TINY, command, metrics, weights
+from safetensors.numpy import load_file
 from test_bad_input import images
 from test_resume import last_step, wait_for
 
@@ -132,9 +134,22 @@ def test_it_stops_early_once(mxsimmim, tmp_path):
     assert (weights(run), weights(run, 'best'), metrics(run)) == before
 
 
-def test_a_probe_may_have_few_labels(whole, mxsimmim):
-    assert '100 training images (10 of each class, 1 draws)' in mxsimmim(
-        'probe', 'runs/pre', 'data.labels_per_class=10', '--seeds', 1).stdout
+def test_an_average_can_begin_in_another_run(whole, tmp_path, monkeypatch):
+    """From the weights of a checkpoint that has none."""
+    monkeypatch.chdir(tmp_path)
+    options = [*FINETUNE, 'train.length=2', 'optim.warmup=0', 'optim.base_lr=1e-12']
+    assert cli.main(['finetune', str(BASE), *options, 'name=a', 'train.ema=0']) == 0
+    assert cli.main(['finetune', str(BASE), *options, 'name=b', 'train.ema=0.5', 'train.length=4',
+                     'resume=runs/a/checkpoints/step-00000002']) == 0
+    own, average = (load_file(tmp_path / 'runs' / 'b' / 'checkpoints' / 'step-00000004' / f'{name}.safetensors')
+                    for name in ('weights', 'ema'))
+    assert all(np.allclose(average[name], own[name], atol=1e-7) for name in own)
+
+
+def test_a_probe_may_have_few_labels(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['probe', 'runs/pre', 'data.labels_per_class=10', '--seeds', '1']) == 0
+    assert '100 training images (10 of each class, 1 draws)' in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from running import DEADLINE, ROOT, TINY
 from PIL import Image
+from running import DEADLINE, ROOT, TINY
+
+from mxsimmim import cli
 
 README = (ROOT / 'README.md').read_text()
 SHORT = [key for key in TINY if not key.startswith(('data.', 'model.', 'mask.patch'))] + [
@@ -17,7 +19,7 @@ SHORT = [key for key in TINY if not key.startswith(('data.', 'model.', 'mask.pat
 
 def shell_lines():
     blocks = re.findall(r'^```sh\n(.*?)^```', README, re.S | re.M)
-    return [line.partition('  #')[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return [line.partition(' #')[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
 def small(config):
@@ -48,9 +50,14 @@ def test_make_targets_exist():
 
 
 def test_commands(folder):
-    ran = 0
-    for line in shell_lines():
+    ran = parsed = 0
+    for line in sorted(shell_lines(), key=lambda line: 'pretrain conf/digits.yaml' not in line):  # as make demo did
         words = shlex.split(line.replace('/images', str(folder / 'images')))
+        if re.search('imagenet|official|vit_base vit_base|cats|…', line):  # what this machine does not have
+            if '…' not in line:
+                cli.parser().parse_args(words[1:])
+                parsed += 1
+            continue
         if '-H' in words:
             continue  # tests/cluster/test_ssh.py has the hosts
         if words[0] in ('mxsimmim', 'tools/launch.py'):
@@ -58,12 +65,14 @@ def test_commands(folder):
             words[command:command + 1] = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim']
             if words[0] == 'tools/launch.py':
                 words[:1] = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
-            if 'pretrain' in words:
-                config = words[words.index('pretrain') + 1]
+            if 'pretrain' in words or 'finetune' in words:
+                config = words[words.index('pretrain' if 'pretrain' in words else 'finetune') + 1]
                 words = [word.replace('gpu(', 'cpu(').replace('val_fraction=0.01', 'val_fraction=0.2')
                          for word in words] + small(config) + [f'name=run{ran}']
-                if config.endswith('digits.yaml'):
+                if config.endswith('/digits.yaml'):
                     words[-1] = 'name=digits'
+            if 'probe' in words:
+                words += ['data.labels_per_class=3', '--seeds', '1']
         elif words[0] == 'python':
             words[0] = sys.executable
         else:
@@ -73,7 +82,7 @@ def test_commands(folder):
                                 universal_newlines=True, timeout=DEADLINE)
         assert result.returncode == 0, f'{line}\n{result.stdout}'
         ran += 1
-    assert ran == 10
+    assert (ran, parsed) == (13, 10)
     assert (folder / 'grid.png').stat().st_size > 1000 and (folder / 'curves.png').stat().st_size > 1000
 
 

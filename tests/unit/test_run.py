@@ -1,0 +1,73 @@
+"""What makes two workers, or a checkpoint and a run, the same job."""
+import pytest
+
+from mxsimmim import checkpoint, configfile
+from mxsimmim.config import Config
+from mxsimmim.run import check_classes, check_same_job, checkpoint_to_resume
+
+
+class Images:
+    """Three images by name."""
+
+    def __len__(self):
+        return 3
+
+    def name(self, index):
+        return f'/disk/{index}.png'
+
+
+class Second:
+    """The store of a second worker, which hears what the first one said."""
+    rank, size = 1, 2
+
+    def __init__(self, classes, **keys):
+        self.said = {'config': configfile.to_dict(Config(task='classify', **keys)), 'samples': 3, 'classes': classes,
+                     'names': [f'{i * 3 // 1000}.png' for i in range(1000)]}
+
+    def share(self, _make):
+        return self.said
+
+
+@pytest.mark.parametrize('theirs, ours, complaint', [
+    (['a', 'b'], ('a', 'c'), "has 2 classes, the data here have 2, and class 1 is 'b' there, 'c' here: mend it"),
+    (['a'], ('a', 'c'), "has 1 classes, the data here have 2, and class 1 is missing there, 'c' here"),
+    (['b', 'a'], ('a', 'b'), "and class 0 is 'b' there, 'a' here"),
+    (['a', 'b'], (), "the data here have 0, and class 0 is 'a' there, missing here"),
+])
+def test_classes(theirs, ours, complaint):
+    with pytest.raises(ValueError) as error:
+        check_classes('runs/a', theirs, ours, 'mend it')
+    assert str(error.value).startswith('runs/a has ') and complaint in str(error.value)
+
+
+def test_the_same_classes():
+    check_classes('runs/a', ['a', 'b'], ('a', 'b'), '')
+    check_classes('runs/a', (), (), '')
+
+
+def test_workers_need_the_same_classes():
+    """Their tables and lists of names may lie elsewhere, but must say the same."""
+    here = Config(task='classify', data={'labels': '/here/labels.csv', 'classes': '/here/names.txt'})
+    check_same_job(here, Images(), ('cat', 'dog'), Second(['cat', 'dog'], data={'labels': '/there/labels.csv'}))
+    with pytest.raises(ValueError, match="rank 0 has 2 classes, .* class 0 is 'dog' there, 'cat' here: all workers ne"):
+        check_same_job(here, Images(), ('cat', 'dog'), Second(['dog', 'cat']))
+    with pytest.raises(ValueError, match=r'differently from rank 0: data.labels_per_class \(rank 0 5, here 0\)'):
+        check_same_job(here, Images(), ('cat', 'dog'), Second(['cat', 'dog'], data={'labels_per_class': 5}))
+
+
+@pytest.mark.parametrize('by_name', [False, True])
+def test_a_checkpoint_of_other_classes(tmp_path, by_name):
+    config = Config(task='classify', output=str(tmp_path), name='run')
+    folder = tmp_path / 'run' / 'checkpoints'
+    checkpoint.save(folder, 7, {}, {'config': configfile.to_dict(config), 'samples': 3, 'classes': ['cat', 'dog']}, 1)
+    if by_name:
+        config = config.model_copy(update={'resume': str(folder / 'step-00000007'), 'name': 'other'})
+    assert checkpoint_to_resume(config, 3, ('cat', 'dog'), pytest.fail).step == 7
+    with pytest.raises(ValueError, match="step-00000007 has 2 classes, .* class 1 is 'dog' there, 'hound' here: give"):
+        checkpoint_to_resume(config, 3, ('cat', 'hound'), pytest.fail)
+
+
+def test_a_checkpoint_of_before_there_were_classes(tmp_path):
+    config = Config(output=str(tmp_path), name='run')
+    checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {'config': configfile.to_dict(config), 'samples': 3}, 1)
+    assert checkpoint_to_resume(config, 3, (), pytest.fail).step == 7
