@@ -73,6 +73,13 @@ def save(folder: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]]
     return final
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Deletes the checkpoints in `folder` of later steps than `step`."""
+    for other, path in _found(Path(folder)).items():
+        if other > step:
+            _discard(path)
+
+
 def kept(steps: Iterable[int], keep: int, keep_every: Optional[int]) -> Set[int]:
     """The retention rule: the newest `keep` of `steps`, and the multiples of `keep_every`."""
     steps = sorted(steps)

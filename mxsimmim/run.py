@@ -82,14 +82,15 @@ def read_config(folder: Union[str, Path]) -> Config:
         raise ValueError(f'{path}: not the configuration of a run') from None
 
 
-def check_same_job(config: Config, source: Source, classes: Sequence[str], store: 'Store') -> None:
-    """Compares configuration, images and classes of all workers.
+def check_same_job(config: Config, source: Source, classes: Sequence[str], held_out: int, store: 'Store') -> None:
+    """Compares configuration, images, classes and the number of held-out images of all workers.
 
     Raises:
         ValueError: in the workers that differ from rank 0, naming what.
     """
     names = [os.path.basename(source.name(i * len(source) // 1000)) for i in range(1000)]
-    own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names, 'classes': list(classes)}
+    own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names, 'classes': list(classes),
+           'held_out': held_out}
     first = store.share(lambda: own)
     changed = configfile.differences(configfile.from_dict(first['config'], 'rank 0'), config,
                                      configfile.FREE_BETWEEN_WORKERS)
@@ -100,6 +101,9 @@ def check_same_job(config: Config, source: Source, classes: Sequence[str], store
     if (first['samples'], first['names']) != (len(source), names):
         raise ValueError(f'data.path={config.data.path}: rank {store.rank} finds {len(source):,} images here, rank 0 '
                          f'{first["samples"]:,}, or others: all workers need the same images')
+    if first['held_out'] != held_out:
+        raise ValueError(f'data.val_path={config.data.val_path}: rank {store.rank} finds {held_out:,} images here, rank 0 '
+                         f'{first["held_out"]:,}: all workers need the same images')
     check_classes('rank 0', first['classes'], classes, 'all workers need the same')
 
 

@@ -4,16 +4,16 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 
 from . import configfile
-from .checkpoint import Checkpoint, save
-from .config import Config, Duration
+from .checkpoint import Checkpoint, discard_after, save
+from .config import Config
 from .data.loader import Batch, Loader
-from .data.sampling import apportion, batch_at, part_of, steps_per_epoch
+from .data.sampling import batch_at, part_of
 from .evaluation import Evaluation
 from .interop import official
 from .meter import Meter
@@ -28,22 +28,13 @@ from .parallel.modes import Mode, horovod_settings, mode_of
 from .parallel.placement import Replicated, contexts_of
 from .parallel.replicas import compare
 from .parallel.stores import Store, make_store
+from .plan import Plan, expected_step, in_groups, plan_of
 from .progress import Progress
 from .run import Stop, check_classes, check_same_job, checkpoint_to_resume, folder_of, locked, versions
 from .tasks import TASKS, Task
 from .trained import load_run
 from .validation import Validation
 from .world import World, world
-
-
-class Plan(NamedTuple):
-    """When what happens, in steps."""
-    per_epoch: int
-    total: int
-    validate: int
-    save: int
-    keep_every: Optional[int]
-    check: int  # 0 for never
 
 
 class Run(NamedTuple):
@@ -79,7 +70,7 @@ def start(config: Config) -> int:
         if place.rank == 0:
             stack.enter_context(locked(folder))
         store = open_store(config, mode, place)
-        check_same_job(config, task.source, task.classes, store)
+        check_same_job(config, task.source, task.classes, len(task.held_out or ()), store)
         notes: List[str] = []
         saved = None
         if place.rank == 0:
@@ -89,6 +80,7 @@ def start(config: Config) -> int:
         monitor = Quiet()
         if place.rank == 0:
             (folder / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
+            discard_after(folder / 'best', first)  # of what this run will do anew
             monitor = stack.enter_context(Monitor(folder, plan.total, first))
         for note in notes:
             monitor.message(note)
@@ -106,7 +98,7 @@ def evaluate(config: Config) -> int:
     contexts, mode = contexts_of(config.devices, place), mode_of(config, place)
     task, folder = TASKS[config.task](config), folder_of(config)
     store = open_store(config, mode, place)
-    check_same_job(config, task.source, task.classes, store)
+    check_same_job(config, task.source, task.classes, len(task.held_out or ()), store)
     validation = task.validation(store)
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
@@ -197,35 +189,6 @@ def is_timed(run: Run, step: int) -> bool:
     return done % run.config.log.every == 0 or done % run.plan.per_epoch == 0 or done == run.plan.total
 
 
-def plan_of(config: Config, samples: int, mode: Mode) -> Plan:
-    """The plan for this many training images.
-
-    Raises:
-        ValueError: the batch is larger than the data, or the warm-up longer than the run.
-    """
-    per_epoch = steps_per_epoch(samples, config.train.batch_size)
-    total = max(1, config.train.length.steps(per_epoch))
-    warmup = config.optim.warmup.steps(per_epoch, total)
-    if warmup > total:
-        raise ValueError(f'optim.warmup={config.optim.warmup} is {warmup} steps, longer than the {total} of '
-                         f'train.length={config.train.length}: shorten the warm-up, for instance optim.warmup=5%')
-
-    meeting = config.train.local_steps if mode.aggregation in ('local_sgd', 'elastic') else 1
-
-    def period(length: Duration) -> int:
-        """At least 1, and where workers meet."""
-        return -(-max(1, length.steps(per_epoch, total)) // meeting) * meeting
-
-    keep_every, check = config.checkpoint.keep_every, config.train.check_replicas
-    return Plan(per_epoch, total, period(config.validation.every), period(config.checkpoint.every),
-                period(keep_every) if keep_every else None, period(Duration(check, 'steps')) if check else 0)
-
-
-def expected_step(config: Config, place: World) -> float:
-    """Seconds of a step, roughly: three forward passes at 100 GFLOP/s, a CPU core's or two."""
-    return 6 * multiply_adds(config.model) * config.train.batch_size / place.size / 1e11
-
-
 def assemble(config: Config, plan: Plan, task: Task, contexts: List[mx.Context], mode: Mode, store: Store,
              saved: Optional[Checkpoint], resumed: Optional[Dict[str, Any]], monitor: Union[Monitor, Quiet]) -> Run:
     """Builds everything the loop needs, from initial weights, an encoder or a checkpoint.
@@ -276,20 +239,6 @@ def divide(config: Config, task: Task, store: Store, needed: int, resumed: Optio
     if shares == 'auto' and resumed and len(resumed['images']) == store.size:
         return resumed['images']
     return in_groups(task, config.train.batch_size, [1] * store.size if isinstance(shares, str) else shares, least)
-
-
-def in_groups(task: Task, images: int, weights: Sequence[float], least: np.ndarray) -> List[int]:
-    """`apportion`, but no worker's part ends within images that the task's transform mixes; the last takes the rest."""
-    group = task.transform().group
-    least = least.astype(int)
-    least[-1] -= images % group
-    groups = (-(-least // group)).tolist()
-    if group > 1 and sum(groups) > images // group:
-        raise ValueError(f'train.batch_size={images} is too small: with mixup or CutMix, which take {group} images, '
-                         f'the workers need {", ".join(str(group * n) for n in groups)} of them (devices x '
-                         'train.accumulate): raise it')
-    parts = apportion(images // group, weights, groups)
-    return [part * group for part in parts[:-1]] + [images - sum(parts[:-1]) * group]
 
 
 def make_aggregation(config: Config, plan: Plan, task: Task, net: mx.gluon.Block, mode: Mode, store: Store,

@@ -167,6 +167,14 @@ def test_retention_rule(present, keep, keep_every, expected):
     assert checkpoint.kept(present, keep, keep_every) == expected
 
 
+def test_later_checkpoints_are_discarded(tmp_path):
+    for step in (5, 10, 35):
+        checkpoint.save(tmp_path, step, arrays_of(step), {}, keep=9)
+    checkpoint.discard_after(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['step-00000005', 'step-00000010']
+    checkpoint.discard_after(tmp_path / 'nowhere', 10)
+
+
 def test_retention(tmp_path):
     left = []
     for step in (10, 20, 30, 40, 50):

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
 ORDER = ['__init__', 'config', 'configfile', 'world', 'runtime', 'cluster', 'facts', 'doctor', 'data', 'models',
          'interop', 'optim', 'meter', 'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'metrics',
-         'validation', 'evaluation', 'run', 'trained', 'progress', 'tasks', 'train', 'reconstruct', 'features',
+         'validation', 'evaluation', 'run', 'trained', 'progress', 'tasks', 'plan', 'train', 'reconstruct', 'features',
          'probe', 'exchange', 'deploy', 'cli', '__main__']
 # What answers before, or without, the second that `import mxnet` takes.
 WITHOUT_MXNET = ['__init__', 'cluster', 'world', 'config', 'configfile', 'runtime', 'data', 'checkpoint', 'monitor',

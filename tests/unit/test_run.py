@@ -22,7 +22,7 @@ class Second:
 
     def __init__(self, classes, **keys):
         self.said = {'config': configfile.to_dict(Config(task='classify', **keys)), 'samples': 3, 'classes': classes,
-                     'names': [f'{i * 3 // 1000}.png' for i in range(1000)]}
+                     'names': [f'{i * 3 // 1000}.png' for i in range(1000)], 'held_out': 2}
 
     def share(self, _make):
         return self.said
@@ -48,11 +48,16 @@ def test_the_same_classes():
 def test_workers_need_the_same_classes():
     """Their tables and lists of names may lie elsewhere, but must say the same."""
     here = Config(task='classify', data={'labels': '/here/labels.csv', 'classes': '/here/names.txt'})
-    check_same_job(here, Images(), ('cat', 'dog'), Second(['cat', 'dog'], data={'labels': '/there/labels.csv'}))
+    check_same_job(here, Images(), ('cat', 'dog'), 2, Second(['cat', 'dog'], data={'labels': '/there/labels.csv'}))
     with pytest.raises(ValueError, match="rank 0 has 2 classes, .* class 0 is 'dog' there, 'cat' here: all workers ne"):
-        check_same_job(here, Images(), ('cat', 'dog'), Second(['dog', 'cat']))
+        check_same_job(here, Images(), ('cat', 'dog'), 2, Second(['dog', 'cat']))
     with pytest.raises(ValueError, match=r'differently from rank 0: data.labels_per_class \(rank 0 5, here 0\)'):
-        check_same_job(here, Images(), ('cat', 'dog'), Second(['cat', 'dog'], data={'labels_per_class': 5}))
+        check_same_job(here, Images(), ('cat', 'dog'), 2, Second(['cat', 'dog'], data={'labels_per_class': 5}))
+
+
+def test_workers_need_the_same_held_out_images():
+    with pytest.raises(ValueError, match=r'data.val_path=/val: rank 1 finds 7 images here, rank 0 2: all workers need'):
+        check_same_job(Config(task='classify', data={'val_path': '/val'}), Images(), ('a', 'b'), 7, Second(['a', 'b']))
 
 
 @pytest.mark.parametrize('by_name', [False, True])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mxsimmim.train import in_groups
+from mxsimmim.plan import in_groups
 
 
 def task(group):
