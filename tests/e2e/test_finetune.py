@@ -51,6 +51,12 @@ def whole(folder, tmp_path):
     return folder / 'runs' / 'run'
 
 
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    """Commands in this process find MXNet imported, with whatever threads other tests gave it."""
+    monkeypatch.setattr('mxsimmim.runtime.prepare', lambda config: None)
+
+
 def test_what_a_run_leaves(whole):
     text = (whole / 'logs' / 'rank-0.log').read_text()
     assert 'encoder from runs/pre/checkpoints/step-00000020; new: fc_norm.weight, fc_norm.bias, head.weight' in text
