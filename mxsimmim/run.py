@@ -102,8 +102,8 @@ def check_same_job(config: Config, source: Source, classes: Sequence[str], held_
         raise ValueError(f'data.path={config.data.path}: rank {store.rank} finds {len(source):,} images here, rank 0 '
                          f'{first["samples"]:,}, or others: all workers need the same images')
     if first['held_out'] != held_out:
-        raise ValueError(f'data.val_path={config.data.val_path}: rank {store.rank} finds {held_out:,} images here, rank 0 '
-                         f'{first["held_out"]:,}: all workers need the same images')
+        raise ValueError(f'data.val_path={config.data.val_path}: rank {store.rank} finds {held_out:,} images here, '
+                         f'rank 0 {first["held_out"]:,}: all workers need the same images')
     check_classes('rank 0', first['classes'], classes, 'all workers need the same')
 
 

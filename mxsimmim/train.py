@@ -349,7 +349,8 @@ def conclude(run: Run, folder: Path, finished: bool) -> None:
     rows = run.aggregation.workers.share(lambda: [row for row in read_metrics(folder) if 'val_loss' in row])
     if finished and rows and run.validation:
         with model_so_far(run):
-            say(run.task.conclusion(run.validation, rows, run.plan.total, run.placement, folder))
+            if run.task.classes or run.aggregation.workers.rank == 0:  # a classifier is evaluated by all workers
+                say(run.task.conclusion(run.validation, rows, run.plan.total, run.placement, folder))
     if any((folder / 'pictures').glob('*')):
         say(f'pictures: {folder}/pictures')
     say(f'curves: mxsimmim plot {folder}')
