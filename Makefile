@@ -5,11 +5,12 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 VENV := .venv
 BIN := $(VENV)/bin
+ONEDNN := $(shell grep -o 'onednn-devel[^"]*' pyproject.toml)
 HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sanitize bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 workers and a parameter server; then few labels
@@ -23,15 +24,20 @@ test: $(VENV)/test  # runs every test
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 
+sanitize: $(VENV)/test  # runs the tests of the native operators under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BIN)/python tools/sanitize.py tests/unit/test_ops*.py
+
 bench: $(VENV)/bench  # measures speed beside PyTorch
-	$(BIN)/python tools/bench/train.py
+	$(BIN)/python tools/bench/train.py -o step.png
+	$(BIN)/python tools/bench/product.py
+	$(BIN)/python tools/bench/breakdown.py
 	$(BIN)/python tools/bench/data.py
 	$(BIN)/python tools/bench/startup.py
 	$(BIN)/python tools/bench/scale.py
 	$(BIN)/python tools/bench/allreduce.py allreduce.png
 
 clean:  # removes what was installed and built, keeps runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache mxsimmim/ops/libmxsimmim.*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Half a package looks whole to the next pip. So `whole`, which names the folder it was installed for, is away while pip
@@ -49,15 +55,17 @@ define install
 	@echo '$(CURDIR)' > $(VENV)/whole
 endef
 
-$(VENV)/base: setup.py pyproject.toml
+$(VENV)/base: setup.py pyproject.toml $(wildcard mxsimmim/ops/build.py mxsimmim/ops/src/*)
 	@if [ '$(ANEW)' ]; then \
 		python=$$(tools/find_python.sh); \
 		echo "==> Making $(VENV) with $$("$$python" --version), $$python"; \
 		rm -rf $(VENV); "$$python" -m venv $(VENV); \
 		$(BIN)/python -m pip install -q pip==25.0.1 setuptools==75.3.2 wheel==0.45.1; \
 	fi
-	@echo '==> Installing mxsimmim and what it needs (250 MB to download, about a minute)'
+	@echo '==> Installing mxsimmim and what it needs, compiling its operators (290 MB to download, about a minute)'
+	$(call install,"$(ONEDNN)")
 	$(call install,--no-build-isolation -e .)
+	@$(BIN)/python -c 'from mxsimmim.ops import library; print("    operators:", library.status())'
 	@touch $@
 
 $(VENV)/test: $(VENV)/base $(VENV)/horovod-$(HOROVOD)

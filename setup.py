@@ -1,9 +1,12 @@
 """Installation. The pins are what tests and recorded numbers ran with; each has wheels for Python 3.8 to 3.11."""
+import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 # What `export --format onnx` and `serve` need; aiohttp in two versions, since the newer mends holes in its parsers.
 DEPLOY = [
@@ -18,6 +21,37 @@ if not (3, 8) <= sys.version_info[:2] <= (3, 11):
     sys.exit('mxsimmim needs Python 3.8 to 3.11 (MXNet 1.9.1 needs numpy < 1.24, which newer Pythons do not have); '
              f'{sys.executable} is Python {sys.version.split()[0]}. `make demo` finds a fitting one.')
 
+# By its path: the package itself imports what is not installed yet.
+spec = importlib.util.spec_from_file_location('build_native', 'mxsimmim/ops/build.py')
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+
+
+class BuildNative(build_ext):
+    """Compiles the native operators. Where that fails, a warning says so, a note remains, and all else is installed."""
+
+    def get_ext_filename(self, fullname):
+        return f'{Path(*fullname.split("."))}.so'
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        note = target.with_name(native.NOTE)
+        for earlier in (target, note):
+            earlier.unlink(missing_ok=True)
+        try:
+            native.build(target, Path('build/native'))
+        except native.NotBuilt as error:
+            print(f'warning: the native operators are not built, slower ones will be used: {error}', file=sys.stderr)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f'{error.why}\n{error.remedy}\n', encoding='utf-8')
+
+    def copy_extensions_to_source(self):  # of an editable installation
+        for built in Path(self.build_lib, 'mxsimmim/ops').glob('libmxsimmim.*'):
+            for earlier in Path('mxsimmim/ops').glob('libmxsimmim.*'):
+                earlier.unlink()
+            shutil.copy2(built, Path('mxsimmim/ops'))
+
+
 setup(
     name='mxsimmim',
     version=re.search(r"__version__ = '(.*)'", Path('mxsimmim/__init__.py').read_text())[1],
@@ -26,6 +60,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.8,<3.12',
     packages=find_packages(include=['mxsimmim', 'mxsimmim.*']),
+    ext_modules=[Extension('mxsimmim.ops.libmxsimmim', sources=[], optional=True)],
+    cmdclass={'build_ext': BuildNative},
     entry_points={'console_scripts': ['mxsimmim = mxsimmim.cli:main']},
     install_requires=[
         'mxnet==1.9.1',
@@ -43,6 +79,7 @@ setup(
         'simplejpeg==1.7.3',
         'numba==0.58.1',
         'safetensors==0.5.3',
+        native.ONEDNN + '; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
     extras_require={
         # NVIDIA GPUs. mxnet-cu112 fills the same folder as mxnet, so it must be installed once more, after both:

@@ -78,6 +78,8 @@ class ModelConfig(Section):
     drop_path: float = Field(0.0, ge=0, lt=1, description='stochastic depth of the last block; grows linearly from 0')
     loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
+    recompute: bool = Field(False, description='keep half of a block\'s input only and compute the rest again in the '
+                            'backward pass: less memory, a third more time; CPUs with native operators only')
     pretrained: str = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
                             '.safetensors file; empty: random weights')
 
@@ -267,9 +269,12 @@ class LogConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Set before mxnet is imported; the environment variable of the same effect wins over `auto`."""
+    """How it is computed. The environment variable of the same effect wins over `auto`."""
     threads: int = Field(0, ge=0, description='threads of one operator (OMP_NUM_THREADS); 0: one a core')
     blas_core: str = Field('auto', description='OPENBLAS_CORETYPE: auto, none, or a name such as HASWELL')
+    precision: Literal['float32', 'bf16', 'auto'] = Field(
+        'float32', description='of matrix products and the activations between them, on CPUs: float32, bf16, or auto '
+        '(bf16 where the CPU multiplies it faster); weights and their updates stay float32')
 
 
 class Config(Section):

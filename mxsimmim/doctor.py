@@ -14,6 +14,7 @@ from .facts import Facts, Package, collect
 # Machine code in the newest CUDA wheel, mxnet-cu112 1.9.1; there is no PTX in it that a newer GPU could translate.
 WHEEL_CODE = ((5, 0), (6, 0), (7, 0), (8, 0), (8, 6))
 GPU_WHEEL = 'mxnet-cu112==1.9.1'
+OPERATORS = ('linear', 'attention', 'mlp', 'layer_norm', 'patchify', 'masked_loss', 'adamw')
 
 
 class Problem(NamedTuple):
@@ -39,7 +40,8 @@ def report() -> Tuple[str, bool]:
 
 def judge(facts: Facts) -> List[Problem]:
     """The problems in `facts`, the broken things first."""
-    problems = [problem for check in (_python, _packages, _mxnet, _gpus, _blas, _horovod) for problem in check(facts)]
+    checks = (_python, _packages, _mxnet, _gpus, _blas, _operators, _horovod)
+    problems = [problem for check in checks for problem in check(facts)]
     return sorted(problems, key=lambda problem: not problem.broken)
 
 
@@ -58,7 +60,8 @@ def _packages(facts: Facts) -> Iterator[Problem]:
     for numpy in new_numpy:
         yield Problem(True, f'numpy {numpy.found} lacks np.bool, which mxnet 1.9.1 needs: numpy must be below 1.24',
                       _install(facts, new_numpy))
-    missing = [p for p in facts.packages if not p.found and not p.extra and not (p.name == 'mxnet' and _cuda(facts))]
+    missing = [p for p in facts.packages if not p.found and not p.extra and not p.name.startswith('onednn')
+               and not (p.name == 'mxnet' and _cuda(facts))]
     if missing:
         yield Problem(True, f"not installed: {', '.join(p.name for p in missing)}", _install(facts, missing))
     other = [p for p in facts.packages if p.found and p.pinned and p not in new_numpy
@@ -139,6 +142,17 @@ def _blas(facts: Facts) -> Iterator[Problem]:
                       f'{used}', 'unset OPENBLAS_CORETYPE')
 
 
+def _operators(facts: Facts) -> Iterator[Problem]:
+    """Without the library everything is computed all the same. Where it cannot exist, there is nothing to mend."""
+    lacking = facts.operators
+    if 'error' in lacking and 'error' not in facts.mxnet:
+        yield Problem(True, f"the native operators crash when they are loaded: {lacking['error']}",
+                      f"rm {Path(__file__).parent / 'ops/libmxsimmim.so'}  # MXNet's own operators serve")
+    elif lacking.get('remedy'):
+        yield Problem(False, f"CPUs compute slower than they could, with reference operators: {lacking['why']}",
+                      lacking['remedy'])
+
+
 def _horovod(facts: Facts) -> Iterator[Problem]:
     if facts.horovod.get('error') and 'error' not in facts.mxnet:
         yield Problem(True, f"horovod is installed, but cannot be imported with mxnet: {facts.horovod['error']}",
@@ -169,7 +183,7 @@ def render(facts: Facts, problems: List[Problem]) -> str:
              ('threads', '; '.join(text for name, text in set_by.items() if 'OMP_' in name)),
              ('BLAS core', (facts.mxnet.get('blas') or 'unknown') + _bracket(set_by.get('OPENBLAS_CORETYPE'))),
              ('oneDNN', facts.mxnet.get('isa', 'unknown') + _bracket(set_by.get('DNNL_MAX_CPU_ISA'))),
-             ('horovod', _horovod_text(facts.horovod)), ('', '')]
+             *_operator_rows(facts.operators), ('horovod', _horovod_text(facts.horovod)), ('', '')]
     shown = [p for p in facts.packages if p.found or not (p.extra or p.name == 'mxnet' and _cuda(facts))]
     for first in range(0, len(shown), 3):
         rows.append(('' if first else 'packages', ''.join(f'{_package_text(p):<36}' for p in shown[first:first + 3])))
@@ -186,6 +200,18 @@ def _line(label: str, text: str) -> str:
 
 def _bracket(text: Optional[str]) -> str:
     return f' ({text})' if text else ''
+
+
+def _operator_rows(operators: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
+    """Which form each operator takes, and the precision of runtime.precision=auto."""
+    if 'names' not in operators:
+        yield 'operators', f"reference: {operators.get('why') or operators.get('error') or 'unknown'}"
+        return
+    native = [name for name in OPERATORS if name in operators['names']]
+    others = [name for name in OPERATORS if name not in native]
+    yield 'operators', (f"native on CPUs, with {operators['instructions']}: {', '.join(native)}"
+                        + (f"; reference: {', '.join(others)}" if others else ''))
+    yield 'precision', f"{operators['auto']} by runtime.precision=auto, float32 by default"
 
 
 def _horovod_text(horovod: Dict[str, Any]) -> str:

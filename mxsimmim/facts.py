@@ -56,6 +56,7 @@ class Facts(NamedTuple):
     settings: Dict[str, str]  # as `runtime.prepare` leaves them
     mxnet: Dict[str, Any]  # version, features, isa, blas
     horovod: Dict[str, Any]  # version, gloo, mpi; empty where it is not installed
+    operators: Dict[str, Any]  # of our library: instructions, names, auto; or why there is none, and the remedy
 
 
 def collect() -> Facts:
@@ -73,7 +74,7 @@ def collect() -> Facts:
                             for name, capability, memory in driver.get('gpus', ())),
                  packages=tuple(_package_versions()), environment=environment,
                  settings={**environment, **runtime.settings(auto, os.environ, flags, cores)},
-                 mxnet=_ask('_import_mxnet'), horovod=_ask('_import_horovod'))
+                 mxnet=_ask('_import_mxnet'), horovod=_ask('_import_horovod'), operators=_ask('_load_operators'))
 
 
 def _ask(function: str) -> Dict[str, Any]:
@@ -122,6 +123,18 @@ def _import_horovod() -> Dict[str, Any]:
     return {'version': metadata.version('horovod'), 'gloo': bool(hvd.gloo_built()), 'mpi': bool(hvd.mpi_built())}
 
 
+def _load_operators() -> Dict[str, Any]:
+    runtime.prepare(SimpleNamespace(threads=0, blas_core='auto'))
+    from .ops import library
+    try:
+        instructions = library.load()
+    except library.NotBuilt as error:
+        return {'why': error.why, 'remedy': error.remedy}
+    import mxnet
+    return {'instructions': instructions, 'auto': library.decide('auto', [mxnet.cpu()])[1],
+            'names': [name[len(library.PREFIX):] for name in dir(mxnet.nd) if name.startswith(library.PREFIX)]}
+
+
 def _driver() -> Dict[str, Any]:
     """The newest CUDA version the NVIDIA driver speaks, and [name, capability, GiB] of each GPU."""
     try:
@@ -158,6 +171,8 @@ def _package_versions() -> Iterator[Package]:
         required = ['mxnet==1.9.1', 'numpy==1.23.5', 'mxnet-cu112==1.9.1; extra == "cu112"']
     for text in required:
         name, pinned, marker = re.match(r'([\w.-]+)(?:\[.*?\])?\s*(?:\(?==([\w.+!]+)\)?)?[^;]*;?(.*)', text).groups()
+        if 'platform_machine' in marker and platform.machine() not in marker:
+            continue
         extra = re.search(r'extra == ["\']([\w-]+)["\']', marker)
         yield Package(name, pinned or '', found(name), extra[1] if extra else '')
 

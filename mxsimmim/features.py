@@ -17,8 +17,7 @@ from .data.loader import every_image
 from .data.sources import ImageFiles, Source, image_files
 from .data.transforms import ClassifyEvalTransform
 from .interop import official
-from .parallel.placement import contexts_of
-from .trained import Trained, load_run
+from .trained import Trained, contexts_for, load_run
 
 BATCH = 64  # images at a time
 DRAWN = 5000  # images at most in a picture: t-SNE takes minutes for many more
@@ -33,7 +32,7 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
     Raises:
         ValueError: an image that cannot be read, no such device, or features that are not finite.
     """
-    net, context = trained.net, contexts_of(trained.config.devices)[0]
+    net, context = trained.net, contexts_for(trained.config)[0]
     net.collect_params().reset_ctx(context)
     layers, prefix = _layers(net.encoder, net.config), net.encoder.prefix_tokens
     pooled: Dict[int, mx.nd.NDArray] = {}
@@ -92,7 +91,8 @@ def cached(run: Path, trained: Trained, data: DataConfig, source: Source, blocks
         ValueError: as `extract`.
     """
     origin = {'weights': _weights(trained), 'images': _images(source), 'img_size': trained.config.model.img_size,
-              'eval_crop': data.eval_crop, 'mean': data.mean, 'std': data.std}
+              'eval_crop': data.eval_crop, 'mean': data.mean, 'std': data.std,
+              'precision': trained.config.runtime.precision}
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
     files = {number: Path(run) / 'features' / f'step-{trained.step:08d}-block-{number:02d}-{digest[:12]}.npz'
              for number in blocks}

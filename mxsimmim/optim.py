@@ -9,6 +9,7 @@ from mxnet.gluon import HybridBlock, Parameter
 
 from .config import OptimConfig, TrainConfig
 from .models import named_parameters
+from .ops import adamw
 
 REFERENCE_BATCH = 512  # the batch the configured rates are for
 # Parameters, besides vectors and biases, that a recipe does not decay. The reference decays ViT's mask token and every
@@ -121,22 +122,17 @@ class Optimizer:
         A scale of 0 leaves weights and moments alone; that is decided on the device. A parameter's rate lies between
         `floor`, the schedule's rate for a base rate of 0, and `lr`, as its lr_scale says.
         """
-        rates = {name: lr if scale == 1 else floor + scale * (lr - floor) for name, scale in self._scales.items()}
-        longest = max(int(np.prod(p.shape)) for p in self._parameters.values())
+        rates = [lr if self._scales[name] == 1 else floor + self._scales[name] * (lr - floor)
+                 for name in self._parameters]
+        factors = [rate * self._decays[name] for name, rate in zip(self._parameters, rates)]
         for device, scale in enumerate(scales):
-            # PyTorch rounds after the decay and again after the step; the operators' own decay rounds once, which tells
-            # after ten steps.
-            decayed = {factor: mx.nd.broadcast_to(1 - factor * (scale != 0), (longest,))
-                       for factor in {rates[name] * decay for name, decay in self._decays.items() if decay}}
-            for name, p in self._parameters.items():
-                weight, decay = p.list_data()[device], self._decays[name]
-                if decay:
-                    flat = weight.reshape((-1,))
-                    mx.nd.elemwise_mul(flat, decayed[rates[name] * decay][:flat.size], out=flat)
-                self._step(weight, p.list_grad()[device], name, device, scale, update, rates[name])
+            weights = [p.list_data()[device] for p in self._parameters.values()]
+            grads = [p.list_grad()[device] for p in self._parameters.values()]
+            self._apply(weights, grads, device, scale, update, rates, factors)
 
-    def _step(self, weight: mx.nd.NDArray, grad: mx.nd.NDArray, name: str, device: int, scale: mx.nd.NDArray,
-              update: int, lr: float) -> None:
+    def _apply(self, weights: List[mx.nd.NDArray], grads: List[mx.nd.NDArray], device: int, scale: mx.nd.NDArray,
+               update: int, rates: List[float], factors: List[float]) -> None:
+        """Decays each weight by its factor, then steps with its rate."""
         raise NotImplementedError
 
     def arrays(self) -> Dict[str, object]:
@@ -155,26 +151,27 @@ class AdamW(Optimizer):
 
     MOMENTS = ('mean', 'var')
 
-    def _step(self, weight, grad, name, device, scale, update, lr):
-        mean, var = (self.moments[f'{moment}.{name}'][device] for moment in self.MOMENTS)
-        if len(self.moments[f'mean.{name}']) > 1:
-            # adamw_update scales its gradient in place but tells the engine that it only reads it, and would overtake
-            # copies to other devices that still read it. This write, of nothing new, waits for them.
-            start = grad.reshape((-1,))[:1]
-            mx.nd.elemwise_mul(start, mx.nd.ones_like(start), out=start)
-        mx.nd.contrib.adamw_update(weight, grad, mean, var, scale, out=weight,
-                                   **adamw_arguments(self._optim, update, lr))
+    def _apply(self, weights, grads, device, scale, update, rates, factors):
+        copies = [[self.moments[f'{moment}.{name}'] for name in self._parameters] for moment in self.MOMENTS]
+        means, variances = ([moment[device] for moment in moments] for moments in copies)
+        steps = {rate: adamw_arguments(self._optim, update, rate) for rate in set(rates)}
+        constants = {key: steps[rates[0]][key] for key in ('beta1', 'beta2', 'epsilon')}
+        adamw.update(weights, grads, means, variances,
+                     [(steps[rate]['lr'], factor) for rate, factor in zip(rates, factors)],
+                     scale, shared=len(copies[0][0]) > 1, **constants)
 
 
 class SGD(Optimizer):
     """w <- w - lr g, no momentum."""
 
-    def _step(self, weight, grad, name, device, scale, update, lr):
-        # NaN times 0 is NaN: a skipped step needs a choice, not a product.
-        step = mx.nd.broadcast_mul(grad.reshape((-1,)), scale * lr)
-        step = mx.nd.where(mx.nd.broadcast_to(scale != 0, step.shape), step, mx.nd.zeros_like(step))
-        flat = weight.reshape((-1,))
-        mx.nd.elemwise_sub(flat, step, out=flat)
+    def _apply(self, weights, grads, device, scale, update, rates, factors):
+        adamw.decay(weights, factors, scale)
+        for weight, grad, rate in zip(weights, grads, rates):
+            # NaN times 0 is NaN: a skipped step needs a choice, not a product.
+            step = mx.nd.broadcast_mul(grad.reshape((-1,)), scale * rate)
+            step = mx.nd.where(mx.nd.broadcast_to(scale != 0, step.shape), step, mx.nd.zeros_like(step))
+            flat = weight.reshape((-1,))
+            mx.nd.elemwise_sub(flat, step, out=flat)
 
 
 OPTIMIZERS: Dict[str, Type[Optimizer]] = {'adamw': AdamW, 'sgd': SGD}

@@ -11,8 +11,9 @@ from .data.sources import ImageFiles, image_files
 from .data.transforms import EvalTransform
 from .interop import official
 from .models import build_simmim
-from .parallel.placement import Replicated, contexts_of
+from .parallel.placement import Replicated
 from .pictures import grid, to_uint8
+from .trained import contexts_for
 
 
 def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: int = 0) -> Path:
@@ -27,7 +28,7 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
         raise ValueError(f'{run} has no checkpoint yet: train it first')
     net = build_simmim(config.model, seed=None)
     official.assign(net, saved.arrays['weights'])
-    placement = Replicated(net, contexts_of(config.devices)[:1], config.data.mean, config.data.std)
+    placement = Replicated(net, contexts_for(config)[:1], config.data.mean, config.data.std)
     source = ImageFiles(image_files(images))
     transform = EvalTransform(config.data, config.mask, config.model)
     batches = list(fixed_batches(source, transform, min(len(source), 32), len(source), seed, config.data.threads,

@@ -4,12 +4,12 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 
-from . import configfile
+from . import configfile, ops
 from .checkpoint import Checkpoint, discard_after, save
 from .config import Config
 from .data.loader import Batch, Loader
@@ -20,6 +20,7 @@ from .meter import Meter
 from .models import named_parameters
 from .models.cost import multiply_adds
 from .monitor import Monitor, Quiet, read_metrics
+from .ops.library import describe
 from .optim import OPTIMIZERS, learning_rates
 from .parallel.aggregate import ElasticAverage, LocalSGD, SyncGradients
 from .parallel.asynchronous import AsyncServer, ServerStore
@@ -72,6 +73,7 @@ def start(config: Config) -> int:
         store = open_store(config, mode, place)
         check_same_job(config, task.source, task.classes, len(task.held_out or ()), store)
         notes: List[str] = []
+        stack.enter_context(operators(config, contexts, store, notes.append))
         saved = None
         if place.rank == 0:
             saved = checkpoint_to_resume(config, len(task.source), task.classes, notes.append)
@@ -102,6 +104,7 @@ def evaluate(config: Config) -> int:
     validation = task.validation(store)
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
+    ops.choose(config.runtime.precision, contexts)
     trained = load_run(folder)
     check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')
     for key, old, new in configfile.differences(trained.config, config):
@@ -111,6 +114,27 @@ def evaluate(config: Config) -> int:
     if place.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0
+
+
+def operators(config: Config, contexts: List[mx.Context], store: Store, log: Callable[[str], None]
+              ) -> ContextManager[None]:
+    """Chooses the form of the operators: native ones, if all workers have them.
+
+    Forms differ in the last bits, also of an update, and all workers must make the same one.
+
+    Raises:
+        ValueError: the configuration asks for what only native operators do.
+    """
+    choice = ops.choose(config.runtime.precision, contexts)
+    native = store.gather([choice.form == 'native'])[:, 0]
+    if config.model.recompute and not native.all():
+        raise ValueError("key 'model.recompute': only native operators, on CPUs, can compute activations again, and "
+                         f'rank {int(native.argmin())} has none (`mxsimmim doctor` says why): write '
+                         'model.recompute=false, and use train.accumulate to need less memory')
+    if native.all() or choice.form == 'reference':
+        return contextlib.nullcontext()
+    log(f'rank {int(native.argmin())} computes with reference operators (its log says why): so do all')
+    return ops.using('reference')
 
 
 def open_store(config: Config, mode: Mode, place: World) -> Store:
@@ -266,6 +290,7 @@ def introduce(run: Run, saved: Optional[Checkpoint], mode: Mode, place: World) -
         'pass)')
     say(f'{len(run.task.source):,} training images, {plan.per_epoch:,} steps an epoch, {plan.total:,} in all, on '
         + ', '.join(map(str, run.placement.contexts)))
+    say(describe(*ops.chosen()))
     if place.size > 1:
         servers = f' through {place.servers} server{"s"[:place.servers > 1]}' if place.servers else ''
         say(f'{place.size} workers{servers}, {mode.aggregation} over {mode.store}; images a step: {run.images}')

@@ -1,12 +1,16 @@
 """What a run has trained, ready to be used."""
 from pathlib import Path
-from typing import NamedTuple, Tuple, Union
+from typing import TYPE_CHECKING, List, NamedTuple, Tuple, Union
 
-from . import checkpoint
+from . import checkpoint, ops
 from .config import Config
 from .interop import official
 from .models import Classifier, SimMIM, build_classifier, build_simmim
+from .parallel.placement import contexts_of
 from .run import read_config
+
+if TYPE_CHECKING:
+    import mxnet as mx
 
 
 class Trained(NamedTuple):
@@ -33,3 +37,16 @@ def load_run(run: Path) -> Trained:
     net = build_classifier(config.model, len(classes), None) if classes else build_simmim(config.model, None)
     official.assign(net, saved.arrays.get('ema', saved.arrays['weights']))
     return Trained(config, net, classes, saved.step)
+
+
+def contexts_for(config: Config) -> List['mx.Context']:
+    """The devices of a run's configuration, and for them the form of the operators, which it chooses.
+
+    Where the run was trained in bf16 and this machine has none, float32 serves.
+
+    Raises:
+        ValueError: as `contexts_of`.
+    """
+    contexts = contexts_of(config.devices)
+    ops.choose('auto' if config.runtime.precision == 'bf16' else config.runtime.precision, contexts)
+    return contexts

@@ -8,6 +8,7 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import SymbolBlock
 
+from .. import ops
 from ..trained import Trained
 
 BATCH = 3  # images a written model is compared on
@@ -29,10 +30,12 @@ def trace(trained: Trained) -> Graph:
     model = trained.config.model
     inputs = {'image': (3, model.img_size, model.img_size)}
     if trained.classes:
-        output, symbol = 'logits', trained.net(mx.sym.var('image'))
+        output, call, given = 'logits', trained.net, ['image']
     else:
         inputs['mask'] = (model.grid, model.grid)
-        output, symbol = 'reconstruction', trained.net.reconstruct(mx.sym.var('image'), mx.sym.var('mask'))
+        output, call, given = 'reconstruction', trained.net.reconstruct, ['image', 'mask']
+    with ops.using('reference'):  # for programs that do not have our library
+        symbol = call(*map(mx.sym.var, given))
     parameters = trained.net._collect_params_with_prefix()
     names = {p.name: name for name, p in parameters.items()}
     content = json.loads(symbol.tojson())
@@ -56,7 +59,8 @@ def random_inputs(trained: Trained) -> List[np.ndarray]:
 def answer(trained: Trained, inputs: List[np.ndarray]) -> np.ndarray:
     """What the network itself makes of them."""
     call = trained.net if trained.classes else trained.net.reconstruct
-    return call(*map(mx.nd.array, inputs)).asnumpy()
+    with ops.using('reference'):
+        return call(*map(mx.nd.array, inputs)).asnumpy()
 
 
 def compare(expected: np.ndarray, found: np.ndarray, tolerance: float, what: str) -> None:

@@ -6,9 +6,8 @@ import numpy as np
 
 from ..data.sampling import generator
 from ..data.transforms import ClassifyEvalTransform, EvalTransform, decode, normalise
-from ..parallel.placement import contexts_of
 from ..pictures import grid, to_uint8
-from ..trained import Trained
+from ..trained import Trained, contexts_for
 
 SEED = 0  # of the mask that images to reconstruct get
 
@@ -29,7 +28,7 @@ class Predictor:
     def __init__(self, trained: Trained):
         config = trained.config
         self.classes, self._data, self._net = trained.classes, config.data, trained.net
-        self._context = contexts_of(config.devices)[0]
+        self._context = contexts_for(config)[0]
         self._net.collect_params().reset_ctx(self._context)
         self._transform: Any = EvalTransform(config.data, config.mask, config.model)
         if self.classes:

@@ -15,7 +15,7 @@ class Classifier(HybridBlock):
     """Classes of whole images.
 
     ``net(image (B, 3, H, W)) -> logits (B, classes)``; ``net(image, target (B, classes)[, keep (B, 2 * blocks)]) ->
-    loss (1,)``, the mean cross entropy with the distribution `target`. Image is normalised; keep as in the encoders.
+    loss (1,)``, the mean cross entropy with the distribution `target`. Image as in SimMIM; keep as in the encoders.
     """
 
     def __init__(self, config: ModelConfig, classes: int):

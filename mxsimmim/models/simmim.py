@@ -7,9 +7,11 @@ from typing import Any, Optional, Tuple
 import mxnet as mx
 from mxnet.gluon import HybridBlock, nn
 
+from .. import ops
 from ..config import ModelConfig
+from ..ops.pixels import AUTO, from_cells
 from .initial import initialise
-from .layers import AUTO, Linear, from_cells, named_parameters, to_cells
+from .layers import Linear, named_parameters, pair
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 
@@ -20,8 +22,9 @@ class SimMIM(HybridBlock):
     """Predicts the pixels of masked patches.
 
     ``net(image (B, 3, H, W), mask (B, h, w)[, keep (B, 2 * blocks)]) -> loss (1,)``, the mean over masked pixels;
-    image is normalised, mask is on the grid of patches with 1 for masked, of any type; keep as in the encoders.
-    A cell is what one final token decodes to: stride x stride pixels.
+    image is normalised or, with native operators, also uint8 (B, H, W, 3), see `PatchEmbed`; mask is on the grid of
+    patches with 1 for masked, of any type; keep as in the encoders. A cell is what one final token decodes to:
+    stride x stride pixels.
     """
 
     def __init__(self, config: ModelConfig):
@@ -40,37 +43,39 @@ class SimMIM(HybridBlock):
         return super().forward(image, mask, *([] if keep is None else [keep]))
 
     def hybrid_forward(self, F, image, mask, keep=None):
-        predicted = self._predict(F, image, mask, keep)
-        target = to_cells(F, image, self._side, self._cell)
+        tokens = self.encoder(image, mask, keep, self._needed(F, mask))
+        target = self._cells(F, image)
         if self._norm_targets:
             target, _, _ = normalise_cells(F, target)
-        hidden = self._masked_pixels(F, mask)                                       # (B, cells, 1, cell^2)
-        error = F.reshape(predicted - target, shape=(0, 0, 3, AUTO))                # (B, cells, 3, cell^2)
-        error = F.abs(error) if self.config.loss == 'l1' else F.square(error)
-        weights = F.concat(hidden, hidden, hidden, dim=2)
-        return F.sum(error * weights) / (F.sum(hidden) + 1e-5) / 3
+        return ops.masked_loss(F, tokens, pair(F, tokens, self.decoder[0]), target, mask, cell=self._cell,
+                               patch=self.config.patch_size, prefix=self.encoder.prefix_tokens, kind=self.config.loss)
 
-    def _predict(self, F: Any, image: Any, mask: Any, keep: Any = None) -> Any:
-        """Decoded cells (B, cells, 3*cell*cell)."""
-        tokens = self.encoder(image, mask) if keep is None else self.encoder(image, mask, keep)
-        return self.decoder(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None))
+    def _cells(self, F: Any, image: Any) -> Any:
+        """The image's cells (B, cells, 3*cell*cell)."""
+        return ops.patchify(F, image, self._side, self._cell, *self.encoder.patch_embed.pixels)
 
-    def _masked_pixels(self, F: Any, mask: Any) -> Any:
-        """The mask of patches (B, h, w) as one of pixels, a row a cell: (B, cells, 1, cell^2)."""
+    def _needed(self, F: Any, mask: Any) -> Any:
+        """1 for the tokens (B, prefix + cells) that the loss depends on, those of cells with masked patches, else 0;
+        None where operators could not make use of it."""
+        if ops.chosen().form == 'reference':
+            return None
         cells, patches = self._side // self._cell, self._cell // self.config.patch_size
         mask = F.reshape(F.cast(mask, dtype='float32'), shape=(AUTO, cells, patches, cells, patches))
-        mask = F.transpose(mask, axes=(0, 1, 3, 2, 4))                              # (B, cells, cells, y, x)
-        mask = F.reshape(mask, shape=(AUTO, cells * cells, patches, 1, patches, 1))
-        size = self.config.patch_size
-        mask = F.broadcast_axis(mask, axis=(3, 5), size=(size, size))               # (B, cells^2, y, size, x, size)
-        return F.reshape(mask, shape=(AUTO, cells * cells, 1, self._cell * self._cell))
+        needed = F.reshape(F.max(mask, axis=(2, 4)), shape=(AUTO, cells * cells))
+        prefix = F.slice_axis(F.zeros_like(needed), axis=1, begin=0, end=1)
+        return F.concat(*[prefix] * self.encoder.prefix_tokens, needed, dim=1)
+
+    def _predict(self, F: Any, image: Any, mask: Any) -> Any:
+        """Decoded cells (B, cells, 3*cell*cell)."""
+        tokens = self.encoder(image, mask)
+        return self.decoder(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None))
 
     def reconstruct(self, image: Any, mask: Any) -> Any:
         """The predicted image (B, 3, H, W), normalised as the input is; also where nothing was masked."""
         F = mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym
         cells = self._predict(F, image, mask)
         if self._norm_targets:
-            _, mean, deviation = normalise_cells(F, to_cells(F, image, self._side, self._cell))
+            _, mean, deviation = normalise_cells(F, self._cells(F, image))
             cells = F.broadcast_add(F.broadcast_mul(cells, deviation), mean)
         return from_cells(F, cells, self._side, self._cell)
 

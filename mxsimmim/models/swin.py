@@ -4,67 +4,36 @@ Liu et al. 2021 (arXiv:2103.14030), with the reference's parameter names.
 """
 from typing import Any
 
-import numpy as np
 from mxnet.gluon import HybridBlock, nn
 
+from .. import ops
 from ..config import ModelConfig
-from .layers import (AUTO, LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, attend, drop_path, gather_bias,
-                     relative_index, replace_masked, swap)
+from ..ops import Windows, shift_mask
+from .layers import (AUTO, LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, column, gather_bias, pair,
+                     relative_index, replace_masked, values)
 
 EPS = 1e-5
-FORBIDDEN = -100.0  # added to the scores of pairs that only the shift brought into one window
-
-
-def window_partition(F: Any, x: Any, side: int, window: int, width: int) -> Any:
-    """(B, side*side, C) to (B * windows, window*window, C)."""
-    n = side // window
-    x = swap(F, x, AUTO, window, n, window * width)           # (B*n, n, window, window*C)
-    return F.reshape(x, shape=(AUTO, window * window, width))
-
-
-def window_reverse(F: Any, x: Any, side: int, window: int, width: int) -> Any:
-    """The inverse of `window_partition`."""
-    n = side // window
-    x = swap(F, x, AUTO, n, window, window * width)           # (B*n, window, n, window*C)
-    return F.reshape(x, shape=(AUTO, side * side, width))
-
-
-def roll(F: Any, x: Any, side: int, width: int, shift: int) -> Any:
-    """(B, side*side, C) rolled by `shift` rows and columns towards the origin; a negative shift rolls back."""
-    shift %= side
-    x = F.reshape(x, shape=(AUTO, side, side, width))
-    for axis in (1, 2):
-        x = F.concat(F.slice_axis(x, axis=axis, begin=shift, end=side),
-                     F.slice_axis(x, axis=axis, begin=0, end=shift), dim=axis)
-    return F.reshape(x, shape=(AUTO, side * side, width))
-
-
-def shift_mask(side: int, window: int, shift: int) -> np.ndarray:
-    """(windows, 1, N, N): 0 for pairs that belong together before the shift, FORBIDDEN for the others."""
-    band = np.digitize(np.arange(side), (side - window, side - shift))  # which of the three strips a row falls in
-    region = (band[:, None] * 3 + band).reshape(side // window, window, side // window, window)
-    region = region.transpose(0, 2, 1, 3).reshape(-1, window * window)  # (windows, N)
-    apart = region[:, :, None] != region[:, None, :]
-    return np.where(apart, FORBIDDEN, 0.0).astype('float32')[:, None]
 
 
 class WindowAttention(HybridBlock):
-    """Multi-head attention with relative position bias within each window: (B * windows, N, C) to the same."""
+    """The parameters of multi-head attention with a relative position bias within windows; half a block, see
+    `ops.attention`."""
 
-    def __init__(self, width: int, heads: int, window: int, windows: int):
+    def __init__(self, width: int, heads: int, windows: Windows):
         super().__init__()
-        self._width, self._heads, self._tokens, self._windows = width, heads, window * window, windows
+        self._width, self._heads, self._windows = width, heads, windows
         with self.name_scope():
-            add_relative_table(self, relative_index(window), (2 * window - 1) ** 2, heads)
+            add_relative_table(self, relative_index(windows.window), (2 * windows.window - 1) ** 2, heads)
             self.qkv = Linear(width, 3 * width)
             self.proj = Linear(width, width)
 
-    def hybrid_forward(self, F, x, mask, relative_position_bias_table, relative_position_index):
-        bias = gather_bias(F, relative_position_bias_table, relative_position_index, self._tokens, self._heads)
-        if mask is not None:
-            bias = F.broadcast_add(bias, mask)                                                 # (windows, H, N, N)
-        return self.proj(attend(F, self.qkv(x), self._heads, self._width, self._tokens, bias,
-                                1 if mask is None else self._windows))
+    def add_to(self, F: Any, x: Any, norm: LayerNorm, mask: Any, keep: Any, recompute: bool) -> Any:
+        """x + this of norm(x), (B, side*side, C)."""
+        table, index = values(F, x, self.relative_position_bias_table, self.relative_position_index)
+        bias = gather_bias(F, table, index, self._windows.window ** 2, self._heads)
+        return ops.attention(F, x, pair(F, x, norm), pair(F, x, self.qkv), pair(F, x, self.proj), bias, None, keep,
+                             mask, width=self._width, heads=self._heads, tokens=self._windows.side ** 2, eps=norm.eps,
+                             windows=self._windows, recompute=recompute)
 
 
 class Block(HybridBlock):
@@ -72,33 +41,22 @@ class Block(HybridBlock):
 
     def __init__(self, config: ModelConfig, stage: int, index: int):
         super().__init__()
-        self._width = config.embed_dim * 2 ** stage
-        self._side = config.grid >> stage
-        self._window = min(config.window_size, self._side)
-        shifted = index % 2 == 1 and self._side > config.window_size
-        self._shift = config.window_size // 2 if shifted else 0
-        self._draw = sum(config.depths[:stage]) + index
+        width, side = config.embed_dim * 2 ** stage, config.grid >> stage
+        shifted = index % 2 == 1 and side > config.window_size
+        windows = Windows(side, min(config.window_size, side), config.window_size // 2 if shifted else 0)
+        self._draw, self._recompute = sum(config.depths[:stage]) + index, config.recompute
         with self.name_scope():
             self.attn_mask = None
-            if self._shift:
-                self.attn_mask = self.params.get_constant('attn_mask',
-                                                          shift_mask(self._side, self._window, self._shift))
-            self.norm1 = LayerNorm(self._width, EPS)
-            self.attn = WindowAttention(self._width, config.num_heads[stage], self._window,
-                                        (self._side // self._window) ** 2)
-            self.norm2 = LayerNorm(self._width, EPS)
-            self.mlp = Mlp(self._width, int(self._width * config.mlp_ratio))
+            if windows.shift:
+                self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*windows))
+            self.norm1 = LayerNorm(width, EPS)
+            self.attn = WindowAttention(width, config.num_heads[stage], windows)
+            self.norm2 = LayerNorm(width, EPS)
+            self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
-    def hybrid_forward(self, F, x, keep, attn_mask=None):
-        size = (self._side, self._window, self._width)
-        y = self.norm1(x)
-        if self._shift:
-            y = roll(F, y, self._side, self._width, self._shift)
-        y = window_reverse(F, self.attn(window_partition(F, y, *size), attn_mask), *size)
-        if self._shift:
-            y = roll(F, y, self._side, self._width, -self._shift)
-        x = x + drop_path(F, y, keep, 2 * self._draw)
-        return x + drop_path(F, self.mlp(self.norm2(x)), keep, 2 * self._draw + 1)
+    def hybrid_forward(self, F, x, keep, rows=None, attn_mask=None):
+        x = self.attn.add_to(F, x, self.norm1, attn_mask, column(F, keep, 2 * self._draw), self._recompute)
+        return self.mlp.add_to(F, x, self.norm2, None, column(F, keep, 2 * self._draw + 1), rows, self._recompute)
 
 
 class PatchMerging(HybridBlock):
@@ -130,9 +88,11 @@ class Stage(HybridBlock):
                 self.blocks.add(Block(config, stage, index))
             self.downsample = None if last else PatchMerging(config.grid >> stage, config.embed_dim * 2 ** stage)
 
-    def hybrid_forward(self, F, x, keep):
-        for block in self.blocks:
+    def hybrid_forward(self, F, x, keep, rows=None):
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, keep)
+        x = last(x, keep, rows)
         return self.downsample(x) if self.downsample else x
 
 
@@ -140,7 +100,8 @@ class SwinTransformer(HybridBlock):
     """Image (B, 3, H, W) to tokens (B, L, C) of the last stage.
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
-    keep (B, 2 * blocks) holds the factors of stochastic depth; without it nothing is dropped.
+    keep (B, 2 * blocks) holds the factors of stochastic depth; without it nothing is dropped. rows (B, L), L those of
+    the last stage, is 0 for tokens that nobody will use, see `ops.mlp`.
     """
     prefix_tokens = 0
 
@@ -160,12 +121,14 @@ class SwinTransformer(HybridBlock):
                 self.layers.add(Stage(config, stage))
             self.norm = LayerNorm(width * 2 ** (config.stages - 1), EPS)
 
-    def hybrid_forward(self, F, image, mask=None, keep=None, absolute_pos_embed=None, mask_token=None):
+    def hybrid_forward(self, F, image, mask=None, keep=None, rows=None, absolute_pos_embed=None, mask_token=None):
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token, self._width)
         if absolute_pos_embed is not None:
             x = F.broadcast_add(x, absolute_pos_embed)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, keep)
+        x = last(x, keep, rows)
         return self.norm(x)

@@ -2,14 +2,15 @@
 
 Dosovitskiy et al. 2021 (arXiv:2010.11929); Bao et al. 2022 (arXiv:2106.08254); Xie et al. 2022 (arXiv:2111.09886).
 """
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from mxnet.gluon import HybridBlock, nn
 
+from .. import ops
 from ..config import ModelConfig
-from .layers import (LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, attend, drop_path, gather_bias,
-                     relative_index, replace_masked, spread)
+from .layers import (LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, column, gather_bias, pair, relative_index,
+                     replace_masked, values)
 
 EPS = 1e-6
 
@@ -43,24 +44,23 @@ class RelativePositionBias(HybridBlock):
 
 
 class QKV(HybridBlock):
-    """Queries, keys and values in one product, (B, N, C) to (B, N, 3C); its bias comes from outside."""
+    """The weight of queries, keys and values in one product; their bias is put together outside."""
 
     def __init__(self, width: int):
         super().__init__()
-        self._outputs = 3 * width
         with self.name_scope():
             self.weight = self.params.get('weight', shape=(3 * width, width))
 
-    def hybrid_forward(self, F, x, bias, weight):
-        return F.FullyConnected(x, weight, bias, num_hidden=self._outputs, flatten=False)
-
 
 class Attention(HybridBlock):
-    """Multi-head attention whose keys have no bias; with a relative position table of its own where `side` is given."""
+    """The parameters of multi-head attention whose keys have no bias; half a block, see `ops.attention`.
+
+    With a relative position table of its own where `side` is given.
+    """
 
     def __init__(self, width: int, heads: int, tokens: int, side: Optional[int]):
         super().__init__()
-        self._heads, self._width, self._tokens = heads, width, tokens
+        self._heads, self._width, self._tokens, self._table = heads, width, tokens, side is not None
         with self.name_scope():
             self.q_bias = self.params.get('q_bias', shape=(width,))
             self.v_bias = self.params.get('v_bias', shape=(width,))
@@ -69,13 +69,16 @@ class Attention(HybridBlock):
             self.qkv = QKV(width)
             self.proj = Linear(width, width)
 
-    def hybrid_forward(self, F, x, bias, q_bias, v_bias, relative_position_bias_table=None,
-                       relative_position_index=None):
-        if relative_position_bias_table is not None:
-            own = gather_bias(F, relative_position_bias_table, relative_position_index, self._tokens, self._heads)
+    def add_to(self, F: Any, x: Any, norm: LayerNorm, bias: Any, gamma: Any, keep: Any, recompute: bool) -> Any:
+        """x + this of norm(x), (B, N, C)."""
+        if self._table:
+            table, index = values(F, x, self.relative_position_bias_table, self.relative_position_index)
+            own = gather_bias(F, table, index, self._tokens, self._heads)
             bias = own if bias is None else bias + own
-        qkv = self.qkv(x, F.concat(q_bias, F.zeros_like(q_bias), v_bias, dim=0))
-        return self.proj(attend(F, qkv, self._heads, self._width, self._tokens, bias))
+        weight, q_bias, v_bias = values(F, x, self.qkv.weight, self.q_bias, self.v_bias)
+        qkv = weight, F.concat(q_bias, F.zeros_like(q_bias), v_bias, dim=0)
+        return ops.attention(F, x, pair(F, x, norm), qkv, pair(F, x, self.proj), bias, gamma, keep, width=self._width,
+                             heads=self._heads, tokens=self._tokens, eps=norm.eps, recompute=recompute)
 
 
 class Block(HybridBlock):
@@ -83,8 +86,7 @@ class Block(HybridBlock):
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        width, self._index = config.embed_dim, index
-        self._width = width
+        width, self._index, self._recompute = config.embed_dim, index, config.recompute
         with self.name_scope():
             self.gamma_1 = self.gamma_2 = None
             if config.init_values is not None:
@@ -96,21 +98,19 @@ class Block(HybridBlock):
             self.norm2 = LayerNorm(width, EPS)
             self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
-    def hybrid_forward(self, F, x, bias, keep, gamma_1=None, gamma_2=None):
-        def add(x, branch, gamma, draw):
-            if gamma is not None:
-                branch = branch * spread(F, gamma, branch, self._width)
-            return x + drop_path(F, branch, keep, draw)
-
-        x = add(x, self.attn(self.norm1(x), bias), gamma_1, 2 * self._index)
-        return add(x, self.mlp(self.norm2(x)), gamma_2, 2 * self._index + 1)
+    def hybrid_forward(self, F, x, bias, keep, rows=None, gamma_1=None, gamma_2=None):
+        if gamma_1 is not None:
+            gamma_1, gamma_2 = values(F, x, self.gamma_1, self.gamma_2)
+        x = self.attn.add_to(F, x, self.norm1, bias, gamma_1, column(F, keep, 2 * self._index), self._recompute)
+        return self.mlp.add_to(F, x, self.norm2, gamma_2, column(F, keep, 2 * self._index + 1), rows, self._recompute)
 
 
 class VisionTransformer(HybridBlock):
     """Image (B, 3, H, W) to tokens (B, 1 + L, C), the cls token first.
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
-    keep (B, 2 * depth) holds the factors of stochastic depth; without it nothing is dropped.
+    keep (B, 2 * depth) holds the factors of stochastic depth; without it nothing is dropped. rows (B, 1 + L) is 0 for
+    tokens that nobody will use, see `ops.mlp`.
     """
     prefix_tokens = 1
 
@@ -134,7 +134,8 @@ class VisionTransformer(HybridBlock):
             # The reference's pre-training has a classifier's norm, too, and does not use it.
             self.fc_norm = LayerNorm(width, EPS) if config.use_mean_pooling and masked else None
 
-    def hybrid_forward(self, F, image, mask=None, keep=None, cls_token=None, pos_embed=None, mask_token=None):
+    def hybrid_forward(self, F, image, mask=None, keep=None, rows=None, cls_token=None, pos_embed=None,
+                       mask_token=None):
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token, self._width)
@@ -144,6 +145,10 @@ class VisionTransformer(HybridBlock):
         if pos_embed is not None:
             x = F.broadcast_add(x, pos_embed)
         bias = self.rel_pos_bias(x) if self.rel_pos_bias else None
-        for block in self.blocks:
-            x = block(x, bias, keep)
+        for index, block in enumerate(self.blocks):
+            # From 8 users of an array on, MXNet lets each add to its gradient, which native operators cannot do. A
+            # chain of copies, because it merges equal copies of one array.
+            if bias is not None and index % 6 == 5:
+                bias = F.identity(bias)
+            x = block(x, bias, keep, rows if index == len(self.blocks) - 1 else None)
         return self.norm(x) if self.norm else x

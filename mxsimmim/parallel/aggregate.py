@@ -13,15 +13,15 @@ from mxnet.gluon import Parameter
 
 from ..config import TrainConfig
 from ..meter import Clock
+from ..ops import adamw
 from ..optim import Optimizer
 from .compression import TRANSPORTS
 from .stores import Copies, Store
 
 
 def global_norm(arrays: Sequence[Copies]) -> mx.nd.NDArray:
-    """L2 norm (1,) of all first copies. BLAS's dot product is five times as fast as MXNet's own norm on a CPU."""
-    flat = [first.reshape((-1,)) for first, *_ in arrays]
-    return mx.nd.sqrt(mx.nd.add_n(*(mx.nd.dot(g, g) for g in flat)))
+    """L2 norm (1,) of all first copies."""
+    return mx.nd.sqrt(adamw.square_sum([first for first, *_ in arrays]))
 
 
 class SyncGradients:

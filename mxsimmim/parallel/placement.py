@@ -7,6 +7,7 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import HybridBlock
 
+from .. import ops
 from ..data.loader import Batch
 from ..data.sampling import split
 from ..models.layers import keep_factors
@@ -53,6 +54,9 @@ class Replicated:
                  std: Tuple[float, ...], accumulate: int = 1):
         self.net, self.contexts = net, list(contexts)
         self._mean, self._std, self._accumulate = mean, std, accumulate
+        self._takes_bytes = ops.chosen().form == 'native'
+        if self._takes_bytes:
+            net.encoder.patch_embed.pixels = tuple(mean), tuple(std)
         net.collect_params().reset_ctx(self.contexts)
         self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
         if accumulate > 1:
@@ -105,7 +109,7 @@ class Replicated:
     def _inputs(self, batch: Batch, part: slice, ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
         """What the network takes. Bytes go to the device and are normalised there; float images are already."""
         image = mx.nd.array(batch.image[part], ctx=ctx, dtype=batch.image.dtype)
-        if batch.image.dtype == np.uint8:
+        if batch.image.dtype == np.uint8 and not self._takes_bytes:
             image = mx.nd.image.normalize(mx.nd.image.to_tensor(image), mean=self._mean, std=self._std)  # (b, 3, H, W)
         if batch.label is None or not batch.label.shape[1]:
             inputs = image, mx.nd.array(batch.mask[part], ctx=ctx, dtype='uint8')

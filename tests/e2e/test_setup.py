@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 import mxsimmim
 from mxsimmim import runtime
+from mxsimmim.ops import build
 
 ROOT = Path(__file__).parents[2]
 MODULES = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}
@@ -90,8 +92,9 @@ def test_named_python_is_taken_or_refused(tmp_path):
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what `make` reads, with a .venv that looks installed."""
-    for name in ('Makefile', 'setup.py', 'pyproject.toml', 'tools/find_python.sh'):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ('Makefile', 'setup.py', 'pyproject.toml', 'tools/find_python.sh', 'mxsimmim/ops/build.py',
+                 'mxsimmim/ops/src/abi.cc'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     horovod = re.search(r'horovod==([\d.]+)', (ROOT / 'setup.py').read_text())[1]
     for name in ('bin/python', f'horovod-{horovod}', 'base', 'test'):
@@ -117,11 +120,14 @@ def test_second_make_installs_nothing(checkout):
     assert planned(checkout, 'lint') == '.venv/bin/ruff check .\n'
 
 
-def test_changed_setup_installs_again_into_the_same_place(checkout):
+@pytest.mark.parametrize('changed', ['setup.py', 'mxsimmim/ops/src/abi.cc'])
+def test_changed_setup_and_operators_install_again_into_the_same_place(checkout, changed):
     newer = (checkout / '.venv/test').stat().st_mtime + 10
-    os.utime(checkout / 'setup.py', (newer, newer))
+    os.utime(checkout / changed, (newer, newer))
     plan = planned(checkout, 'test')
     assert "if [ '' ]" in plan and "pip install --progress-bar off --no-build-isolation -e ." in plan
+    headers = plan.index(f'pip install --progress-bar off "{build.HEADERS}; platform_system')
+    assert headers < plan.index('--no-build-isolation -e .') < plan.index('library.status()')
     assert '.[test,horovod]' in plan and 'pip wheel' not in plan
 
 
@@ -142,6 +148,28 @@ def test_setup_refuses_other_pythons():
     assert 'mxsimmim needs Python 3.8 to 3.11' in refused.stderr
 
 
+def test_without_a_compiler_all_but_the_operators_is_built(tmp_path):
+    for name in ('setup.py', 'pyproject.toml', 'mxsimmim'):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, tmp_path / name, **({'ignore': shutil.ignore_patterns('libmx*', '__pycache__')}
+                                              if copy is shutil.copytree else {}))
+    (tmp_path / 'bin').mkdir()
+    env = {**os.environ, 'PATH': str(tmp_path / 'bin')}
+    env.pop('CXX', None)
+    made = run(sys.executable, '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-build-isolation', '-w', 'wheels', '.',
+               cwd=tmp_path, env=env)
+    assert made.returncode == 0, made.stdout + made.stderr
+    said = [line.strip() for line in (made.stdout + made.stderr).splitlines() if 'native operators' in line]
+    reason = 'no C++ compiler was found (g++, c++, clang++)'
+    assert said == ['warning: the native operators are not built, slower ones will be used: '
+                    f'{reason}: sudo apt-get install g++']
+    wheel, = (tmp_path / 'wheels').iterdir()
+    with zipfile.ZipFile(wheel) as content:
+        names = [name for name in content.namelist() if 'libmx' in name]
+        assert names == [f'mxsimmim/ops/{build.NOTE}']
+        assert content.read(names[0]).decode() == f'{reason}\nsudo apt-get install g++\n'
+
+
 def pins():
     """{extra or '': {distribution: requirement}} of the installed project."""
     result = {}
@@ -158,6 +186,7 @@ def test_installed_metadata_are_these():
     assert pins()['']['mxnet'] == 'mxnet==1.9.1'
     assert pins()['']['numpy'] == 'numpy==1.23.5'
     assert pins()['horovod'] == {'horovod': 'horovod==0.28.1'}
+    assert pins()['']['onednn-cpu-gomp'] == build.ONEDNN
 
 
 def test_every_import_of_the_package_is_required():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mxnet import autograd
 
+from mxsimmim import ops
 from mxsimmim.config import ModelConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
@@ -34,6 +35,13 @@ class Recorded:
     def target(self):
         smoothing, label = self.meta['label_smoothing'], self.file['label']
         return mx.nd.array(np.eye(self.classes)[label] * (1 - smoothing) + smoothing / self.classes)
+
+
+@pytest.fixture(params=ops.FORMS, autouse=True)
+def form(request):
+    """Everything here holds for both forms of the operators."""
+    with ops.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=['vit', 'swin'])

@@ -10,6 +10,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
+from mxsimmim import ops
 from mxsimmim.config import Duration, ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
@@ -36,6 +37,13 @@ class Recorded:
         net = build_simmim(self.model, seed=None)
         official.assign(net, self.group('param'))
         return net
+
+
+@pytest.fixture(params=ops.FORMS, autouse=True)
+def form(request):
+    """Everything here holds for both forms of the operators."""
+    with ops.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=['simmim_vit', 'simmim_swin'])

@@ -14,7 +14,8 @@ GPU_WHEEL = CPU_WHEEL[:2] + (Package('mxnet-cu112', '1.9.1', '1.9.1', 'cu112'),)
 WELL = Facts(python=(3, 11, 7), executable='.venv/bin/python', system='Linux', cpu='a CPU', flags=frozenset({'avx2'}),
              cores=8, amx=False, memory=(64.0, 60.0), disk=100.0, driver=(0, 0), gpus=(), packages=CPU_WHEEL,
              environment={}, settings={'OMP_NUM_THREADS': '8', 'OPENBLAS_CORETYPE': 'HASWELL', 'GOMP_SPINCOUNT': '20'},
-             mxnet={'version': '1.9.1', 'features': ['MKLDNN'], 'blas': 'Haswell', 'isa': 'Intel AVX2'}, horovod={})
+             mxnet={'version': '1.9.1', 'features': ['MKLDNN'], 'blas': 'Haswell', 'isa': 'Intel AVX2'}, horovod={},
+             operators={'instructions': 'avx2', 'auto': 'float32', 'names': list(doctor.OPERATORS)})
 CUDA = {**WELL.mxnet, 'features': ['CUDA', 'CUDNN', 'MKLDNN']}
 H100, A10 = Gpu('NVIDIA H100', (9, 0), 80.0), Gpu('NVIDIA A10', (8, 6), 24.0)
 T4, TITAN = Gpu('Tesla T4', (7, 5), 16.0), Gpu('GTX TITAN', (3, 5), 6.0)
@@ -53,6 +54,9 @@ def with_gpus(*gpus, wheel=GPU_WHEEL, mxnet=CUDA, driver=(12, 4)):
     (dict(settings={'OMP_NUM_THREADS': '8', 'OPENBLAS_CORETYPE': 'COOPERLAKE'},
           mxnet={**WELL.mxnet, 'blas': 'Prescott'}), False, 'does not know OPENBLAS_CORETYPE=COOPERLAKE',
      'unset OPENBLAS_CORETYPE'),
+    (dict(operators={'why': 'libmxsimmim.so was not built', 'remedy': 'apt && pip'}), False,
+     'slower than they could, with reference operators: libmxsimmim.so was not built', '^apt && pip$'),
+    (dict(operators={'error': 'SIGILL: '}), True, 'native operators crash when they are loaded: SIGILL', 'rm .*.so'),
     (dict(horovod={'error': 'ImportError: undefined symbol'}), True, 'horovod is installed, but .*undefined symbol',
      'make test'),
 ])
@@ -67,6 +71,7 @@ def test_each_problem_has_its_remedy(changes, broken, text, remedy):
     {}, with_gpus(T4), with_gpus(A10, T4, driver=(11, 8)),
     dict(horovod={'version': '0.28.1', 'gloo': True, 'mpi': False}),
     dict(packages=GPU_WHEEL[1:] + (Package('mxnet', '1.9.1', ''),), mxnet=CUDA),  # the CUDA wheel alone serves
+    dict(operators={'why': 'native operators are for Linux on x86-64', 'remedy': ''}),
 ])
 def test_nothing_to_complain_of(changes):
     assert doctor.judge(WELL._replace(**changes)) == []
@@ -100,6 +105,22 @@ def test_report_is_aligned_and_keeps_remedies_on_one_line():
     assert lines[-1] == '            -> leave it out: devices=[gpu(1)]'
 
 
+@pytest.mark.parametrize('operators, expected', [
+    (WELL.operators, ['operators   native on CPUs, with avx2: linear, attention, mlp, layer_norm, patchify, '
+                      'masked_loss, adamw',
+                      'precision   float32 by runtime.precision=auto, float32 by default']),
+    ({'instructions': 'avx512_core_amx', 'auto': 'bf16', 'names': ['mlp', 'adamw', 'more']},
+     ['operators   native on CPUs, with avx512_core_amx: mlp, adamw; reference: linear, attention, layer_norm, '
+      'patchify,', '            masked_loss', 'precision   bf16 by runtime.precision=auto, float32 by default']),
+    ({'why': 'this is a toaster', 'remedy': ''}, ['operators   reference: this is a toaster']),
+])
+def test_which_form_operators_take(operators, expected):
+    lines = doctor.render(WELL._replace(operators=operators), []).splitlines()
+    first = lines.index(expected[0])
+    assert lines[first:first + len(expected) + 1] == expected + [next(
+        line for line in lines if line.startswith('horovod'))]
+
+
 def test_this_machine():
     found = facts.collect()
     assert found.python == sys.version_info[:3]
@@ -108,6 +129,7 @@ def test_this_machine():
     assert found.cores >= 1
     assert 0 <= found.memory[1] <= found.memory[0]
     assert {p.name: p.found for p in found.packages}['numpy'] < '1.24'
+    assert set(found.operators) == {'why', 'remedy'} or set(doctor.OPERATORS) <= set(found.operators['names'])
 
 
 def test_a_machine_that_tells_nothing(monkeypatch):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
-ORDER = ['__init__', 'config', 'configfile', 'world', 'runtime', 'cluster', 'facts', 'doctor', 'data', 'models',
-         'interop', 'optim', 'meter', 'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'metrics',
+ORDER = ['__init__', 'config', 'configfile', 'world', 'runtime', 'cluster', 'ops', 'facts', 'doctor', 'data',
+         'models', 'interop', 'optim', 'meter', 'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'metrics',
          'validation', 'evaluation', 'run', 'trained', 'progress', 'tasks', 'plan', 'train', 'reconstruct', 'features',
          'probe', 'exchange', 'deploy', 'cli', '__main__']
 # What answers before, or without, the second that `import mxnet` takes.

@@ -10,7 +10,8 @@ from mxsimmim.models.cost import multiply_adds
 from mxsimmim.models.initial import truncated_normal
 from mxsimmim.models.layers import from_cells, keep_factors, to_cells
 from mxsimmim.models.simmim import normalise_cells
-from mxsimmim.models.swin import roll, shift_mask, window_partition, window_reverse
+from mxsimmim.ops import Windows, shift_mask
+from mxsimmim.ops.reference import join, partition, roll
 
 VIT = dict(img_size=32, patch_size=4, embed_dim=24, depth=3, num_heads=2)
 SWIN = dict(type='swin', img_size=32, patch_size=2, embed_dim=12, depths=[2, 2, 1], num_heads=[1, 2, 4], window_size=4)
@@ -90,14 +91,14 @@ def test_what_is_taken_apart_is_put_together(shape):
         assert np.array_equal(cells.asnumpy()[1, 1], x.asnumpy()[1, :, 0:4, 4:8].reshape(-1))
         back = from_cells(mx.nd, cells, 8, 4)
     elif shape == 'windows':
-        windows = window_partition(mx.nd, x, 8, 4, 5)
+        windows = partition(mx.nd, x, Windows(8, 4), 5)
         assert np.array_equal(windows.asnumpy()[6], x.asnumpy().reshape(2, 8, 8, 5)[1, 4:, :4].reshape(16, 5))
-        back = window_reverse(mx.nd, windows, 8, 4, 5)
+        back = join(mx.nd, windows, Windows(8, 4), 5)
     else:
-        rolled = roll(mx.nd, x, 8, 5, 3)
+        rolled = roll(mx.nd, x, Windows(8, 4, 3), 5)
         expected = np.roll(x.asnumpy().reshape(2, 8, 8, 5), (-3, -3), (1, 2)).reshape(2, 64, 5)
         assert np.array_equal(rolled.asnumpy(), expected)
-        back = roll(mx.nd, rolled, 8, 5, -3)
+        back = roll(mx.nd, rolled, Windows(8, 4, -3), 5)
     assert np.array_equal(back.asnumpy(), x.asnumpy())
 
 

@@ -6,10 +6,23 @@ import numpy as np
 import pytest
 from mxnet.gluon import Parameter
 
+from mxsimmim import ops
 from mxsimmim.config import OptimConfig, TrainConfig
+from mxsimmim.ops import library
 from mxsimmim.optim import SGD, AdamW, learning_rates, weight_decays
 
 TRAIN = TrainConfig(batch_size=512)
+
+
+@pytest.fixture(params=['reference', 'native'])
+def form(request):
+    try:
+        if request.param == 'native':
+            library.load()
+    except library.NotBuilt as error:
+        pytest.skip(str(error))
+    with ops.using(request.param):
+        yield request.param
 
 
 def rates(train=TRAIN, total=100, **keys):
@@ -66,7 +79,7 @@ def test_weight_decays(kind, name, shape, reference, fixed):
     assert weight_decays(parameters, 'fixed', kind, 0.05) == {name: fixed}
 
 
-def test_adamw_is_the_published_formula():
+def test_adamw_is_the_published_formula(form):
     print('seed 8')
     rng = np.random.default_rng(8)
     parameter = Parameter('w', shape=(5, 4))
@@ -90,8 +103,8 @@ def test_adamw_is_the_published_formula():
     assert all(np.array_equal(again.arrays()[n], value) for n, value in adamw.arrays().items())
 
 
-def test_adamw_waits_for_copies_of_its_gradient():
-    """It scales gradients in place: a copy to the next device that came later would be scaled twice."""
+def test_adamw_waits_for_copies_of_its_gradient(form):
+    """MXNet's scales gradients in place: a copy to the next device that came later would be scaled twice."""
     contexts, count, size = [mx.cpu(0), mx.cpu(1)], 24, 16
     parameters = {f'p{i}': Parameter(f'p{i}', shape=(size,), init='zeros') for i in range(count)}
     for p in parameters.values():
@@ -142,7 +155,7 @@ def test_scaled_rates_by_table():
 
 @pytest.mark.parametrize('kind', [AdamW, SGD])
 @pytest.mark.parametrize('devices', [1, 2])
-def test_groups_have_their_own_rate_and_decay(kind, devices):
+def test_groups_have_their_own_rate_and_decay(form, kind, devices):
     """Two groups against the formulas in float64: the rate of each is floor + lr_scale (lr - floor)."""
     print('seed 9')
     rng = np.random.default_rng(9)

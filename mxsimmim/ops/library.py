@@ -1,0 +1,177 @@
+"""The library of native operators: where it is, whether it fits, and loading it into MXNet; which form operators take.
+
+Without it everything is computed all the same, by MXNet's own operators.
+"""
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
+
+from .. import runtime
+from .build import NAME, NOTE, ONEDNN, NotBuilt, check_machine, digest, installed_file
+
+FOLDER = Path(__file__).parent
+PREFIX = 'mxsimmim_'  # of our operators' names in MXNet
+VARIABLE = 'MXSIMMIM_LIBRARY'  # for development: another library, such as one with sanitizers
+BF16 = ('avx512_core_bf16', 'avx512_core_amx')  # instructions that multiply bf16 faster than float32
+EMULATED = ('avx512_core',)  # where oneDNN can multiply bf16, more slowly
+
+_isa: Optional[str] = None  # of the library that MXNet has loaded
+_told = False
+
+
+class Opened(NamedTuple):
+    """A library that this process can use: its file and the best instructions it will use, in oneDNN's names."""
+    path: Path
+    isa: str
+
+
+def find() -> Path:
+    """The compiled library.
+
+    Raises:
+        NotBuilt: it is not there.
+    """
+    if os.environ.get(VARIABLE):
+        return Path(os.environ[VARIABLE]).resolve()
+    check_machine()
+    path = FOLDER / NAME
+    if not path.exists():
+        note = runtime.contents(FOLDER / NOTE)
+        why, _, remedy = note.partition('\n')
+        raise NotBuilt(f'{NAME} was not built' + (f': {why}' if why else ''),
+                       ' && '.join(filter(None, (remedy.strip(), install_command()))))
+    return path
+
+
+def install_command() -> str:
+    """What builds the library where this package is installed."""
+    root = FOLDER.parents[1]
+    if (root / 'setup.py').exists():
+        return f'{_short(sys.executable)} -m pip install --no-deps -e {_short(str(root))}'
+    return f'{_short(sys.executable)} -m pip install --force-reinstall --no-deps /path/to/the/sources'
+
+
+def _short(path: str) -> str:
+    here = os.getcwd()
+    return '.' if path == here else os.path.relpath(path) if path.startswith(here + os.sep) else path
+
+
+def open_library() -> Opened:
+    """Opens the library, and oneDNN before it, and asks it what it is; MXNet need not be there.
+
+    Raises:
+        NotBuilt: it is not there, or does not fit the machine or the Python files beside it.
+    """
+    path = find()
+    onednn = installed_file(ONEDNN, 'lib/libdnnl.so.3')
+    if onednn is None:
+        raise NotBuilt('oneDNN is not installed', f'{_short(sys.executable)} -m pip install {ONEDNN}')
+    runtime.request_amx()
+    # Names are looked up in these libraries first: MXNet has an older oneDNN inside, some of whose names Horovod makes
+    # visible to all. Sanitizers do not support that.
+    mode = os.RTLD_NOW | (0 if os.environ.get(VARIABLE) else os.RTLD_DEEPBIND)
+    try:
+        ctypes.CDLL(str(onednn), mode=mode)  # by its soname, where ours finds it
+        library = ctypes.CDLL(str(path), mode=mode)
+        library.mxsimmim_sources.restype = library.mxsimmim_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        raise NotBuilt(f'{path} cannot be loaded: {error}', install_command()) from None
+    if digest() not in ('', library.mxsimmim_sources().decode()):
+        raise NotBuilt(f'{path} was built from other sources than those beside it', install_command())
+    isa = library.mxsimmim_isa().decode()
+    if not isa:
+        raise NotBuilt('native operators need a CPU with AVX2 and FMA'
+                       + (f" (DNNL_MAX_CPU_ISA={os.environ['DNNL_MAX_CPU_ISA']})" if 'DNNL_MAX_CPU_ISA' in os.environ
+                          else ''))
+    return Opened(path, isa)
+
+
+def load() -> str:
+    """Makes the operators known to MXNet, once a process; the instructions they use, as in `Opened`.
+
+    Comes after `runtime.prepare`: it imports mxnet.
+
+    Raises:
+        NotBuilt: as `open_library`, or MXNet refuses the library.
+    """
+    global _isa
+    if _isa is None:
+        opened = open_library()
+        import mxnet
+        try:
+            _register(opened.path)
+        except mxnet.MXNetError as error:
+            raise NotBuilt(f'MXNet {mxnet.__version__} does not load {opened.path}: '
+                           + str(error).strip().splitlines()[-1]) from None
+        _isa = opened.isa
+    return _isa
+
+
+def _register(path: Path) -> None:
+    """As `mxnet.library.load`, which makes the Python functions of all operators anew, in 0.4 s; here only of ours."""
+    from mxnet import base, ndarray, symbol
+    from mxnet.ndarray.register import _make_ndarray_function
+    from mxnet.symbol.register import _make_symbol_function
+    base.check_call(base._LIB.MXLoadLib(base.c_str(str(path)), base.mx_uint(0)))
+    names, count = ctypes.POINTER(ctypes.c_char_p)(), ctypes.c_uint()
+    base.check_call(base._LIB.MXListAllOpNames(ctypes.byref(count), ctypes.byref(names)))
+    for name in (names[i].decode() for i in range(count.value)):
+        if name.startswith(PREFIX):
+            handle = base.OpHandle()
+            base.check_call(base._LIB.NNGetOpHandle(base.c_str(name), ctypes.byref(handle)))
+            for module, make in ((ndarray, _make_ndarray_function), (symbol, _make_symbol_function)):
+                function = make(handle, name, name)
+                function.__module__ = module.__name__
+                for place in (module, module.op):
+                    setattr(place, name, function)
+
+
+def status() -> str:
+    """One line: which form operators take on CPUs here, and why, if not the native one; MXNet need not be there."""
+    try:
+        return f'native ({open_library().isa})'
+    except NotBuilt as error:
+        return f'reference, slower: {error}'
+
+
+def decide(precision: str, contexts: Sequence[Any]) -> Tuple[str, str]:
+    """(form, precision) as `ops.choose` wants them. Says once, on stderr, why operators on a CPU are not native.
+
+    Raises:
+        ValueError: bf16 is asked for where nothing can compute it.
+    """
+    others = [str(context) for context in contexts if context.device_type != 'cpu']
+    if others:
+        if precision == 'bf16':
+            raise ValueError(f"key 'runtime.precision': bf16 is computed on CPUs only, not on {', '.join(others)}: "
+                             'write runtime.precision=float32, or devices=[cpu(0)]')
+        return 'reference', 'float32'
+    try:
+        isa = load()
+    except NotBuilt as error:
+        if precision == 'bf16':
+            raise ValueError(f"key 'runtime.precision': bf16 needs the native operators. {error}; or write "
+                             'runtime.precision=float32') from None
+        _tell(f'operators: reference, slower than native ones: {error}')
+        return 'reference', 'float32'
+    if precision == 'bf16' and isa not in BF16 + EMULATED:
+        raise ValueError(f"key 'runtime.precision': bf16 needs a CPU with AVX-512, this one has {isa}: write "
+                         'runtime.precision=float32, or auto, which takes bf16 where it is faster')
+    return 'native', 'bf16' if precision == 'bf16' or precision == 'auto' and isa in BF16 else 'float32'
+
+
+def describe(form: str, precision: str) -> str:
+    """A choice in words, for the messages of a run."""
+    if form == 'reference':
+        return f'operators: reference, {precision}'
+    slow = ' (emulated by this CPU, slower than float32)' if precision == 'bf16' and _isa not in BF16 else ''
+    return f'operators: native ({_isa}), {precision}{slow}'
+
+
+def _tell(text: str) -> None:
+    global _told
+    if not _told:
+        print(f'mxsimmim: {text}', file=sys.stderr, flush=True)
+    _told = True

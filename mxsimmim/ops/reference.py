@@ -1,0 +1,124 @@
+"""What each operator computes, in MXNet's own operators: the form for every device, and what the native one is tested
+against. Written for speed on a CPU where that costs nothing elsewhere.
+
+Shapes: B images, L tokens, C channels, H heads, D = C/H, N tokens that attend to each other.
+"""
+from typing import Any, Optional, Tuple
+
+from .layout import Windows
+from .pixels import AUTO, masked_loss, patchify, swap
+
+__all__ = ['attention', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify']
+
+Pair = Tuple[Any, Any]
+
+
+def row_sums(F: Any, x: Any, weights: Any) -> Any:
+    """(..., C) times weights (1, C), summed over the last axis: (..., 1)."""
+    return F.FullyConnected(x, weights, num_hidden=1, no_bias=True, flatten=False)
+
+
+def outer(F: Any, column: Any, row: Any, size: int, bias: Any = None) -> Any:
+    """column (..., 1) times row (of `size` values) plus bias (size,): (..., size).
+
+    With a column of ones this is broadcasting, whose gradient, a sum over rows, MXNet computes ten times slower on a
+    CPU than this matrix product's.
+    """
+    inputs = [column, F.reshape(row, shape=(AUTO, 1))] + ([] if bias is None else [bias])
+    return F.FullyConnected(*inputs, num_hidden=size, no_bias=bias is None, flatten=False)
+
+
+def spread(F: Any, row: Any, like: Any, size: int) -> Any:
+    """row (of `size` values) repeated to the shape of `like` (..., size)."""
+    return outer(F, F.ones_like(F.slice_axis(like, axis=-1, begin=0, end=1)), row, size)
+
+
+def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int) -> Any:
+    # F.LayerNorm with its backward three times as fast on a CPU (docs/benchmarks.md): row sums and outer products are
+    # matrix products. The gradient through the mean inside the variance is zero, hence BlockGrad.
+    ones = F.ones_like(weight)
+    average = F.reshape(ones / width, shape=(1, AUTO))
+    mean = row_sums(F, x, average)                                                             # (..., 1)
+    centred = x - F.BlockGrad(outer(F, mean, ones, width))
+    scale = F.rsqrt(row_sums(F, F.square(centred), average) + eps)
+    return x * outer(F, scale, weight, width) + outer(F, -mean * scale, weight, width, bias)
+
+
+def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int) -> Any:
+    inputs = [x, weight] + ([] if bias is None else [bias])
+    y = F.FullyConnected(*inputs, num_hidden=units, no_bias=bias is None, flatten=False)
+    return F.LeakyReLU(y, act_type='gelu') if gelu else y
+
+
+def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None, keep: Any = None,
+              mask: Any = None, *, width: int, heads: int, tokens: int, eps: float, windows: Optional[Windows] = None,
+              recompute: bool = False) -> Any:
+    y, count = layer_norm(F, x, *norm, eps, width=width), 1
+    if windows:
+        y = partition(F, roll(F, y, windows, width), windows, width)
+        tokens = windows.window ** 2
+    if mask is not None:
+        count = (windows.side // windows.window) ** 2
+        bias = F.broadcast_axis(mask, axis=1, size=heads) if bias is None else F.broadcast_add(bias, mask)
+    y = attend(F, linear(F, y, *qkv, units=3 * width), heads, width, tokens, bias, count)
+    y = linear(F, y, *proj, units=width)
+    if windows:
+        y = roll(F, join(F, y, windows, width), windows._replace(shift=-windows.shift), width)
+    return residual(F, x, y, gamma, keep, width)
+
+
+def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
+        width: int, hidden: int, eps: float, recompute: bool = False) -> Any:
+    y = linear(F, layer_norm(F, x, *norm, eps, width=width), *fc1, gelu=True, units=hidden)
+    return residual(F, x, linear(F, y, *fc2, units=width), gamma, keep, width)
+
+
+def residual(F: Any, x: Any, branch: Any, gamma: Any, keep: Any, width: int) -> Any:
+    """x + keep * gamma * branch, (B, L, C); see `attention`."""
+    if gamma is not None:
+        branch = branch * spread(F, gamma, branch, width)
+    if keep is not None:
+        branch = F.broadcast_mul(branch, F.expand_dims(keep, axis=2))
+    return x + branch
+
+
+def attend(F: Any, qkv: Any, heads: int, width: int, tokens: int, bias: Any, windows: int = 1) -> Any:
+    """Softmax attention of H heads over N tokens: qkv (B, N, 3C) to (B, N, C).
+
+    bias (windows, H, N, N) or None is added to the scores, B counting the windows of each image one after another.
+    """
+    size, pairs = width // heads, windows * heads * tokens * tokens
+    qkv = F.reshape(swap(F, qkv, AUTO, tokens, 3 * heads, size), shape=(AUTO, 3, heads * tokens * size))
+    q, k, v = (F.reshape(x, shape=(AUTO, tokens, size)) for x in F.split(qkv, num_outputs=3, axis=1))  # (B*H, N, D)
+    scores = F.batch_dot(q * size ** -0.5, k, transpose_b=True)                                # (B*H, N, N)
+    if bias is not None:
+        scores = F.reshape(scores, shape=(AUTO, pairs))
+        scores = F.reshape(scores + spread(F, bias, scores, pairs), shape=(AUTO, tokens, tokens))
+    mixed = F.batch_dot(F.softmax(scores, axis=-1), v)                                         # (B*H, N, D)
+    return F.reshape(swap(F, mixed, AUTO, heads, tokens, size), shape=(AUTO, tokens, width))
+
+
+def partition(F: Any, x: Any, windows: Windows, width: int) -> Any:
+    """(B, side^2, C) to (B * windows, window^2, C)."""
+    side, window, _ = windows
+    x = swap(F, x, AUTO, window, side // window, window * width)          # (B*n, n, window, window*C)
+    return F.reshape(x, shape=(AUTO, window * window, width))
+
+
+def join(F: Any, x: Any, windows: Windows, width: int) -> Any:
+    """The inverse of `partition`."""
+    side, window, _ = windows
+    x = swap(F, x, AUTO, side // window, window, window * width)          # (B*n, window, n, window*C)
+    return F.reshape(x, shape=(AUTO, side * side, width))
+
+
+def roll(F: Any, x: Any, windows: Windows, width: int) -> Any:
+    """(B, side^2, C) rolled by the windows' shift towards the origin; a negative shift rolls back."""
+    side, shift = windows.side, windows.shift % windows.side
+    if not shift:
+        return x
+    x = F.reshape(x, shape=(AUTO, side, side, width))
+    for axis in (1, 2):
+        x = F.concat(F.slice_axis(x, axis=axis, begin=shift, end=side),
+                     F.slice_axis(x, axis=axis, begin=0, end=shift), dim=axis)
+    return F.reshape(x, shape=(AUTO, side * side, width))

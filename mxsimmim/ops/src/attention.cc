@@ -1,0 +1,330 @@
+// A transformer's first half block: x + keep * gamma * proj(attend(qkv(norm(x)))), see attention in ops/__init__.py.
+//
+// Inputs: x, norm weight and bias, qkv weight and bias, proj weight and bias, then bias, mask, gamma, keep as the
+// attributes of these names say. Outputs: the result and, unless `recompute`, qkv (R, 3C) and what attention gave,
+// (R, C), whose rows are in the order of windows. Scores exist for one tile at a time: one sequence and a few heads.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "branch.h"
+
+namespace simmim {
+namespace {
+
+enum { X, NORM_WEIGHT, NORM_BIAS, QKV_WEIGHT, QKV_BIAS, PROJ_WEIGHT, PROJ_BIAS, REQUIRED };
+
+struct Places {
+  int bias = -1, mask = -1, gamma = -1, keep = -1, count = REQUIRED;
+  explicit Places(const Attributes& attrs) {
+    if (attrs.flag("bias")) bias = count++;
+    if (attrs.flag("mask")) mask = count++;
+    if (attrs.flag("gamma")) gamma = count++;
+    if (attrs.flag("keep")) keep = count++;
+  }
+};
+
+int inputs(const Attributes& attrs) { return Places(attrs).count; }
+int outputs(const Attributes& attrs) { return attrs.flag("recompute") ? 1 : 3; }
+
+void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>& out) {
+  Places at(attrs);
+  int64_t heads = attrs.integer("heads"), side = attrs.integer("side"), window = attrs.integer("window");
+  if (!known(in[X])) return;
+  require(in[X].size() == 3, "x must be (images, tokens, channels), it has shape ", in[X]);
+  int64_t images = in[X][0], tokens = in[X][1], width = in[X][2];
+  require(heads > 0 && width % heads == 0, "x of shape ", in[X], " has channels that ", heads, " heads do not divide");
+  require(!window || (side * side == tokens && side % window == 0), "x of shape ", in[X], " is not ", side, " x ", side,
+          " tokens in windows of ", window, " x ", window);
+  int64_t length = window ? window * window : tokens;
+  settle("norm's weight", in[NORM_WEIGHT], {width});
+  settle("norm's bias", in[NORM_BIAS], {width});
+  settle("qkv's weight", in[QKV_WEIGHT], {3 * width, width});
+  settle("qkv's bias", in[QKV_BIAS], {3 * width});
+  settle("proj's weight", in[PROJ_WEIGHT], {width, width});
+  settle("proj's bias", in[PROJ_BIAS], {width});
+  if (at.bias >= 0) settle("the scores' bias", in[size_t(at.bias)], {1, heads, length, length});
+  if (at.mask >= 0) settle("mask", in[size_t(at.mask)], {tokens / length, 1, length, length});
+  if (at.gamma >= 0) settle("gamma", in[size_t(at.gamma)], {width});
+  if (at.keep >= 0) settle("keep", in[size_t(at.keep)], {images, 1});
+  out[0] = in[X];
+  if (out.size() > 1) {
+    out[1] = {images * tokens, 3 * width};
+    out[2] = {images * tokens, width};
+  }
+}
+
+void types(const Attributes& attrs, std::vector<Type>& in, std::vector<Type>& out) {
+  all_float32(attrs, in, out);
+  if (out.size() > 1 && attrs.flag("bf16")) out[1] = out[2] = Type::f16;
+}
+
+struct Attention : Branch {
+  const float *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;
+  const float *bias, *mask;  // (H, N, N) and (windows, N, N), or null
+  int64_t heads, depth, length, sequences, windows = 1;  // D, N, B * windows
+  int64_t group;                                          // heads of a tile
+  float factor;                                           // of scores, D^-1/2
+
+  Attention(const Attributes& attrs, const Tensor* in, Scratch& scratch) {
+    Places at(attrs);
+    auto input = [&](int place) { return place < 0 ? nullptr : in[place].as<const float>(); };
+    x = input(X);
+    norm_weight = input(NORM_WEIGHT);
+    norm_bias = input(NORM_BIAS);
+    qkv_weight = input(QKV_WEIGHT);
+    qkv_bias = input(QKV_BIAS);
+    proj_weight = input(PROJ_WEIGHT);
+    proj_bias = input(PROJ_BIAS);
+    bias = input(at.bias);
+    mask = input(at.mask);
+    gamma = input(at.gamma);
+    keep = input(at.keep);
+    eps = float(attrs.real("eps"));
+    tokens = length = in[X].shape[1];
+    width = in[X].shape[2];
+    heads = attrs.integer("heads");
+    depth = width / heads;
+    factor = 1.f / __builtin_sqrtf(float(depth));
+    total = rows = in[X].shape[0] * tokens;
+    order = nullptr;
+    if (int64_t window = attrs.integer("window")) {
+      length = window * window;
+      windows = tokens / length;
+      arrange(attrs.integer("side"), window, attrs.integer("shift"), scratch);
+    }
+    sequences = total / length;
+    // A tile's matrices should stay in the second-level cache.
+    constexpr int64_t cache = 256 << 10;
+    group = std::max<int64_t>(1, std::min(heads, cache / (12 * length * length)));
+    while (heads % group) --group;
+  }
+
+  // Rows in the order of windows after the shift.
+  void arrange(int64_t side, int64_t window, int64_t shift, Scratch& scratch) {
+    int32_t* list = scratch.take<int32_t>(total);
+    int64_t across = side / window;
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < total; ++row) {
+      int64_t image = row / tokens, place = row % tokens, inside = place % length;
+      int64_t down = place / length / across * window + inside / window;  // after the shift
+      int64_t right = place / length % across * window + inside % window;
+      list[row] = int32_t(image * tokens + (down + shift) % side * side + (right + shift) % side);
+    }
+    order = list;
+  }
+
+  template <class T> void project(T* n, float* mean, float* rstd, T* qkv) const {
+    normalise(n, mean, rstd);
+    multiply(qkv, type_of<T>(), {n, type_of<T>(), rows, width},
+             transposed({qkv_weight, Type::f32, 3 * width, width}), qkv_bias);
+  }
+};
+
+// One thread's work on tiles: queries, keys and values are gathered into small matrices (group, N, D), multiplied
+// there, and scattered back. A group's scores are (group, N, N).
+template <class T> struct Tile {
+  const Attention& is;
+  int64_t elements, scores;  // of a matrix (group, N, D), of one (group, N, N)
+  size_t bytes;              // of one head of one token
+  T *q, *k, *v, *p;
+  float* s;
+
+  Tile(const Attention& attention, Scratch& scratch)
+      : is(attention),
+        elements(is.group * is.length * is.depth),
+        scores(is.group * is.length * is.length),
+        bytes(size_t(is.depth) * sizeof(T)),
+        q(scratch.take<T>(elements)),
+        k(scratch.take<T>(elements)),
+        v(scratch.take<T>(elements)),
+        p(scratch.take<T>(scores)),
+        s(scratch.take<float>(scores)) {}
+
+  // A head's columns of a matrix with `stride` columns.
+  void gather(const T* from, int64_t stride, T* to) const {
+    for (int64_t g = 0; g < is.group; ++g)
+      for (int64_t i = 0; i < is.length; ++i)
+        std::memcpy(to + (g * is.length + i) * is.depth, from + i * stride + g * is.depth, bytes);
+  }
+  void scatter(const T* from, T* to, int64_t stride) const {
+    for (int64_t g = 0; g < is.group; ++g)
+      for (int64_t i = 0; i < is.length; ++i)
+        std::memcpy(to + i * stride + g * is.depth, from + (g * is.length + i) * is.depth, bytes);
+  }
+  void load(const T* qkv, int64_t sequence, int64_t head) const {
+    const T* from = qkv + sequence * is.length * 3 * is.width + head * is.depth;
+    gather(from, 3 * is.width, q);
+    gather(from + is.width, 3 * is.width, k);
+    gather(from + 2 * is.width, 3 * is.width, v);
+  }
+  void softmax(int64_t sequence, int64_t head) const {
+    int64_t pairs = is.length * is.length;
+    const float* mask = is.mask ? is.mask + sequence % is.windows * pairs : nullptr;
+    const float* bias = is.bias ? is.bias + head * pairs : nullptr;
+    for (int64_t row = 0; row < is.group * is.length; ++row) {
+      int64_t at = row * is.length;
+      rows<T>().softmax(s + at, is.factor, bias ? bias + at : nullptr, mask ? mask + at % pairs : nullptr, is.length,
+                        p + at);
+    }
+  }
+};
+
+// o (R, C) from qkv (R, 3C).
+template <class T> void attend(const Attention& is, const T* qkv, T* o) {
+  constexpr Type type = type_of<T>();
+  SmallProduct score(is.group, is.length, is.depth, is.length, type, false, true, Type::f32);
+  SmallProduct mix(is.group, is.length, is.length, is.depth, type, false, false, type);
+  int64_t tiles = is.sequences * (is.heads / is.group);
+#pragma omp parallel
+  {
+    Scratch scratch;
+    Tile<T> tile(is, scratch);
+    T* mixed = scratch.take<T>(tile.elements);
+    char* pad = scratch.take<char>(std::max(score.scratch(), mix.scratch()));
+    SmallProduct::Bound scoring(score, tile.q, tile.k, tile.s, pad), mixing(mix, tile.p, tile.v, mixed, pad);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tiles; ++t) {
+      int64_t sequence = t % is.sequences, head = t / is.sequences * is.group;
+      tile.load(qkv, sequence, head);
+      scoring.run();
+      tile.softmax(sequence, head);
+      mixing.run();
+      tile.scatter(mixed, o + sequence * is.length * is.width + head * is.depth, is.width);
+    }
+  }
+}
+
+// dqkv (R, 3C) and dbias (H, N, N), unless null, from do (R, C).
+template <class T> void attend_backward(const Attention& is, const T* qkv, const T* dout, T* dqkv, float* dbias) {
+  constexpr Type type = type_of<T>();
+  int64_t n = is.length, d = is.depth, g = is.group;
+  SmallProduct score(g, n, d, n, type, false, true, Type::f32), mix_left(g, n, d, n, type, false, true, Type::f32);
+  SmallProduct mix_right(g, n, n, d, type, true, false, type), score_left(g, n, n, d, type, false, false, type);
+  int64_t tiles = is.sequences * (is.heads / g), pairs = is.heads * n * n;
+  Scratch outer;
+  // Tiles are in the order of their heads, so that a thread adds to the biases of few.
+  float* partial = dbias ? outer.take<float>(pairs * omp_get_max_threads()) : nullptr;
+#pragma omp parallel
+  {
+    Scratch scratch;
+    Tile<T> tile(is, scratch);
+    T *upper = scratch.take<T>(tile.elements), *ds = scratch.take<T>(tile.scores);
+    T *dq = scratch.take<T>(tile.elements), *dk = scratch.take<T>(tile.elements), *dv = scratch.take<T>(tile.elements);
+    float* dp = scratch.take<float>(tile.scores);
+    char* pad = scratch.take<char>(
+        std::max({score.scratch(), mix_left.scratch(), mix_right.scratch(), score_left.scratch()}));
+    SmallProduct::Bound scoring(score, tile.q, tile.k, tile.s, pad), to_p(mix_left, upper, tile.v, dp, pad),
+        to_v(mix_right, tile.p, upper, dv, pad), to_q(score_left, ds, tile.k, dq, pad),
+        to_k(mix_right, ds, tile.q, dk, pad);
+    float* mine = nullptr;
+    if (dbias) {
+      mine = partial + pairs * omp_get_thread_num();
+      std::memset(mine, 0, size_t(pairs) * sizeof(float));
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tiles; ++t) {
+      int64_t sequence = t % is.sequences, head = t / is.sequences * g;
+      tile.load(qkv, sequence, head);
+      scoring.run();
+      tile.softmax(sequence, head);
+      tile.gather(dout + sequence * n * is.width + head * d, is.width, upper);
+      to_p.run();
+      to_v.run();
+      for (int64_t row = 0; row < g * n; ++row)
+        rows<T>().softmax_backward(tile.p + row * n, dp + row * n, is.factor, ds + row * n,
+                                   mine ? mine + (head * n + row) * n : nullptr, n);
+      to_q.run();
+      to_k.run();
+      T* to = dqkv + sequence * n * 3 * is.width + head * d;
+      tile.scatter(dq, to, 3 * is.width);
+      tile.scatter(dk, to + is.width, 3 * is.width);
+      tile.scatter(dv, to + 2 * is.width, 3 * is.width);
+    }
+    if (dbias) {
+      int threads = omp_get_num_threads();
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < pairs; ++i) {
+        float sum = partial[i];
+        for (int thread = 1; thread < threads; ++thread) sum += partial[pairs * thread + i];
+        dbias[i] = sum;
+      }
+    }
+  }
+}
+
+template <class T> void forward(const Attributes& attrs, const Tensors& in, const Tensors& out) {
+  Scratch scratch;
+  Attention is(attrs, in.data(), scratch);
+  bool kept = out.size() > 1;
+  T* qkv = kept ? out[1].as<T>() : scratch.take<T>(is.rows * 3 * is.width);
+  T* o = kept ? out[2].as<T>() : scratch.take<T>(is.rows * is.width);
+  {
+    Scratch inner;
+    float* statistics = inner.take<float>(2 * is.rows);
+    is.project(inner.take<T>(is.rows * is.width), statistics, statistics + is.rows, qkv);
+  }
+  attend(is, qkv, o);
+  float* y = scratch.take<float>(is.rows * is.width);
+  multiply(y, Type::f32, {o, type_of<T>(), is.rows, is.width},
+           transposed({is.proj_weight, Type::f32, is.width, is.width}), is.proj_bias);
+  is.add(y, out[0].as<float>());
+}
+
+template <class T> void backward(const Attributes& attrs, const Tensors& all, const Tensors& out) {
+  int given = outputs(attrs);
+  const Tensor *in = all.data() + given, *results = in + inputs(attrs);
+  const float* dout = all[0].as<const float>();
+  auto wanted = [&](int place) { return place < 0 ? nullptr : out[size_t(place)].as<float>(); };
+  Places at(attrs);
+  Scratch scratch;
+  Attention is(attrs, in, scratch);
+  int64_t rows = is.rows, width = is.width;
+  T* n = scratch.take<T>(rows * width);
+  float *mean = scratch.take<float>(rows), *rstd = scratch.take<float>(rows);
+  const T *qkv, *o;
+  if (given > 1) {
+    qkv = results[1].as<const T>();
+    o = results[2].as<const T>();
+    is.normalise(n, mean, rstd);
+  } else {
+    T *again = scratch.take<T>(rows * 3 * width), *mixed = scratch.take<T>(rows * width);
+    is.project(n, mean, rstd, again);
+    attend(is, again, mixed);
+    qkv = again;
+    o = mixed;
+  }
+  T* dqkv = scratch.take<T>(rows * 3 * width);
+  {
+    Scratch inner;
+    T *d = inner.take<T>(rows * width), *d_o = inner.take<T>(rows * width);
+    float* sums = inner.take<float>(width);
+    T* scaled = is.incoming(dout, d, inner, sums);
+    multiply(d_o, type_of<T>(), {scaled, type_of<T>(), rows, width}, {is.proj_weight, Type::f32, width, width});
+    is.projection_backward(d, sums, o, width, is.proj_weight, is.proj_bias, wanted(PROJ_WEIGHT), wanted(PROJ_BIAS),
+                           wanted(at.gamma));
+    attend_backward(is, qkv, d_o, dqkv, wanted(at.bias));
+  }
+  if (wanted(QKV_BIAS)) column_sums(dqkv, rows, 3 * width, wanted(QKV_BIAS));
+  weight_gradient(dqkv, rows, 3 * width, n, width, wanted(QKV_WEIGHT));
+  if (!wanted(X) && !wanted(NORM_WEIGHT) && !wanted(NORM_BIAS)) return;
+  float* dn = scratch.take<float>(rows * width);
+  multiply(dn, Type::f32, {dqkv, type_of<T>(), rows, 3 * width}, {is.qkv_weight, Type::f32, 3 * width, width});
+  is.normalise_backward(dn, mean, rstd, dout, wanted(X), wanted(NORM_WEIGHT), wanted(NORM_BIAS));
+}
+
+void forward_either(const Attributes& attrs, const Tensors& in, const Tensors& out) {
+  attrs.flag("bf16") ? forward<Bf16>(attrs, in, out) : forward<float>(attrs, in, out);
+}
+void backward_either(const Attributes& attrs, const Tensors& in, const Tensors& out) {
+  for (int place : {Places(attrs).keep, Places(attrs).mask})
+    if (place >= 0) zero(out[size_t(place)]);
+  attrs.flag("bf16") ? backward<Bf16>(attrs, in, out) : backward<float>(attrs, in, out);
+}
+
+Register attention_operator({"mxsimmim_attention", inputs, outputs, shapes, types, forward_either, backward_either,
+                             nullptr});
+
+}  // namespace
+}  // namespace simmim

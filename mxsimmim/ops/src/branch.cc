@@ -1,0 +1,140 @@
+#include "branch.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace simmim {
+
+ColumnSums::ColumnSums(Scratch& scratch, int64_t n)
+    : n_(n), stride_((n + 15) / 16 * 16), threads_(omp_get_max_threads()) {
+  data_ = scratch.take<float>(stride_ * threads_);
+  std::memset(data_, 0, size_t(stride_ * threads_) * sizeof(float));
+}
+
+float* ColumnSums::mine() { return data_ + stride_ * omp_get_thread_num(); }
+
+void ColumnSums::finish(float* sums) const {
+  if (!sums) return;
+  for (int64_t i = 0; i < n_; ++i) {
+    float sum = data_[i];
+    for (int thread = 1; thread < threads_; ++thread) sum += data_[stride_ * thread + i];
+    sums[i] = sum;
+  }
+}
+
+void copy(const float* from, float* to, int64_t n) {
+  constexpr int64_t chunk = 1 << 16;
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i += chunk) std::memcpy(to + i, from + i, size_t(std::min(chunk, n - i)) * sizeof(float));
+}
+
+void zero(const Tensor& gradient) {
+  if (gradient) std::memset(gradient.data, 0, size_t(gradient.size()) * sizeof(float));
+}
+
+template <class T> void column_sums(const T* x, int64_t rows, int64_t n, float* sums) {
+  Scratch scratch;
+  ColumnSums columns(scratch, n);
+#pragma omp parallel
+  {
+    float* mine = columns.mine();
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) simmim::rows<T>().add(x + r * n, mine, n);
+  }
+  columns.finish(sums);
+}
+
+template <class T> void Branch::normalise(T* y, float* mean, float* rstd) const {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; ++r)
+    simmim::rows<T>().normalise(x + source(r) * width, norm_weight, norm_bias, width, eps, y + r * width, mean + r,
+                                rstd + r);
+}
+
+void Branch::add(const float* y, float* out) const {
+  if (rows < total) copy(x, out, total * width);
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t at = source(r) * width;
+    kernels().residual(x + at, y + r * width, factor(r), gamma, out + at, width);
+  }
+}
+
+template <class T> T* Branch::incoming(const float* dout, T* d, Scratch& scratch, float* sums) const {
+  T* scaled = gamma ? scratch.take<T>(rows * width) : d;
+  ColumnSums columns(scratch, width);
+#pragma omp parallel
+  {
+    float* mine = columns.mine();
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = dout + source(r) * width;
+      simmim::rows<T>().convert(from, factor(r), d + r * width, width);
+      simmim::rows<T>().add(d + r * width, mine, width);
+      if (gamma) simmim::rows<T>().convert_scaled(from, factor(r), gamma, scaled + r * width, width);
+    }
+  }
+  columns.finish(sums);
+  return scaled;
+}
+
+void Branch::normalise_backward(const float* dn, const float* mean, const float* rstd, const float* dout, float* dx,
+                                float* dweight, float* dbias) const {
+  Scratch scratch;
+  ColumnSums weights(scratch, width), biases(scratch, width);
+  if (dx && dout && rows < total) copy(dout, dx, total * width);
+#pragma omp parallel
+  {
+    float *weight = dweight ? weights.mine() : nullptr, *bias = dbias ? biases.mine() : nullptr;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t at = source(r) * width;
+      kernels().normalise_backward(x + at, mean[r], rstd[r], norm_weight, dn + r * width, width,
+                                   dout ? dout + at : nullptr, dx ? dx + at : nullptr, weight, bias);
+    }
+  }
+  weights.finish(dweight);
+  biases.finish(dbias);
+}
+
+template <class T>
+void weight_gradient(const T* dy, int64_t rows, int64_t outputs, const T* z, int64_t inputs, float* dw) {
+  if (!dw) return;
+  if (!rows) return void(std::memset(dw, 0, size_t(outputs * inputs) * sizeof(float)));
+  multiply(dw, Type::f32, transposed({dy, type_of<T>(), rows, outputs}), {z, type_of<T>(), rows, inputs});
+}
+
+template <class T>
+void Branch::projection_backward(const T* d, const float* sums, const T* z, int64_t inputs, const float* weight,
+                                 const float* bias, float* dweight, float* dbias, float* dgamma) const {
+  Scratch scratch;
+  if (!dweight && dgamma) dweight = scratch.take<float>(width * inputs);
+  weight_gradient(d, rows, width, z, inputs, dweight);
+  if (!gamma) {
+    if (dbias) copy(sums, dbias, width);
+    return;
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < width; ++c) {
+    if (dbias) dbias[c] = gamma[c] * sums[c];
+    if (!dweight) continue;
+    float* row = dweight + c * inputs;
+    if (dgamma)
+      dgamma[c] = float(dot(weight + c * inputs, row, inputs) + double(bias[c]) * double(sums[c]));
+    kernels().scale(row, gamma[c], inputs);
+  }
+}
+
+#define FOR_BOTH(T)                                                                                                  \
+  template void Branch::normalise<T>(T*, float*, float*) const;                                                      \
+  template T* Branch::incoming<T>(const float*, T*, Scratch&, float*) const;                                         \
+  template void Branch::projection_backward<T>(const T*, const float*, const T*, int64_t, const float*,              \
+                                               const float*, float*, float*, float*) const;                          \
+  template void weight_gradient<T>(const T*, int64_t, int64_t, const T*, int64_t, float*);                           \
+  template void column_sums<T>(const T*, int64_t, int64_t, float*);
+FOR_BOTH(float)
+FOR_BOTH(Bf16)
+
+}  // namespace simmim

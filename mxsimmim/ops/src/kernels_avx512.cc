@@ -1,0 +1,5 @@
+#include "kernels.inl"
+
+namespace simmim {
+const Kernels& avx512_kernels() { return table; }
+}  // namespace simmim

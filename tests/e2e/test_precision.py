@@ -1,0 +1,52 @@
+"""runtime.precision and model.recompute, as a user sets them."""
+import os
+import subprocess
+
+import pytest
+from running import DEADLINE, ROOT, TINY, command, metrics, weights
+
+DIGITS, BASE = ROOT / 'conf' / 'digits.yaml', ROOT / 'conf' / 'base.yaml'
+WITHOUT = {**os.environ, 'MXSIMMIM_LIBRARY': '/nowhere/libmxsimmim.so'}
+
+
+def pretrain(folder, *arguments, **keys):
+    return subprocess.run(command('pretrain', *arguments), cwd=folder, timeout=4 * DEADLINE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True, **keys)
+
+
+def test_digits_in_bf16_end_where_float32_does(tmp_path):
+    """The demo, a fifth of its epochs."""
+    losses = {}
+    for precision in ('float32', 'bf16'):
+        done = pretrain(tmp_path, DIGITS, f'name={precision}', f'runtime.precision={precision}',
+                        'train.length=10 epochs', 'validation.pictures=1')
+        assert done.returncode == 0, done.stdout
+        assert f', {precision}' in done.stdout
+        losses[precision] = metrics(tmp_path / 'runs' / precision)[-1]['val_loss']
+    print(losses)
+    assert abs(losses['bf16'] / losses['float32'] - 1) < 0.02, losses
+
+
+def test_recomputing_changes_nothing(tmp_path):
+    for name in ('plain', 'recompute'):
+        done = pretrain(tmp_path, BASE, *TINY, f'name={name}', f'model.recompute={name == "recompute"}')
+        assert done.returncode == 0, done.stdout
+    assert weights(tmp_path / 'runs' / 'plain') == weights(tmp_path / 'runs' / 'recompute')
+
+
+def test_without_the_library(tmp_path):
+    """The same run to the last digits shown, and a word about why it is slower."""
+    done = pretrain(tmp_path, BASE, *TINY, 'name=without', env=WITHOUT)
+    assert done.returncode == 0 and 'operators: reference' in done.stdout, done.stdout
+    assert pretrain(tmp_path, BASE, *TINY, 'name=with').returncode == 0
+    without, with_it = (metrics(tmp_path / 'runs' / name) for name in ('without', 'with'))
+    for a, b in zip(without, with_it):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a), (a, b)
+
+
+@pytest.mark.parametrize('asks, remedy', [('runtime.precision=bf16', 'runtime.precision=float32'),
+                                          ('model.recompute=true', 'model.recompute=false')])
+def test_what_only_the_library_can_do(tmp_path, asks, remedy):
+    done = pretrain(tmp_path, BASE, *TINY, 'name=run', asks, env=WITHOUT)
+    assert done.returncode and remedy in done.stdout and 'Traceback' not in done.stdout, done.stdout

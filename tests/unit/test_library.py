@@ -1,0 +1,331 @@
+"""ops/library.py and ops/build.py: building, finding and loading the native operators, and doing without them."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mxnet as mx
+import numpy as np
+import pytest
+
+from mxsimmim import ops
+from mxsimmim.ops import build, library
+from mxsimmim.ops.build import NotBuilt
+
+CPU, GPU = SimpleNamespace(device_type='cpu'), mx.gpu(1)
+ISAS = ('avx2', 'avx512_core', 'avx512_core_bf16', 'avx512_core_amx')
+ROOT = Path(library.__file__).parents[2]
+
+
+@pytest.fixture
+def built():
+    """The real library, loaded."""
+    try:
+        library.load()
+    except NotBuilt as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """An empty folder where the library is looked for, on Linux and x86-64."""
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.setattr(library, 'FOLDER', tmp_path / 'mxsimmim/ops')
+    monkeypatch.setattr(build.platform, 'system', lambda: 'Linux')
+    monkeypatch.setattr(build.platform, 'machine', lambda: 'x86_64')
+    library.FOLDER.mkdir(parents=True)
+    return library.FOLDER
+
+
+def with_isa(monkeypatch, isa):
+    monkeypatch.setattr(library, '_isa', isa)
+
+
+def without(monkeypatch, why='no compiler', remedy='install one'):
+    def load():
+        raise NotBuilt(why, remedy)
+    monkeypatch.setattr(library, 'load', load)
+    monkeypatch.setattr(library, '_told', False)
+
+
+@pytest.mark.parametrize('isa, precision, expected', [
+    ('avx2', 'float32', 'float32'), ('avx512_core', 'float32', 'float32'), ('avx512_core_amx', 'float32', 'float32'),
+    ('avx2', 'auto', 'float32'), ('avx512_core', 'auto', 'float32'),
+    ('avx512_core_bf16', 'auto', 'bf16'), ('avx512_core_amx', 'auto', 'bf16'),
+    ('avx512_core', 'bf16', 'bf16'), ('avx512_core_bf16', 'bf16', 'bf16'), ('avx512_core_amx', 'bf16', 'bf16'),
+])
+def test_precision_follows_the_instructions(monkeypatch, isa, precision, expected):
+    with_isa(monkeypatch, isa)
+    assert library.decide(precision, [CPU, CPU]) == ('native', expected)
+
+
+def test_bf16_without_avx512_is_refused(monkeypatch):
+    with_isa(monkeypatch, 'avx2')
+    with pytest.raises(ValueError, match=r"'runtime.precision': bf16 needs .* AVX-512, this one has avx2: write "
+                                         r"runtime.precision=float32"):
+        library.decide('bf16', [CPU])
+
+
+@pytest.mark.parametrize('contexts', [[GPU], [CPU, GPU]])
+def test_gpus_take_the_reference(monkeypatch, capsys, contexts):
+    without(monkeypatch)
+    assert library.decide('float32', contexts) == library.decide('auto', contexts) == ('reference', 'float32')
+    with pytest.raises(ValueError, match=r"'runtime.precision': bf16 .* on CPUs only, not on gpu\(1\): .*float32"):
+        library.decide('bf16', contexts)
+    assert capsys.readouterr().err == ''
+
+
+def test_without_the_library_cpus_take_the_reference_and_say_so_once(monkeypatch, capsys):
+    without(monkeypatch)
+    assert library.decide('float32', [CPU]) == library.decide('auto', [CPU]) == ('reference', 'float32')
+    assert capsys.readouterr().err == ('mxsimmim: operators: reference, slower than native ones: no compiler: '
+                                       'install one\n')
+    with pytest.raises(ValueError, match=r"'runtime.precision': bf16 needs the native operators. no compiler: "
+                                         r"install one; or write runtime.precision=float32"):
+        library.decide('bf16', [CPU])
+
+
+def test_choice_in_words(monkeypatch):
+    assert library.describe('reference', 'float32') == 'operators: reference, float32'
+    with_isa(monkeypatch, 'avx512_core_amx')
+    assert library.describe('native', 'bf16') == 'operators: native (avx512_core_amx), bf16'
+    with_isa(monkeypatch, 'avx512_core')
+    assert library.describe('native', 'bf16').endswith('bf16 (emulated by this CPU, slower than float32)')
+    assert library.describe('native', 'float32') == 'operators: native (avx512_core), float32'
+
+
+def test_not_built_names_reason_and_remedy(alone):
+    with pytest.raises(NotBuilt, match=r'libmxsimmim.so was not built: .* -m pip install --force-reinstall .*/sources'):
+        library.find()
+    (alone.parents[1] / 'setup.py').touch()
+    (alone / build.NOTE).write_text('no C++ compiler was found\napt-get install g++\n')
+    with pytest.raises(NotBuilt) as caught:
+        library.find()
+    assert caught.value.why == 'libmxsimmim.so was not built: no C++ compiler was found'
+    assert caught.value.remedy.startswith('apt-get install g++ && ')
+    assert caught.value.remedy.endswith(f'-m pip install --no-deps -e {alone.parents[1]}')
+    assert library.status() == f'reference, slower: {caught.value}'
+
+
+@pytest.mark.parametrize('system, machine', [('Linux', 'aarch64'), ('Darwin', 'x86_64')])
+def test_other_machines_have_none_and_no_remedy(alone, monkeypatch, system, machine):
+    monkeypatch.setattr(build.platform, 'system', lambda: system)
+    monkeypatch.setattr(build.platform, 'machine', lambda: machine)
+    for function in (library.find, lambda: build.build(alone / build.NAME, alone)):
+        with pytest.raises(NotBuilt, match=f'Linux on x86-64, this is {system} on {machine}$') as caught:
+            function()
+        assert caught.value.remedy == ''
+
+
+def test_without_onednn(alone, monkeypatch):
+    (alone / build.NAME).touch()
+    monkeypatch.setattr(library, 'installed_file', lambda *_: None)
+    with pytest.raises(NotBuilt, match='oneDNN is not installed: .* -m pip install onednn-cpu-gomp==2023.2.0$'):
+        library.open_library()
+
+
+def test_what_is_no_library_is_refused(built, alone):
+    (alone / build.NAME).write_bytes(b'\x7fELF')
+    with pytest.raises(NotBuilt, match='libmxsimmim.so cannot be loaded: .*pip install'):
+        library.open_library()
+
+
+def test_a_library_of_other_sources_is_refused(built, monkeypatch):
+    monkeypatch.setattr(library, 'digest', lambda: '0123456789abcdef')
+    with pytest.raises(NotBuilt, match='was built from other sources than those beside it: .*pip install'):
+        library.open_library()
+
+
+def test_loading_twice_changes_nothing(built):
+    before = mx.nd.mxsimmim_linear
+    assert library.load() == library.load() in ISAS
+    assert mx.nd.mxsimmim_linear is before
+    assert library.status() == f'native ({library.load()})'
+
+
+@pytest.mark.parametrize('limit, expected', [
+    ('AVX2', 'native (avx2)'),
+    ('SSE41', 'reference, slower: native operators need a CPU with AVX2 and FMA (DNNL_MAX_CPU_ISA=SSE41)'),
+])
+def test_older_instructions(built, limit, expected):
+    """And all that without MXNet."""
+    code = ('import sys; from mxsimmim.ops import library; print(library.status()); '
+            'assert "mxnet" not in sys.modules, "mxnet"')
+    child = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'DNNL_MAX_CPU_ISA': limit},
+                           stdout=subprocess.PIPE, universal_newlines=True, timeout=60, check=True)
+    assert child.stdout == expected + '\n'
+
+
+def test_operators_with_avx2_alone(built):
+    """The tests of the operators once more, as on an older CPU; without bf16, which needs AVX-512."""
+    files = sorted(map(str, Path(__file__).parent.glob('test_ops*.py')))
+    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k',
+                            'float32 and not bf16', *files],
+                           env={**os.environ, 'DNNL_MAX_CPU_ISA': 'AVX2'}, stdout=subprocess.PIPE,
+                           universal_newlines=True, timeout=300)
+    assert child.returncode == 0, child.stdout[-10_000:]
+    assert int(re.search(r'(\d+) passed', child.stdout)[1]) >= 50
+
+
+def test_wrong_shapes_are_errors_that_name_both(built):
+    with ops.using('native'):
+        with pytest.raises(mx.MXNetError, match=r'mxsimmim_linear: .*\(4, 6\) .*\(2, 3, 5\)'):
+            ops.linear(mx.nd, mx.nd.ones((2, 3, 5)), mx.nd.ones((4, 6)), mx.nd.ones((4,)), units=4).wait_to_read()
+
+
+def test_library_beside_horovods_and_mxnets_onednn(built):
+    """Horovod makes names of MXNet visible to all libraries, its older oneDNN's among them."""
+    code = '''
+import ctypes
+from types import SimpleNamespace
+from mxsimmim import runtime
+runtime.prepare(SimpleNamespace(threads=1, blas_core='auto'))
+import mxnet as mx, os
+ctypes.CDLL(os.path.join(os.path.dirname(mx.__file__), 'libmxnet.so'), mode=ctypes.RTLD_GLOBAL)
+from mxsimmim import ops
+x, weight, bias = mx.nd.random.normal(shape=(6, 64)), mx.nd.random.normal(shape=(48, 64)), mx.nd.zeros(48)
+with ops.using('native'):
+    y = ops.linear(mx.nd, x, weight, bias, units=48)
+with ops.using('reference'):
+    z = ops.linear(mx.nd, x, weight, bias, units=48)
+print(float((y - z).abs().max().asscalar()))
+'''
+    child = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, universal_newlines=True, timeout=60,
+                           check=True)
+    assert float(child.stdout) < 1e-4
+
+
+@pytest.mark.parametrize('own, others, form, said', [
+    ('native', 'native', 'native', []), ('reference', 'reference', 'reference', []),
+    ('reference', 'native', 'reference', []),
+    ('native', 'reference', 'reference', ['rank 1 computes with reference operators (its log says why): so do all']),
+])
+def test_all_workers_take_the_same_form(monkeypatch, own, others, form, said):
+    from mxsimmim import train
+    from mxsimmim.config import Config
+    monkeypatch.setattr(ops.native, 'decide', lambda *_: (own, 'float32'))
+    monkeypatch.setattr(ops, '_chosen', ops.chosen())
+    store = SimpleNamespace(gather=lambda row: np.array([row, [others == 'native']], 'float64'))
+    log = []
+    with train.operators(Config(), [CPU], store, log.append):
+        assert ops.chosen() == (form, 'float32')
+    assert log == said
+
+
+@pytest.mark.parametrize('asked, expected', [('float32', 'float32'), ('auto', 'auto'), ('bf16', 'auto')])
+def test_a_trained_network_runs_where_bf16_does_not(monkeypatch, asked, expected):
+    from mxsimmim.config import Config, RuntimeConfig
+    from mxsimmim.trained import contexts_for
+    seen = []
+    monkeypatch.setattr(ops, 'choose', lambda *given: seen.append(given))
+    config = Config(devices=('cpu(1)',), runtime=RuntimeConfig(precision=asked))
+    assert contexts_for(config) == [mx.cpu(1)]
+    assert seen == [(expected, [mx.cpu(1)])]
+
+
+needs_compiler = pytest.mark.skipif(
+    not (build.installed_file(build.HEADERS, 'dnnl.h') and any(map(build.shutil.which, ('g++', 'c++', 'clang++')))),
+    reason='needs a C++ compiler and the headers of oneDNN')
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """Sources of two functions."""
+    monkeypatch.setattr(build, 'SOURCES', tmp_path / 'src')
+    build.SOURCES.mkdir()
+    (build.SOURCES / 'one.h').write_text('int one();\n')
+    (build.SOURCES / 'one.cc').write_text('#include "one.h"\nint one() { return 1; }\n')
+    (build.SOURCES / 'about.cc').write_text('extern "C" __attribute__((visibility("default"))) const char* of() '
+                                            '{ return MXSIMMIM_SOURCES; }\n')
+    return build.SOURCES
+
+
+def of(path):
+    function = library.ctypes.CDLL(str(path)).of
+    function.restype = library.ctypes.c_char_p
+    return function().decode()
+
+
+@needs_compiler
+def test_only_what_changed_is_compiled(sources, tmp_path):
+    def compiled():
+        return {path.name.split('-')[0]: path.stat().st_mtime_ns for path in objects.iterdir()}
+    objects, target = tmp_path / 'objects', tmp_path / 'a' / build.NAME
+    build.build(target, objects)
+    assert of(target) == build.digest() != ''
+    first = compiled()
+    build.build(target, objects)
+    assert compiled() == first and set(first) == {'one', 'about'}
+    (sources / 'one.cc').write_text('#include "one.h"\nint one() { return 2; }\n')
+    build.build(tmp_path / 'b' / build.NAME, objects)
+    assert compiled()['one'] > first['one'] and len(list(objects.iterdir())) == 2
+    assert of(tmp_path / 'b' / build.NAME) == build.digest() != of(target)
+    (sources / 'one.h').write_text('int one();  // a header changes both\n')
+    second = compiled()
+    build.build(target, objects)
+    assert all(compiled()[name] > second[name] for name in second)
+
+
+@needs_compiler
+def test_errors_of_the_compiler_are_shown(sources, tmp_path, capfd):
+    (sources / 'one.cc').write_text('int one() { return none; }\n')
+    with pytest.raises(NotBuilt, match=r"failed: .*one.cc:1:.*error: .*none"):
+        build.build(tmp_path / build.NAME, tmp_path / 'objects')
+    assert 'one.cc' in capfd.readouterr().err and not (tmp_path / build.NAME).exists()
+
+
+@needs_compiler
+def test_a_function_that_is_nowhere_is_an_error(sources, tmp_path):
+    (sources / 'one.cc').write_text('int two();\nint one() { return two(); }\n')
+    with pytest.raises(NotBuilt, match='two'):
+        build.build(tmp_path / build.NAME, tmp_path / 'objects')
+
+
+def test_no_compiler(monkeypatch, sources, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(NotBuilt, match=r'no C\+\+ compiler was found \(g\+\+, c\+\+, clang\+\+\): .*install g\+\+'):
+        build.build(tmp_path / build.NAME, tmp_path / 'objects')
+
+
+def test_no_headers(monkeypatch, sources, tmp_path):
+    monkeypatch.setattr(build, 'find_compiler', lambda: 'g++')
+    monkeypatch.setattr(build, 'installed_file', lambda *_: None)
+    with pytest.raises(NotBuilt, match='oneDNN is not installed: pip install onednn-devel-cpu-gomp==2023.2.0'):
+        build.build(tmp_path / build.NAME, tmp_path / 'objects')
+
+
+@needs_compiler
+def test_code_for_any_cpu_comes_first(sources, tmp_path):
+    """Of an inline function in several files the linker takes the first: it must not be the one for AVX-512."""
+    (sources / 'one.h').write_text('template <class T> T scaled(T a, T b) { return a * b; }\n')
+    for name, function in (('kernels_avx2', 'a'), ('kernels_avx512', 'b'), ('one', 'c'), ('zero', 'd')):
+        (sources / f'{name}.cc').write_text(f'#include "one.h"\nfloat {function}(float x) {{ return scaled(x, x); }}\n')
+    order = [source.name for source, _, _ in build._jobs(tmp_path, build.FLAGS)]
+    assert order == ['about.cc', 'one.cc', 'zero.cc', 'kernels_avx2.cc', 'kernels_avx512.cc']
+    assert not [flag for flag in build.FLAGS if flag.startswith('-m')]
+
+
+def test_pins_agree():
+    assert build.HEADERS in (ROOT / 'pyproject.toml').read_text()
+    assert build.ONEDNN.split('==')[1] == build.HEADERS.split('==')[1]
+
+
+@pytest.mark.parametrize('classes', [(), ('a', 'b')])
+def test_exported_graphs_do_without_the_library(built, classes):
+    from mxsimmim.config import Config
+    from mxsimmim.deploy.graph import answer, random_inputs, trace
+    from mxsimmim.models import build_classifier, build_simmim
+    from mxsimmim.trained import Trained
+    config = Config(model=dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2), mask=dict(patch_size=8))
+    net = build_classifier(config.model, 2, 0) if classes else build_simmim(config.model, 0)
+    trained = Trained(config, net, classes, 1)
+    with ops.using('native'):
+        graph = trace(trained)
+        inputs = random_inputs(trained)
+        call = net if classes else net.reconstruct
+        ours = call(*map(mx.nd.array, inputs)).asnumpy()
+    assert '"op": "mxsimmim_' not in graph.symbol.tojson()
+    assert np.abs(ours - answer(trained, inputs)).max() < 1e-5

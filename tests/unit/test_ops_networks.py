@@ -1,0 +1,101 @@
+"""Networks that compute with native operators: bytes go in as they are, and the numbers are those of plain MXNet."""
+import platform
+
+import mxnet as mx
+import numpy as np
+import pytest
+
+from mxsimmim import ops
+from mxsimmim.config import DataConfig, ModelConfig
+from mxsimmim.data.loader import Batch
+from mxsimmim.models import build_classifier, build_simmim, named_parameters
+from mxsimmim.parallel.placement import Replicated
+
+natively = pytest.mark.skipif((platform.system(), platform.machine()) != ('Linux', 'x86_64'),
+                              reason='native operators are for Linux on x86-64')
+
+VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
+NETWORKS = [VIT, dict(VIT, norm_targets=True, loss='mse'), SWIN, dict(SWIN, loss='mse')]
+CHOICES = [('reference', 'float32', 0, 0), ('native', 'float32', 1e-5, 1e-4), ('native', 'bf16', 1e-2, 0.1)]
+OTHER = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)  # a mean and a deviation that are no default
+
+
+def batch_of(config, classes=0, images=3):
+    rng = np.random.default_rng(9)
+    image = rng.integers(0, 256, (images, config.img_size, config.img_size, 3), 'uint8')
+    mask = (rng.random((images, config.grid, config.grid)) < 0.5).astype('uint8')
+    label = rng.random((images, classes), 'float32')
+    return Batch(image, mask, np.zeros((images, 0), 'float32'), 0, np.arange(images), label)
+
+
+def normalised(batch, mean, std):
+    image = mx.nd.image.normalize(mx.nd.image.to_tensor(mx.nd.array(batch.image, dtype='uint8')), mean=mean, std=std)
+    return batch._replace(image=image.asnumpy())
+
+
+def seen_by(net):
+    """The types of the images that a network will get."""
+    types = []
+    net.register_forward_pre_hook(lambda _block, inputs: types.append(np.dtype(inputs[0].dtype).name))
+    return types
+
+
+@natively
+@pytest.mark.parametrize('keys', NETWORKS, ids=str)
+def test_bytes_go_to_the_network_which_normalises_them(keys):
+    config = ModelConfig(**keys)
+    found = []
+    for prepare in (lambda batch: batch, lambda batch: normalised(batch, *OTHER)):
+        net = build_simmim(config, seed=3)
+        batch = prepare(batch_of(config))
+        with ops.using('native'):
+            placement = Replicated(net, [mx.cpu(0), mx.cpu(1)], *OTHER)
+            types = seen_by(net)
+            results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.loss(batch).asscalar(),
+                       placement.reconstruct(batch)]
+        assert set(types) == {batch.image.dtype.name}
+        found.append(results + [p.grad(mx.cpu(1)).asnumpy() for p in named_parameters(net).values()])
+    assert all(np.array_equal(bytes_, floats) for bytes_, floats in zip(*found))
+
+
+@natively
+@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
+def test_a_classifier_takes_bytes(keys):
+    config = ModelConfig(**keys)
+    found = []
+    for prepare in (lambda batch: batch, lambda batch: normalised(batch, *OTHER)):
+        net, batch = build_classifier(config, 5, seed=3), prepare(batch_of(config, 5))
+        with ops.using('native'):
+            placement = Replicated(net, [mx.cpu(0)], *OTHER)
+            types = seen_by(net)
+            results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.outputs(batch)]
+        assert set(types) == {batch.image.dtype.name}
+        found.append(results + [p.grad().asnumpy() for p in named_parameters(net).values()])
+    assert all(np.array_equal(bytes_, floats) for bytes_, floats in zip(*found))
+
+
+def test_without_native_operators_images_are_normalised_before_the_network():
+    config = ModelConfig(**VIT)
+    net, batch = build_simmim(config, seed=3), batch_of(config)
+    placement = Replicated(net, [mx.cpu(0)], *OTHER)
+    types = seen_by(net)
+    losses = [placement.loss(x).asscalar() for x in (batch, normalised(batch, *OTHER))]
+    assert types == ['float32', 'float32'] and losses[0] == losses[1]
+
+
+@natively
+@pytest.mark.parametrize('accumulate', [1, 3])
+@pytest.mark.parametrize('keys', NETWORKS, ids=str)
+def test_networks_of_both_forms_agree(keys, accumulate):
+    config, data, found = ModelConfig(**keys), DataConfig(), []
+    for form, precision, _, _ in CHOICES:
+        net, batch = build_simmim(config, seed=3), batch_of(config)
+        with ops.using(form, precision):
+            placement = Replicated(net, [mx.cpu(0)], data.mean, data.std, accumulate)
+            loss = placement.forward_backward(batch, len(batch.image)).asscalar()
+        found.append((loss, np.concatenate([p.grad().asnumpy().ravel() for p in named_parameters(net).values()])))
+    loss, gradient = found[0]
+    for (_, _, near, close), (ours, changes) in zip(CHOICES[1:], found[1:]):
+        assert ours == pytest.approx(loss, rel=near)
+        assert np.linalg.norm(changes - gradient) < close * np.linalg.norm(gradient)

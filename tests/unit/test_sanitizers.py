@@ -1,0 +1,26 @@
+"""The tests of the native operators once more, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mxsimmim.ops import library
+
+ROOT = Path(__file__).parents[2]
+LACKING = 77  # of tools/sanitize.py
+SECONDS = 600  # one of them to compile, half a minute to run
+
+
+@pytest.mark.skipif(bool(os.environ.get(library.VARIABLE)), reason='these are the tests that it runs')
+def test_operators_under_sanitizers():
+    files = sorted(str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob('test_ops*.py'))
+    child = subprocess.run([sys.executable, 'tools/sanitize.py', '-q', '-p', 'no:cacheprovider', *files],
+                           cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
+                           timeout=SECONDS)
+    if child.returncode == LACKING:
+        pytest.skip(child.stdout.strip().splitlines()[-1])
+    assert child.returncode == 0, child.stdout[-10_000:]
+    assert int(re.search(r'(\d+) passed', child.stdout)[1]) >= 100
