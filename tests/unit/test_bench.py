@@ -1,14 +1,25 @@
 """What the benchmarks stand on: PyTorch's side computes the same model, and the table says what was measured."""
+import argparse
 import importlib.util
 import inspect
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from mxsimmim.models import cost
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch):
+    """The benchmarks import each other by bare names, as programs of one folder do."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'bench'))
 
 
 def load(name):
@@ -18,16 +29,126 @@ def load(name):
     return module
 
 
-def test_ratio_is_the_median_of_the_turns():
-    seconds = {'mxsimmim': [1.0, 4.0, 3.0], 'eager': [2.0, 2.0, 2.0], 'compiled': [4.0, 4.0, 1.0]}
-    lines = load('train').rows('ViT', 6, seconds, dict.fromkeys(seconds, 1.5), dict.fromkeys(seconds, 'v'))
-    assert lines == ['| ViT | mxsimmim (v) | 2.00 | 3.00 |  | 1.5 |',
-                     '| ViT | PyTorch (v) | 3.00 | 2.00 | 1.50 of its | 1.5 |',
-                     '| ViT | PyTorch, compiled (v) | 1.50 | 4.00 | 1.00 of its | 1.5 |']
+class Turns:
+    """A side of train.py whose steps take what is written down."""
+    parameters, version, peak = 7, 'v', 1.5
+
+    def __init__(self, name, seconds):
+        self.name, self._seconds = name, iter(seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, steps):
+        return next(self._seconds) / steps
 
 
-def test_efficiency_is_of_twice_one_worker_and_the_medians_are_of_ratios(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'bench'))
+@pytest.mark.parametrize('free, ours', [(9.0, [1.0, 4.0, 3.0]), (1.7, [1.0, 4.0, 3.0] * 2)])
+def test_ratio_is_the_median_of_the_turns_and_sides_that_do_not_fit_together_go_one_by_one(monkeypatch, free, ours):
+    train = load('train')
+    seconds = {'mxsimmim': ours, 'eager': [2.0, 2.0, 2.0], 'compiled': [4.0, 4.0, 1.0]}
+    started = []
+    monkeypatch.setattr(train, 'Side', lambda name, *_: started.append(name) or Turns(name, seconds[name]))
+    monkeypatch.setattr(train, 'memory', lambda *_: free)
+    case = train.Case('tiny', 6, 'float32')
+    found = train.measure(case, argparse.Namespace(rounds=3, steps=1))
+    assert started == ['mxsimmim', 'eager', 'compiled'] and found.seconds == seconds
+    assert found.rival == 'eager'
+    flops = sum(product.flops for product in train.step_products(case))
+    assert train.rows(found, flops / 1e9) == [
+        '| tiny, batch 6, float32 | mxsimmim (v) | 2.00 | 3.00 |  | 0.33 | 1.5 |',
+        '| tiny, batch 6, float32 | PyTorch (v) | 3.00 | 2.00 | **0.67 times as fast** | 0.50 | 1.5 |',
+        '| tiny, batch 6, float32 | PyTorch, compiled (v) | 1.50 | 4.00 | 1.00 times as fast | 0.25 | 1.5 |']
+
+
+def test_chart_is_drawn_of_what_was_measured(tmp_path):
+    train, chart = load('train'), load('chart')
+    found = [train.Measured(train.Case(model, batch, precision), dict(mxsimmim=[1.0], eager=[3.0], compiled=[2.0]),
+                            dict(eager=[3.0], compiled=[2.0]), {}, {})
+             for model in train.MODELS for batch in (8, 32) for precision in ('float32', 'bf16')]
+    chart.draw(found[:5], 'mxsimmim', 'a processor', str(tmp_path / 'step.png'))  # a run that is not complete
+    chart.draw(found, 'mxsimmim', 'a processor', str(tmp_path / 'step.png'))
+    with Image.open(tmp_path / 'step.png') as image:
+        assert image.size[0] > 1000 and len(set(image.convert('L').resize((64, 32)).getdata())) > 10
+
+
+@pytest.mark.parametrize('model, masked', [('vit_base', 120), ('swin_base', 22), ('tiny', 12)])
+def test_products_are_those_of_the_model(model, masked):
+    product, common = load('product'), load('common')
+    config = common.model_config(model)
+    assert product.masked_tokens(config) == masked  # of the paper's masks, on the final tokens
+    hidden = np.array(common.masks(model, 2))
+    side, scale = config.img_size // config.stride, config.stride // config.patch_size
+    assert (hidden.reshape(2, side, scale, side, scale).any(axis=(2, 4)).sum(axis=(1, 2)) == masked).all()
+
+    def multiply_adds(count, *phases):
+        return sum(p.flops for p in product.products(config, 3, count) if p.phase in phases) / 3 / 2
+
+    every, width = side ** 2, config.embed_dim * 2 ** (config.stages - 1)
+    one_token = width * width * 2 * config.mlp_ratio
+    cls = one_token if config.type == 'vit' else 0  # never masked: the last MLP leaves it out
+    assert multiply_adds(every, 'forward') == cost.multiply_adds(config) - cls
+    saved = (every - masked) * (one_token + 3 * config.stride ** 2 * width)
+    assert multiply_adds(masked, 'forward') == cost.multiply_adds(config) - cls - saved
+    embedding = config.grid ** 2 * 3 * config.patch_size ** 2 * config.embed_dim  # nobody needs the image's gradient
+    assert (multiply_adds(masked, 'input gradient', 'weight gradient')
+            == 2 * multiply_adds(masked, 'forward') - embedding)
+
+
+def test_floor_is_the_sum_over_products_and_the_table_tells_the_best_rate():
+    product, common = load('product'), load('common')
+    case = common.Case('vit_base', 8, 'bf16')
+    of = product.step_products(case)
+    rates = {p.shape: 100.0 for p in of}
+    slow = of[0]
+    rates[slow.shape] = 50.0
+    flops, extra = sum(p.flops for p in of), sum(p.flops for p in of if p.shape == slow.shape)
+    assert product.floor(of, rates) == pytest.approx((flops + extra) / 1e11)
+    lines = product.table(case, rates)
+    assert lines[1].startswith(f'ViT-B/16, 224, batch 8, bf16: {flops / 1e9:.0f} GFLOP') and '100 GFLOP/s' in lines[1]
+    assert len(lines) == 5 + len(of)
+
+
+def test_breakdown_sums_operators_by_kind_and_holds_them_against_their_floors():
+    breakdown = load('breakdown')
+    case = breakdown.Case('vit_base', 1, 'bf16')
+    operators = {'mxsimmim_mlp': (12, 0.25), '_backward_mxsimmim_mlp': (12, 0.5), 'mxsimmim_adamw': (1, 0.1),
+                 'batch_dot': (2, 0.01), '_backward_FullyConnected': (1, 0.03), 'add_n': (4, 0.01)}
+    found = breakdown.Profile(0.9, 1.0, operators, 1e9, 10 ** 6)
+    floors = breakdown.floors_of(case, found, None)
+    assert floors['adamw', 'forward'] == pytest.approx(0.028)  # 7 arrays of 4 MB
+    assert floors['layer_norm', 'forward'] == pytest.approx(197 * 768 * 8 / 1e9)
+    floors['mlp', 'forward'] = 0.2
+    assert breakdown.table(case, found, floors)[5:] == [
+        '| mlp | backward | 12 | 500.0 | 50.0% |  |  |',
+        '| mlp | forward | 12 | 250.0 | 25.0% | 200.0 | 1.25 |',
+        '| adamw | forward | 1 | 100.0 | 10.0% | 28.0 | 3.57 |',
+        '| matrix products |  | 3 | 40.0 | 4.0% |  |  |',
+        '| the rest |  | 4 | 10.0 | 1.0% |  |  |',
+        '| between operators | | | 100.0 | 10.0% | | |',
+        '| the step | | 32 | 1000.0 | 100.0% | 228.0 | 4.39 |']
+    rates = {p.shape: 100.0 for p in breakdown.step_products(case)}
+    whole = breakdown.floors_of(case._replace(precision='reference'), found, rates)['matrix products', '']
+    parts = breakdown.floors_of(case, found, rates)
+    assert whole == pytest.approx(sum(parts[part, phase] for part in ('attention', 'mlp', 'linear', 'masked_loss')
+                                      for phase in ('forward', 'backward')))
+    swin = breakdown.floors_of(breakdown.Case('swin_base', 1, 'bf16'), found, None)['layer_norm', 'forward']
+    assert swin == pytest.approx(48 * 48 * 128 * (1 + 1 + 1 / 2 + 1 / 4 + 1 / 8) * 8 / 1e9)
+
+
+def test_breakdown_of_a_real_step_names_what_ran():
+    done = subprocess.run([sys.executable, ROOT / 'tools' / 'bench' / 'breakdown.py', '--model', 'tiny', '--batch', '2',
+                           '--precision', 'reference', '--steps', '1', '--threads', '1'], stdout=subprocess.PIPE,
+                          universal_newlines=True, check=True)
+    lines = done.stdout.splitlines()
+    for name in ('matrix products', 'AdamW', 'softmax', 'GELU', 'the step'):
+        assert sum(line.startswith(f'| {name} |') for line in lines) == 1, done.stdout
+
+
+def test_efficiency_is_of_twice_one_worker_and_the_medians_are_of_ratios():
     seconds = {'horovod': dict(one=[1.0, 2.0, 4.0], step=[1.25, 2.0, 8.0], alone=[1.0, 1.9, 7.5], exchange=[0.5] * 3),
                'ddp': dict(one=[1.0, 1.0, 1.0], step=[1.0, 2.0, 2.0], alone=[1.0, 1.0, 1.0], exchange=[1.0] * 3)}
     lines = load('scale').table(seconds, 6)

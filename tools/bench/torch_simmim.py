@@ -63,7 +63,7 @@ class Mlp(nn.Module):
 
 def replace_masked(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
     """x (1 - w) + mask_token w, with the mask w of shape (B, N)."""
-    return torch.lerp(tokens, mask_token, mask.unsqueeze(-1))
+    return torch.lerp(tokens, mask_token.to(tokens.dtype), mask.unsqueeze(-1).to(tokens.dtype))
 
 
 def attend(qkv: Tensor, heads: int, bias: Tensor) -> Tensor:
