@@ -65,10 +65,10 @@ def test_ratio_is_the_median_of_the_turns_and_sides_that_do_not_fit_together_go_
 
 
 def test_chart_is_drawn_of_what_was_measured(tmp_path):
-    train, chart = load('train'), load('chart')
+    train, chart, common = load('train'), load('chart'), load('common')
     found = [train.Measured(train.Case(model, batch, precision), dict(mxsimmim=[1.0], eager=[3.0], compiled=[2.0]),
                             dict(eager=[3.0], compiled=[2.0]), {}, {})
-             for model in train.MODELS for batch in (8, 32) for precision in ('float32', 'bf16')]
+             for model in common.MODELS for batch in (8, 32) for precision in ('float32', 'bf16')]
     chart.draw(found[:5], 'mxsimmim', 'a processor', str(tmp_path / 'step.png'))  # a run that is not complete
     chart.draw(found, 'mxsimmim', 'a processor', str(tmp_path / 'step.png'))
     with Image.open(tmp_path / 'step.png') as image:
@@ -164,7 +164,7 @@ def test_an_interpreter_without_torch_is_named_with_the_remedy(python, problem, 
         python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
         python.chmod(0o755)
     with pytest.raises(SystemExit) as error:
-        load('train').require_torch(str(python))
+        load('common').require_torch(str(python))
     for part in (str(python), problem, "pip install -e '.[bench]'", '--torch-python'):
         assert part in str(error.value)
 

@@ -19,7 +19,7 @@ import time
 from typing import Callable, Dict, List, Tuple
 
 from scale import MODES, job, join, join_gloo, one_cpu_a_core
-from train import require_torch
+from common import require_torch
 
 STORES = {'local': ('local, 2 devices', None, 'local'), 'device': ('device, 2 devices', None, 'device'), **MODES,
           'ddp': ('PyTorch, Gloo', *MODES['ddp'][1:])}

@@ -2,8 +2,8 @@
 """How well training spreads from one worker to two, a core and a thread each, beside PyTorch's DDP over Gloo.
 
 Efficiency is the images/s of two workers over twice those of one, which is the same program alone while the other core
-idles. A step is forward, backward, exchange, clipping of the global norm and AdamW, in float32 on random images that
-are in memory already: no time goes into data. Every measurement is a job of its own, started by tools/launch.py, that
+idles. A step is forward, backward, exchange, clipping of the global norm and AdamW, on random images that are in
+memory already: no time goes into data. Every measurement is a job of its own, started by tools/launch.py, that
 takes a few steps to warm up; all take turns, and ratios are medians over the turns. A job of two workers also measures
 its parts: steps without any exchange (so its workers only get in each other's way), and the exchange of all gradients
 with nothing else to do. What the exchange adds to a step, over what it takes by itself, was not hidden behind the
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from train import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, require_torch
+from common import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, require_torch
 
 if TYPE_CHECKING:
     from mxsimmim.world import World
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument('--model', choices=MODELS, default='vit_base')
     parser.add_argument('--modes', choices=MODES, nargs='+', default=['horovod', 'dist_sync', 'ddp'], metavar='MODE',
                         help=f'of {", ".join(MODES)} (default: horovod dist_sync ddp)')
+    parser.add_argument('--precision', choices=['float32', 'bf16'], default='float32', help='of products '
+                        '(default: float32)')
     parser.add_argument('--batch', type=int, default=4, help='images a step and worker (default: 4)')
     parser.add_argument('--rounds', type=int, default=7, help='turns of each job (default: 7)')
     parser.add_argument('--steps', type=int, default=5, help='measured steps a turn (default: 5)')
@@ -76,7 +78,7 @@ def main() -> None:
         require_torch(args.torch_python)
     machine = facts.collect()
     print(f'{TITLES[args.model]}, {machine.cpu}, 2 of {machine.cores} cores, {machine.system}; batch {args.batch} and '
-          f'1 thread a worker, float32; median of {args.rounds} turns of {args.steps} steps\n', flush=True)
+          f'1 thread a worker, {args.precision}; median of {args.rounds} turns of {args.steps} steps\n', flush=True)
     print('\n'.join(table(measure(args), args.batch)))
 
 
@@ -96,7 +98,8 @@ def measure(args: argparse.Namespace) -> Dict[str, Seconds]:
         for mode in args.modes:
             theirs = mode == 'ddp'
             program = [args.torch_python if theirs else sys.executable, __file__, '--worker', mode, '--model',
-                       args.model, '--batch', str(args.batch), '--steps', str(args.steps)]
+                       args.model, '--batch', str(args.batch), '--steps', str(args.steps), '--precision',
+                       args.precision]
             if theirs not in one:
                 one[theirs] = job(program)['step']
             for what, value in {'one': one[theirs], **job(program, MODES[mode][1])}.items():
@@ -118,7 +121,8 @@ def job(program: Sequence[str], options: Optional[Sequence[str]] = None) -> Dict
 
 def work(args: argparse.Namespace) -> None:
     """A process of a job. Rank 0 prints what it measured."""
-    worker = (torch_worker if args.worker == 'ddp' else mxnet_worker)(MODELS[args.model], args.batch, args.worker)
+    worker = (torch_worker if args.worker == 'ddp' else mxnet_worker)(MODELS[args.model], args.batch, args.worker,
+                                                                             args.precision)
     for _ in range(WARM_UP):
         worker.step()
     parts = {'step': worker.step}
@@ -166,13 +170,13 @@ def join_gloo() -> Tuple[int, int]:
     return rank, size
 
 
-def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
+def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     """What the training loop is made of, with the store of this mode where there are two workers."""
     place = join(threads=1)
     import mxnet as mx
     import numpy as np
 
-    from mxsimmim import config as cfg
+    from mxsimmim import config as cfg, ops
     from mxsimmim.data.loader import Batch
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
@@ -183,6 +187,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
     from mxsimmim.world import ALONE
 
     model, data, optim = cfg.ModelConfig(**keys), cfg.DataConfig(), cfg.OptimConfig()
+    ops.choose(precision, [mx.cpu()])
     net = build_simmim(model, seed=0)
     parameters = named_parameters(net)
     placement = Replicated(net, [mx.cpu()], data.mean, data.std)
@@ -210,7 +215,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str) -> Worker:
                   lambda: store.gather([0]), place.rank, place.size)
 
 
-def torch_worker(keys: dict, batch: int, _: str) -> Worker:
+def torch_worker(keys: dict, batch: int, _: str, precision: str) -> Worker:
     """DDP at its best here: gradients are views of its buckets, the optimiser is fused."""
     import torch
     from torch import distributed
@@ -228,7 +233,9 @@ def torch_worker(keys: dict, batch: int, _: str) -> Worker:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        net(image, mask).backward()
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+            loss = net(image, mask)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
         optimizer.step()
 

@@ -21,11 +21,10 @@ import sys
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from common import (CLIP, DECAY, MODELS, RATE, SHAPES, TITLES, WARM_UP, Case, Worker, add_case_options, cases, describe,
+from common import (CLIP, DECAY, RATE, SHAPES, WARM_UP, Case, Worker, add_case_options, cases, describe,
                     masks, memory, our_worker, require_torch)
 from product import Rates, measured_rates, step_products
 
-__all__ = ['CLIP', 'DECAY', 'MODELS', 'RATE', 'TITLES', 'WARM_UP', 'require_torch']  # for scale.py and allreduce.py
 OURS, *THEIRS = SIDES = ('mxsimmim', 'eager', 'compiled')
 NAMES = {'mxsimmim': 'mxsimmim', 'eager': 'PyTorch', 'compiled': 'PyTorch, compiled'}
 ROOM = 1.4  # of what the first of PyTorch's processes needed must be free for the second
