@@ -50,14 +50,9 @@ void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>&
   if (at.keep >= 0) settle("keep", in[size_t(at.keep)], {images, 1});
   out[0] = in[X];
   if (out.size() > 1) {
-    out[1] = {images * tokens, 3 * width};
-    out[2] = {images * tokens, width};
+    out[1] = kept(images * tokens * 3 * width, attrs.flag("bf16"));
+    out[2] = kept(images * tokens * width, attrs.flag("bf16"));
   }
-}
-
-void types(const Attributes& attrs, std::vector<Type>& in, std::vector<Type>& out) {
-  all_float32(attrs, in, out);
-  if (out.size() > 1 && attrs.flag("bf16")) out[1] = out[2] = Type::f16;
 }
 
 struct Attention : Branch {
@@ -323,7 +318,7 @@ void backward_either(const Attributes& attrs, const Tensors& in, const Tensors& 
   attrs.flag("bf16") ? backward<Bf16>(attrs, in, out) : backward<float>(attrs, in, out);
 }
 
-Register attention_operator({"mxsimmim_attention", inputs, outputs, shapes, types, forward_either, backward_either,
+Register attention_operator({"mxsimmim_attention", inputs, outputs, shapes, all_float32, forward_either, backward_either,
                              nullptr});
 
 }  // namespace

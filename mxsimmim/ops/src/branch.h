@@ -62,6 +62,10 @@ void weight_gradient(const T* dy, int64_t rows, int64_t outputs, const T* z, int
 template <class T> void column_sums(const T* x, int64_t rows, int64_t n, float* sums);
 
 void zero(const Tensor& gradient);  // unless nobody wants it: there is no gradient of choices and masks
+// The shape, in float32, of `count` numbers kept for the backward pass. There MXNet fills an array of this shape with
+// zeros, the gradient that nobody sends, and it fills float32 many times as fast as float16.
+inline Shape kept(int64_t count, bool bf16) { return {bf16 ? (count + 1) / 2 : count}; }
+
 void copy(const float* from, float* to, int64_t n);  // all threads
 
 }  // namespace simmim

@@ -24,12 +24,7 @@ void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>&
   if (attrs.flag("bias")) settle("bias", in[BIAS], {weight[0]});
   out[0] = in[X];
   out[0].back() = weight[0];
-  if (out.size() > 1) out[1] = out[0];
-}
-
-void types(const Attributes& attrs, std::vector<Type>& in, std::vector<Type>& out) {
-  all_float32(attrs, in, out);
-  if (out.size() > 1 && attrs.flag("bf16")) out[1] = Type::f16;
+  if (out.size() > 1) out[1] = kept(size_of(out[0]), attrs.flag("bf16"));
 }
 
 // x (n,) as T: itself, or rounded into scratch memory.
@@ -106,7 +101,7 @@ void backward_either(const Attributes& attrs, const Tensors& in, const Tensors& 
   attrs.flag("bf16") ? backward<Bf16>(attrs, in, out) : backward<float>(attrs, in, out);
 }
 
-Register op({"mxsimmim_linear", inputs, outputs, shapes, types, forward_either, backward_either, nullptr});
+Register op({"mxsimmim_linear", inputs, outputs, shapes, all_float32, forward_either, backward_either, nullptr});
 
 }  // namespace linear
 

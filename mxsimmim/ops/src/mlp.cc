@@ -1,7 +1,7 @@
 // A transformer's second half block: x + keep * gamma * fc2(gelu(fc1(norm(x)))), see mlp in ops/__init__.py.
 //
 // Inputs: x, norm weight and bias, fc1 weight and bias, fc2 weight and bias, then gamma, keep, rows as the attributes
-// of these names say. Outputs: the result and, unless `recompute`, what fc1 gave, h (B * L, hidden).
+// of these names say. Outputs: the result and, unless `recompute`, what fc1 gave, h (B * L, hidden), see `kept`.
 #include <cstring>
 
 #include "branch.h"
@@ -42,12 +42,7 @@ void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>&
   if (at.keep >= 0) settle("keep", in[size_t(at.keep)], {in[X][0], 1});
   if (at.rows >= 0) settle("rows", in[size_t(at.rows)], {in[X][0], in[X][1]});
   out[0] = in[X];
-  if (out.size() > 1) out[1] = {in[X][0] * in[X][1], fc1[0]};
-}
-
-void types(const Attributes& attrs, std::vector<Type>& in, std::vector<Type>& out) {
-  all_float32(attrs, in, out);
-  if (out.size() > 1 && attrs.flag("bf16")) out[1] = Type::f16;
+  if (out.size() > 1) out[1] = kept(in[X][0] * in[X][1] * fc1[0], attrs.flag("bf16"));
 }
 
 struct Mlp : Branch {
@@ -164,7 +159,7 @@ void backward_either(const Attributes& attrs, const Tensors& in, const Tensors& 
   attrs.flag("bf16") ? backward<Bf16>(attrs, in, out) : backward<float>(attrs, in, out);
 }
 
-Register mlp_operator({"mxsimmim_mlp", inputs, outputs, shapes, types, forward_either, backward_either, nullptr});
+Register mlp_operator({"mxsimmim_mlp", inputs, outputs, shapes, all_float32, forward_either, backward_either, nullptr});
 
 }  // namespace
 }  // namespace simmim
