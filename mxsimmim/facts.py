@@ -169,10 +169,17 @@ def _package_versions() -> Iterator[Package]:
         required = metadata.requires('mxsimmim') or []
     except metadata.PackageNotFoundError:
         required = ['mxnet==1.9.1', 'numpy==1.23.5', 'mxnet-cu112==1.9.1; extra == "cu112"']
+    seen = set()
     for text in required:
         name, pinned, marker = re.match(r'([\w.-]+)(?:\[.*?\])?\s*(?:\(?==([\w.+!]+)\)?)?[^;]*;?(.*)', text).groups()
         if 'platform_machine' in marker and platform.machine() not in marker:
             continue
+        version = re.search(r'python_version\s*(<|>=)\s*["\'](\d+)\.(\d+)["\']', marker)
+        if version and (version[1] == '<') != (sys.version_info[:2] < (int(version[2]), int(version[3]))):
+            continue
+        if name in seen:  # in two extras
+            continue
+        seen.add(name)
         extra = re.search(r'extra == ["\']([\w-]+)["\']', marker)
         yield Package(name, pinned or '', found(name), extra[1] if extra else '')
 

@@ -153,3 +153,13 @@ def test_command_exits_0_where_nothing_is_broken():
     child = subprocess.run([sys.executable, '-m', 'mxsimmim.doctor'], stdout=subprocess.PIPE, universal_newlines=True,
                            timeout=120)
     assert (child.returncode, child.stdout.splitlines()[-1]) == (0, 'Nothing is broken.')
+
+
+def test_packages_for_other_pythons_and_of_two_extras(monkeypatch):
+    newer = '%d.%d' % (sys.version_info[0], sys.version_info[1] + 1)
+    monkeypatch.setattr(facts.metadata, 'requires', lambda _: [
+        'numpy==1.23.5', f'aiohttp==3.10.11; python_version >= "{newer}" and extra == "deploy"',
+        f'aiohttp==3.13.3; python_version < "{newer}" and extra == "deploy"',
+        f'aiohttp==3.13.3; python_version < "{newer}" and extra == "test"'])
+    assert [(p.name, p.pinned, p.extra) for p in facts._package_versions()] == [
+        ('numpy', '1.23.5', ''), ('aiohttp', '3.13.3', 'deploy')]
