@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional
+from typing import TYPE_CHECKING, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Set
 
 if TYPE_CHECKING:
     from mxsimmim.config import RuntimeConfig
@@ -100,10 +100,24 @@ def cores(root: Path = Path('/')) -> int:
 
     Hyper-threads of one core count once: they share the one vector unit that MXNet's operators keep busy.
     """
-    cpus = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1)
-    topology = 'sys/devices/system/cpu/cpu{}/topology/thread_siblings_list'
-    physical = {contents(root / topology.format(cpu)) or cpu for cpu in cpus}
-    return max(1, int(min([len(physical)] + list(_quotas(root)))))
+    return max(1, int(min([len(_physical(root))] + list(_quotas(root)))))
+
+
+def cpus_of_part(place: int, parts: int, root: Path = Path('/')) -> Set[int]:
+    """The CPUs of part `place` of `parts` of this process's: whole cores, neighbours by number; all, if too few."""
+    found = _physical(root)
+    if parts <= len(found):
+        found = found[place * len(found) // parts:(place + 1) * len(found) // parts]
+    return set().union(*found)
+
+
+def _physical(root: Path) -> List[Set[int]]:
+    """The CPUs, hyper-threads, of each physical core that this process may use."""
+    found: Dict[str, Set[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1):
+        siblings = contents(root / f'sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list')
+        found.setdefault(siblings or str(cpu), set()).add(cpu)
+    return list(found.values())
 
 
 def _quotas(root: Path) -> Iterator[float]:

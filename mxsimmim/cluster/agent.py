@@ -17,6 +17,7 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional
 
+from mxsimmim import runtime
 from mxsimmim.cluster import probe
 from mxsimmim.cluster.channel import OPENING, Channel, Message
 from mxsimmim.cluster.rendezvous import Rendezvous
@@ -118,16 +119,21 @@ class Agent:
         self.channel.send(event='started')
 
     def spawn(self, logs: str, role: str, index: int, argv: List[str], environ: Dict[str, Optional[str]],
-              live: bool) -> None:
-        """Starts one process; its output goes to its log and, if `live`, to the launcher as well."""
+              part: List[int], live: bool) -> None:
+        """Starts one process on its part of the cores; output goes to its log and, if `live`, to the launcher too."""
         path = os.path.join(logs, f'{role}-{index}.log')
         me, log = os.getpid(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         pipes = [os.pipe(), os.pipe()] if live else []
         outputs = [writer for _, writer in pipes] or [log, log]
+        cpus = runtime.cpus_of_part(*part)
+
+        def prepare() -> None:
+            die_with(me, signal.SIGKILL)
+            os.sched_setaffinity(0, cpus)
         try:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=outputs[0], stderr=outputs[1],
                                        env=changed(self.environ, environ), start_new_session=True,
-                                       preexec_fn=lambda: die_with(me, signal.SIGKILL))
+                                       preexec_fn=prepare)
         except OSError as error:
             raise ValueError(f'{role} {index} cannot be started: {argv[0]}: {error.strerror}') from None
         finally:

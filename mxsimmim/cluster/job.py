@@ -1,6 +1,6 @@
 """What to start where: pure functions from options and hosts to processes and their environments."""
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 # What a process must not inherit from a shell that itself ran inside another job.
 OTHER_WORLDS = {'ps': ('HOROVOD_RANK', 'HOROVOD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
@@ -150,6 +150,15 @@ def environments(processes: Sequence[Process], sites: Sequence[Site], port: int,
         environ.update(given['worker' if process.role == 'worker' else 'server'])
         result.append(environ)
     return result
+
+
+def part(process: Process, processes: Sequence[Process]) -> Tuple[int, int]:
+    """(place, parts) of a process's cores: the workers of a host divide it, all others may go where there is time.
+
+    Left to the kernel, what two workers' exchanges cost often falls on the core of one, and the other waits for it.
+    """
+    mates = [other for other in processes if (other.role, other.host) == ('worker', process.host)]
+    return (mates.index(process), len(mates)) if process in mates else (0, 1)
 
 
 def share(process: Process, mates: Sequence[Process], site: Site) -> Sequence[str]:

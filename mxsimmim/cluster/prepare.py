@@ -50,7 +50,8 @@ async def prepare(job: 'Job') -> None:
     introduce(job, sites)
     remove_logs(job)
     key = secrets.token_hex(32)
-    start = {seat: [dict(role=p.role, index=p.index, argv=options.command, environ=environ, live=p[:2] == ('worker', 0))
+    start = {seat: [dict(role=p.role, index=p.index, argv=options.command, environ=environ, live=p[:2] == ('worker', 0),
+                         part=plan.part(p, job.processes))
                     for p, environ in zip(job.processes, environs) if job.seat(p) is seat] for seat in job.seats}
     refuse(await each(job, job.seats, lambda seat: seat.ask('started', START, do='start', logs=LOGS, key=key,
                                                             processes=start[seat])))

@@ -16,6 +16,7 @@ from ..meter import Clock
 from ..ops import adamw
 from ..optim import Optimizer
 from .compression import TRANSPORTS
+from .gradients import exchanged
 from .stores import Copies, Store
 
 
@@ -36,6 +37,7 @@ class SyncGradients:
         self._optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = list(parameters.values())
         self._contexts = self._parameters[0].list_ctx()
+        self._exchanged = exchanged(self._parameters) if store.size > 1 or len(self._contexts) > 1 else None
         self._transport = TRANSPORTS[train.compression](store, self._gradients(), train.threshold)
         self._vote = [[mx.nd.zeros((1,))]]
         self._vote_key = store.keys(self._vote)
@@ -119,7 +121,7 @@ class SyncGradients:
             self.workers.broadcast(keys, these)
 
     def _gradients(self) -> List[Copies]:
-        return [p.list_grad() for p in self._parameters]
+        return self._exchanged or [p.list_grad() for p in self._parameters]
 
     def _moments(self) -> List[List[Copies]]:
         """For each kind of moments, one for each parameter."""

@@ -62,7 +62,9 @@ class Replicated:
         if accumulate > 1:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
-        net.hybridize(static_alloc=True)
+        # Gradients can be exchanged while others are computed, but not those of operators that MXNet runs in one bulk:
+        # 15 by default, which are 7 blocks where a native operator is half a block.
+        net.hybridize(static_alloc=True, backward_bulk_size=1 if self._takes_bytes else None)
 
     def forward_backward(self, batch: Batch, total: int, between: Optional[Any] = None) -> mx.nd.NDArray:
         """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mxsimmim.runtime import cores
+
 ROLES = 'worker-0', 'worker-1', 'server-0', 'scheduler-0'
 SLEEP = ['python', '-c', 'import os, time; print("ready", flush=True); time.sleep(600)']
 SHOW = ['python', '-c', 'import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))']
@@ -39,6 +41,18 @@ def test_the_environment(launcher):
     assert [seen[name].get('DMLC_WORKER_ID') for name in ROLES] == ['0', '1', None, None]
     assert [seen[name].get('DMLC_SERVER_ID') for name in ROLES] == [None, None, '0', None]
     assert not any('HOROVOD_RANK' in env for env in seen.values())
+
+
+@pytest.mark.parametrize('words', [['-s', 1], ['--horovod']])
+def test_each_worker_has_its_own_cores(launcher, words):
+    whole = os.sched_getaffinity(0)
+    if cores() < 2:
+        pytest.skip('one core: nothing to divide')
+    launcher.run('-n', 2, *words, '--', 'python', '-c', 'import os; print(sorted(os.sched_getaffinity(0)))')
+    one, two = (set(json.loads(launcher.log(f'worker-{index}'))) for index in range(2))
+    assert one | two == whole and not one & two
+    if words == ['-s', 1]:
+        assert set(json.loads(launcher.log('server-0'))) == whole
 
 
 def test_the_key_is_for_the_jobs_eyes_only(launcher):

@@ -104,6 +104,13 @@ def test_cores_are_divided_but_never_to_nothing():
     assert [environ['OMP_NUM_THREADS'] for environ in environs] == ['2', '1'] * 4 + ['2', '2']
 
 
+@pytest.mark.parametrize('horovod, expected', [
+    (False, [(0, 2), (0, 1), (1, 2), (0, 1), (0, 1)]), (True, [(0, 2), (1, 2), (0, 1)])])
+def test_workers_of_a_host_divide_its_cores(horovod, expected):
+    processes = job.place(3, 1, TWO, horovod)
+    assert [job.part(process, processes) for process in processes] == expected
+
+
 @pytest.mark.parametrize('argv, own, command', [
     ('-n 2 x', '-n 2', 'x'), ('-n 2 -- x -n 3', '-n 2', 'x -n 3'), ('-n2 --horovod x --horovod', '-n2 --horovod',
                                                                     'x --horovod'),

@@ -10,6 +10,7 @@ from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import AdamW, weight_decays
 from mxsimmim.parallel.aggregate import SyncGradients
+from mxsimmim.parallel.gradients import exchanged
 from mxsimmim.parallel.placement import Replicated, contexts_of
 from mxsimmim.parallel.stores import make_store
 from mxsimmim.world import ALONE
@@ -69,6 +70,30 @@ def test_devices(keys, devices, store):
     expected, expected_rows = trained(keys, 1)
     assert difference(weights, expected) < 1e-5
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
+
+
+def test_small_gradients_travel_together(monkeypatch):
+    """Same gradients as apart, where the optimiser looks for them; what lies between is 0."""
+    monkeypatch.setattr('mxsimmim.parallel.gradients.SMALL', 4 * 300)
+    gradients = []
+    for apart in (True, False):
+        config, data = ModelConfig(**VIT), DataConfig()
+        net = build_simmim(config, seed=SEED)
+        placement = Replicated(net, [mx.cpu(0), mx.cpu(1)], data.mean, data.std)
+        parameters = list(named_parameters(net).values())
+        arrays = [p.list_grad() for p in parameters] if apart else exchanged(parameters)
+        for batch in batches(config, 2, 4):  # the second pass overwrites what the first has left
+            placement.forward_backward(batch, 4)
+        gradients.append([[g.asnumpy() for g in p.list_grad()] for p in parameters])
+    for ours, theirs in zip(*gradients):
+        for device in (0, 1):
+            np.testing.assert_array_equal(ours[device], theirs[device])
+    large = [p for p in parameters if p.data(mx.cpu(0)).size >= 300]
+    assert 0 < len(large) == len(arrays) - 1
+    assert all(one is other for copies, p in zip(arrays[1:], large) for one, other in zip(copies, p.list_grad()))
+    small = sum((g[1] ** 2).sum() for g, p in zip(gradients[1], parameters) if p not in large)
+    together = arrays[0][1].asnumpy()
+    assert len(together) % 16 == 0 and (together ** 2).sum() == pytest.approx(small, rel=1e-6) and small > 0
 
 
 @pytest.mark.parametrize('devices', [1, 3])

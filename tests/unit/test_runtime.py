@@ -89,6 +89,18 @@ def test_cores_within_affinity_and_quota(monkeypatch, tmp_path, affinity, siblin
     assert runtime.cores(tmp_path) == expected
 
 
+@pytest.mark.parametrize('siblings, parts, expected', [
+    ({}, 2, [{1, 3}, {5, 7, 9}]),
+    ({}, 6, [{1, 3, 5, 7, 9}] * 6),  # too few: the kernel knows best
+    ({1: '1,7', 7: '1,7', 3: '3,9', 9: '3,9'}, 3, [{1, 7}, {3, 9}, {5}]),  # hyper-threads of a core stay together
+])
+def test_the_cpus_of_a_part(monkeypatch, tmp_path, siblings, parts, expected):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 3, 5, 7, 9}, raising=False)
+    _write(tmp_path, {f'sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list': text
+                      for cpu, text in siblings.items()})
+    assert [runtime.cpus_of_part(place, parts, tmp_path) for place in range(parts)] == expected
+
+
 def test_cores_without_affinity_masks(monkeypatch, tmp_path):
     monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
     monkeypatch.setattr(os, 'cpu_count', lambda: None)

@@ -181,9 +181,11 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.gradients import exchanged
     from mxsimmim.parallel.modes import horovod_settings
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.stores import make_store
+    from mxsimmim.plan import expected_step
     from mxsimmim.world import ALONE
 
     model, data, optim = cfg.ModelConfig(**keys), cfg.DataConfig(), cfg.OptimConfig()
@@ -195,23 +197,24 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     total = batch * place.size
     train = cfg.TrainConfig(batch_size=total)
     local = make_store('local', ALONE)
-    os.environ.update({**horovod_settings(2.0), **os.environ})  # as mxsimmim.train does
+    step_time = expected_step(cfg.Config(model=model, train=train), place)
+    os.environ.update({**horovod_settings(step_time), **os.environ})  # as mxsimmim.train does
     store = make_store(MODES[mode][2], place) if place.size > 1 else local
+    gradients = exchanged(list(parameters.values()))
+    keys = store.keys(gradients)
     alone, together = (SyncGradients(parameters, optimizer, s, train, CLIP) for s in (local, store))
     rng = np.random.default_rng(place.rank)
     images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
                    mask=rng.integers(0, 2, (batch, model.grid, model.grid), np.uint8),
                    uniform=np.empty((batch, 0), np.float32), epoch=0, index=np.arange(batch))
     updates = iter(range(sys.maxsize))
-    gradients = [parameter.list_grad() for parameter in parameters.values()]
-    exchanged = store.keys(gradients)
 
     def step(aggregation: SyncGradients) -> None:
         update = next(updates)
         aggregation.step(update, RATE, placement.forward_backward(images, total))
         aggregation.agree(update + 1, False)
 
-    return Worker(lambda: step(together), lambda: step(alone), lambda: store.sum(exchanged, gradients), mx.nd.waitall,
+    return Worker(lambda: step(together), lambda: step(alone), lambda: store.sum(keys, gradients), mx.nd.waitall,
                   lambda: store.gather([0]), place.rank, place.size)
 
 

@@ -1,0 +1,75 @@
+"""Times steps of a worker that computes as long as its gradients travel.
+
+    overlap.py STORE
+
+Rank 0 prints as JSON the seconds, medians, of a step, of one that exchanges nothing, and of the exchange by itself,
+and the keys under which a step's gradients are summed.
+"""
+import json
+import os
+import statistics
+import sys
+import time
+
+from mxsimmim.config import Config, DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from mxsimmim.runtime import prepare
+from mxsimmim.world import ALONE, world
+
+MODEL = ModelConfig(img_size=64, patch_size=8, embed_dim=384, depth=8, num_heads=6)  # 14 million parameters
+IMAGES, STEPS = 16, 3  # of a worker; images make the pass about as long as the exchange
+
+
+def main():
+    prepare(RuntimeConfig(threads=1))
+    place = world(os.environ)
+    if place.role != 'worker':
+        from mxsimmim.parallel.server import serve
+        sys.exit(serve())
+    import mxnet as mx
+    import numpy as np
+
+    from mxsimmim import ops
+    from mxsimmim.data.loader import Batch
+    from mxsimmim.models import build_simmim, named_parameters
+    from mxsimmim.optim import AdamW, weight_decays
+    from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.gradients import exchanged
+    from mxsimmim.parallel.modes import horovod_settings
+    from mxsimmim.parallel.placement import Replicated
+    from mxsimmim.parallel.stores import make_store
+    from mxsimmim.plan import expected_step
+
+    ops.choose('float32', [mx.cpu()])
+    net, data = build_simmim(MODEL, seed=0), DataConfig()
+    placement = Replicated(net, [mx.cpu()], data.mean, data.std)
+    parameters = named_parameters(net)
+    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
+    train = TrainConfig(batch_size=IMAGES * place.size)
+    os.environ.update(horovod_settings(expected_step(Config(model=MODEL, train=train), place)))
+    store = make_store(sys.argv[1], place)
+    arrays = exchanged(list(parameters.values()))
+    keys = store.keys(arrays)
+    alone, together = (SyncGradients(parameters, adamw, s, train, 5.0) for s in (make_store('local', ALONE), store))
+    rng = np.random.default_rng(0)
+    batch = Batch(rng.integers(0, 256, (IMAGES, 64, 64, 3), 'uint8'), rng.integers(0, 2, (IMAGES, 8, 8), 'uint8'),
+                  np.zeros((IMAGES, 0), 'float32'), 0, np.arange(IMAGES))
+
+    def seconds(function):
+        mx.nd.waitall()
+        store.gather([0])
+        began = time.perf_counter()
+        function()
+        mx.nd.waitall()
+        return time.perf_counter() - began
+
+    measured = {'step': lambda: together.step(0, 1e-3, placement.forward_backward(batch, train.batch_size)),
+                'alone': lambda: alone.step(0, 1e-3, placement.forward_backward(batch, train.batch_size)),
+                'exchange': lambda: store.sum(keys, arrays)}
+    times = [{what: seconds(function) for what, function in measured.items()} for _ in range(1 + STEPS)][1:]
+    if place.rank == 0:
+        medians = {what: statistics.median(each[what] for each in times) for what in measured}
+        print(json.dumps({**medians, 'keys': [key + len(keys) for key in keys]}), flush=True)
+
+
+if __name__ == '__main__':
+    main()
