@@ -1,14 +1,18 @@
 """Who this process is in its job, from what its launcher put into the environment. Standard library only."""
-from typing import Mapping, NamedTuple, Optional
+from typing import Mapping, NamedTuple, Optional, Tuple
 
 # What each launcher calls rank, size, rank on its host, processes on that host.
 HOROVOD = ('HOROVOD_RANK', 'HOROVOD_SIZE', 'HOROVOD_LOCAL_RANK', 'HOROVOD_LOCAL_SIZE')
 MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_SIZE')
+FIRSTS = 'MXSIMMIM_FIRST_RANKS'  # from our launcher: of Horovod's ranks, which go host by host, each host's first
 SLURM = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE')
 
 
 class World(NamedTuple):
-    """A process's place. `transport` is how it reaches the others: 'ps', 'horovod', or None where it is alone."""
+    """A process's place. `transport` is how it reaches the others: 'ps', 'horovod', or None where it is alone.
+
+    `firsts` are the first ranks of all hosts, ascending; empty where the launcher does not say.
+    """
     role: str = 'worker'  # or 'server', 'scheduler'
     rank: int = 0
     size: int = 1  # workers in the job
@@ -17,6 +21,7 @@ class World(NamedTuple):
     servers: int = 0
     transport: Optional[str] = None
     p3: bool = False
+    firsts: Tuple[int, ...] = ()
 
 
 ALONE = World()
@@ -38,7 +43,8 @@ def world(environ: Mapping[str, str]) -> World:
         if names[0] in environ and _number(environ, names[1], 1) > 1:
             rank, size, local_rank, local_size = (_number(environ, name, default)
                                                   for name, default in zip(names, (0, 1, 0, 1)))
-            return World('worker', rank, size, local_rank, local_size, 0, 'horovod')
+            firsts = tuple(map(int, filter(None, environ.get(FIRSTS, '').split(',')))) if names is HOROVOD else ()
+            return World('worker', rank, size, local_rank, local_size, 0, 'horovod', firsts=firsts)
     return ALONE
 
 

@@ -2,6 +2,8 @@
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..world import FIRSTS
+
 # What a process must not inherit from a shell that itself ran inside another job.
 OTHER_WORLDS = {'ps': ('HOROVOD_RANK', 'HOROVOD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
                 'horovod': ('DMLC_ROLE',)}
@@ -131,6 +133,9 @@ def environments(processes: Sequence[Process], sites: Sequence[Site], port: int,
             environ['CUDA_VISIBLE_DEVICES'] = ','.join(share(process, mates, site))
         if horovod:
             environ.update(rank(process, workers, sites))
+            # For workers that compute on CPUs: they add up in memory what their host's have.
+            environ[FIRSTS] = None if gpus else ','.join(str(worker.index) for worker in workers
+                                                         if local[worker][0] == worker)
             if site.interface != 'lo':
                 environ['NCCL_SOCKET_IFNAME'] = site.interface
             if horovod == 'gloo':

@@ -88,6 +88,11 @@ def open_library() -> Opened:
     return Opened(path, isa)
 
 
+def function(name: str) -> Any:
+    """A function of the library, which is loaded, for ctypes."""
+    return getattr(ctypes.CDLL(str(find())), name)
+
+
 def load() -> str:
     """Makes the operators known to MXNet, once a process; the instructions they use, as in `Opened`.
 

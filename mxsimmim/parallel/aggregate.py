@@ -37,14 +37,18 @@ class SyncGradients:
         self._optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = list(parameters.values())
         self._contexts = self._parameters[0].list_ctx()
-        self._exchanged = exchanged(self._parameters) if store.size > 1 or len(self._contexts) > 1 else None
-        self._transport = TRANSPORTS[train.compression](store, self._gradients(), train.threshold)
+        self._exchanged = exchanged(self._parameters, store) if store.size > 1 or len(self._contexts) > 1 else None
+        self._transport = TRANSPORTS[train.compression](store, self.gradients(), train.threshold)
         self._vote = [[mx.nd.zeros((1,))]]
         self._vote_key = store.keys(self._vote)
 
     def total(self, _images: int) -> int:
         """Images over which the gradient is a mean; a worker's own `_images` are a part of them."""
         return self._batch
+
+    def gradients(self) -> List[Copies]:
+        """What is summed over devices and workers."""
+        return self._exchanged or [p.list_grad() for p in self._parameters]
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:
@@ -54,12 +58,12 @@ class SyncGradients:
         were computed and when everybody's had arrived.
         """
         if self.store.size > 1:  # the others do not see this loss: let it spoil the gradient that they do see
-            smallest = min((first for first, *_ in self._gradients()), key=lambda g: g.size).reshape((-1,))
+            smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
             mx.nd.broadcast_add(smallest, loss * 0, out=smallest)
-        self._transport.sum(self._gradients(), clock and clock.computed)
+        self._transport.sum(self.gradients(), clock and clock.computed)
         if clock:
             clock.communicated()
-        norm = global_norm(self._gradients())
+        norm = global_norm(self.gradients())
         applied = mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss)
         scale = mx.nd.where(applied, self._scale(norm), mx.nd.zeros_like(norm))
         self._optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts], floor)
@@ -70,9 +74,9 @@ class SyncGradients:
 
         The clipped sum stays on rank 0's first device; all others start the next part from zero.
         """
-        self._transport.sum(self._gradients())
-        scale = self._scale(global_norm(self._gradients()))
-        for first, *others in self._gradients():
+        self._transport.sum(self.gradients())
+        scale = self._scale(global_norm(self.gradients()))
+        for first, *others in self.gradients():
             mx.nd.broadcast_mul(first.reshape((-1,)), scale, out=first.reshape((-1,)))
             for other in others + ([first] if self.store.rank else []):
                 other[:] = 0
@@ -119,9 +123,6 @@ class SyncGradients:
         keys = self.workers.keys(arrays)
         for these in [arrays] + self._moments():
             self.workers.broadcast(keys, these)
-
-    def _gradients(self) -> List[Copies]:
-        return self._exchanged or [p.list_grad() for p in self._parameters]
 
     def _moments(self) -> List[List[Copies]]:
         """For each kind of moments, one for each parameter."""

@@ -4,12 +4,16 @@ Every store offers `keys` and `sum`; all else that workers tell each other is ma
 dist_async, is the exception: there the parameter server decides what becomes of what it is sent.
 """
 import json
-from typing import Any, Callable, Dict, List, Sequence
+import os
+import sys
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
 
+from .. import ops
 from ..world import ALONE, World
+from .host import HostMemory
 
 Copies = List[mx.nd.NDArray]  # of one array, one a device
 
@@ -41,6 +45,10 @@ class Store:
         except mx.MXNetError as error:
             raise ValueError(f'train.store={name}: this build of MXNet does not have it '
                              f'({str(error).strip().splitlines()[-1]}): use train.store=device') from error
+
+    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context]) -> List[Copies]:
+        """Arrays (n,) of float32 where `sum` adds them up fastest; all workers ask for the same ones at once."""
+        return [[mx.nd.zeros((size,), ctx=ctx) for ctx in contexts] for size in sizes]
 
     def keys(self, arrays: Sequence[Copies]) -> List[int]:
         """Makes these arrays known, by shape and type; all workers in the same order."""
@@ -119,7 +127,11 @@ class DistStore(Store):
 
 
 class HorovodStore(Store):
-    """Horovod's allreduce. It looks at one device a process only: devices are added up before, and copied to after."""
+    """Horovod's allreduce. It looks at one device a process only: devices are added up before, and copied to after.
+
+    What `zeros` made on CPUs the workers of each host first add up in their memory. Horovod is left with the sums of
+    hosts, which the first worker of each holds.
+    """
 
     def __init__(self, _name: str, world: World):
         """
@@ -132,20 +144,55 @@ class HorovodStore(Store):
         except ImportError as error:
             raise ValueError(f'train.store=horovod: Horovod does not load here ({error}): `make test` in a checkout '
                              'builds it for the installed mxnet; or use servers: tools/launch.py -s 1') from None
-        hvd.init()
+        # Of each host the first worker, if they are to add up what their hosts have.
+        firsts = world.firsts if 1 < len(world.firsts) < world.size else ()
+        self._hosts = hvd.ProcessSet(firsts) if firsts else None
+        hvd.init(process_sets=[self._hosts] if firsts else [])
         self._horovod = hvd
         if (hvd.rank(), hvd.size()) != (world.rank, world.size):
             raise ValueError(f'Horovod calls this process {hvd.rank()} of {hvd.size()}, its launcher {world.rank} of '
                              f'{world.size}: start the job with tools/launch.py --horovod')
+        self._firsts = world.firsts
+        self._memories: List[HostMemory] = []
+        self._shared: Dict[int, Tuple[HostMemory, int]] = {}  # id of an array -> its memory, its number there
+
+    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context]) -> List[Copies]:
+        own = contexts[0].device_type == 'cpu' and ops.chosen().form == 'native' and hasattr(os, 'memfd_create')
+        if not 0 < len(self._firsts) < self.size or not self.gather([own]).all():
+            return super().zeros(sizes, contexts)
+        ends = self._firsts[1:] + (self.size,)
+        ranks = next(list(range(first, end)) for first, end in zip(self._firsts, ends) if self.rank < end)
+        try:
+            memory = HostMemory(sizes, ranks, self.rank, self.gather, not self._hosts)
+        except OSError as error:
+            print(f'mxsimmim: {error}: workers of one host send each other their gradients', file=sys.stderr)
+            return super().zeros(sizes, contexts)
+        self._memories.append(memory)
+        self._shared.update({id(array): (memory, i) for i, array in enumerate(memory.arrays)})
+        return [[array, *others] for array, others in zip(memory.arrays, super().zeros(sizes, contexts[1:]))]
 
     def sum(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
-        for key, (first, *others) in zip(keys, arrays):
+        for memory in self._memories:
+            memory.check()
+        # The last first, as a backward pass yields them: sums in memory are made in this order.
+        for key, (first, *others) in zip(reversed(keys), reversed(arrays)):
             if others:
                 self._store.pushpull(key, [first] + others, out=[first] + others, priority=-key)
-            self._in_turn(key, first)
-            self._horovod.allreduce_(first, op=self._horovod.Sum, name=str(key), priority=-key)
+            memory, i = self._shared.get(id(first), (None, 0))
+            if memory is None:
+                self._in_turn(key, first)
+                self._allreduce(key, first)
+            else:
+                memory.sum(i)
+                if self._hosts:
+                    if memory.first:
+                        self._allreduce(key, first, process_set=self._hosts)
+                    memory.copy(i)
             for other in others:
                 first.copyto(other)
+
+    def _allreduce(self, key: int, array: mx.nd.NDArray, **among: Any) -> None:
+        self._horovod.allreduce_(array, op=self._horovod.Sum, name=str(key), priority=-key, **among)
 
 
 STORES: Dict[str, Callable[[str, World], Store]] = {

@@ -77,6 +77,14 @@ def test_replicas_that_differ_end_the_run(launcher, launch):
     assert 'after step 4 the weights of rank 1 differ from those of rank 0' in launcher.text('out') + err
 
 
+def test_a_host_without_shared_memory(launcher):
+    """What one rank cannot have, none uses; the job goes on."""
+    launcher.run(*HOROVOD, '--', *FAULT, 'no-memory', *COMMAND[5:], *TINY, 'name=job')
+    told = [line for rank in (0, 1) for line in launcher.log(f'worker-{rank}').splitlines() if 'memory' in line]
+    assert len(told) == 2 and all('rank 1 cannot share memory on its host' in line for line in told), told
+    assert 'Cannot allocate memory' in told[1] and steps(launcher.folder / 'runs' / 'job')[-1] == 10
+
+
 def test_shares_follow_the_measured_speed(launcher):
     """Rank 1 takes 4 ms more an image, rank 0 hardly 1 ms in all: after an epoch it has a fraction of the images."""
     out, err = launcher.run(*SERVERS, '--', *FAULT, 'slow', *COMMAND[5:], *TINY, 'data.shares=auto', 'train.length=102',

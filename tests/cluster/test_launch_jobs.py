@@ -143,7 +143,7 @@ TRAIN = ['name=tiny', 'model.img_size=16', 'model.patch_size=4', 'model.embed_di
 DIGITS = Path(__file__).parents[2] / 'conf' / 'digits.yaml'
 
 
-@pytest.mark.parametrize('victim', ['worker', 'server', 'scheduler', 'launcher'])
+@pytest.mark.parametrize('victim', ['worker', 'server', 'scheduler', 'launcher', 'rank'])
 def test_kill_9_at_a_random_step(tmp_path, victim):
     with ThreadPoolExecutor(3) as pool:  # a job waits more than it computes
         list(pool.map(lambda seed: kill_9(victim, seed, tmp_path / str(seed)), range(5)))
@@ -154,7 +154,8 @@ def kill_9(victim, seed, folder):
     launcher = Launcher(folder)
     step = random.Random(f'{victim} {seed}').randrange(1, 40)
     print(f'seed {seed}: {victim} is killed at step {step}')
-    process = launcher.start('-n', 2, '-s', 1, '--', 'python', '-W', 'ignore', '-m', 'mxsimmim', 'pretrain', DIGITS,
+    kind = ['--horovod'] if victim == 'rank' else ['-s', 1]
+    process = launcher.start('-n', 2, *kind, '--', 'python', '-W', 'ignore', '-m', 'mxsimmim', 'pretrain', DIGITS,
                              *TRAIN, f'seed={seed}')
     metrics = folder / 'runs' / 'tiny' / 'metrics.jsonl'
 
@@ -164,7 +165,7 @@ def kill_9(victim, seed, folder):
     try:
         launcher.until(trains, 90, f'step {step}')
         own = {'worker': ['DMLC_ROLE=worker', f'DMLC_WORKER_ID={seed % 2}'], 'server': ['DMLC_ROLE=server'],
-               'scheduler': ['DMLC_ROLE=scheduler']}.get(victim)
+               'scheduler': ['DMLC_ROLE=scheduler'], 'rank': [f'HOROVOD_RANK={seed % 2}']}.get(victim)
         [pid] = launcher.find(*own) if own else [process.pid]
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
@@ -172,7 +173,7 @@ def kill_9(victim, seed, folder):
         launcher.gone(15 - (time.monotonic() - began))
         print(f'seed {seed}: all gone {time.monotonic() - began:.1f} s later')
         assert status == (-9 if victim == 'launcher' else 137)
-        name = {'worker': f'worker {seed % 2}', 'server': 'server 0'}.get(victim, victim)
+        name = {'server': 'server 0', **dict.fromkeys(('worker', 'rank'), f'worker {seed % 2}')}.get(victim, victim)
         assert victim == 'launcher' or re.search(rf'launch: {name} on \S+ was killed by SIGKILL', launcher.text('err'))
     finally:
         launcher.close()

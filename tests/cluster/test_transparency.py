@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hosts import three_hosts
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,9 @@ TINY = ['model.img_size=16', 'model.patch_size=4', 'model.embed_dim=16', 'model.
         'validation.every=10', 'validation.images=51', 'validation.pictures=2', 'checkpoint.every=10', 'log.every=3',
         'train.check_replicas=2', 'runtime.threads=1', 'data.threads=1']
 SGD = ['optim.type=sgd', 'optim.clip_grad=null', 'optim.base_lr=1']
+WIDE = ['model.embed_dim=320', 'model.num_heads=4', 'optim.base_lr=1e-3']  # has arrays that are exchanged by themselves
 SERVERS, HOROVOD = ['-n', 2, '-s', 1], ['-n', 2, '--horovod']
+MESSAGES = ['--env', 'MXSIMMIM_FIRST_RANKS=']  # as if each of Horovod's ranks had a host for itself
 TWO_DEVICES = 'devices=[cpu(0),cpu(1)]'
 
 
@@ -56,8 +59,12 @@ def alone(tmp_path_factory):
     (SERVERS, ['data.shares=[3,1]'], []),
     (SERVERS + ['--p3'], [], []),
     (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1'], SGD),
+    (SERVERS, [], WIDE),
     (HOROVOD, [], []),
-    (HOROVOD, [TWO_DEVICES], []),
+    (HOROVOD, [TWO_DEVICES], WIDE),
+    (['-n', 3, '--horovod'], [], WIDE),
+    (HOROVOD + MESSAGES, [], WIDE),
+    (HOROVOD + MESSAGES, [TWO_DEVICES], []),
     (HOROVOD, ['data.shares=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')
@@ -71,9 +78,25 @@ def test_weights_are_those_of_one_process(launcher, alone, launch, keys, changes
         np.testing.assert_allclose(recorded(many, name), recorded(one, name), rtol=1e-5)
 
 
+def test_hosts_of_several_horovod_ranks(launcher, alone, tmp_path):
+    """Two on one host, one on another: between hosts travels what two ranks would send each other, not three."""
+    with three_hosts(tmp_path / 'hosts') as hosts:
+        (tmp_path / 'hostfile').write_text('host0 slots=2\nhost1\n')
+        before = hosts.traffic()[1][0]
+        launcher.run('-n', 3, '-H', tmp_path / 'hostfile', '--horovod', '--', *COMMAND, *TINY, *WIDE, 'name=many',
+                     env=hosts.environ)
+        sent = hosts.traffic()[1][0] - before
+    many, one = launcher.folder / 'runs' / 'many', alone(tuple(WIDE))
+    expected = weights(one)
+    assert np.linalg.norm(weights(many) - expected) / np.linalg.norm(expected) < 1e-5
+    np.testing.assert_allclose(recorded(many, 'loss'), recorded(one, 'loss'), rtol=1e-5)
+    print('megabytes', sent / 1e6, 'of gradients', 10 * expected.nbytes / 1e6)
+    assert sent < 1.2 * 10 * expected.nbytes
+
+
 @pytest.mark.parametrize('launch, store, devices', [
     (['-n', 2, '-s', 1], 'dist_sync', 2), (['-n', 3, '-s', 2], 'dist_sync', 1),
-    (['-n', 2, '-s', 2], 'dist_device_sync', 2), (HOROVOD, 'horovod', 2)])
+    (['-n', 2, '-s', 2], 'dist_device_sync', 2), (HOROVOD, 'horovod', 2), (HOROVOD + MESSAGES, 'horovod', 2)])
 def test_twenty_starts(launcher, launch, store, devices):
     """Of the races among MXNet's first pushes and pulls, each shows within a few starts."""
     words = launcher.run(*launch, '--', sys.executable, '-W', 'ignore', PROGRAMS / 'repeat.py', store, 20, devices,

@@ -87,9 +87,11 @@ def test_the_environment_of_horovod():
         assert environ == {**{f'HOROVOD_{name}': value for name, value in zip(names, row)}, 'OMP_NUM_THREADS': '7',
                            'HOROVOD_CONTROLLER': 'gloo', 'HOROVOD_CPU_OPERATIONS': 'gloo', 'PYTHONUNBUFFERED': '1',
                            'HOROVOD_GLOO_RENDEZVOUS_ADDR': '10.0.0.1', 'HOROVOD_GLOO_RENDEZVOUS_PORT': '9000',
-                           'NCCL_SOCKET_IFNAME': row[-1], 'DMLC_ROLE': None}
+                           'NCCL_SOCKET_IFNAME': row[-1], 'DMLC_ROLE': None, 'MXSIMMIM_FIRST_RANKS': '0,2'}
     by_mpi = job.environments(processes, SITES, 9000, NONE, horovod='mpi')[0]
     assert by_mpi['HOROVOD_RANK'] == '0' and not any('GLOO' in name or 'CONTROLLER' in name for name in by_mpi)
+    on_gpus = job.environments(processes, SITES, 9000, NONE, gpus=True, horovod='gloo')[0]
+    assert on_gpus['MXSIMMIM_FIRST_RANKS'] is None
 
 
 def test_gpus_are_divided_among_the_workers_of_a_host():

@@ -16,8 +16,9 @@ MPI = {'OMPI_COMM_WORLD_RANK': '3', 'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORL
     (dict(PS, DMLC_ROLE='server', DMLC_SERVER_ID='1'), World('server', 1, 4, servers=3, transport='ps')),
     (dict(PS, DMLC_ROLE='scheduler'), World('scheduler', 0, 4, servers=3, transport='ps')),
     (HOROVOD, World('worker', 1, 4, 1, 2, transport='horovod')),
+    (dict(HOROVOD, MXSIMMIM_FIRST_RANKS='0,2'), World('worker', 1, 4, 1, 2, transport='horovod', firsts=(0, 2))),
     (dict(HOROVOD, **MPI), World('worker', 1, 4, 1, 2, transport='horovod')),
-    (MPI, World('worker', 3, 4, transport='horovod')),
+    (dict(MPI, MXSIMMIM_FIRST_RANKS='0,2'), World('worker', 3, 4, transport='horovod')),
     (dict(MPI, **PS), World('worker', 2, 4, servers=3, transport='ps')),
     ({'HOROVOD_RANK': '0', 'HOROVOD_SIZE': '1'}, ALONE),
     ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '8'}, ALONE),  # a batch script, before srun

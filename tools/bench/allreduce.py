@@ -90,11 +90,13 @@ def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     place = join(threads=0 if alone else 1)
     import mxnet as mx
 
+    from mxsimmim import ops
     from mxsimmim.parallel.stores import make_store
+    ops.choose('float32', [mx.cpu()])
     store = make_store(STORES[name][2], place)
 
     def made(size: int) -> Sum:
-        copies = [mx.nd.zeros((size // 4,), ctx=mx.cpu(device)) for device in range(2 if alone else 1)]
+        copies, = store.zeros([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)])
         keys = store.keys([copies])
 
         def call() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LAUNCH = Path(__file__).resolve().parents[1] / 'launch.py'
 MODES = {  # title, the launcher's options, the store's name
     'horovod': ('Horovod', ['--horovod'], 'horovod'),
+    'messages': ('Horovod, no shared memory', ['--horovod', '--env', 'MXSIMMIM_FIRST_RANKS='], 'horovod'),
     'dist_sync': ('dist_sync, 1 server', ['-s', '1'], 'dist_sync'),
     'dist_device_sync': ('dist_device_sync, 1 server', ['-s', '1'], 'dist_device_sync'),
     'p3': ('dist_sync, 1 server, P3', ['-s', '1', '--p3'], 'dist_sync'),
@@ -181,7 +182,6 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
-    from mxsimmim.parallel.gradients import exchanged
     from mxsimmim.parallel.modes import horovod_settings
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.stores import make_store
@@ -200,9 +200,9 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     step_time = expected_step(cfg.Config(model=model, train=train), place)
     os.environ.update({**horovod_settings(step_time), **os.environ})  # as mxsimmim.train does
     store = make_store(MODES[mode][2], place) if place.size > 1 else local
-    gradients = exchanged(list(parameters.values()))
-    keys = store.keys(gradients)
     alone, together = (SyncGradients(parameters, optimizer, s, train, CLIP) for s in (local, store))
+    gradients = together.gradients()
+    keys = store.keys(gradients)
     rng = np.random.default_rng(place.rank)
     images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
                    mask=rng.integers(0, 2, (batch, model.grid, model.grid), np.uint8),

@@ -33,7 +33,6 @@ def main():
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
-    from mxsimmim.parallel.gradients import exchanged
     from mxsimmim.parallel.modes import horovod_settings
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.stores import make_store
@@ -47,9 +46,9 @@ def main():
     train = TrainConfig(batch_size=IMAGES * place.size)
     os.environ.update(horovod_settings(expected_step(Config(model=MODEL, train=train), place)))
     store = make_store(sys.argv[1], place)
-    arrays = exchanged(list(parameters.values()))
-    keys = store.keys(arrays)
     alone, together = (SyncGradients(parameters, adamw, s, train, 5.0) for s in (make_store('local', ALONE), store))
+    arrays = together.gradients()
+    keys = store.keys(arrays)
     rng = np.random.default_rng(0)
     batch = Batch(rng.integers(0, 256, (IMAGES, 64, 64, 3), 'uint8'), rng.integers(0, 2, (IMAGES, 8, 8), 'uint8'),
                   np.zeros((IMAGES, 0), 'float32'), 0, np.arange(IMAGES))
@@ -68,7 +67,7 @@ def main():
     times = [{what: seconds(function) for what, function in measured.items()} for _ in range(1 + STEPS)][1:]
     if place.rank == 0:
         medians = {what: statistics.median(each[what] for each in times) for what in measured}
-        print(json.dumps({**medians, 'keys': [key + len(keys) for key in keys]}), flush=True)
+        print(json.dumps({**medians, 'keys': [key - len(keys) - 1 for key in keys]}), flush=True)
 
 
 if __name__ == '__main__':

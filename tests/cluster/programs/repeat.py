@@ -10,6 +10,7 @@ import sys
 import mxnet as mx
 import numpy as np
 
+from mxsimmim import ops
 from mxsimmim.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.data.loader import Batch
 from mxsimmim.data.sampling import split
@@ -52,6 +53,7 @@ def trained(seed, store, devices, part):
 def main():
     name, times, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     place = world(os.environ)
+    ops.choose('float32', [mx.cpu()])
     store = make_store(name, place)
     for seed in range(times):
         ours = trained(seed, store, devices, split(IMAGES, place.size)[place.rank])

@@ -1,7 +1,10 @@
 """`mxsimmim` with a fault in the worker of rank 1: with_fault.py FAULT ARGUMENTS OF MXSIMMIM.
 
 changed-weight: a weight changes by itself after the third update. slow: each image takes 4 ms longer.
+no-memory: memory cannot be mapped.
 """
+import errno
+import mmap
 import os
 import sys
 import time
@@ -32,8 +35,13 @@ if place.role == 'worker' and place.rank == 1:
         time.sleep(0.004 * len(batch.image))
         return forward_backward(self, batch, *others)
 
+    def failing(*_):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
     if fault == 'changed-weight':
         SyncGradients.step = changed
     elif fault == 'slow':
         Replicated.forward_backward = slow
+    elif fault == 'no-memory':
+        mmap.mmap = failing
 sys.exit(mxsimmim.cli.main(arguments))

@@ -1,0 +1,144 @@
+"""Sums in memory that several workers see; here they are threads, or one of them a process that has ended."""
+import subprocess
+import sys
+import textwrap
+import threading
+
+import mxnet as mx
+import numpy as np
+import pytest
+
+from mxsimmim.ops import library
+from mxsimmim.parallel.host import HostMemory
+
+SIZES = [1, 5000, 16, 100_003]
+SECONDS = 60
+
+
+@pytest.fixture(autouse=True)
+def native():
+    try:
+        library.load()
+    except library.NotBuilt as error:
+        pytest.skip(str(error))
+
+
+class Gather:
+    """What `Store.gather` does, among threads."""
+
+    def __init__(self, count):
+        self.count, self._barrier, self._rows = count, threading.Barrier(count, timeout=SECONDS), [None] * count
+
+    def of(self, rank):
+        def gather(row):
+            self._rows[rank] = row
+            self._barrier.wait()
+            rows = np.array(self._rows, 'float64')
+            self._barrier.wait()
+            return rows
+        return gather
+
+
+def each(count, function):
+    """[function(rank, gather)], all at once; an exception in place of a result."""
+    results, gather = [None] * count, Gather(count)
+
+    def run(rank):
+        try:
+            results[rank] = function(rank, gather.of(rank))
+        except Exception as error:
+            results[rank] = error
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    return results
+
+
+def memories(count, everybody=True):
+    return each(count, lambda rank, gather: HostMemory(SIZES, list(range(count)), rank, gather, everybody))
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_sums(count):
+    """Bit for bit the sums in the order of ranks, in all workers, again and again; what is between stays zero."""
+    print('seed 40')
+    rng, workers = np.random.default_rng(40), memories(count)
+    assert all(np.all(memory._places % 64 == 0) for memory in workers)
+    for _ in range(20):
+        values = [[rng.standard_normal(size).astype('float32') for size in SIZES] for _ in workers]
+        for memory, own in zip(workers, values):
+            for i in reversed(range(len(SIZES))):
+                memory.arrays[i][:] = own[i]
+                memory.sum(i)
+        for i in range(len(SIZES)):
+            expected = values[0][i].copy()
+            for own in values[1:]:
+                expected += own[i]
+            for memory in workers:
+                np.testing.assert_array_equal(memory.arrays[i].asnumpy(), expected)
+
+
+def test_sums_of_several_hosts():
+    """The first worker gets the sum, and the others what it makes of that."""
+    workers = memories(2, everybody=False)
+    for times in range(1, 4):
+        for i in reversed(range(len(SIZES))):
+            for rank, memory in enumerate(workers):
+                memory.arrays[i][:] = times * (rank + 1)
+                memory.sum(i)
+                if memory.first:
+                    memory.arrays[i] += 10
+                memory.copy(i)
+        for memory in workers:
+            assert all(np.all(array.asnumpy() == 3 * times + 10) for array in memory.arrays)
+
+
+def test_sums_are_in_order_with_what_mxnet_does():
+    """Each waits for the product that its array is made of, and what follows waits for it."""
+    workers, big = memories(2), mx.nd.ones((1200, 1200))
+    for times in range(3):
+        for memory in workers:
+            memory.arrays[1][:] = mx.nd.dot(big, big).reshape((-1,))[:5000] * times
+            memory.sum(1)
+        after = [memory.arrays[1] + 0 for memory in workers]
+        for memory in workers:
+            memory.arrays[1][:] = -1
+        assert all(np.all(array.asnumpy() == 2 * 1200 * times) for array in after)
+
+
+def test_memory_that_cannot_be_had():
+    """All workers learn of it: here there is no such process as the first one says it is."""
+    def made(rank, gather):
+        return HostMemory(SIZES, [0, 1], rank, lambda row: np.where(gather(row) > 1, 2 ** 22 + 1, gather(row)), True)
+    errors = each(2, made)
+    assert all(isinstance(error, OSError) and 'rank 1 cannot share memory' in str(error) for error in errors), errors
+    assert 'No such file' in str(errors[1])
+
+
+def test_a_worker_that_ends():
+    """The others wait for it a second; then their sums are NaN, so that nothing is updated with them."""
+    program = textwrap.dedent('''
+        import subprocess, sys
+        import numpy as np
+        from mxsimmim.ops import library
+        library.load()
+        from mxsimmim.parallel.host import HostMemory
+        other = subprocess.Popen([sys.executable, '-c', ''])
+        answers = iter([other.pid, 0, 0])  # its process, its file, that it has the memory
+        memory = HostMemory([7, 70], [0, 1], 0, lambda row: np.array([row, [next(answers)]], 'float64'), True)
+        memory.check()
+        for i in (1, 0):
+            memory.sum(i)
+        other.wait()
+        print(all(np.isnan(array.asnumpy()).all() for array in memory.arrays))
+        try:
+            memory.check()
+        except RuntimeError as error:
+            print(str(error).replace(str(other.pid), 'PID'))
+    ''')
+    said = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, timeout=SECONDS,
+                          check=True, universal_newlines=True).stdout
+    assert said.splitlines() == ['True', 'process PID, a worker of this host, has ended before its job: its log says '
+                                         'why']
