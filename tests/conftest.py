@@ -1,7 +1,14 @@
 """For all tests."""
+import signal
 import sys
 
 import pytest
+
+# What tests start should die of these, also under nohup and in the background of a script, where they are ignored: a
+# child inherits that, but not a function.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
