@@ -135,7 +135,7 @@ def draw(found: Dict[str, Seconds], path: str) -> None:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
-    for (store, seconds), marker in zip(found.items(), 'os^vDPX'):
+    for (store, seconds), marker in zip(found.items(), 'os^vDPX*'):
         axes.loglog(SIZES, [size / seconds[size] / 1e6 for size in SIZES], marker=marker, label=STORES[store][0])
     axes.set_xticks(SIZES, map(label, SIZES))
     axes.minorticks_off()
