@@ -17,6 +17,7 @@ from ..ops import library
 LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
 CPU = (ctypes.c_int * 2)(1, 0)  # mx.cpu(), as MXNet's Context
 PRIORITIZED = ctypes.c_int(3)  # FnProperty::kCPUPrioritized: threads that do not compute
+THREADS = 2  # of these wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening
 
 Gather = Callable[[Sequence[float]], np.ndarray]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import ops
 from ..world import ALONE, World
-from .host import HostMemory
+from .host import THREADS, HostMemory
 
 Copies = List[mx.nd.NDArray]  # of one array, one a device
 
@@ -157,7 +157,8 @@ class HorovodStore(Store):
         self._shared: Dict[int, Tuple[HostMemory, int]] = {}  # id of an array -> its memory, its number there
 
     def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context]) -> List[Copies]:
-        own = contexts[0].device_type == 'cpu' and ops.chosen().form == 'native' and hasattr(os, 'memfd_create')
+        own = (contexts[0].device_type == 'cpu' and ops.chosen().form == 'native' and hasattr(os, 'memfd_create')
+               and int(os.environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
         if not 0 < len(self._firsts) < self.size or not self.gather([own]).all():
             return super().zeros(sizes, contexts)
         ends = self._firsts[1:] + (self.size,)
