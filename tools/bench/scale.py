@@ -11,7 +11,7 @@ backward pass. PyTorch may be installed elsewhere:
 
     python tools/bench/scale.py --torch-python ~/torch/bin/python
 
-Prints tables for docs/benchmarks.md. Takes some 10 minutes and 6 GB.
+Prints tables for docs/benchmarks.md. Takes half an hour and 6 GB.
 """
 import argparse
 import atexit
