@@ -224,6 +224,8 @@ async def _run(service: Service, listener: socket.socket) -> None:
     site = web.SockSite(runner, listener)
     await site.start()
     await stop.wait()
+    loop.remove_reader(listener)
+    await asyncio.sleep(0)  # what was accepted last is attached now; closed before, it would be neither read nor ended
     await site.stop()
     await service.finish()  # before aiohttp's own end, which reads no more of an upload that has begun
     await runner.cleanup()

@@ -1,6 +1,9 @@
 """What the service does when it has too much to do, and whether it hears strangers."""
 import asyncio
 import importlib
+import os
+import signal
+import socket
 import sys
 import threading
 
@@ -154,3 +157,33 @@ def test_a_missing_package_is_named(monkeypatch, package):
     monkeypatch.delitem(sys.modules, 'mxsimmim.deploy.serve')
     with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'mxsimmim\[deploy\]'"):
         importlib.import_module('mxsimmim.deploy.serve')
+
+
+def test_a_connection_at_the_end_is_answered_or_refused():
+    """None is left that is neither read nor closed while the service waits for an upload."""
+    def ask(address):
+        with socket.create_connection(address, timeout=DEADLINE) as connection:
+            connection.sendall(b'GET /healthz HTTP/1.0\r\n\r\n')
+            return connection.recv(1000)
+
+    def visit(address):
+        ask(address)
+        with socket.create_connection(address, timeout=DEADLINE) as upload:
+            upload.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n1')
+            ask(address)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises((ConnectionRefusedError, ConnectionResetError)):
+                while ask(address).startswith(b'HTTP/1.0 200 OK'):
+                    pass
+            upload.sendall(b'1')
+            return upload.recv(1000)
+
+    async def run(listener):
+        predictor = FakePredictor()
+        predictor.go.set()
+        visited = asyncio.get_running_loop().run_in_executor(None, visit, listener.getsockname())
+        await serve._run(Service(predictor, 2, 100), listener)
+        assert (await visited).startswith(b'HTTP/1.1 200 OK')
+
+    for _ in range(5):
+        asyncio.run(run(serve._listen('127.0.0.1', 0)))
