@@ -37,7 +37,9 @@ class SyncGradients:
         self._optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = list(parameters.values())
         self._contexts = self._parameters[0].list_ctx()
-        self._exchanged = exchanged(self._parameters, store) if store.size > 1 or len(self._contexts) > 1 else None
+        # What leaves compressed leaves from other arrays: the store's own memory would be of no use.
+        home = store if train.compression == 'none' else Store('device')
+        self._exchanged = exchanged(self._parameters, home) if store.size > 1 or len(self._contexts) > 1 else None
         self._transport = TRANSPORTS[train.compression](store, self.gradients(), train.threshold)
         self._vote = [[mx.nd.zeros((1,))]]
         self._vote_key = store.keys(self._vote)

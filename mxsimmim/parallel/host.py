@@ -6,13 +6,13 @@ it, as containers limit /dev/shm.
 import ctypes
 import mmap
 import os
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import mxnet as mx
 import numpy as np
 from mxnet.base import _LIB, check_call
 
-from ..ops import library
+from ..ops import chosen, library
 
 LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
 CPU = (ctypes.c_int * 2)(1, 0)  # mx.cpu(), as MXNet's Context
@@ -20,6 +20,12 @@ PRIORITIZED = ctypes.c_int(3)  # FnProperty::kCPUPrioritized: threads that do no
 THREADS = 2  # of these wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening
 
 Gather = Callable[[Sequence[float]], np.ndarray]
+
+
+def usable(context: mx.Context, environ: Mapping[str, str]) -> bool:
+    """Whether a worker can add up in its host's memory what it computes on this device."""
+    return (context.device_type == 'cpu' and chosen().form == 'native' and hasattr(os, 'memfd_create')
+            and int(environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
 
 
 class Task(ctypes.Structure):

@@ -11,9 +11,8 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import mxnet as mx
 import numpy as np
 
-from .. import ops
 from ..world import ALONE, World
-from .host import THREADS, HostMemory
+from .host import HostMemory, usable
 
 Copies = List[mx.nd.NDArray]  # of one array, one a device
 
@@ -157,9 +156,7 @@ class HorovodStore(Store):
         self._shared: Dict[int, Tuple[HostMemory, int]] = {}  # id of an array -> its memory, its number there
 
     def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context]) -> List[Copies]:
-        own = (contexts[0].device_type == 'cpu' and ops.chosen().form == 'native' and hasattr(os, 'memfd_create')
-               and int(os.environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
-        if not 0 < len(self._firsts) < self.size or not self.gather([own]).all():
+        if not 0 < len(self._firsts) < self.size or not self.gather([usable(contexts[0], os.environ)]).all():
             return super().zeros(sizes, contexts)
         ends = self._firsts[1:] + (self.size,)
         ranks = next(list(range(first, end)) for first, end in zip(self._firsts, ends) if self.rank < end)

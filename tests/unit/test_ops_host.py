@@ -8,8 +8,8 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from mxsimmim.ops import library
-from mxsimmim.parallel.host import HostMemory
+from mxsimmim.ops import Choice, library
+from mxsimmim.parallel.host import HostMemory, usable
 
 SIZES = [1, 5000, 16, 100_003]
 SECONDS = 60
@@ -54,6 +54,18 @@ def each(count, function):
     for thread in threads:
         thread.join(SECONDS)
     return results
+
+
+@pytest.mark.parametrize('context, environ, form, expected', [
+    (mx.cpu(1), {}, 'native', True),
+    (mx.cpu(), {'MXNET_CPU_PRIORITY_NTHREADS': '2'}, 'native', True),
+    (mx.cpu(), {'MXNET_CPU_PRIORITY_NTHREADS': '1'}, 'native', False),  # a sum would keep the copy it waits for waiting
+    (mx.cpu(), {}, 'reference', False),
+    (mx.gpu(), {}, 'native', False),
+])
+def test_who_can_use_it(monkeypatch, context, environ, form, expected):
+    monkeypatch.setattr('mxsimmim.parallel.host.chosen', lambda: Choice(form))
+    assert usable(context, environ) == expected
 
 
 def memories(count, everybody=True):
@@ -125,9 +137,9 @@ def test_a_worker_that_ends():
     program = textwrap.dedent('''
         import subprocess, sys
         import numpy as np
-        from mxsimmim.ops import library
+        from mxsimmim.ops import Choice, library
         library.load()
-        from mxsimmim.parallel.host import HostMemory
+        from mxsimmim.parallel.host import HostMemory, usable
         other = subprocess.Popen([sys.executable, '-c', ''])
         answers = iter([other.pid, 0, 0])  # its process, its file, that it has the memory
         memory = HostMemory([7, 70], [0, 1], 0, lambda row: np.array([row, [next(answers)]], 'float64'), True)

@@ -1,4 +1,6 @@
 """Transparency: however a batch is spread over devices and time, the update is the one of a single device."""
+from unittest.mock import Mock
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -97,6 +99,16 @@ def test_small_gradients_travel_together(monkeypatch):
     small = sum((g[1] ** 2).sum() for g, p in zip(gradients[1], parameters) if p not in large)
     together = arrays[0][1].asnumpy()
     assert len(together) % 16 == 0 and (together ** 2).sum() == pytest.approx(small, rel=1e-6) and small > 0
+
+
+@pytest.mark.parametrize('compression, asked', [('none', True), ('fp16', False), ('2bit', False)])
+def test_who_compresses_asks_the_store_for_no_memory(monkeypatch, compression, asked):
+    net, store = build_simmim(ModelConfig(**VIT), seed=SEED), make_store('local', ALONE)
+    Replicated(net, [mx.cpu(0), mx.cpu(1)], (0.0,) * 3, (1.0,) * 3)
+    zeros = Mock(side_effect=store.zeros)
+    monkeypatch.setattr(store, 'zeros', zeros)
+    SyncGradients(named_parameters(net), None, store, TrainConfig(compression=compression), None)
+    assert zeros.called == asked
 
 
 @pytest.mark.parametrize('devices', [1, 3])
