@@ -139,7 +139,8 @@ class Hosts:
             (home / 'sshd_config').write_text(
                 f'HostKey {home}/host_key\nAuthorizedKeysFile {home}/authorized_keys\nPidFile none\nUseDNS no\n'
                 'UsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n'
-                'KbdInteractiveAuthentication no\nStrictModes no\nSubsystem sftp internal-sftp\n')
+                'KbdInteractiveAuthentication no\nStrictModes no\nSubsystem sftp internal-sftp\n'
+                f'SetEnv TMPDIR={home}\n')  # what a host that is switched off leaves there is taken away
         (self.folder / 'known_hosts').write_text(''.join(known))
         own = ''.join(f'{self.address(n)} {name}\n' for n, name in enumerate(self.names))
         (self.folder / 'etc_hosts').write_text('127.0.0.1 localhost\n' + own)
