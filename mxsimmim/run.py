@@ -5,17 +5,13 @@ import signal
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Union
 
 import yaml
 
 from . import __version__, configfile
 from .config import Config
 from .checkpoint import Checkpoint, load, newest
-from .data.sources import Source
-
-if TYPE_CHECKING:
-    from .parallel.stores import Store
 
 
 def folder_of(config: Config) -> Path:
@@ -80,31 +76,6 @@ def read_config(folder: Union[str, Path]) -> Config:
         raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
     except (yaml.YAMLError, AttributeError):
         raise ValueError(f'{path}: not the configuration of a run') from None
-
-
-def check_same_job(config: Config, source: Source, classes: Sequence[str], held_out: int, store: 'Store') -> None:
-    """Compares configuration, images, classes and the number of held-out images of all workers.
-
-    Raises:
-        ValueError: in the workers that differ from rank 0, naming what.
-    """
-    names = [os.path.basename(source.name(i * len(source) // 1000)) for i in range(1000)]
-    own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names, 'classes': list(classes),
-           'held_out': held_out}
-    first = store.share(lambda: own)
-    changed = configfile.differences(configfile.from_dict(first['config'], 'rank 0'), config,
-                                     configfile.FREE_BETWEEN_WORKERS)
-    if changed:
-        raise ValueError(f'rank {store.rank} is configured differently from rank 0: '
-                         + ', '.join(f'{key} (rank 0 {old}, here {new})' for key, old, new in changed)
-                         + ': give all workers the same files and the same command')
-    if (first['samples'], first['names']) != (len(source), names):
-        raise ValueError(f'data.path={config.data.path}: rank {store.rank} finds {len(source):,} images here, rank 0 '
-                         f'{first["samples"]:,}, or others: all workers need the same images')
-    if first['held_out'] != held_out:
-        raise ValueError(f'data.val_path={config.data.val_path}: rank {store.rank} finds {held_out:,} images here, '
-                         f'rank 0 {first["held_out"]:,}: all workers need the same images')
-    check_classes('rank 0', first['classes'], classes, 'all workers need the same')
 
 
 def check_classes(where: str, theirs: Sequence[str], ours: Sequence[str], remedy: str) -> None:

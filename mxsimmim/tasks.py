@@ -1,11 +1,13 @@
 """What pre-training and fine-tuning do differently: data, network, validation. The loop is the same."""
+import os
+import zlib
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from mxnet.gluon import HybridBlock
 
-from . import checkpoint
+from . import checkpoint, configfile
 from .config import Config
 from .data.labels import open_labelled
 from .data.sources import Source, hold_out, open_source
@@ -16,12 +18,14 @@ from .models import build_classifier, build_simmim, named_parameters
 from .optim import parameter_groups, weight_decays
 from .parallel.placement import Replicated
 from .parallel.stores import Store
+from .run import check_classes
 from .validation import SEED, Validation, table
 
 
 class Pretraining:
     """Masked images; the better the lower the loss on those held out."""
     classes: Tuple[str, ...] = ()
+    labels: Sequence[np.ndarray] = ()
 
     def __init__(self, config: Config):
         self.config = config
@@ -81,6 +85,7 @@ class Classification:
         self.config = config
         self._data = open_labelled(config.data, config.seed)
         self.source, self.held_out, self.classes = self._data.train, self._data.held_out, self._data.classes
+        self.labels = [part for part in (self._data.train_labels, self._data.held_out_labels) if part is not None]
 
     def network(self, initial: bool) -> HybridBlock:
         """As in `Pretraining`."""
@@ -144,3 +149,33 @@ class Classification:
 
 Task = Union[Pretraining, Classification]
 TASKS = {'pretrain': Pretraining, 'classify': Classification}
+
+
+def check_same_job(config: Config, task: Task, store: Store) -> None:
+    """Compares configuration, images, classes, labels and the number of held-out images of all workers.
+
+    Raises:
+        ValueError: in the workers that differ from rank 0, naming what.
+    """
+    source, held_out = task.source, len(task.held_out or ())
+    names = [os.path.basename(source.name(i * len(source) // 1000)) for i in range(1000)]
+    labels = [zlib.crc32(part.tobytes()) for part in task.labels]
+    own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names, 'classes': list(task.classes),
+           'labels': labels, 'held_out': held_out}
+    first = store.share(lambda: own)
+    changed = configfile.differences(configfile.from_dict(first['config'], 'rank 0'), config,
+                                     configfile.FREE_BETWEEN_WORKERS)
+    if changed:
+        raise ValueError(f'rank {store.rank} is configured differently from rank 0: '
+                         + ', '.join(f'{key} (rank 0 {old}, here {new})' for key, old, new in changed)
+                         + ': give all workers the same files and the same command')
+    if (first['samples'], first['names']) != (len(source), names):
+        raise ValueError(f'data.path={config.data.path}: rank {store.rank} finds {len(source):,} images here, rank 0 '
+                         f'{first["samples"]:,}, or others: all workers need the same images')
+    if first['held_out'] != held_out:
+        raise ValueError(f'data.val_path={config.data.val_path}: rank {store.rank} finds {held_out:,} images here, '
+                         f'rank 0 {first["held_out"]:,}: all workers need the same images')
+    check_classes('rank 0', first['classes'], task.classes, 'all workers need the same')
+    if first['labels'] != labels:
+        raise ValueError(f'data.labels={config.data.labels}, data.path={config.data.path}: some images have other '
+                         f'classes for rank {store.rank} than for rank 0: all workers need the same')

@@ -31,8 +31,8 @@ from .parallel.replicas import compare
 from .parallel.stores import Store, make_store
 from .plan import Plan, expected_step, in_groups, plan_of
 from .progress import Progress
-from .run import Stop, check_classes, check_same_job, checkpoint_to_resume, folder_of, locked, versions
-from .tasks import TASKS, Task
+from .run import Stop, check_classes, checkpoint_to_resume, folder_of, locked, versions
+from .tasks import TASKS, Task, check_same_job
 from .trained import load_run
 from .validation import Validation
 from .world import World, world
@@ -71,7 +71,7 @@ def start(config: Config) -> int:
         if place.rank == 0:
             stack.enter_context(locked(folder))
         store = open_store(config, mode, place)
-        check_same_job(config, task.source, task.classes, len(task.held_out or ()), store)
+        check_same_job(config, task, store)
         notes: List[str] = []
         stack.enter_context(operators(config, contexts, store, notes.append))
         saved = None
@@ -100,7 +100,7 @@ def evaluate(config: Config) -> int:
     contexts, mode = contexts_of(config.devices, place), mode_of(config, place)
     task, folder = TASKS[config.task](config), folder_of(config)
     store = open_store(config, mode, place)
-    check_same_job(config, task.source, task.classes, len(task.held_out or ()), store)
+    check_same_job(config, task, store)
     validation = task.validation(store)
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')

@@ -1,9 +1,14 @@
 """What makes two workers, or a checkpoint and a run, the same job."""
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from mxsimmim import checkpoint, configfile
 from mxsimmim.config import Config
-from mxsimmim.run import check_classes, check_same_job, checkpoint_to_resume
+from mxsimmim.run import check_classes, checkpoint_to_resume
+from mxsimmim.tasks import check_same_job
 
 
 class Images:
@@ -16,16 +21,23 @@ class Images:
         return f'/disk/{index}.png'
 
 
+LABELS = np.array([0, 1, 1])
+
+
+def task(classes, held_out=2, labels=LABELS):
+    """Three images and their classes."""
+    return SimpleNamespace(source=Images(), classes=classes, held_out=range(held_out), labels=[labels])
+
+
 class Second:
     """The store of a second worker, which hears what the first one said."""
     rank, size = 1, 2
 
     def __init__(self, classes, **keys):
-        self.said = {'config': configfile.to_dict(Config(task='classify', **keys)), 'samples': 3, 'classes': classes,
-                     'names': [f'{i * 3 // 1000}.png' for i in range(1000)], 'held_out': 2}
+        self.said = {'config': configfile.to_dict(Config(task='classify', **keys)), 'classes': classes}
 
-    def share(self, _make):
-        return self.said
+    def share(self, make):
+        return {**make(), 'held_out': 2, 'labels': [zlib.crc32(LABELS.tobytes())], **self.said}
 
 
 @pytest.mark.parametrize('theirs, ours, complaint', [
@@ -48,16 +60,22 @@ def test_the_same_classes():
 def test_workers_need_the_same_classes():
     """Their tables and lists of names may lie elsewhere, but must say the same."""
     here = Config(task='classify', data={'labels': '/here/labels.csv', 'classes': '/here/names.txt'})
-    check_same_job(here, Images(), ('cat', 'dog'), 2, Second(['cat', 'dog'], data={'labels': '/there/labels.csv'}))
+    check_same_job(here, task(('cat', 'dog')), Second(['cat', 'dog'], data={'labels': '/there/labels.csv'}))
     with pytest.raises(ValueError, match="rank 0 has 2 classes, .* class 0 is 'dog' there, 'cat' here: all workers ne"):
-        check_same_job(here, Images(), ('cat', 'dog'), 2, Second(['dog', 'cat']))
+        check_same_job(here, task(('cat', 'dog')), Second(['dog', 'cat']))
     with pytest.raises(ValueError, match=r'differently from rank 0: data.labels_per_class \(rank 0 5, here 0\)'):
-        check_same_job(here, Images(), ('cat', 'dog'), 2, Second(['cat', 'dog'], data={'labels_per_class': 5}))
+        check_same_job(here, task(('cat', 'dog')), Second(['cat', 'dog'], data={'labels_per_class': 5}))
 
 
 def test_workers_need_the_same_held_out_images():
     with pytest.raises(ValueError, match=r'data.val_path=/val: rank 1 finds 7 images here, rank 0 2: all workers need'):
-        check_same_job(Config(task='classify', data={'val_path': '/val'}), Images(), ('a', 'b'), 7, Second(['a', 'b']))
+        check_same_job(Config(task='classify', data={'val_path': '/val'}), task(('a', 'b'), 7), Second(['a', 'b']))
+
+
+def test_workers_need_the_same_labels():
+    with pytest.raises(ValueError, match='data.labels=/a.csv, .*other classes for rank 1 than for rank 0: all'):
+        check_same_job(Config(task='classify', data={'labels': '/a.csv'}), task(('a', 'b'), labels=1 - LABELS),
+                       Second(['a', 'b']))
 
 
 @pytest.mark.parametrize('by_name', [False, True])
