@@ -299,10 +299,10 @@ EXPORT int _opCallMutateInputs(const void* handle, const char* const* keys, cons
                                int** indices, int* size) {
   const Operator& op = operator_of(handle);
   return guarded(op.name, [&] {
-    std::vector<int> written = op.written(attributes(keys, values, count));
+    static thread_local std::vector<int> written;  // ours: MXNet copies it at once and never calls _opCallFree
+    written = op.written(attributes(keys, values, count));
     *size = int(written.size());
-    *indices = static_cast<int*>(std::malloc(written.size() * sizeof(int) + 1));
-    std::memcpy(*indices, written.data(), written.size() * sizeof(int));
+    *indices = written.data();
   });
 }
 
