@@ -10,7 +10,7 @@ HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint sanitize bench clean
+.PHONY: demo test soak lint sanitize bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 workers and a parameter server; then few labels
@@ -20,6 +20,9 @@ demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 worke
 
 test: $(VENV)/test  # runs every test
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again; 45 minutes
+	$(BIN)/python -m pytest -v tests/cluster/soak_*.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
