@@ -37,7 +37,7 @@ def measured(pid):
     (SERVERS, [], 200),
     (SERVERS, ['train.compression=2bit'], 300),
     (SERVERS, ['train.aggregation=local_sgd'], 500),
-    (SERVERS, ['train.store=dist_async', 'optim.clip_grad=null'], 1500),
+    (SERVERS, ['train.store=dist_async', 'optim.clip_grad=null'], 2000),
 ], ids=lambda value: ' '.join(map(str, value)) if isinstance(value, list) else str(value))
 def test_memory_files_and_threads_do_not_grow(launcher, launch, keys, allowed):
     """No process takes more than some bytes a step, over thousands with validations, checkpoints and comparisons."""
