@@ -137,7 +137,7 @@ def test_a_worker_that_ends():
     program = textwrap.dedent('''
         import subprocess, sys
         import numpy as np
-        from mxsimmim.ops import Choice, library
+        from mxsimmim.ops import library
         library.load()
         from mxsimmim.parallel.host import HostMemory, usable
         other = subprocess.Popen([sys.executable, '-c', ''])
