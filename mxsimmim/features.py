@@ -14,7 +14,7 @@ from mxnet.gluon import HybridBlock
 from .config import DataConfig, ModelConfig
 from .data.labels import labelled_source
 from .data.loader import every_image
-from .data.sources import ImageFiles, Source, image_files
+from .data.sources import ImageFiles, Source, image_files, tell
 from .data.transforms import ClassifyEvalTransform
 from .interop import official
 from .trained import Trained, contexts_for, load_run
@@ -163,11 +163,13 @@ def open_images(paths: Sequence[str]) -> Tuple[Source, Optional[np.ndarray], Tup
         ValueError: nothing there, no images, or an empty class folder.
     """
     if len(paths) > 1 or os.path.isfile(paths[0]) and not paths[0].lower().endswith('.rec'):
-        return ImageFiles(image_files(paths)), None, ()
+        notes: List[str] = []
+        return ImageFiles(image_files(paths, notes), notes), None, ()
     if os.path.isdir(paths[0]):
-        files = image_files(paths)
+        notes = []
+        files = image_files(paths, notes)
         if any(os.path.samefile(os.path.dirname(file), paths[0]) for file in files):
-            return ImageFiles(files), None, ()
+            return ImageFiles(files, notes), None, ()
     return labelled_source(paths[0])
 
 
@@ -184,6 +186,7 @@ def save_features(run: Path, paths: Sequence[str], block: str, out: Path, pictur
         raise ValueError('--block all is for `mxsimmim probe`: features.npz holds those of one block, give its number')
     number, = blocks_named(block, trained.config.model)
     source, labels, classes = open_images(paths)
+    tell(source.notes)
     if picture and len(source) < 5:
         raise ValueError(f'--picture {picture}: {len(source)} images are too few for a picture, which needs 5')
     features = extract(trained, trained.config.data, source, [number])[number]

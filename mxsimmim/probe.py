@@ -7,6 +7,7 @@ import numpy as np
 
 from .config import Config
 from .data.labels import Labelled, few_of_each, open_labelled
+from .data.sources import notes_of, tell
 from .features import blocks_named, cached
 from .trained import load_run
 
@@ -43,6 +44,7 @@ def probe(run: Path, config: Config, block: str, draws: int) -> str:
     if draws < 1:
         raise ValueError(f'--seeds {draws}: at least one draw of the training images is needed')
     data = open_labelled(config.data.model_copy(update={'labels_per_class': 0}), config.seed)
+    tell(notes_of(data.train, data.held_out))
     if data.held_out is None:
         raise ValueError(f'data.path={config.data.path}: there are no held-out images to measure with: set '
                          'data.val_path, or data.val_fraction=0.2')

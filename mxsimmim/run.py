@@ -117,8 +117,11 @@ def checkpoint_to_resume(config: Config, samples: int, classes: Sequence[str],
     saved = newest(checkpoints, log)
     changed = _differences(config, samples, saved.state) if saved else []
     if changed:
+        images = saved.state['samples'] != samples
         raise ValueError(f'{folder_of(config)} holds a run that differs in '
                          + ', '.join(f'{key} (there {old}, here {new})' for key, old, new in changed)
+                         + (' (files came or went, or an earlier version did not read their format: take out what '
+                            'came, put back what went)' if images else '')
                          + f': set name= for a new run, or resume={saved.path} to go on from there all the same')
     if saved:
         check_classes(str(saved.path), saved.state.get('classes', ()), classes,

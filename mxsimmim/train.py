@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, discard_after, save
 from .config import Config
 from .data.loader import Batch, Loader
 from .data.sampling import batch_at, part_of
+from .data.sources import notes_of, tell
 from .evaluation import Evaluation
 from .interop import official
 from .meter import Meter
@@ -84,7 +85,7 @@ def start(config: Config) -> int:
             (folder / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
             discard_after(folder / 'best', first)  # of what this run will do anew
             monitor = stack.enter_context(Monitor(folder, plan.total, first))
-        for note in notes:
+        for note in [*notes_of(task.source, task.held_out), *notes]:
             monitor.message(note)
         run = assemble(config, plan, task, contexts, mode, store, saved, resumed, monitor)
         if place.rank == 0:
@@ -104,6 +105,8 @@ def evaluate(config: Config) -> int:
     validation = task.validation(store)
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
+    if place.rank == 0:
+        tell(notes_of(task.source, task.held_out))
     ops.choose(config.runtime.precision, contexts)
     trained = load_run(folder)
     check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')

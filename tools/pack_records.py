@@ -20,7 +20,7 @@ from typing import Deque, Iterator, List, Optional, Tuple
 from PIL import Image
 from tqdm import tqdm
 
-from mxsimmim.data.sources import RecordWriter, image_files
+from mxsimmim.data.sources import RecordWriter, image_files, tell
 from mxsimmim.data.transforms import decode, resize_short_side
 
 
@@ -56,7 +56,9 @@ def pack(folder: str, out: str, threads: int, size: Optional[int], quality: int)
     """
     if not os.path.isdir(folder):
         raise ValueError(f'{folder} is not a folder: give the folder that holds the images')
-    paths = image_files([folder])
+    notes: List[str] = []
+    paths = image_files([folder], notes)
+    tell(notes)
     plain, tenth, broken = not sys.stderr.isatty(), -(-len(paths) // 10), 0
     with RecordWriter(out) as writer, tqdm(total=len(paths), unit=' images', disable=plain) as bar:
         results = encoded(paths, threads, size, quality)

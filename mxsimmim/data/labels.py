@@ -7,7 +7,8 @@ import numpy as np
 
 from ..config import DataConfig
 from .sampling import generator
-from .sources import SEED, Digits, ImageFiles, Records, Source, Subset, hold_out, image_files, open_source
+from .sources import (SEED, Digits, ImageFiles, Records, Source, Subset, hold_out, image_files, is_ignored, open_source,
+                      other_files)
 
 
 class Labelled(NamedTuple):
@@ -60,9 +61,10 @@ def labelled_source(path: str, classes: Sequence[str] = (),
         raise ValueError(f'data.labels={table} names the classes of files in a folder, but {path or "data.path"} is '
                          'not a folder: leave data.labels out, or give the folder')
     if os.path.isdir(path):
-        files = image_files([path])
+        notes: List[str] = []
+        files = image_files([path], notes)
         names = list(_from_table(path, files, table, classes) if table else _from_folders(path, files, classes))
-        return (ImageFiles(files),) + _numbered(names, classes)
+        return (ImageFiles(files, notes),) + _numbered(names, classes)
     source = open_source(path)
     assert isinstance(source, (Digits, Records))
     labels = source.labels()
@@ -123,7 +125,7 @@ def _numbered(names: Sequence[str], classes: Sequence[str]) -> Tuple[np.ndarray,
 def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
     """The name of each file's class folder, the first below `path`."""
     with os.scandir(path) as entries:
-        folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.')}
+        folders = {entry.name for entry in entries if entry.is_dir() and not is_ignored(entry.name)}
     inside = [_below(path, file).split(os.sep) for file in files]
     outside = [os.path.join(path, *parts) for parts in inside if len(parts) == 1]
     if outside:
@@ -131,7 +133,10 @@ def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> It
                          f'is {outside[0]}: move images to {path}/CLASS/, or name their classes in a file, data.labels')
     empty = sorted(folders - {parts[0] for parts in inside})
     if empty:
-        raise ValueError(f'class folder {os.path.join(path, empty[0])} has no images: add some or remove the folder')
+        folder = os.path.join(path, empty[0])
+        others = other_files(folder)
+        raise ValueError(f'class folder {folder} has no images' + (f', but {others}' if others else '')
+                         + ': add some or remove the folder')
     unknown = sorted(folders - set(classes)) if classes else []
     if unknown:
         raise ValueError(f"{os.path.join(path, unknown[0])} is not one of the {len(classes)} classes "

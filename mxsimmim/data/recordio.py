@@ -37,6 +37,7 @@ class Records:
         self._size = os.fstat(self._file.fileno()).st_size
         index = Path(path).with_suffix('.idx')
         self._offsets = self._indexed(index) if index.exists() else self._scanned()
+        self.notes: List[str] = []
         if not len(self._offsets):
             raise ValueError(f'{path} holds no record: pack it again with tools/pack_records.py')
 

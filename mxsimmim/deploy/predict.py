@@ -2,7 +2,7 @@
 from pathlib import Path
 from typing import List
 
-from ..data.sources import image_files
+from ..data.sources import found
 from ..data.transforms import BrokenImage
 from ..trained import load_run
 from .predictor import Predictor, Prepared
@@ -28,7 +28,7 @@ def predict(run: Path, images: List[str], top: int) -> None:
         raise ValueError(f'{run} is a pre-training, which knows no classes: `mxsimmim reconstruct` shows what it has '
                          'learned, `mxsimmim finetune` makes a classifier of it')
     predictor = Predictor(trained)
-    files, problems = _found(images)
+    files, problems = found(images)
     width = max(map(len, files), default=0)
     longest = max(map(len, trained.classes))
     for start in range(0, len(files), BATCH):
@@ -47,15 +47,3 @@ def predict(run: Path, images: List[str], top: int) -> None:
             print(f'{name:<{width}}   {shown}', flush=True)
     if problems:
         raise ValueError('\n'.join(problems))
-
-
-def _found(paths: List[str]) -> tuple:
-    """(files, what is wrong with the other paths)."""
-    files: List[str] = []
-    problems: List[str] = []
-    for path in paths:
-        try:
-            files += image_files([path])
-        except ValueError as error:
-            problems.append(str(error))
-    return files, problems

@@ -14,7 +14,7 @@ from mxnet.contrib.quantization import quantize_model
 from ..data.labels import labelled_source, open_labelled
 from ..data.loader import Batch, fixed_batches
 from ..data.sampling import generator
-from ..data.sources import Source, Subset
+from ..data.sources import Source, Subset, notes_of, tell
 from ..data.transforms import ClassifyEvalTransform, normalise
 from ..trained import Trained
 from .graph import Graph, load_symbol, save_symbol
@@ -108,6 +108,7 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
     data = trained.config.data
     if images in (None, data.path):
         own = open_labelled(data, trained.config.seed)
+        tell(notes_of(own.train, own.held_out))
         if own.classes != trained.classes:
             raise ValueError(f'{data.path} has {len(own.classes)} classes ({", ".join(own.classes[:3])}, …), the run '
                              f'{len(trained.classes)} ({", ".join(trained.classes[:3])}, …): name the right images '
@@ -117,6 +118,7 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
         order = generator(0).permutation(len(own.train))[:CALIBRATION]
         return Subset(own.train, order), own.held_out, own.held_out_labels
     source, labels, _ = labelled_source(images, trained.classes)
+    tell(source.notes)
     if len(source) < 2:
         raise ValueError(f'{images} has {len(source)} image: int8 needs some to calibrate and others to measure with')
     order = generator(0).permutation(len(source))

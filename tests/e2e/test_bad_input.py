@@ -83,7 +83,11 @@ def test_other_commands(prepared, mxsimmim, arguments, status, complaint):
 
 
 def test_reconstruct(prepared, mxsimmim, tmp_path):
-    mxsimmim('pretrain', BASE, *TINY, 'name=run', 'train.length=2', 'optim.warmup=1', 'validation.pictures=0')
+    (tmp_path / 'few' / 'x.heic').touch()
+    shown = mxsimmim('pretrain', BASE, *TINY, 'name=run', 'data.path=few', 'train.batch_size=2',
+                     'data.val_fraction=0.4', 'train.length=2', 'optim.warmup=1', 'validation.pictures=0').stderr
+    for text in (shown, (tmp_path / 'runs' / 'run' / 'logs' / 'rank-0.log').read_text()):
+        assert text.count('few: 1 other file left out: .heic (1)\n') == 1
     mxsimmim('reconstruct', 'runs/run', 'few', '-o', 'out.png')
     picture = np.asarray(Image.open(tmp_path / 'out.png'))
     assert picture.ndim == 3 and min(picture.shape[:2]) > 96

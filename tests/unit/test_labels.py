@@ -67,8 +67,17 @@ def test_bad_files_of_classes(tmp_path, content, message):
         read_classes(str(tmp_path / 'classes.txt'))
 
 
+def test_folders_of_systems_are_no_classes(animals):
+    touch(animals, '@eaDir/x.jpg', 'cat/@eaDir/1.jpg/thumb.jpg', '__MACOSX/cat/._1.jpg')
+    for name in ('lost+found', 'System Volume Information', '$RECYCLE.BIN', '.Trash-1000', '#recycle'):
+        (animals / name).mkdir()
+    train, labels, _, _, classes = open_labelled(DataConfig(path=str(animals)), 0)
+    assert classes == ('ant', 'cat', 'dog') and labels.tolist() == [0, 1, 1, 2, 2]
+    assert train.notes == [f'{animals}: 2 other files left out: .csv (1), .txt (1)']
+
+
 @pytest.mark.parametrize('extra, message', [
-    ('bird/readme.txt', 'class folder .*train/bird has no images: add some or remove the folder'),
+    ('bird/readme.txt', r'class folder .*train/bird has no images, but 1 other file: .txt \(1\): add some or remove'),
     ('6.jpg', '1 of the 6 images in .*train are in no class folder, the first is .*train/6.jpg: move images to '
      '.*train/CLASS/, or name their classes in a file, data.labels')])
 def test_folders_that_do_not_divide_into_classes(animals, extra, message):

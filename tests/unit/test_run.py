@@ -78,6 +78,16 @@ def test_workers_need_the_same_labels():
                        Second(['a', 'b']))
 
 
+def test_a_checkpoint_of_other_images(tmp_path):
+    """As after an update that reads more formats."""
+    config = Config(output=str(tmp_path), name='run')
+    checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {'config': configfile.to_dict(config), 'samples': 3}, 1)
+    with pytest.raises(ValueError, match=r'the number of training images \(there 3, here 5\) \(files came or went, or '
+                       'an earlier version did not read their format: take out what came, put back what went'):
+        checkpoint_to_resume(config, 5, (), print)
+    assert checkpoint_to_resume(config, 3, (), print).step == 7
+
+
 @pytest.mark.parametrize('by_name', [False, True])
 def test_a_checkpoint_of_other_classes(tmp_path, by_name):
     config = Config(task='classify', output=str(tmp_path), name='run')

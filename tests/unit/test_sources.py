@@ -1,13 +1,16 @@
 """Folders, RecordIO against MXNet's own reader, digits, held-out images, and what is said when something is wrong."""
+import io
 import os
 import random
 import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from mxsimmim.data.sources import (Digits, ImageFiles, Records, RecordWriter, Source, Subset, hold_out, image_files,
-                                   open_source)
+from mxsimmim.data.sources import (Digits, ImageFiles, Records, RecordWriter, Source, Subset, extensions, found,
+                                   hold_out, image_files, notes_of, open_source)
+from mxsimmim.data.transforms import decode
 
 MAGIC = struct.pack('<I', 0xced7230a)
 
@@ -52,6 +55,82 @@ def test_files_and_folders_given_by_name(tmp_path):
     assert image_files([str(tmp_path / 'one'), str(tmp_path / 'f')]) == [
         str(tmp_path / name) for name in ('one', 'f/a.jpg', 'f/b.jpg')]
     assert len(ImageFiles([])) == 0
+
+
+def test_every_extension_is_of_an_image_that_can_be_read():
+    """Pillow writes one of each kind, the reader of images reads it; nothing else is taken for an image."""
+    known = extensions()
+    assert list(known)[:3] == ['jpg', 'jpeg', 'png']
+    assert {'ppm', 'pgm', 'pbm', 'pnm', 'jfif', 'jpe', 'jp2', 'j2k', 'tga', 'ico', 'dib', 'mpo', 'pcx'} <= set(known)
+    assert not {'eps', 'ps', 'pdf', 'wmf', 'emf', 'h5', 'grib', 'mpg', 'txt', 'heic', ''} & set(known)
+    Image.init()
+    assert ('avif' in known) == ('AVIF' in Image.OPEN and '.avif' in Image.registered_extensions())
+    gradient = np.add.outer(np.arange(40), np.arange(32)).astype(np.uint8) * 3
+    for name in known:
+        kind = Image.registered_extensions()[f'.{name}']
+        if kind not in Image.SAVE:
+            assert name in ('qoi', 'ras', 'sgi'), name
+            continue
+        file = io.BytesIO()
+        options = {'sizes': [(32, 40)]} if name == 'ico' else {}
+        Image.fromarray(gradient).convert('1' if name == 'pbm' else 'RGB').save(file, kind, **options)
+        pixels = decode(file.getvalue(), name)
+        assert pixels.shape == (40, 32, 3), name
+        if name != 'pbm':
+            assert np.abs(pixels - gradient[:, :, None].astype(int)).max() <= 8, name
+
+
+def test_other_files_are_counted_by_name(tmp_path):
+    touch(tmp_path, 'a/1.PPM', 'a/2.jpe', 'b/3.JP2', 'a/4.heic', 'b/5.HEIC', 'b/6.heic', 'a/notes.txt', 'README', 'b/7',
+          'a/8.JPEG.1', 'a/9.jpg.tmp', 'Dr. Who', '.hidden.txt', 'Thumbs.db', 'a/desktop.ini', '.DS_Store', 'a/._1.PPM')
+    source = open_source(str(tmp_path))
+    assert [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))] == ['a/1.PPM', 'a/2.jpe', 'b/3.JP2']
+    assert source.notes == [f'{tmp_path}: 9 other files left out: .heic (3), without extension (3), .1 (1), .tmp (1), '
+                            '.txt (1)']
+    parts = hold_out(source, 0.4, seed=0)
+    assert notes_of(*parts, None) == notes_of(source) == source.notes
+    (tmp_path / 'one').mkdir()
+    touch(tmp_path / 'one', 'a.jpg', 'list.csv')
+    assert open_source(str(tmp_path / 'one')).notes == [f'{tmp_path}/one: 1 other file left out: .csv (1)']
+    assert open_source(str(tmp_path / 'one' / '..' / 'b')).notes[0].endswith('.heic (2), without extension (1)')
+    touch(tmp_path, *(f'many/x.k{number}' for number in range(10)), 'many/x.jpg', 'many/y.k7')
+    assert open_source(str(tmp_path / 'many')).notes[0].endswith(
+        '11 other files left out: .k7 (2), .k0 (1), .k1 (1), .k2 (1), .k3 (1), .k4 (1), .k5 (1), .k6 (1), …')
+
+
+def test_a_folder_of_unreadable_formats_says_so(tmp_path):
+    touch(tmp_path, 'a/1.heic', 'a/2.HEIC', 'n1.tar')
+    with pytest.raises(ValueError, match=r'has no images: no file .* ends in .jpg, .*, .ppm, .*; it has 3 other files: '
+                       r'.heic \(2\), .tar \(1\): unpack archives, convert images to .jpg or .png$'):
+        open_source(str(tmp_path))
+    with pytest.raises(ValueError, match='has no images: no file[^;]*$'):
+        touch(tmp_path, 'b/.DS_Store')
+        open_source(str(tmp_path / 'b'))
+
+
+def test_what_systems_leave_is_no_image(tmp_path, monkeypatch):
+    touch(tmp_path, 'cat/1.jpg', 'cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg', 'cat/._1.jpg', '@eaDir/x.jpg',
+          '#recycle/x.jpg', 'lost+found/x.jpg', '.Trash-1000/files/x.jpg', '$RECYCLE.BIN/S-1-5/x.jpg',
+          'System Volume Information/x.jpg',
+          '__MACOSX/cat/x.jpg', '.ipynb_checkpoints/x.jpg', '.AppleDouble/x.jpg', '@Recycle/x.jpg', '@tmp/x.jpg',
+          'dog/2.jpg', 'recycled/3.jpg')
+
+    def scan(path, listed=os.scandir):  # root, who may run the tests, can list everything
+        if path.endswith('lost+found'):
+            raise PermissionError(13, 'Permission denied', path)
+        return listed(path)
+    monkeypatch.setattr(os, 'scandir', scan)
+    assert names(tmp_path) == ['cat/1.jpg', 'dog/2.jpg', 'recycled/3.jpg']
+    assert open_source(str(tmp_path)).notes == []
+    assert image_files([str(tmp_path / '@eaDir')]) == [str(tmp_path / '@eaDir/x.jpg')]  # where it was asked for
+
+
+def test_found_goes_on_after_what_is_missing(tmp_path, capfd, caplog):
+    touch(tmp_path, 'a/1.jpg', 'a/x.txt', 'b/y.txt')
+    files, problems = found([str(tmp_path / name) for name in ('none', 'a', 'b')])
+    assert files == [str(tmp_path / 'a/1.jpg')] and len(problems) == 2
+    assert 'none does not exist' in problems[0] and 'b has no images' in problems[1]
+    assert [record.getMessage() for record in caplog.records] == [f'{tmp_path}/a: 1 other file left out: .txt (1)']
 
 
 def test_digits():
