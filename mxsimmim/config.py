@@ -143,7 +143,8 @@ class MaskConfig(Section):
 
 class DataConfig(Section):
     """Where the images are and what is done to each."""
-    path: str = Field('', description='a folder of images (class folders or flat), a RecordIO file (.rec), or digits')
+    path: str = Field('', description="a folder of images (class folders or flat), a RecordIO file (.rec), several "
+                      "('a.rec;b.rec', or a folder of them), or digits")
     val_path: str = Field('', description='held-out images, same kinds; empty: val_fraction of path is held out')
     val_fraction: float = Field(0.0, ge=0, lt=1, description='share of path held out for validation')
     threads: int = Field(0, ge=0, description='loader threads; 0: one a core')

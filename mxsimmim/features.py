@@ -14,7 +14,7 @@ from mxnet.gluon import HybridBlock
 from .config import DataConfig, ModelConfig
 from .data.labels import labelled_source
 from .data.loader import every_image
-from .data.sources import ImageFiles, Source, image_files, tell
+from .data.sources import ImageFiles, Source, image_files, open_source, tell
 from .data.transforms import ClassifyEvalTransform
 from .interop import official
 from .trained import Trained, contexts_for, load_run
@@ -155,7 +155,7 @@ def write(file: Path, **arrays: Any) -> None:
 
 
 def open_images(paths: Sequence[str]) -> Tuple[Source, Optional[np.ndarray], Tuple[str, ...]]:
-    """(images, int64 (n,) labels or None, class names): files and folders, one RecordIO file, or the word digits.
+    """(images, int64 (n,) labels or None, class names): files and folders, or what a data.path can be.
 
     Labels come with the digits, a RecordIO file, and one folder that has all its images in class folders.
 
@@ -166,10 +166,10 @@ def open_images(paths: Sequence[str]) -> Tuple[Source, Optional[np.ndarray], Tup
         notes: List[str] = []
         return ImageFiles(image_files(paths, notes), notes), None, ()
     if os.path.isdir(paths[0]):
-        notes = []
-        files = image_files(paths, notes)
-        if any(os.path.samefile(os.path.dirname(file), paths[0]) for file in files):
-            return ImageFiles(files, notes), None, ()
+        source = open_source(paths[0])
+        names = (source.name(index) for index in range(len(source)))
+        if isinstance(source, ImageFiles) and any(os.path.samefile(os.path.dirname(name), paths[0]) for name in names):
+            return source, None, ()
     return labelled_source(paths[0])
 
 

@@ -50,13 +50,15 @@ def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
 
 def unreadable(path: str) -> str:
     """What is wrong with a data path; empty if it can be read."""
-    try:
-        if os.path.isdir(path):
-            os.listdir(path)
-        else:
-            open(path, 'rb').close()
-    except OSError as error:
-        return f"data '{path}' cannot be read ({error.strerror}): put the data there, or mount them"
+    files = [path] if os.path.exists(path) else [part.strip() for part in path.split(';') if part.strip()]
+    for file in files:  # several RecordIO files are separated by semicolons
+        try:
+            if os.path.isdir(file):
+                os.listdir(file)
+            else:
+                open(file, 'rb').close()
+        except OSError as error:
+            return f"data '{file}' cannot be read ({error.strerror}): put the data there, or mount them"
     return ''
 
 

@@ -6,9 +6,9 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..config import DataConfig
+from .recordio import Chunks, Records
 from .sampling import generator
-from .sources import (SEED, Digits, ImageFiles, Records, Source, Subset, hold_out, image_files, is_ignored, open_source,
-                      other_files)
+from .sources import SEED, Digits, ImageFiles, Source, Subset, hold_out, is_ignored, open_source, other_files
 
 
 class Labelled(NamedTuple):
@@ -57,26 +57,37 @@ def labelled_source(path: str, classes: Sequence[str] = (),
     Raises:
         ValueError: see `open_labelled`.
     """
-    if table and not os.path.isdir(path):
-        raise ValueError(f'data.labels={table} names the classes of files in a folder, but {path or "data.path"} is '
-                         'not a folder: leave data.labels out, or give the folder')
-    if os.path.isdir(path):
-        notes: List[str] = []
-        files = image_files([path], notes)
-        names = list(_from_table(path, files, table, classes) if table else _from_folders(path, files, classes))
-        return (ImageFiles(files, notes),) + _numbered(names, classes)
     source = open_source(path)
-    assert isinstance(source, (Digits, Records))
+    if table and not isinstance(source, ImageFiles):
+        raise ValueError(f'data.labels={table} names the classes of files in a folder, but {path} is not a folder of '
+                         'images: leave data.labels out, or give the folder')
+    if isinstance(source, ImageFiles):
+        files = [source.name(index) for index in range(len(source))]
+        names = list(_from_table(path, files, table, classes) if table else _from_folders(path, files, classes))
+        return (source,) + _numbered(names, classes)
+    assert isinstance(source, (Digits, Records, Chunks))
     labels = source.labels()
-    highest = int(labels.max())
+    highest, from_one = int(labels.max()), ' (labels seem to begin at 1)' if labels.min() == 1 else ''
     if classes and highest >= len(classes):
         first = int(labels.argmax())
         raise ValueError(f'{source.name(first)} has label {highest}, but there are only {len(classes)} classes, 0 to '
-                         f'{len(classes) - 1}: complete data.classes, or give images of the same classes')
+                         f'{len(classes) - 1}{from_one}: complete data.classes, or give images of the same classes')
     if not classes and highest >= len(source):
-        raise ValueError(f'{path} has labels up to {highest}, but only {len(source)} images: pack it again, or name '
-                         'all classes in data.classes')
+        raise ValueError(f'{path} has labels up to {highest}, but only {len(source)} images{from_one}: pack it again, '
+                         'or name all classes in data.classes')
+    if not classes:
+        source.notes = [*source.notes, *_unused(path, labels, from_one)]
     return source, labels, tuple(classes) or tuple(map(str, range(highest + 1)))
+
+
+def _unused(path: str, labels: np.ndarray, from_one: str) -> List[str]:
+    """A sentence about the numbers, up to the highest label, that no image has."""
+    empty = np.flatnonzero(np.bincount(labels) == 0)
+    if not len(empty):
+        return []
+    which = ', '.join(map(str, empty[:5])) + (', …' if len(empty) > 5 else '')
+    return [f'{path}: no image has label {which}{from_one}; '
+            + ('this class stays' if len(empty) == 1 else f'these {len(empty):,} classes stay') + ' empty']
 
 
 def read_classes(file: str) -> Tuple[str, ...]:
@@ -109,6 +120,9 @@ def few_of_each(labels: np.ndarray, classes: Sequence[str], count: int, seed: in
     kept: List[np.ndarray] = []
     for number, name in enumerate(classes):
         own = np.flatnonzero(labels == number)
+        if not len(own):
+            raise ValueError(f"data.labels_per_class={count}, but class '{name}' has no training image: add "
+                             'some, leave it out of data.classes, or number the labels from 0 without gaps')
         if len(own) < count:
             raise ValueError(f"data.labels_per_class={count}, but class '{name}' has {len(own)} training images: lower "
                              'it, or add images')

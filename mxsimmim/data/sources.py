@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from typing_extensions import Protocol
 
-from .recordio import Records, RecordWriter  # noqa: F401
+from .recordio import Records, RecordWriter, open_records, record_files  # noqa: F401
 from .sampling import generator
 
 # Of what Pillow can read, the formats of photographs: no documents and programs (EPS, PDF, WMF), no maps and textures.
@@ -26,6 +26,10 @@ SYSTEM = frozenset((
 SEED = 0  # of which images are held out: the same for every run, whatever its own seed
 
 
+class NoImages(ValueError):
+    """A folder without images."""
+
+
 class Source(Protocol):
     """A numbered set of images."""
     notes: Sequence[str]  # what whoever opened it should be told, once
@@ -40,7 +44,8 @@ class Source(Protocol):
 
 
 def open_source(path: str) -> Source:
-    """The images at `path`: a folder, with class folders or flat; a RecordIO file (.rec); or the word digits.
+    """The images at `path`: a folder, with class folders or flat; a RecordIO file (.rec), several separated by
+    semicolons, or a folder of them; or the word digits.
 
     Raises:
         ValueError: nothing there, no image in the folder, a file of another kind, a damaged RecordIO file.
@@ -49,13 +54,26 @@ def open_source(path: str) -> Source:
         return Digits()
     if not path:
         raise ValueError('no images: set data.path to a folder of images, a RecordIO file (.rec), or digits')
+    parts = [part.strip() for part in path.split(';') if part.strip()]
+    if ';' in path and parts and not os.path.exists(path):  # as MXNet's ImageRecordIter takes them
+        for part in parts:
+            if not (part.lower().endswith('.rec') and os.path.isfile(part)):
+                raise ValueError(f'{part}, a part of {path}, is no RecordIO file (.rec): give '
+                                 'files that exist, a folder of them, or a folder of images')
+        return open_records(parts)
     if path.lower().endswith('.rec') and os.path.isfile(path):
         return Records(path)
     if os.path.isfile(path):
         raise ValueError(f'{path} is a file, but not a RecordIO file (.rec): give its folder, or a .rec file made by '
                          'tools/pack_records.py')
     notes: List[str] = []
-    return ImageFiles(image_files([path], notes), notes)
+    try:
+        return ImageFiles(image_files([path], notes), notes)
+    except NoImages:
+        records = record_files(path)
+        if not records:
+            raise
+        return open_records(records)
 
 
 class ImageFiles:
@@ -102,8 +120,8 @@ def image_files(paths: Sequence[str], notes: Optional[List[str]] = None) -> List
             below = sorted(_walk(path, others))
             if not below:
                 instead = f'; it has {listed(others)}: unpack archives, convert images to .jpg or .png'
-                raise ValueError(f'{path} has no images: no file in or below it ends in '
-                                 + ', '.join(f'.{name}' for name in extensions()) + (instead if others else ''))
+                raise NoImages(f'{path} has no images: no file in or below it ends in '
+                               + ', '.join(f'.{name}' for name in extensions()) + (instead if others else ''))
             if others and notes is not None:
                 notes.append(f'{path}: {listed(others, " left out")}')
             files += below
