@@ -162,6 +162,9 @@ class DataConfig(Section):
     flip: float = Field(0.5, ge=0, le=1, description='probability of a horizontal flip')
     eval_crop: float = Field(0.875, gt=0, le=1, description='classify: side of the square cut from the middle for '
                              'evaluation over the short side')
+    exif_orientation: Optional[bool] = Field(
+        None, description='turn images upright as their EXIF orientation says: true, false, or null: in predict, '
+        'serve, reconstruct and features, but not in training and evaluation, as the reference')
     mean: Tuple[float, float, float] = Field((0.485, 0.456, 0.406), description='subtracted, per channel of [0, 1]')
     std: Tuple[float, float, float] = Field((0.229, 0.224, 0.225), description='divided by, per channel of [0, 1]')
     shares: Union[Literal['equal', 'auto'], Tuple[float, ...]] = Field(
@@ -177,6 +180,10 @@ class DataConfig(Section):
         if not isinstance(self.shares, str):
             _require(len(self.shares) > 0 and min(self.shares) > 0, f'shares={_list(self.shares)} must be positive')
         return self
+
+    def in_use(self) -> 'DataConfig':
+        """The same for what users give to a trained network: upright, unless that was ruled out."""
+        return self.model_copy(update={'exif_orientation': self.exif_orientation is not False})
 
 
 class AugmentConfig(Section):

@@ -17,7 +17,7 @@ from .data.loader import every_image
 from .data.sources import ImageFiles, Source, image_files, open_source, tell
 from .data.transforms import ClassifyEvalTransform
 from .interop import official
-from .trained import Trained, contexts_for, load_run
+from .trained import Trained, contexts_for, data_in_use, load_run
 
 BATCH = 64  # images at a time
 DRAWN = 5000  # images at most in a picture: t-SNE takes minutes for many more
@@ -92,7 +92,8 @@ def cached(run: Path, trained: Trained, data: DataConfig, source: Source, blocks
     """
     origin = {'weights': _weights(trained), 'images': _images(source), 'img_size': trained.config.model.img_size,
               'eval_crop': data.eval_crop, 'mean': data.mean, 'std': data.std,
-              'precision': trained.config.runtime.precision}
+              'precision': trained.config.runtime.precision,
+              **({'exif_orientation': True} if data.exif_orientation else {})}
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
     files = {number: Path(run) / 'features' / f'step-{trained.step:08d}-block-{number:02d}-{digest[:12]}.npz'
              for number in blocks}
@@ -189,7 +190,7 @@ def save_features(run: Path, paths: Sequence[str], block: str, out: Path, pictur
     tell(source.notes)
     if picture and len(source) < 5:
         raise ValueError(f'--picture {picture}: {len(source)} images are too few for a picture, which needs 5')
-    features = extract(trained, trained.config.data, source, [number])[number]
+    features = extract(trained, data_in_use(trained.config), source, [number])[number]
     known = {} if labels is None else {'labels': labels, 'classes': np.array(classes)}
     write(out, features=features, names=np.array([source.name(i) for i in range(len(source))]), block=number,
           step=trained.step, run=trained.config.name, **known)

@@ -13,7 +13,7 @@ from .interop import official
 from .models import build_simmim
 from .parallel.placement import Replicated
 from .pictures import grid, to_uint8
-from .trained import contexts_for
+from .trained import contexts_for, data_in_use
 
 
 def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: int = 0) -> Path:
@@ -30,7 +30,7 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     official.assign(net, saved.arrays['weights'])
     placement = Replicated(net, contexts_for(config)[:1], config.data.mean, config.data.std)
     source = ImageFiles(image_files(images))
-    transform = EvalTransform(config.data, config.mask, config.model)
+    transform = EvalTransform(data_in_use(config), config.mask, config.model)
     batches = list(fixed_batches(source, transform, min(len(source), 32), len(source), seed, config.data.threads,
                                   max_broken=0))
     predicted = [to_uint8(placement.reconstruct(batch), config.data.mean, config.data.std) for batch in batches]

@@ -1,9 +1,10 @@
 """What a run has trained, ready to be used."""
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, List, NamedTuple, Tuple, Union
 
 from . import checkpoint, ops
-from .config import Config
+from .config import Config, DataConfig
 from .interop import official
 from .models import Classifier, SimMIM, build_classifier, build_simmim
 from .parallel.placement import contexts_of
@@ -37,6 +38,14 @@ def load_run(run: Path) -> Trained:
     net = build_classifier(config.model, len(classes), None) if classes else build_simmim(config.model, None)
     official.assign(net, saved.arrays.get('ema', saved.arrays['weights']))
     return Trained(config, net, classes, saved.step)
+
+
+def data_in_use(config: Config) -> DataConfig:
+    """How a run's network sees what users give it, with a note where that is not upright."""
+    if config.data.exif_orientation is False:
+        print('mxsimmim: note: EXIF orientation is ignored, as in training: the run has data.exif_orientation=false',
+              file=sys.stderr, flush=True)
+    return config.data.in_use()
 
 
 def contexts_for(config: Config) -> List['mx.Context']:

@@ -4,6 +4,7 @@
 IMAGES is searched at any depth and taken in the order of the paths; with class folders, the label of an image is the
 number of its folder in the sorted list of them, else 0. OUT.idx, beside OUT.rec, says where each image begins. Both
 can be given to mxsimmim (data.path=OUT.rec) and to MXNet's own readers. Unreadable images are named and left out.
+Orientations (EXIF) are kept, not applied: data.exif_orientation decides about them later.
 
     python tools/pack_records.py /data/imagenet/train train.rec --size 256
 """
@@ -20,8 +21,11 @@ from typing import Deque, Iterator, List, Optional, Tuple
 from PIL import Image
 from tqdm import tqdm
 
+from mxsimmim.data.decode import ORIENTATION, decode, orientation
 from mxsimmim.data.sources import RecordWriter, image_files, tell
-from mxsimmim.data.transforms import decode, resize_short_side
+from mxsimmim.data.transforms import resize_short_side
+
+LONGEST = 65500  # pixels of a side of a JPEG
 
 
 def main() -> int:
@@ -34,7 +38,7 @@ def main() -> int:
                         'JPEG; without it, files are copied unchanged')
     parser.add_argument('--quality', type=int, default=95, metavar='Q', help='of these JPEGs (default: 95)')
     args = parser.parse_args()
-    for option, value, most in (('threads', args.threads, 1024), ('size', args.size, 65500),
+    for option, value, most in (('threads', args.threads, 1024), ('size', args.size, LONGEST),
                                 ('quality', args.quality, 100)):
         if value is not None and not 1 <= value <= most:
             parser.error(f'--{option} {value} is not between 1 and {most}')
@@ -108,8 +112,14 @@ def encode(path: str, size: Optional[int], quality: int) -> Tuple[bytes, str]:
         return b'', str(error)
     if size is None or min(image.shape[:2]) <= size:
         return data, ''
-    buffer = io.BytesIO()
-    resize_short_side(Image.fromarray(image), size).save(buffer, 'JPEG', quality=quality)
+    image = resize_short_side(Image.fromarray(image), size)
+    if max(image.size) > LONGEST:
+        return data, ''
+    buffer, kept, turn = io.BytesIO(), {}, orientation(data)
+    if turn > 1:
+        kept['exif'] = Image.Exif()
+        kept['exif'][ORIENTATION] = turn
+    image.save(buffer, 'JPEG', quality=quality, **kept)
     return buffer.getvalue(), ''
 
 

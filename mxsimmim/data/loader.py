@@ -141,7 +141,9 @@ class Loader:
             candidate %= count
             if candidate not in self._broken:
                 try:
-                    return candidate, decode(self._source.read(candidate), self._source.name(candidate))
+                    data = self._source.read(candidate)
+                    return candidate, decode(data, self._source.name(candidate), self._transform.upright,
+                                             self._unsaid.append)
                 except (ValueError, OSError) as error:
                     self._note(candidate, error)
         raise TooManyBroken(f'none of the {count} images can be read; the last: {self._last()}')

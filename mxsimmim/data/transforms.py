@@ -1,27 +1,20 @@
-"""From a file's bytes to a training sample: decoding, cropping, resizing, masking.
+"""From pixels to a training sample: cropping, resizing, masking.
 
 Images are uint8 (H, W, 3) RGB throughout; they become normalised floats on the device, which saves three quarters of
 the transfer. A classifier's training images are the exception: the noise that erases parts of them is not in bytes.
 """
-import io
 import math
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple
 
 import cv2
 import numba
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from ..config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
 from .augment import erase, mix_pair, mixes, rand_augment, smooth_label
+from .decode import MAX_PIXELS, STRIP, BrokenImage, decode  # noqa: F401, for those who import them from here
 from .masks import random_mask
-
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; Pillow takes an image beyond it for a decompression bomb
-
-
-class BrokenImage(ValueError):
-    """An image that cannot be decoded; its text names it."""
 
 
 class Sample(NamedTuple):
@@ -33,45 +26,6 @@ class Sample(NamedTuple):
 
 
 NO_LABEL, NO_MASK = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
-
-
-def decode(data: Union[bytes, np.ndarray], name: str) -> np.ndarray:
-    """Pixels of an encoded image, or of an array (H, W) or (H, W, 3), as uint8 (H, W, 3) RGB.
-
-    Grey, palette, CMYK and 16-bit images are converted, transparency is dropped, the first frame of several is taken,
-    EXIF orientation is ignored (as the reference's loader does).
-
-    Raises:
-        BrokenImage: not an image, cut short, damaged, or more than `MAX_PIXELS`.
-    """
-    if isinstance(data, np.ndarray):
-        return data if data.ndim == 3 else np.stack([data] * 3, axis=-1)
-    if not data:
-        raise BrokenImage(f'{name}: empty file')
-    if data[:2] == b'\xff\xd8':
-        try:  # the same library and numbers as Pillow, straight into an array
-            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-            if space in ('YCbCr', 'Gray') and height * width <= MAX_PIXELS:
-                return simplejpeg.decode_jpeg(data)
-        except ValueError:
-            pass  # strict about blemishes that Pillow may tolerate
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f'{image.width} x {image.height} pixels are more than {MAX_PIXELS}')
-            return _to_rgb(image)
-    except Image.UnidentifiedImageError:
-        raise BrokenImage(f'{name}: not an image, or of an unknown format') from None
-    except Exception as error:  # Pillow's decoders raise about anything on damaged files
-        raise BrokenImage(f'{name}: {error or type(error).__name__}') from error
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith('I'):  # 16 bits; Pillow's own conversion would clip all above 255 to white
-        return decode((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8), '')
-    image.load()
-    image.info.pop('transparency', None)  # else Pillow warns about what is meant here
-    return np.asarray(image.convert('RGB'))
 
 
 def random_crop(rng: np.random.Generator, height: int, width: int, scale: Tuple[float, float],
@@ -89,9 +43,9 @@ def random_crop(rng: np.random.Generator, height: int, width: int, scale: Tuple[
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     w, h = width, height
     if width / height < ratio[0]:
-        h = round(width / ratio[0])
+        h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+        w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -102,30 +56,51 @@ def resize(image: np.ndarray, size: int, flip: bool = False, bicubic: bool = Fal
     two output pixels or a cubic as wide as four, in a fraction of its time: each pass works on whole rows, with columns
     transposed into rows by OpenCV.
     """
-    return _resize(image, size, size, flip, bicubic)
+    return _resize(image, (size, size), (0, 0), (size, size), flip, bicubic)
 
 
-def _resize(image: np.ndarray, out_height: int, out_width: int, flip: bool, bicubic: bool) -> np.ndarray:
-    height, width, _ = image.shape
-    columns = np.empty((out_width, height * 3), np.uint8)
-    _resize_rows(cv2.transpose(image).reshape(width, height * 3), columns, flip, bicubic)
-    rows = cv2.transpose(columns.reshape(out_width, height, 3)).reshape(height, out_width * 3)
-    result = np.empty((out_height, out_width, 3), np.uint8)
-    _resize_rows(rows, result.reshape(out_height, out_width * 3), False, bicubic)
+def _resize(image: np.ndarray, whole: Tuple[int, int], corner: Tuple[int, int], shape: Tuple[int, int],
+            flip: bool, bicubic: bool) -> np.ndarray:
+    """The part of `shape` (h, w) at `corner` (top, left) of the image resized to `whole` (H', W'), and nothing else.
+
+    What is computed and kept depends on `shape` and the image alone, however large `whole` is.
+    """
+    (height, width), (first, last) = image.shape[:2], _reach(image.shape[0], whole[0], corner[0], shape[0], bicubic)
+    left, right = _reach(width, whole[1], corner[1], shape[1], bicubic)
+    rows = np.empty((last - first, shape[1] * 3), np.uint8)
+    step = max(1, STRIP // (right - left))
+    for start in range(first, last, step):
+        part = cv2.transpose(image[start:min(start + step, last), left:right]).reshape(right - left, -1)
+        columns = np.empty((shape[1], part.shape[1]), np.uint8)
+        _resize_rows(part, columns, width, left, whole[1], corner[1], flip, bicubic)
+        strip = cv2.transpose(columns.reshape(shape[1], -1, 3)).reshape(-1, shape[1] * 3)
+        rows[start - first:][:len(strip)] = strip
+    result = np.empty((*shape, 3), np.uint8)
+    _resize_rows(rows, result.reshape(shape[0], -1), height, first, whole[0], corner[0], False, bicubic)
     return result
 
 
+def _reach(length: int, whole: int, start: int, count: int, bicubic: bool) -> Tuple[int, int]:
+    """From and up to which of `length` rows the output rows from `start` on are made of; see `_resize_rows`."""
+    scale = length / whole
+    support = max(scale, 1.0) * (2 if bicubic else 1)
+    return (max(int((start + 0.5) * scale - support + 0.5), 0),
+            min(int((start + count - 0.5) * scale + support + 0.5), length))
+
+
 @numba.njit(nogil=True, error_model='numpy')
-def _resize_rows(rows, out, backwards, bicubic):
-    """Weighted means of neighbouring rows: uint8 (n, L) to (size, L), in fixed point with 22 bits as Pillow does it."""
-    n, size = len(rows), len(out)
+def _resize_rows(rows, out, n, base, size, start, backwards, bicubic):
+    """Weighted means of neighbouring rows, in fixed point with 22 bits as Pillow does it: uint8 (m, L) to (k, L).
+
+    Of `n` rows `rows` are those from `base` on, of the `size` rows that they become `out` gets those from `start` on.
+    """
     scale = n / size
     inverse = 1.0 / max(scale, 1.0)
     support = max(scale, 1.0) * (2 if bicubic else 1)
     weights = np.empty(2 * math.ceil(support) + 1)
     sums = np.empty(rows.shape[1], np.int32)
-    for y in range(size):
-        centre = (y + 0.5) * scale
+    for y in range(len(out)):
+        centre = (start + y + 0.5) * scale
         first = max(int(centre - support + 0.5), 0)
         count = min(int(centre + support + 0.5), n) - first
         for k in range(count):
@@ -139,11 +114,11 @@ def _resize_rows(rows, out, backwards, bicubic):
         total = weights[:count].sum()
         sums[:] = 1 << 21  # rounds to nearest
         for k in range(count):
-            exact, row = weights[k] / total * (1 << 22), rows[first + k]
+            exact, row = weights[k] / total * (1 << 22), rows[first + k - base]
             weight = np.int32(exact + 0.5 if exact >= 0 else exact - 0.5)
             for i in range(len(sums)):
                 sums[i] += np.int32(row[i]) * weight
-        target = out[size - 1 - y] if backwards else out[y]
+        target = out[len(out) - 1 - y] if backwards else out[y]
         for i in range(len(sums)):
             target[i] = min(max(sums[i] >> 22, 0), 255)
 
@@ -158,6 +133,7 @@ class PretrainTransform:
     def __init__(self, data: DataConfig, mask: MaskConfig, model: ModelConfig):
         self._data, self._mask, self._model = data, mask, model
         self._uniforms, self._bicubic = _uniforms(model), data.interpolation == 'bicubic'
+        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
 
     def allocate(self, count: int) -> Sample:
         """Uninitialised arrays for `count` samples."""
@@ -181,6 +157,7 @@ class EvalTransform:
 
     def __init__(self, data: DataConfig, mask: MaskConfig, model: ModelConfig):
         self._mask, self._model = mask, model
+        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
 
     def allocate(self, count: int) -> Sample:
         """Uninitialised arrays for `count` samples."""
@@ -212,6 +189,7 @@ class ClassifyTransform:
         self._how = {'resample': Image.BICUBIC if self._bicubic else Image.BILINEAR,
                      'fillcolor': tuple(round(255 * mean) for mean in data.mean)}
         self.group = 2 if mixes(augment) else 1  # images that are transformed together
+        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
 
     def allocate(self, count: int) -> Sample:
         """Uninitialised arrays for `count` samples."""
@@ -247,6 +225,7 @@ class ClassifyEvalTransform:
     def __init__(self, data: DataConfig, model: ModelConfig, labels: Optional[np.ndarray] = None, classes: int = 0):
         self._size, self._short = model.img_size, int(model.img_size / data.eval_crop)
         self._labels, self._classes = labels, classes if labels is not None else 0
+        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
 
     def allocate(self, count: int) -> Sample:
         """Uninitialised arrays for `count` samples."""
@@ -255,10 +234,10 @@ class ClassifyEvalTransform:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Sample:
         width, height = _short_side(image.shape[1], image.shape[0], self._short)
-        resized = _resize(image, height, width, False, True)
-        top, left = (round((side - self._size) / 2) for side in resized.shape[:2])
+        corner = round((height - self._size) / 2), round((width - self._size) / 2)
+        middle = _resize(image, (height, width), corner, (self._size, self._size), False, True)
         label = NO_LABEL if self._labels is None else smooth_label(self._labels[index], self._classes, 0)
-        return Sample(resized[top:top + self._size, left:left + self._size], NO_MASK, NO_LABEL, label)
+        return Sample(middle, NO_MASK, NO_LABEL, label)
 
 
 def normalise(image: np.ndarray, mean: Tuple[float, ...], std: Tuple[float, ...]) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 from ..data.sampling import generator
 from ..data.transforms import ClassifyEvalTransform, EvalTransform, decode, normalise
 from ..pictures import grid, to_uint8
-from ..trained import Trained, contexts_for
+from ..trained import Trained, contexts_for, data_in_use
 
 SEED = 0  # of the mask that images to reconstruct get
 
@@ -27,12 +27,12 @@ class Predictor:
 
     def __init__(self, trained: Trained):
         config = trained.config
-        self.classes, self._data, self._net = trained.classes, config.data, trained.net
+        self.classes, self._data, self._net = trained.classes, data_in_use(config), trained.net
         self._context = contexts_for(config)[0]
         self._net.collect_params().reset_ctx(self._context)
-        self._transform: Any = EvalTransform(config.data, config.mask, config.model)
+        self._transform: Any = EvalTransform(self._data, config.mask, config.model)
         if self.classes:
-            self._transform = ClassifyEvalTransform(config.data, config.model)
+            self._transform = ClassifyEvalTransform(self._data, config.model)
         self._net.hybridize(static_alloc=True)
 
     def prepare(self, data: bytes, name: str) -> Prepared:
@@ -41,7 +41,8 @@ class Predictor:
         Raises:
             BrokenImage: not an image, damaged, or too many pixels; its text names it.
         """
-        pixels, mask, *_ = self._transform(decode(data, name), generator(SEED))
+        image = decode(data, name, self._transform.upright)
+        pixels, mask, *_ = self._transform(image, generator(SEED))
         return Prepared(pixels, normalise(pixels, self._data.mean, self._data.std), mask)
 
     def answer(self, batch: Sequence[Prepared]) -> np.ndarray:

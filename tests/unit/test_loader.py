@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mxsimmim.config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
+from mxsimmim.data import decode as decoding
 from mxsimmim.data.augment import mix_pair
 from mxsimmim.data.loader import Loader, TooManyBroken, fixed_batches
 from mxsimmim.data.sampling import batch_at, generator
@@ -244,3 +245,30 @@ def test_fixed_batches_replace_broken_images_too(caplog):
     assert (batches[0].image[1] == batches[0].image[2]).all() and 'picture-1.png' in caplog.text
     with pytest.raises(TooManyBroken, match='data.max_broken=0'):
         list(fixed_batches(Pictures(4, broken=(1,)), EVAL, 4, 4, SEED, 1, max_broken=0))
+
+
+@pytest.mark.parametrize('key, upright', [(None, False), (False, False), (True, True)])
+def test_exif_orientation_as_the_configuration_says(key, upright):
+    pixels = np.random.default_rng(SEED).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    exif, buffer, data = Image.Exif(), io.BytesIO(), DataConfig(exif_orientation=key)
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(buffer, 'PNG', exif=exif)
+    source = Pictures(1)
+    source.read = lambda _: buffer.getvalue()
+    batch, = fixed_batches(source, EvalTransform(data, MASK, MODEL), 1, 1, SEED, 1)
+    assert (batch.image[0] == (pixels if upright else np.rot90(pixels))).all()
+    for use, want in ((data, upright), (data.in_use(), key is not False)):
+        made = [PretrainTransform(use, MASK, MODEL), EvalTransform(use, MASK, MODEL),
+                ClassifyEvalTransform(use, MODEL), ClassifyTransform(use, AugmentConfig(), MODEL, np.zeros(1, int), 2)]
+        assert [transform.upright for transform in made] == [want] * 4
+
+
+def test_what_is_guessed_about_values_is_logged_once():
+    decoding._said.clear()
+    values, buffer, said = np.arange(4096, dtype=np.uint16).reshape(64, 64), io.BytesIO(), []
+    Image.fromarray(values).save(buffer, 'PNG')
+    source = Pictures(5)
+    source.read = lambda _: buffer.getvalue()
+    for _ in range(2):
+        list(fixed_batches(source, EVAL, 2, 5, SEED, 2, log=said.append))
+    assert len(said) == 1 and 'integer values up to 4095, taken as 12 bits' in said[0]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mxsimmim.data.decode import decode
 from mxsimmim.data.sources import open_source
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,35 @@ def test_short_side_is_shrunk(images, tmp_path):
     assert pack(images, tmp_path / 'kept.rec', '--size', 90).returncode == 0
     assert pack(images, tmp_path / 'all.rec').returncode == 0
     assert (tmp_path / 'kept.rec').read_bytes() == (tmp_path / 'all.rec').read_bytes()  # never enlarged
+
+
+def test_orientation_is_kept_and_not_applied_twice(tmp_path):
+    """Shrunk or not, an image is turned when it is read, if at all; a TIFF, which Pillow turns, need not be."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = Image.fromarray(np.random.default_rng(4).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((160, 120), 3)
+    for name in ('a.jpg', 'b.png', 'c.tif'):
+        (tmp_path / 'images').mkdir(exist_ok=True)
+        image.save(tmp_path / 'images' / name, exif=exif, **({'quality': 95} if name == 'a.jpg' else {}))
+    want = np.asarray(image.resize((80, 60), 3), int)
+    for size, shape in ((60, (60, 80)), (120, (120, 160))):
+        assert pack(tmp_path / 'images', tmp_path / 'a.rec', '--size', size).returncode == 0
+        for number in range(3):
+            record = open_source(str(tmp_path / 'a.rec')).read(number)
+            ignored, upright = (decode(record, 'x', turn) for turn in (False, True))
+            assert upright.shape[:2] == shape[::-1]
+            assert (ignored == (upright if number == 2 else np.rot90(upright, -1))).all()
+            if size == 60:
+                assert np.abs(upright - np.rot90(want)).mean() < 3
+
+
+def test_an_image_that_is_too_long_for_a_jpeg_is_copied(tmp_path):
+    (tmp_path / 'images').mkdir()
+    Image.new('L', (70_000, 65)).save(tmp_path / 'images' / 'wide.png')
+    Image.new('L', (1, 60_000)).save(tmp_path / 'images' / 'thin.png')
+    assert pack(tmp_path / 'images', tmp_path / 'a.rec', '--size', 64).returncode == 0
+    for number, name in enumerate(('thin.png', 'wide.png')):
+        assert open_source(str(tmp_path / 'a.rec')).read(number) == (tmp_path / 'images' / name).read_bytes()
 
 
 def test_mxnet_reads_images_and_labels(images, tmp_path):

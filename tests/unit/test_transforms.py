@@ -1,6 +1,7 @@
 """Decoding of every kind of file, torchvision's crop arithmetic, Pillow's resize bit for bit."""
 import io
 import math
+import time
 from unittest import mock
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mxsimmim.config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
+from mxsimmim.data import decode as decoding
 from mxsimmim.data import transforms
 from mxsimmim.data.augment import erase, rand_augment
 from mxsimmim.data.sampling import generator
@@ -45,7 +47,7 @@ def test_lossless_rgb(form):
                                      {'progressive': True}, {'quality': 95, 'optimize': True}], ids=str)
 def test_jpeg_is_decoded_as_pillow_does(image, options):
     data = encode(image, 'JPEG', **options)
-    with mock.patch.object(transforms.Image, 'open', side_effect=AssertionError('the fast path was not taken')):
+    with mock.patch.object(decoding.Image, 'open', side_effect=AssertionError('the fast path was not taken')):
         fast = decode(data, 'x')
     assert fast.shape == (image.height, image.width, 3)
     assert (fast == np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))).all()
@@ -111,7 +113,7 @@ def test_broken_files_are_named(data, reason):
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG'])
 def test_decompression_bomb(form, monkeypatch):
-    monkeypatch.setattr(transforms, 'MAX_PIXELS', 1000)
+    monkeypatch.setattr(decoding, 'MAX_PIXELS', 1000)
     with pytest.raises(BrokenImage, match='x.png: 61 x 47 pixels are more than 1000'):
         decode(encode(RGB, form), 'x.png')
 
@@ -234,6 +236,50 @@ def test_eval_transform(width, height, box):
                                            ((100, 1001), (219, 2192))])
 def test_short_side(size, resized):
     assert resize_short_side(Image.new('RGB', size), 219).size == resized
+
+
+@pytest.mark.parametrize('width, height', [(1, 300), (300, 1), (3, 400), (2, 255), (255, 256), (1, 1), (9, 400)])
+@pytest.mark.parametrize('size, crop', [(224, 0.875), (32, 1.0)])
+def test_thin_images_as_if_all_were_resized(width, height, size, crop):
+    image, model = picture(width, height, seed=3), ModelConfig(img_size=size, patch_size=8)
+    resized = resize_short_side(Image.fromarray(image), int(size / crop))
+    left, top = (round((side - size) / 2) for side in resized.size)
+    want = np.asarray(resized.crop((left, top, left + size, top + size)))
+    assert (ClassifyEvalTransform(DataConfig(eval_crop=crop), model)(image, generator(0)).image == want).all()
+
+
+@pytest.mark.parametrize('length', [60000, 80_000_000])
+def test_very_thin_images(length):
+    """Each pixel becomes 256: what is cut from the middle depends on the few in the middle, in time and memory, too."""
+    image = np.random.default_rng(1).integers(0, 256, (20, 1, 3), np.uint8)
+    whole = np.zeros((length, 1, 3), np.uint8)
+    whole[length // 2 - 10:length // 2 + 10] = image
+    evaluate = ClassifyEvalTransform(DataConfig(), ModelConfig())
+    want = evaluate(image, generator(0)).image
+    assert want.std() > 20
+    began = time.perf_counter()
+    assert (evaluate(whole, generator(0)).image == want).all()
+    assert (evaluate(whole.transpose(1, 0, 2), generator(0)).image == want.transpose(1, 0, 2)).all()
+    assert time.perf_counter() - began < 5
+    for transform in (PretrainTransform, EvalTransform):
+        sample = transform(DataConfig(), MaskConfig(), ModelConfig())(whole, generator(0))
+        assert (sample.image == sample.image[0, 0]).all()  # one pixel of it
+
+
+@pytest.mark.parametrize('size', [(3000, 1500), (1500, 3000)])
+@pytest.mark.parametrize('bicubic', [False, True])
+def test_resize_in_strips(size, bicubic):
+    image = picture(*size)
+    want = Image.fromarray(image).resize((64, 64), Image.BICUBIC if bicubic else Image.BILINEAR)
+    for strip in (transforms.STRIP, 100_000):
+        with mock.patch.object(transforms, 'STRIP', strip):
+            assert (resize(image, 64, bicubic=bicubic) == np.asarray(want)).all()
+
+
+@pytest.mark.parametrize('height, width, ratio, box', [
+    (1, 900, (0.2, 0.3), (0, 449, 1, 1)), (900, 1, (3.0, 4.0), (449, 0, 1, 1)), (1, 1, (0.1, 0.2), (0, 0, 1, 1))])
+def test_no_crop_is_empty(height, width, ratio, box):
+    assert random_crop(generator(0), height, width, (0.9, 1.0), ratio) == box
 
 
 def test_digits_take_the_same_way():
