@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any, NamedTuple, Optional, Tuple, Union
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo,
+                      field_validator, model_validator)
 from typing_extensions import Annotated, Literal
 
 
@@ -22,6 +23,12 @@ def _require(condition: bool, message: str) -> None:
 
 def _list(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+# Marks keys whose value is a path of this machine, in which `~` and variables are replaced.
+PATH = 'a path of this machine'
+Place = Annotated[str, PATH]
+LONGEST, LARGEST = 1e12, 2 ** 53  # steps or epochs of a run; any whole number: what float64 and int64 both hold
 
 
 class Duration(NamedTuple):
@@ -42,11 +49,18 @@ class Duration(NamedTuple):
 def _parse_duration(value: Any) -> Duration:
     if isinstance(value, Duration):
         return value
-    match = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*(|%|(?:step|epoch)s?)\s*', str(value))
+    text = str(value) if isinstance(value, (str, int, float)) and not _huge(value) else type(value).__name__
+    match = re.fullmatch(r'\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(|%|(?:step|epoch)s?)\s*', text, re.ASCII)
     if not match or isinstance(value, bool):
-        raise ValueError(f"'{value}' is not a length of time: write steps as 500, or '10 epochs', or '5%' of the run")
+        raise ValueError(f"'{text}' is not a length of time: write steps as 500, or '10 epochs', or '5%' of the run")
     unit = {'': 'steps', 'step': 'steps', 'epoch': 'epochs'}.get(match[2], match[2])
-    return Duration(float(match[1]), unit)
+    number = float(match[1])
+    _require(number <= LONGEST, f"'{text}' is longer than any run: at most {LONGEST:.0e} steps, epochs or per cent")
+    return Duration(number, unit)
+
+
+def _huge(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > LARGEST
 
 
 Time = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str, return_type=str)]
@@ -56,6 +70,22 @@ class Section(BaseModel):
     """What all parts of the configuration share: no unknown key, no change after the checks."""
     model_config = ConfigDict(frozen=True, extra='forbid', populate_by_name=True, protected_namespaces=(),
                               allow_inf_nan=False)
+
+    @field_validator('*', mode='before')
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what the conversions of pydantic would let pass: true as a number, numbers that no machine holds."""
+        _require(not isinstance(value, bool) or cls.model_fields[info.field_name].annotation is bool,
+                 f"{str(value).lower()} is no value for it")
+        _require(not isinstance(value, str) or '\0' not in value, 'a NUL character is no part of any value')
+        return value
+
+    @field_validator('*')
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        _require(not any(map(_huge, value if isinstance(value, tuple) else (value,))),
+                 f'larger than {LARGEST:,}, the largest whole number of a configuration')
+        return value
 
 
 class ModelConfig(Section):
@@ -80,7 +110,7 @@ class ModelConfig(Section):
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
     recompute: bool = Field(False, description='keep half of a block\'s input only and compute the rest again in the '
                             'backward pass: less memory, a third more time; CPUs with native operators only')
-    pretrained: str = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
+    pretrained: Place = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
                             '.safetensors file; empty: random weights')
 
     @property
@@ -125,6 +155,7 @@ class ModelConfig(Section):
     def _check_swin(self) -> None:
         heads, depths = self.num_heads, self.depths
         _require(len(depths) > 0, 'depths is empty: a Swin needs its blocks a stage, e.g. depths=[2,2,18,2]')
+        _require(len(depths) <= 32, f'depths lists {len(depths)} stages; each halves the image, so 32 are too many')
         _require(all(d > 0 for d in depths), f'depths={_list(depths)} has a stage without blocks')
         _require(isinstance(heads, tuple) and len(heads) == len(depths),
                  f'num_heads={_list(heads)} must list one number for each of the {len(depths)} stages of '
@@ -143,17 +174,17 @@ class MaskConfig(Section):
 
 class DataConfig(Section):
     """Where the images are and what is done to each."""
-    path: str = Field('', description="a folder of images (class folders or flat), a RecordIO file (.rec), several "
-                      "('a.rec;b.rec', or a folder of them), or digits")
-    val_path: str = Field('', description='held-out images, same kinds; empty: val_fraction of path is held out')
+    path: Place = Field('', description="a folder of images (class folders or flat), a RecordIO file (.rec), several "
+                        "('a.rec;b.rec', or a folder of them), or digits")
+    val_path: Place = Field('', description='held-out images, same kinds; empty: val_fraction of path is held out')
     val_fraction: float = Field(0.0, ge=0, lt=1, description='share of path held out for validation')
     threads: int = Field(0, ge=0, description='loader threads; 0: one a core')
     prefetch: int = Field(3, gt=0, description='batches prepared ahead')
     max_broken: int = Field(100, ge=0, description='unreadable images tolerated before the run ends')
-    labels: str = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
+    labels: Place = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
                         "images of path; empty: class folders, or a RecordIO file's own labels")
-    classes: str = Field('', description='classify: a file of class names, one a line, in the order of their numbers; '
-                         "empty: the folders' names sorted, or numbers")
+    classes: Place = Field('', description='classify: a file of class names, one a line, in the order of their '
+                           "numbers; empty: the folders' names sorted, or numbers")
     labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
                                   'all')
     crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
@@ -223,6 +254,7 @@ class OptimConfig(Section):
     @model_validator(mode='after')
     def _check(self) -> 'OptimConfig':
         _require(all(0 <= beta < 1 for beta in self.betas), f'betas={_list(self.betas)} must lie in [0, 1)')
+        _require(max(self.betas) <= 1 - 2 ** -24, f'betas={_list(self.betas)}: in float32, one of them is 1: lower it')
         _require(self.schedule != 'multistep' or self.milestones, 'schedule=multistep needs milestones')
         return self
 
@@ -289,9 +321,9 @@ class Config(Section):
     """A whole run, pre-training or fine-tuning."""
     name: str = Field('', description='the run is written to output/name; empty: the name of '
                       'the configuration file')
-    output: str = Field('runs', min_length=1, description='folder of the runs')
+    output: Place = Field('runs', min_length=1, description='folder of the runs')
     seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
-    resume: str = Field('auto', min_length=1, description='auto: go on from the newest whole checkpoint; none: start '
+    resume: Place = Field('auto', min_length=1, description='auto: go on from the newest whole checkpoint; none: start '
                         'anew in an empty folder; or the path of a checkpoint')
     task: Literal['pretrain', 'classify'] = Field('pretrain', description='pretrain, or classify: what `mxsimmim '
                                                   'finetune` trains')
@@ -310,7 +342,7 @@ class Config(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'Config':
-        _require(re.fullmatch(r'[\w.+-]*', self.name) is not None,
+        _require(re.fullmatch(r'[\w.+-]*', self.name) is not None and self.name not in ('.', '..'),
                  f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
         if self.task == 'pretrain':
             self._check_masks()

@@ -4,14 +4,21 @@
 naming the key, where it was set and the way out.
 """
 import difflib
+import functools
+import os
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterator, List, Sequence, Tuple, Union
 
 import yaml
 from pydantic import ValidationError
 
-from .config import Config, ConfigError, Section
+from . import documents, paths
+from .config import PATH, Config, ConfigError, Section
+
+Values = Dict[str, Tuple[Any, str]]  # dotted key -> (value, where it was set)
+COMMAND_LINE = 'command line'
+SHOWN, LONGEST = 20, 500  # problems of one configuration that are listed, and characters of each
 
 
 def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
@@ -22,30 +29,78 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a wrong type, an impossible combination.
     """
-    path = Path(path)
-    values: Dict[str, Tuple[Any, str]] = {}  # dotted key -> (value, where it was set)
+    try:
+        path = Path(paths.home(str(path)))
+    except ValueError as error:
+        raise _wrong(str(error)) from None
+    values: Values = {}
     for file, content in _inherited(path, ()):
-        values.update((key, (value, str(file))) for key, value in _flatten(content))
+        values.update((_canonical(key), (value, str(file))) for key, value in _flatten(content))
     for text in overrides:
-        key, equals, value = text.partition('=')
-        if not equals:
-            raise ConfigError(f"'{text}' is not key=value: write for instance optim.base_lr=2e-4")
-        try:  # a string is what was typed, be it empty or a number to YAML
-            parsed = value if key in _text_keys() else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"command line: the value of '{key}' is not YAML: {_one_line(error)}") from None
-        # A section given whole (`model={...}`) is the same as its keys given one by one.
-        for inner, item in (_flatten(parsed, f'{key}.') if isinstance(parsed, dict) else [(key, parsed)]):
-            values[inner] = (item, 'command line')
-    values.setdefault('name', (path.stem, str(path)))
-    if values['name'][0] in (None, ''):
+        values.update((_canonical(key), (value, COMMAND_LINE)) for key, value in _override(text))
+    if values.get('name', ('',))[0] in (None, ''):
         values['name'] = (path.stem, str(path))
-    return _build(values)
+    return _build(_expanded(values))
+
+
+def _override(text: str) -> Iterator[Tuple[str, Any]]:
+    """Keys and values of a word of the command line."""
+    key, equals, value = text.partition('=')
+    if not equals:
+        raise _wrong(f"'{text}' is not key=value: write for instance optim.base_lr=2e-4")
+    texts = text_keys()
+    try:  # a string is what was typed, be it empty or a number to YAML
+        parsed = value if key in texts else documents.parse(value, {
+            name[len(key) + 1:] for name in texts if name.startswith(key + '.')})
+    except documents.NotYaml as error:
+        raise _wrong(f"command line: the value of '{key}' is not YAML: {error}") from None
+    # A section given whole (`model={...}`) is the same as its keys given one by one.
+    return iter(_flatten(parsed, f'{key}.') if isinstance(parsed, dict) and parsed else [(key, parsed)])
+
+
+def _expanded(values: Values) -> Values:
+    """The same with ``~`` and variables of paths replaced."""
+    result, problems = dict(values), []
+    for key in path_keys():
+        value, where = values.get(key, (None, ''))
+        if isinstance(value, str):
+            try:
+                result[key] = paths.expand(value), where
+            except ValueError as error:
+                problems.append(f"{where}: key '{key}': {error}")
+    if problems:
+        raise _wrong(*problems)
+    return result
+
+
+def _wrong(*problems: str) -> ConfigError:
+    """The error of some problems, one a line whatever it quotes, the first few of very many."""
+    lines = [''.join(c if c.isprintable() else repr(c)[1:-1] for c in problem) for problem in dict.fromkeys(problems)]
+    lines = [line if len(line) <= LONGEST else line[:LONGEST - 1] + '…' for line in lines]
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f'and {len(lines) - SHOWN:,} more problems']
+    return ConfigError('\n'.join(lines))
 
 
 def from_dict(content: Dict[str, Any], where: str) -> Config:
     """The configuration a `to_dict` wrote; `where` names it in errors (`ConfigError`)."""
     return _build({key: (value, where) for key, value in _flatten(content)})
+
+
+def recorded(path: Path) -> Config:
+    """The configuration that `to_yaml` wrote into a run's folder.
+
+    Raises:
+        OSError: the file cannot be read.
+        ConfigError: it holds no configuration.
+    """
+    try:
+        content = documents.parse(paths.contents(path), text_keys())
+    except documents.NotYaml:
+        content = None
+    if not isinstance(content, dict):
+        raise _wrong(f'{path}: not the configuration of a run')
+    return _build(_expanded({_canonical(key): (value, str(path)) for key, value in _flatten(content)}))
 
 
 def to_dict(config: Section) -> Dict[str, Any]:
@@ -55,7 +110,12 @@ def to_dict(config: Section) -> Dict[str, Any]:
 
 def to_yaml(config: Section) -> str:
     """The resolved configuration; `load` reads it back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=110)
+    content = to_dict(config)
+    for *section, key in (name.split('.') for name in path_keys()):
+        node = content.get(section[0], {}) if section else content
+        if key in node:
+            node[key] = paths.escape(node[key])
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
 
 
 # What decides speed, place or amount of output may change when a run goes on; what decides the numbers may not.
@@ -64,8 +124,8 @@ FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'ch
                   'data.shares', 'train.store', 'train.max_bad_steps', 'train.check_replicas', 'train.stop_early',
                   'model.pretrained')
 # Workers of one job do the same at the same time, each from its own disk and on its own devices.
-FREE_BETWEEN_WORKERS = ('output', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels', 'data.classes',
-                        'data.threads', 'data.prefetch', 'data.max_broken', 'model.pretrained')
+FREE_BETWEEN_WORKERS = ('output', 'resume', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels',
+                        'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken', 'model.pretrained')
 
 
 def differences(old: Config, new: Config, free: Tuple[str, ...] = FREE_ON_RESUME) -> List[Tuple[str, Any, Any]]:
@@ -111,51 +171,56 @@ def known_keys(section: type = Config, prefix: str = '') -> List[str]:
     return keys
 
 
-def _text_keys() -> List[str]:
+@functools.lru_cache(maxsize=None)
+def text_keys() -> FrozenSet[str]:
     """Keys of known_keys() whose value is a plain string."""
-    return [name for name, field in _fields(Config) if field.annotation is str] + [
-        f'{section}.{name}' for section, kind in _fields(Config) if _is_section(kind.annotation)
-        for name, field in _fields(kind.annotation) if field.annotation is str]
+    return frozenset(key for key, field in _leaves() if field.annotation is str)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML itself would quietly take the last."""
+@functools.lru_cache(maxsize=None)
+def path_keys() -> Tuple[str, ...]:
+    """Keys of known_keys() that are paths of this machine."""
+    return tuple(key for key, field in _leaves() if PATH in field.metadata)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+
+def _leaves() -> Iterator[Tuple[str, Any]]:
+    """(dotted key, field) of all that are no section."""
+    for name, field in _fields(Config):
+        if _is_section(field.annotation):
+            yield from ((f'{name}.{key}', inner) for key, inner in _fields(field.annotation))
+        else:
+            yield name, field
 
 
 def _inherited(path: Path, children: Tuple[Path, ...]) -> Iterator[Tuple[Path, Dict[str, Any]]]:
     """(file, content), the remotest ancestor first."""
-    if path.resolve() in children:
-        raise ConfigError(f'{path}: base: goes round in a circle: ' + ' -> '.join(c.name for c in children))
+    asked = f' (base of {children[-1]})' if children else ''
     try:
-        content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
+        real = Path(os.path.realpath(path))  # resolve() of a circle of links is an error of its own
+        if real in children:
+            raise _wrong(f'{path}: base: goes round in a circle: ' + ' -> '.join(c.name for c in children))
+        content = documents.parse(paths.contents(path), text_keys() | {'base'})
     except OSError as error:
-        asked = f' (base of {children[-1]})' if children else ''
-        raise ConfigError(f'{path}{asked}: cannot read the configuration: {error.strerror}') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f'{path}: not YAML: {_one_line(error)}') from None
+        raise _wrong(f'{path}{asked}: cannot read the configuration: {error.strerror}') from None
+    except documents.NotYaml as error:
+        raise _wrong(f'{path}: not YAML: {error}') from None
+    except ConfigError:
+        raise
+    except ValueError:  # a NUL byte, which no path has
+        raise _wrong(f'{path}{asked}: cannot read the configuration: not the name of a file') from None
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
-    base = content.pop('base', None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: key 'base': expected the name of one file, found {base!r}")
-        yield from _inherited(path.parent / base, children + (path.resolve(),))
+        raise _wrong(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
+    base = content.pop('base', '')
+    if not isinstance(base, str):
+        raise _wrong(f"{path}: key 'base': expected the name of one file, found {_show(base)}")
+    if base:
+        try:
+            base = paths.expand(base)
+        except ValueError as error:
+            raise _wrong(f"{path}: key 'base': {error}") from None
+        yield from _inherited(path.parent / base, children + (real,))
     yield path, content
-
-
-def _one_line(error: Exception) -> str:
-    mark = getattr(error, 'problem_mark', None)
-    problem = getattr(error, 'problem', None) or ' '.join(str(error).split())
-    return problem + (f' (line {mark.line + 1}, column {mark.column + 1})' if mark else '')
 
 
 def _flatten(content: Dict[str, Any], prefix: str = '') -> Iterator[Tuple[str, Any]]:
@@ -169,15 +234,14 @@ def _flatten(content: Dict[str, Any], prefix: str = '') -> Iterator[Tuple[str, A
             yield prefix + str(key), value
 
 
-def _build(values: Dict[str, Tuple[Any, str]]) -> Config:
+def _build(values: Values) -> Config:
     known = known_keys()
     tree: Dict[str, Any] = {}
-    problems = []
-    for key, (value, where) in values.items():
+    unknown = [key for key in values if _canonical(key) not in known]
+    problems = [f"{values[key][1]}: unknown key '{key}'{_nearest(key, known) if place < SHOWN else ''}"
+                for place, key in enumerate(unknown)]
+    for key, (value, _) in values.items():
         *parents, leaf = _canonical(key).split('.')
-        if _canonical(key) not in known:
-            problems.append(f"{where}: unknown key '{key}'{_nearest(key, known)}")
-            continue
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -191,7 +255,7 @@ def _build(values: Dict[str, Tuple[Any, str]]) -> Config:
         except ValidationError as error:
             for item in error.errors(include_url=False):
                 problems += _explain(item, values, known)
-    raise ConfigError('\n'.join(dict.fromkeys(problems)))
+    raise _wrong(*problems)
 
 
 def _canonical(key: str) -> str:
@@ -209,7 +273,7 @@ def _nearest(key: str, known: List[str]) -> str:
     return '; `mxsimmim config` lists the known ones'
 
 
-def _explain(item: Dict[str, Any], values: Dict[str, Tuple[Any, str]], known: List[str]) -> Iterator[str]:
+def _explain(item: Dict[str, Any], values: Values, known: List[str]) -> Iterator[str]:
     """The lines for one pydantic error: where: key 'a.b': what is wrong."""
     names = [str(part) for part in item['loc']]
     while names and '.'.join(names) not in known:  # drops the index of a list and the arm of a union
@@ -228,5 +292,8 @@ def _explain(item: Dict[str, Any], values: Dict[str, Tuple[Any, str]], known: Li
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number longer than Python writes
+        text = 'a number of thousands of digits'
     return text if len(text) < 60 else text[:57] + '...'

@@ -7,8 +7,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Union
 
-import yaml
-
 from . import __version__, configfile
 from .config import Config
 from .checkpoint import Checkpoint, load, newest
@@ -71,11 +69,9 @@ def read_config(folder: Union[str, Path]) -> Config:
     """
     path = Path(folder) / 'config.yaml'
     try:
-        return configfile.from_dict(yaml.safe_load(path.read_text(encoding='utf-8')), str(path))
+        return configfile.recorded(path)
     except OSError as error:
         raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
-    except (yaml.YAMLError, AttributeError):
-        raise ValueError(f'{path}: not the configuration of a run') from None
 
 
 def check_classes(where: str, theirs: Sequence[str], ours: Sequence[str], remedy: str) -> None:
