@@ -10,7 +10,7 @@ import numpy as np
 from mxnet.gluon import HybridBlock
 
 from . import checkpoint, configfile
-from .config import Config
+from .config import Config, MaskConfig
 from .data.labels import read_classes
 from .interop import names, official, pth
 from .models import build_classifier, build_simmim
@@ -98,8 +98,10 @@ def model_keys(raw: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) 
     swin = any(name.startswith('layers.') for name in bare)
     (_swin_keys if swin else _vit_keys)(raw, bare, told, assumed)
     keys = {**told, **assumed}
-    cell = patch * 2 ** (len(keys.get('depths', [1])) - 1)
-    if 'decoder.0.weight' in arrays and (32 % patch or keys['img_size'] % 32):  # not for mask.patch_size's default
+    default, side = MaskConfig().patch_size, keys['img_size']
+    cells = default, patch * 2 ** (len(keys.get('depths', [1])) - 1), patch
+    cell = next((cell for cell in cells if side % cell == 0 and cell % patch == 0 and side > cell), patch)
+    if 'decoder.0.weight' in arrays and cell != default:
         assumed['mask.patch_size'] = cell
     return ({f'model.{key}': value for key, value in told.items()},
             {key if '.' in key else f'model.{key}': value for key, value in assumed.items()})

@@ -11,6 +11,7 @@ from ..trained import Trained, load_run
 from .graph import Graph, answer, compare, load_symbol, random_inputs, save_symbol, trace
 
 EXACT, ONNX = 1e-5, 1e-4  # largest differences from the network
+ONE_FILE = 2 ** 31 - 2 ** 26  # bytes of weights; a protobuf ends at 2 GiB, and the graph takes some of it
 
 
 def export(run: Union[str, Path], file: Union[str, Path], format: str, int8: bool = False,
@@ -20,7 +21,7 @@ def export(run: Union[str, Path], file: Union[str, Path], format: str, int8: boo
     Args:
         run: folder of a run.
         file: 'symbol': a prefix, for PREFIX-symbol.json, PREFIX-0000.params and PREFIX.json; 'onnx': the file, and
-            beside it one that ends in .json.
+            beside it one that ends in .json; weights of 2 GiB and more are in FILE.data, which belongs to it.
         format: 'symbol' or 'onnx'.
         int8: quantise the classifier's linear maps to 8 bits; of 'symbol' alone.
         images: labelled images that int8 is calibrated and measured with, a path or 'digits'; None: the run's own.
@@ -82,13 +83,15 @@ def _onnx(trained: Trained, graph: Graph, file: Path) -> List[Path]:
     except ImportError as error:
         raise ValueError(f"ONNX needs the package {error.name}: pip install 'mxsimmim[deploy]'") from None
     from .onnx_graph import to_onnx
-    model = to_onnx(graph)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, str(file))
+    files = [file]
+    if sum(4 * array.size for array in graph.arrays.values()) > ONE_FILE:
+        files.append(file.with_name(f'{file.name}.data'))
+    onnx.save(to_onnx(graph), str(file), save_as_external_data=len(files) > 1, location=files[-1].name)
+    onnx.checker.check_model(str(file), full_check=True)
     inputs = random_inputs(trained)
     session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     expected = answer(trained, inputs)
     for part in (slice(0, None), slice(0, 1)):  # the batch may have any size
         found, = session.run(None, dict(zip(graph.inputs, (array[part] for array in inputs))))
         compare(expected[part], found, ONNX, 'the ONNX model')
-    return [file]
+    return files

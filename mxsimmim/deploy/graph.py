@@ -2,7 +2,7 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import mxnet as mx
 import numpy as np
@@ -40,12 +40,19 @@ def trace(trained: Trained) -> Graph:
     names = {p.name: name for name, p in parameters.items()}
     content = json.loads(symbol.tojson())
     for node in content['nodes']:
+        # Copies are for gradients; oneDNN's partitioning for int8 loses the input of the third copy of one array.
+        node['inputs'] = [_uncopied(content['nodes'], source) for source in node['inputs']]
         if node['op'] == 'null':
             node['name'] = names.get(node['name'], node['name'])
     content['nodes'][content['heads'][0][0]]['name'] = output
     symbol = mx.sym.load_json(json.dumps(content))
     used = set(symbol.list_inputs())
     return Graph(symbol, {name: p.data() for name, p in parameters.items() if name in used}, inputs, output)
+
+
+def _uncopied(nodes: List[Dict[str, Any]], source: List[int]) -> List[int]:
+    """What a node's input [node, output, …] is a copy of; itself, where it is none. Earlier nodes must be done."""
+    return nodes[source[0]]['inputs'][0] if nodes[source[0]]['op'] == '_copy' else source
 
 
 def random_inputs(trained: Trained) -> List[np.ndarray]:

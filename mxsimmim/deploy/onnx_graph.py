@@ -123,7 +123,7 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     'square': lambda w, name, inputs, a: w.add('Mul', inputs * 2, name),
     '_rminus_scalar': lambda w, name, inputs, a: w.add('Sub', [w.constant(a['scalar'])] + inputs, name),
     'ones_like': _filled(1.0), 'zeros_like': _filled(0.0),
-    'sqrt': _same('Sqrt'), 'negative': _same('Neg'), 'BlockGrad': _same('Identity'),
+    'sqrt': _same('Sqrt'), 'negative': _same('Neg'), 'BlockGrad': _same('Identity'), '_copy': _same('Identity'),
     **{f'{kind}_{end}': _same(op) for kind in ('elemwise', 'broadcast')
        for end, op in (('add', 'Add'), ('sub', 'Sub'), ('mul', 'Mul'), ('div', 'Div'))},
     '_plus_scalar': _scalar('Add'), '_minus_scalar': _scalar('Sub'), '_mul_scalar': _scalar('Mul'),

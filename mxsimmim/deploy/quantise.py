@@ -114,7 +114,8 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
                              f'{len(trained.classes)} ({", ".join(trained.classes[:3])}, …): name the right images '
                              'with --images')
         if own.held_out is None:
-            raise ValueError('the run held out no images that could tell what int8 costs: name some with --images')
+            raise ValueError('the run held out no images that could tell what int8 costs: name '
+                             f'{"others" if images else "some"} with --images')
         order = generator(0).permutation(len(own.train))[:CALIBRATION]
         return Subset(own.train, order), own.held_out, own.held_out_labels
     source, labels, _ = labelled_source(images, trained.classes)

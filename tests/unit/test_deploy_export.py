@@ -181,3 +181,17 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
     with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'mxsimmim\[deploy\]'"):
         export(make_run(tmp_path / 'run', MODELS['vit'], 'classify'), tmp_path / 'out' / 'net.onnx', 'onnx')
     assert list((tmp_path / 'out').iterdir()) == []
+
+
+def test_weights_beyond_a_protobuf_go_into_a_file_of_their_own(tmp_path, monkeypatch):
+    """2 GiB are the limit; at a lower one the same happens."""
+    run = make_run(tmp_path / 'run', MODELS['vit'], 'classify')
+    export(run, tmp_path / 'whole.onnx', 'onnx')
+    monkeypatch.setattr('mxsimmim.deploy.export.ONE_FILE', 1000)
+    text = export(run, tmp_path / 'out' / 'net.onnx', 'onnx')
+    assert text.split() == [str(tmp_path / 'out' / name) for name in ('net.onnx', 'net.onnx.data', 'net.json')]
+    assert (tmp_path / 'out' / 'net.onnx').stat().st_size < (tmp_path / 'whole.onnx').stat().st_size - 10_000
+    x, = inputs(load_run(run), 2)
+    found = [onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider']).run(None, {'image': x})[0]
+             for file in (tmp_path / 'whole.onnx', tmp_path / 'out' / 'net.onnx')]
+    np.testing.assert_array_equal(*found)

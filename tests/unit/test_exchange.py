@@ -155,6 +155,18 @@ def test_swin_without_masks_is_taken_to_end_in_one_window(tmp_path):
     assert load_run(tmp_path / 'two').config.model.img_size == 128
 
 
+@pytest.mark.parametrize('keys, cell', [
+    (dict(img_size=32, patch_size=4, embed_dim=12, depth=1, num_heads=3), 4),
+    (dict(img_size=64, patch_size=4, embed_dim=12, depth=1, num_heads=3), 32),
+    (dict(img_size=48, patch_size=8, embed_dim=12, depth=1, num_heads=3), 8),
+    (dict(SWIN, img_size=32, depths=[1, 1, 1, 1, 1], num_heads=[1] * 5, window_size=16), 2)], ids=str)
+def test_masked_cells_of_small_images_leave_some_visible(keys, cell, tmp_path):
+    pth.write_pth(tmp_path / 'a.pth', official.extract(build_simmim(ModelConfig(**keys), 0)))
+    said = exchange.import_weights(tmp_path / 'a.pth', tmp_path / 'run')
+    assert read_config(tmp_path / 'run').mask.patch_size == cell
+    assert (f'assumed mask.patch_size={cell}, ' in said) == (cell != 32)
+
+
 @pytest.mark.parametrize('count, text', [(3, 'a\nb\nc\n'), (5, 'a\nb\nc\nd\ne')])
 def test_class_names_that_do_not_match(count, text, tmp_path):
     classifier(tmp_path / 'a.pth', VIT)
