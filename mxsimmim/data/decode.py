@@ -29,7 +29,7 @@ ORIENTATION, BITS, PHOTOMETRIC, MAXIMUM, TILE, FORMAT, REAL_MAXIMUM = 274, 258, 
 Image.init()
 # What is read. Others that Pillow knows are no photographs, or start a program (EPS: Ghostscript).
 FORMATS = tuple(name for name in ('JPEG', 'PNG', 'WEBP', 'AVIF', 'GIF', 'BMP', 'DIB', 'TIFF', 'PPM', 'JPEG2000', 'TGA',
-                                  'PCX', 'SGI', 'QOI') if name in Image.OPEN)
+                                  'ICO', 'PCX', 'SGI', 'SUN', 'QOI') if name in Image.OPEN)
 
 _MARKS = (b'Exif\0', b'EXIF', b'eXIf', b'Raw profile type exif', b'XML:com.adobe.xmp')  # where one may be found
 

@@ -216,7 +216,9 @@ def test_every_format_is_read(form):
 
 
 def cv2_or_raw(form):
-    """Of what Pillow cannot write: QOI, as literal pixels."""
+    """Of what Pillow cannot write: QOI, as literal pixels, and SUN."""
+    if form == 'SUN':
+        return struct.pack('>8I', 0x59a66a95, 16, 16, 24, 768, 1, 0, 0) + RGB[..., ::-1].tobytes()
     if form != 'QOI':
         return b''
     pixels = b''.join(b'\xfe' + bytes(pixel) for pixel in RGB.reshape(-1, 3))
