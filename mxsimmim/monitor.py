@@ -16,6 +16,8 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, TextI
 
 import numpy as np
 
+from .guards import alone
+
 METRICS, LOG = 'metrics.jsonl', 'logs/rank-0.log'
 
 
@@ -34,8 +36,9 @@ class Monitor:
     def __init__(self, run: Path, total: int, start: int = 0, stream: Optional[TextIO] = None) -> None:
         """`total`: steps of the whole run; `start`: those done before; `stream`: by default standard error."""
         # Imported here, as what only reads metrics needs neither.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        with alone():  # also in other programs: tensorboardX imports PyTorch, in many seconds, and needs none of it
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import SessionLog
         from tqdm import tqdm
 
         self.run, self.total, self.start = Path(run), total, start

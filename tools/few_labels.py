@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import List
 
 from mxsimmim import configfile, runtime
+from mxsimmim.guards import alone, name_crashes
 
 RECIPE = Path(__file__).parents[1] / 'conf' / 'finetune_digits.yaml'
 
@@ -56,4 +57,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    name_crashes()
+    with alone():
+        main()

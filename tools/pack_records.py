@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mxsimmim.data.decode import ORIENTATION, decode, orientation
 from mxsimmim.data.sources import RecordWriter, image_files, tell
 from mxsimmim.data.transforms import resize_short_side
+from mxsimmim.guards import alone, name_crashes
 
 LONGEST = 65500  # pixels of a side of a JPEG
 
@@ -124,4 +125,6 @@ def encode(path: str, size: Optional[int], quality: int) -> Tuple[bytes, str]:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    name_crashes()
+    with alone():
+        sys.exit(main())

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import mxnet as mx
 
+from ..guards import unusable
 from ..trained import Trained, load_run
 from .graph import Graph, answer, compare, load_symbol, random_inputs, save_symbol, trace
 
@@ -80,8 +81,8 @@ def _onnx(trained: Trained, graph: Graph, file: Path) -> List[Path]:
     try:
         import onnx
         import onnxruntime
-    except ImportError as error:
-        raise ValueError(f"ONNX needs the package {error.name}: pip install 'mxsimmim[deploy]'") from None
+    except Exception as error:  # a broken package raises anything
+        raise unusable('ONNX', error) from None
     from .onnx_graph import to_onnx
     files = [file]
     if sum(4 * array.size for array in graph.arrays.values()) > ONE_FILE:

@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict
 
+from ..guards import unusable
+
 try:
     import prometheus_client
     from aiohttp import ClientError, web
     from aiohttp.http_exceptions import HttpProcessingError
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-except ImportError as _error:
-    raise ValueError(f"serving needs the package {_error.name}: pip install 'mxsimmim[deploy]'") from None
+except Exception as _error:  # a broken package raises anything
+    raise unusable('serving', _error) from None
 
 from ..data.transforms import BrokenImage
 from ..trained import load_run

@@ -140,7 +140,7 @@ class HorovodStore(Store):
         super().__init__('device', world)
         try:
             import horovod.mxnet as hvd
-        except ImportError as error:
+        except Exception as error:  # one that was built for other versions raises anything
             raise ValueError(f'train.store=horovod: Horovod does not load here ({error}): `make test` in a checkout '
                              'builds it for the installed mxnet; or use servers: tools/launch.py -s 1') from None
         # Of each host the first worker, if they are to add up what their hosts have.
