@@ -62,7 +62,7 @@ setup(
     packages=find_packages(include=['mxsimmim', 'mxsimmim.*']),
     ext_modules=[Extension('mxsimmim.ops.libmxsimmim', sources=[], optional=True)],
     cmdclass={'build_ext': BuildNative},
-    entry_points={'console_scripts': ['mxsimmim = mxsimmim.cli:main']},
+    entry_points={'console_scripts': ['mxsimmim = mxsimmim.__main__:main']},
     install_requires=[
         'mxnet==1.9.1',
         'numpy==1.23.5',

@@ -1,6 +1,17 @@
-"""``python -m mxsimmim`` is the ``mxsimmim`` command."""
+"""The ``mxsimmim`` command, also as ``python -m mxsimmim``: it sees to its process before it imports the command."""
 import sys
+from typing import List, Optional
 
-from .cli import main
+from .guards import alone, name_crashes
 
-sys.exit(main())
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command; its exit status."""
+    name_crashes()
+    with alone():
+        from .cli import main as command
+        return command(argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Dict, FrozenSet, Iterator, NamedTuple, Tuple
 
 from . import runtime
+from .cluster import fault
 
 GIB = 2 ** 30
 VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OPENBLAS_CORETYPE', 'DNNL_MAX_CPU_ISA')
@@ -79,8 +80,9 @@ def collect() -> Facts:
 
 def _ask(function: str) -> Dict[str, Any]:
     """What a function of this module returns in a process of its own; {'error': …} if it fails or crashes."""
-    code = ('import json\nfrom mxsimmim import facts\n'
-            f'try: answer = facts.{function}()\n'
+    code = ('import json\nfrom mxsimmim import facts, guards\nguards.name_crashes()\n'
+            'try:\n'
+            f'    with guards.alone(): answer = facts.{function}()\n'
             'except Exception as error: answer = dict(error=f"{type(error).__name__}: {error}")\n'
             'print("\\n" + json.dumps(answer), flush=True)')
     env = {name: value for name, value in os.environ.items() if name != 'DMLC_ROLE'}  # a server's import never returns
@@ -94,7 +96,8 @@ def _ask(function: str) -> Dict[str, Any]:
     answers = [line for line in child.stdout.splitlines() if line.startswith('{')]
     if not answers:
         name = signal.Signals(-child.returncode).name if child.returncode < 0 else f'exit {child.returncode}'
-        return {'error': f'{name}: ' + ' '.join(child.stderr.split()[-30:])}
+        place = fault.place(child.stderr.splitlines())
+        return {'error': f'{name}: ' + (f'crashed {place}' if place else ' '.join(child.stderr.split()[-30:]))}
     isa = re.search(r'^(?:dnnl|onednn)_verbose,info,cpu,isa:(.*)$', child.stdout, re.MULTILINE)
     return {**json.loads(answers[-1]), **({'isa': isa[1]} if isa else {})}
 

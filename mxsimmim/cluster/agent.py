@@ -17,8 +17,8 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from mxsimmim import runtime
-from mxsimmim.cluster import probe
+from mxsimmim import guards, runtime
+from mxsimmim.cluster import fault, probe
 from mxsimmim.cluster.channel import OPENING, Channel, Message
 from mxsimmim.cluster.rendezvous import Rendezvous
 
@@ -184,8 +184,9 @@ class Agent:
         child.ended, child.process.returncode = True, code
         for copy in list(self.pipes.values()):
             copy()
+        lines = tail(child.log)
         self.channel.send(event='exit', role=child.role, index=child.index, code=code, time=time.time(),
-                          tail=tail(child.log))
+                          tail=fault.split(lines)[0][-TAIL:], crash=fault.place(lines) if code else '')
 
     def do_signal(self, roles: List[str], number: int) -> None:
         for child in self.children:
@@ -257,8 +258,8 @@ def tail(path: str) -> List[str]:
     """The last lines of a log; none if it is gone."""
     try:
         with open(path, 'rb') as file:
-            file.seek(max(0, os.path.getsize(path) - 8192))
-            return file.read().decode(errors='replace').rstrip().splitlines()[-TAIL:]
+            file.seek(max(0, os.path.getsize(path) - fault.WINDOW))
+            return file.read().decode(errors='replace').rstrip().splitlines()
     except OSError:
         return []
 
@@ -316,6 +317,7 @@ async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writ
 
 def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '') -> None:
     """Runs an agent that talks through two descriptors; `address` is where others reach this host, if it is known."""
+    guards.name_crashes()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     private = tempfile.mkdtemp(prefix='mxsimmim-')  # mode 0700
     guardian, agent = os.getpid(), os.fork()

@@ -128,6 +128,7 @@ def environments(processes: Sequence[Process], sites: Sequence[Site], port: int,
         site, mates = sites[process.host], local[process]
         environ: Dict[str, Optional[str]] = dict.fromkeys(OTHER_WORLDS['horovod' if horovod else 'ps'])
         environ['PYTHONUNBUFFERED'] = '1'  # or rank 0's lines would arrive in blocks
+        environ['PYTHONFAULTHANDLER'] = '1'  # any Python then names the line of a crash in native code
         environ['OMP_NUM_THREADS'] = str(max(1, site.cores // max(1, len(mates))))
         if gpus:
             environ['CUDA_VISIBLE_DEVICES'] = ','.join(share(process, mates, site))

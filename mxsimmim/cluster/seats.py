@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from mxsimmim.cluster import mpi
+from mxsimmim.cluster import fault, mpi
 from mxsimmim.cluster.channel import OPENING, Channel, Message
 
 PACKAGE = Path(__file__).parents[1]
-SENT = ('runtime', 'cluster.channel', 'cluster.rendezvous', 'cluster.probe', 'cluster.agent')
+SENT = ('guards', 'runtime', 'cluster.channel', 'cluster.fault', 'cluster.rendezvous', 'cluster.probe',
+        'cluster.agent')
 # What an agent's Python runs: it reads the agent's program from its standard input.
 BOOTSTRAP = 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'
 
@@ -132,7 +133,10 @@ class Seat:
         return next((line.strip() for line in self.said if line.strip()), '')
 
     def last(self) -> str:
-        """The last line that its standard error had, but for rules."""
+        """The last line that its standard error had, but for rules, or where the agent crashed."""
+        place = fault.place(self.said)
+        if place:
+            return f'its agent crashed {place}'
         return next((line.strip() for line in reversed(self.said) if line.strip(' \r-')), '')
 
     async def end(self, seconds: float) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
+from mxsimmim import guards
 from mxsimmim.cluster import job, options as command_line, prepare
 from mxsimmim.cluster.channel import Message
 from mxsimmim.cluster.job import Process
@@ -26,6 +27,7 @@ class Exit(NamedTuple):
     code: int
     time: float
     tail: Sequence[str]
+    crash: str = ''  # in native code: where Python was
 
 
 class Job:
@@ -55,7 +57,8 @@ class Job:
             self.terminal.put(message['stream'], message['data'].encode('latin-1'), message['missed'])
         elif event == 'exit':
             process = next(p for p in self.processes if p[:2] == (message['role'], message['index']))
-            self.exits[process] = Exit(process, message['code'], message['time'] - seat.offset, message['tail'])
+            self.exits[process] = Exit(process, message['code'], message['time'] - seat.offset, message['tail'],
+                                       message['crash'])
         elif event == 'log':
             self.keep(f"{message['role']}-{message['index']}.log", message['data'].encode('latin-1'))
         elif event == 'lost' and not self.ending and seat not in self.lost:
@@ -182,6 +185,8 @@ class Job:
         self.terminal.say(f'{first.process} on {host} {how(first.code)}; its log is {log}'
                           + (', its last lines:' if first.tail else ', and empty'))
         self.terminal.say(*(f'  | {line}' for line in first.tail))
+        if first.crash:
+            self.terminal.say(f'{first.process} crashed {first.crash}')
         if others:
             self.terminal.say('after it: ' + ', '.join(f'{other.process} {how(other.code)}' for other in others))
         return first.code if first.code > 0 else 128 - first.code
@@ -221,6 +226,7 @@ async def run(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """The launcher; its exit status."""
+    guards.name_crashes()
     terminal = Terminal()
     try:
         return asyncio.run(run(command_line.parse(argv), terminal))

@@ -64,8 +64,9 @@ def test_the_environment_of_parameter_servers():
     processes = job.place(3, 2, TWO)
     environs = job.environments(processes, SITES, 9000, {'worker': {'A': 'w'}, 'server': {'A': 's'}}, p3=True)
     common = {'DMLC_PS_ROOT_URI': '10.0.0.1', 'DMLC_PS_ROOT_PORT': '9000', 'DMLC_NUM_WORKER': '3',
-              'DMLC_NUM_SERVER': '2', 'DMLC_PS_VAN_TYPE': 'p3', 'PYTHONUNBUFFERED': '1', 'HOROVOD_RANK': None,
-              'HOROVOD_SIZE': None, 'OMPI_COMM_WORLD_RANK': None, 'OMPI_COMM_WORLD_SIZE': None, **job.KEPT}
+              'DMLC_NUM_SERVER': '2', 'DMLC_PS_VAN_TYPE': 'p3', 'PYTHONUNBUFFERED': '1', 'PYTHONFAULTHANDLER': '1',
+              'HOROVOD_RANK': None, 'HOROVOD_SIZE': None, 'OMPI_COMM_WORLD_RANK': None, 'OMPI_COMM_WORLD_SIZE': None,
+              **job.KEPT}
     own = [('worker', 'DMLC_WORKER_ID', '0', 0, '4'), ('worker', 'DMLC_WORKER_ID', '1', 1, '3'),
            ('worker', 'DMLC_WORKER_ID', '2', 0, '4'), ('server', 'DMLC_SERVER_ID', '0', 0, '4'),
            ('server', 'DMLC_SERVER_ID', '1', 1, '3')]
@@ -86,6 +87,7 @@ def test_the_environment_of_horovod():
     for environ, row in zip(environs, table):
         assert environ == {**{f'HOROVOD_{name}': value for name, value in zip(names, row)}, 'OMP_NUM_THREADS': '7',
                            'HOROVOD_CONTROLLER': 'gloo', 'HOROVOD_CPU_OPERATIONS': 'gloo', 'PYTHONUNBUFFERED': '1',
+                           'PYTHONFAULTHANDLER': '1',
                            'HOROVOD_GLOO_RENDEZVOUS_ADDR': '10.0.0.1', 'HOROVOD_GLOO_RENDEZVOUS_PORT': '9000',
                            'NCCL_SOCKET_IFNAME': row[-1], 'DMLC_ROLE': None, 'MXSIMMIM_FIRST_RANKS': '0,2'}
     by_mpi = job.environments(processes, SITES, 9000, NONE, horovod='mpi')[0]
