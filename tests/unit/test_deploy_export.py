@@ -124,6 +124,33 @@ def test_int8_quantises_the_linear_maps(tmp_path, model, products):
     assert 1e-4 < error < 0.1
 
 
+def products_in_int8(weight, activations):
+    """activations (N, K) times weight (M, K) transposed, as an exported graph computes them in 8 bits."""
+    given = mx.sym.FullyConnected(mx.sym.var('image'), mx.sym.var('weight'), mx.sym.var('bias'), num_hidden=len(weight),
+                                  flatten=False)
+    arrays = {'weight': mx.nd.array(weight), 'bias': mx.nd.zeros(len(weight))}
+    plain = graph.Graph(mx.sym.identity(given, name='logits'), arrays, {'image': activations.shape[1:]}, 'logits')
+    int8 = quantise.quantise(plain, activations)
+    net = mx.gluon.SymbolBlock(int8.symbol, [mx.sym.var('image')])
+    for name, parameter in net.collect_params().items():
+        parameter.initialize()
+        parameter.set_data(int8.arrays[name])
+    net.hybridize(static_alloc=True, static_shape=True)
+    return net(mx.nd.array(activations)).asnumpy()
+
+
+def test_sums_of_int8_products_do_not_saturate():
+    """The largest there are: without VNNI two of them do not fit into the 16 bits that a CPU adds them in."""
+    print('seed', SEED)
+    rng, width = np.random.default_rng(SEED), 64
+    weight = np.stack([np.ones(width), -np.ones(width), np.resize([1.0, -1.0], width), rng.uniform(-1, 1, width),
+                       np.zeros(width)])
+    activations = np.concatenate([weight, np.full((1, width), 0.5)])
+    found, expected = products_in_int8(weight, activations), activations @ weight.T
+    assert expected.max() == width
+    np.testing.assert_allclose(found, expected, rtol=0.01, atol=0.01 * width)
+
+
 def test_int8_is_measured_and_refused(tmp_path, monkeypatch):
     run = make_run(tmp_path / 'run', MODELS['vit'], 'classify')
     monkeypatch.setattr(quantise, 'REPEATS', 3)
