@@ -1,14 +1,15 @@
 """Pictures of what a trained network makes of masked images."""
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List
+from typing import List, Sequence, Tuple
 
 import numpy as np
 
 from .checkpoint import newest
 from .config import Config
 from .data.loader import fixed_batches
-from .data.sources import ImageFiles, image_files
-from .data.transforms import EvalTransform
+from .data.sources import ImageFiles, found
+from .data.transforms import BrokenImage, EvalTransform, decode
 from .interop import official
 from .models import build_simmim
 from .parallel.placement import Replicated
@@ -20,7 +21,8 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     """Draws original, masked image and reconstruction of each file, or of each file in a folder, as one PNG.
 
     Raises:
-        ValueError: no checkpoint, no such image, or a picture that cannot be written.
+        ValueError: no checkpoint, or a picture that cannot be written; or images that could not be read, each named,
+            after the picture of all others is written.
     """
     from PIL import Image
     saved = newest(run / 'checkpoints', print)
@@ -29,7 +31,12 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     net = build_simmim(config.model, seed=None)
     official.assign(net, saved.arrays['weights'])
     placement = Replicated(net, contexts_for(config)[:1], config.data.mean, config.data.std)
-    source = ImageFiles(image_files(images))
+    files, problems = found(images)
+    files, broken = _readable(files, config.data.threads)
+    problems += broken
+    if not files:
+        raise ValueError('\n'.join(problems))
+    source = ImageFiles(files)
     transform = EvalTransform(data_in_use(config), config.mask, config.model)
     batches = list(fixed_batches(source, transform, min(len(source), 32), len(source), seed, config.data.threads,
                                   max_broken=0))
@@ -40,4 +47,21 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
         Image.fromarray(picture).save(out)
     except (OSError, ValueError) as error:
         raise ValueError(f'{out}: cannot write the picture: {error}') from None
+    if problems:
+        raise ValueError('\n'.join(problems + [f'{out} was drawn without these, of {len(files):,} images']))
     return out
+
+
+def _readable(files: Sequence[str], threads: int) -> Tuple[List[str], List[str]]:
+    """(the files that can be decoded, what is wrong with the others), each read once before the picture is laid out."""
+    def problem(file: str) -> str:
+        try:
+            decode(Path(file).read_bytes(), file)
+        except BrokenImage as error:
+            return str(error)
+        except OSError as error:
+            return f'{file}: cannot be read: {error.strerror}'
+        return ''
+    with ThreadPoolExecutor(threads or None) as pool:
+        problems = list(pool.map(problem, files))
+    return [file for file, wrong in zip(files, problems) if not wrong], list(filter(None, problems))

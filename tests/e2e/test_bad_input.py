@@ -91,6 +91,18 @@ def test_reconstruct(prepared, mxsimmim, tmp_path):
     mxsimmim('reconstruct', 'runs/run', 'few', '-o', 'out.png')
     picture = np.asarray(Image.open(tmp_path / 'out.png'))
     assert picture.ndim == 3 and min(picture.shape[:2]) > 96
+    (tmp_path / 'few' / 'broken.png').write_bytes(b'\x89PNG broken')
+    (tmp_path / 'few' / 'gone.jpg').symlink_to('nowhere')
+    told = mxsimmim('reconstruct', 'runs/run', 'missing.png', 'few', '-o', 'rest.png', status=1).stderr
+    errors = [line for line in told.splitlines() if line.startswith('mxsimmim: error: ')]
+    named = [error[len('mxsimmim: error: '):].split()[0] for error in errors]
+    assert named == ['missing.png', 'few/broken.png:', 'few/gone.jpg:', 'rest.png']
+    assert 'max_broken' not in told and '1 other file left out: .heic (1)' in told
+    assert (np.asarray(Image.open(tmp_path / 'rest.png')) == picture).all()  # of the five that can be read
+    assert 'broken.png: not an image' in mxsimmim('reconstruct', 'runs/run', 'few/broken.png', status=1).stderr
+    assert not (tmp_path / 'grid.png').exists()
+    for name in ('broken.png', 'gone.jpg'):
+        (tmp_path / 'few' / name).unlink()
     for arguments, complaint in ((['missing.png'], 'missing.png'), (['empty'], 'empty'),
                                  (['few', '-o', 'nowhere/out.png'], 'nowhere/out.png: cannot write the picture')):
         assert complaint in mxsimmim('reconstruct', 'runs/run', *arguments, status=1).stderr
