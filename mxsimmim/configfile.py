@@ -120,12 +120,13 @@ def to_yaml(config: Section) -> str:
 
 # What decides speed, place or amount of output may change when a run goes on; what decides the numbers may not.
 FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
-                  'data.val_path', 'data.labels', 'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken',
-                  'data.shares', 'train.store', 'train.max_bad_steps', 'train.check_replicas', 'train.stop_early',
-                  'model.pretrained')
+                  'data.val_path', 'data.labels', 'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch',
+                  'data.max_broken', 'data.shares', 'train.store', 'train.max_bad_steps', 'train.check_replicas',
+                  'train.stop_early', 'model.pretrained')
 # Workers of one job do the same at the same time, each from its own disk and on its own devices.
 FREE_BETWEEN_WORKERS = ('output', 'resume', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels',
-                        'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken', 'model.pretrained')
+                        'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken',
+                        'model.pretrained')
 
 
 def differences(old: Config, new: Config, free: Tuple[str, ...] = FREE_ON_RESUME) -> List[Tuple[str, Any, Any]]:

@@ -176,6 +176,9 @@ def check_same_job(config: Config, task: Task, store: Store) -> None:
         raise ValueError(f'data.val_path={config.data.val_path}: rank {store.rank} finds {held_out:,} images here, '
                          f'rank 0 {first["held_out"]:,}: all workers need the same images')
     check_classes('rank 0', first['classes'], task.classes, 'all workers need the same')
-    if first['labels'] != labels:
-        raise ValueError(f'data.labels={config.data.labels}, data.path={config.data.path}: some images have other '
-                         f'classes for rank {store.rank} than for rank 0: all workers need the same')
+    data = config.data
+    for number, where in enumerate((f'data.labels={data.labels}, data.path={data.path}',
+                                    f'data.val_labels={data.val_labels}, data.val_path={data.val_path}')):
+        if first['labels'][number:number + 1] != labels[number:number + 1]:
+            raise ValueError(f'{where}: some images have other classes for rank {store.rank} than for rank 0: all '
+                             'workers need the same')

@@ -1,14 +1,16 @@
 """Which class an image belongs to: class folders, a table, a RecordIO file's own labels, the digits."""
 import csv
 import os
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+import re
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..config import DataConfig
 from .recordio import Chunks, Records
 from .sampling import generator
-from .sources import SEED, Digits, ImageFiles, Source, Subset, hold_out, is_ignored, open_source, other_files
+from .sources import (SEED, Digits, ImageFiles, Source, Subset, extensions, hold_out, is_ignored, open_source,
+                      other_files)
 
 
 class Labelled(NamedTuple):
@@ -29,12 +31,15 @@ def open_labelled(data: DataConfig, seed: int) -> Labelled:
         ValueError: images without a class, classes without images, unknown classes, a table that does not match, fewer
             than two classes, too few images of a class.
     """
-    train, train_labels, classes = labelled_source(data.path, read_classes(data.classes), data.labels)
+    if data.val_labels and not data.val_path:
+        raise ValueError(f'data.val_labels={data.val_labels} names the classes of the images of data.val_path: set '
+                         'that, too')
+    train, train_labels, classes = labelled_source(data.path, read_classes(data.classes), data.labels, 'data.labels')
     if len(classes) < 2:
         raise ValueError(f"{data.path} has one class, '{classes[0]}': a classifier needs two or more")
     held_out, held_out_labels = None, None
     if data.val_path:
-        held_out, held_out_labels, _ = labelled_source(data.val_path, classes)
+        held_out, held_out_labels, _ = labelled_source(data.val_path, classes, data.val_labels, 'data.val_labels')
     elif data.val_fraction:
         whole = train_labels
         train, held_out = hold_out(train, data.val_fraction, SEED)
@@ -45,28 +50,34 @@ def open_labelled(data: DataConfig, seed: int) -> Labelled:
     return Labelled(train, train_labels, held_out, held_out_labels, classes)
 
 
-def labelled_source(path: str, classes: Sequence[str] = (),
-                    table: str = '') -> Tuple[Source, np.ndarray, Tuple[str, ...]]:
+def labelled_source(path: str, classes: Sequence[str] = (), table: str = '',
+                    key: str = '') -> Tuple[Source, np.ndarray, Tuple[str, ...]]:
     """(images, int64 (n,) numbers of their classes, class names).
 
     Args:
         path: as for `open_source`.
         classes: names in the order of their numbers, any other being an error; empty: as found.
-        table: file of 'relative path,class' lines for the images in the folder `path`.
+        table: file of 'relative path,class' lines for the images in the folder `path`, see `_rows`. Where no class is
+            called by a number, numbers in it are those of `classes`.
+        key: what sets `table`, for messages; empty if nothing does.
 
     Raises:
         ValueError: see `open_labelled`.
     """
     source = open_source(path)
     if table and not isinstance(source, ImageFiles):
-        raise ValueError(f'data.labels={table} names the classes of files in a folder, but {path} is not a folder of '
-                         'images: leave data.labels out, or give the folder')
+        raise ValueError(f'{key}={table} names the classes of files in a folder, but {path} is not a folder of '
+                         f'images: leave {key} out, or give the folder')
     if isinstance(source, ImageFiles):
         files = [source.name(index) for index in range(len(source))]
-        names = list(_from_table(path, files, table, classes) if table else _from_folders(path, files, classes))
-        return (source,) + _numbered(names, classes)
-    assert isinstance(source, (Digits, Records, Chunks))
-    labels = source.labels()
+        names, are_numbers = (_from_table(path, files, table, classes, key) if table else
+                              (_from_folders(path, files, classes, key), False))
+        if not are_numbers:
+            return (source,) + _numbered(names, classes)
+        labels = np.array(list(map(int, names)), np.int64)
+    else:
+        assert isinstance(source, (Digits, Records, Chunks))
+        labels = source.labels()
     highest, from_one = int(labels.max()), ' (labels seem to begin at 1)' if labels.min() == 1 else ''
     if classes and highest >= len(classes):
         first = int(labels.argmax())
@@ -136,7 +147,7 @@ def _numbered(names: Sequence[str], classes: Sequence[str]) -> Tuple[np.ndarray,
     return np.array([numbers[name] for name in names], np.int64), classes
 
 
-def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
+def _from_folders(path: str, files: Sequence[str], classes: Sequence[str], key: str) -> List[str]:
     """The name of each file's class folder, the first below `path`."""
     with os.scandir(path) as entries:
         folders = {entry.name for entry in entries if entry.is_dir() and not is_ignored(entry.name)}
@@ -144,7 +155,8 @@ def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> It
     outside = [os.path.join(path, *parts) for parts in inside if len(parts) == 1]
     if outside:
         raise ValueError(f'{len(outside):,} of the {len(files):,} images in {path} are in no class folder, the first '
-                         f'is {outside[0]}: move images to {path}/CLASS/, or name their classes in a file, data.labels')
+                         f'is {outside[0]}: move images to {path}/CLASS/'
+                         + (f', or name their classes in a file, {key}' if key else ''))
     empty = sorted(folders - {parts[0] for parts in inside})
     if empty:
         folder = os.path.join(path, empty[0])
@@ -155,41 +167,67 @@ def _from_folders(path: str, files: Sequence[str], classes: Sequence[str]) -> It
     if unknown:
         raise ValueError(f"{os.path.join(path, unknown[0])} is not one of the {len(classes)} classes "
                          f'{_listed(classes)}: rename or remove the folder')
-    return (parts[0] for parts in inside)
+    return [parts[0] for parts in inside]
 
 
-def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[str]) -> Iterator[str]:
-    """Each file's class according to the lines of `table`."""
+def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[str],
+                key: str) -> Tuple[List[str], bool]:
+    """Each file's class by the lines of `table`; and whether these are numbers, of `classes` if there are any."""
     wanted, known = {_below(path, file) for file in files}, set(classes)
     found: Dict[str, Tuple[str, int]] = {}  # relative path -> class, line
-    for number, row in _rows(table):
+    rows, is_list = _rows(table, key)
+    for number, row in rows:
         line = f'{table}, line {number}'
         if len(row) != 2 or not all(field.strip() for field in row):
             raise ValueError(f"{line} is not 'relative path,class' (separated by a tab in a .tsv file): found "
                              f'{", ".join(map(repr, row))[:100]}')
         file, name = os.path.normpath(row[0].strip()), row[1].strip()
+        if file not in wanted and '\\' in file:  # written on Windows
+            file = file.replace('\\', '/')
+        if file not in wanted and number == rows[0][0] and os.path.splitext(file)[1][1:].lower() not in extensions():
+            continue  # a heading
         if file not in wanted:
-            raise ValueError(f'{line}: there is no image {file} in {path}: remove the line (a heading, too), or add it')
+            raise ValueError(f'{line}: there is no image {file} in {path}: remove the line, or add it')
         if file in found:
             raise ValueError(f'{line}: {file} is already in line {found[file][1]}: remove one')
-        if known and name not in known:
-            raise ValueError(f"{line}: class '{name}' is not one of the {len(classes)} of data.classes, "
-                             f'{_listed(classes)}: correct it or complete data.classes')
         found[file] = name, number
+    are_numbers = all(name.isdecimal() for name, _ in found.values()) and (
+        not any(name.isdecimal() for name in classes) if classes else is_list)
+    for name, number in found.values() if known and not are_numbers else ():
+        if name not in known:
+            whose = 'of data.classes,' if key == 'data.labels' else 'classes'
+            raise ValueError(f"{table}, line {number}: class '{name}' is not one of the {len(classes)} {whose} "
+                             f'{_listed(classes)}: correct it or complete data.classes')
     missing = sorted(wanted - set(found))
     if missing:
         raise ValueError(f'{len(missing):,} of the {len(files):,} images in {path} have no line in {table}, the first '
                          f'is {missing[0]}: add their lines, or remove them')
-    return (found[_below(path, file)][0] for file in files)
+    return [found[_below(path, file)][0] for file in files], are_numbers
 
 
-def _rows(table: str) -> List[Tuple[int, List[str]]]:
-    """(line number, fields) of each line that is not empty."""
-    reader = csv.reader(_read_lines(table, 'data.labels'), delimiter='\t' if table.lower().endswith('.tsv') else ',')
+def _rows(table: str, key: str) -> Tuple[List[Tuple[int, List[str]]], bool]:
+    """(line number, [path, class]) of each line that is not empty; and whether it is a list, whose classes are numbers.
+
+    Commas separate them, or tabs in a .tsv file. Lists are what other programs read: a tab (Swin Transformer's
+    train_map.txt) or blanks (Caffe's) between path and number; in MXNet's .lst files, index, number and path.
+    """
+    lines, kind = _read_lines(table, key), os.path.splitext(table)[1].lower()
+    first = next((line for line in lines if line.strip()), '')
+    is_list = kind not in ('.csv', '.tsv') and ('\t' in first or ',' not in first)
+    if first.strip().isdecimal():  # ILSVRC's own order of the classes, which is that of no folder
+        raise ValueError(f'{table} has numbers, but no paths, as ILSVRC2012_validation_ground_truth.txt: write '
+                         "'relative path,class' lines, or take the val_map.txt of Swin Transformer")
+    if is_list and '\t' not in first:  # paths may have blanks
+        return [(number, line.strip().rsplit(None, 1)) for number, line in enumerate(lines, 1) if line.strip()], True
+    reader = csv.reader(lines, delimiter='\t' if is_list or kind == '.tsv' else ',')
     try:
-        return [(reader.line_num, row) for row in reader if row]
+        rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise ValueError(f'{table}, line {reader.line_num}: {error}: write relative path,class a line') from None
+    if kind == '.lst':
+        rows = [(number, [row[2], re.sub(r'\.0*$', '', row[1].strip())] if len(row) == 3 else row)
+                for number, row in rows]
+    return rows, is_list
 
 
 def _below(path: str, file: str) -> str:

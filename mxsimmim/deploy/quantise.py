@@ -12,7 +12,7 @@ import numpy as np
 from mxnet.contrib.quantization import quantize_model
 
 from ..data.labels import labelled_source, open_labelled
-from ..data.loader import Batch, fixed_batches
+from ..data.loader import Batch, every_image
 from ..data.sampling import generator
 from ..data.sources import Source, Subset, notes_of, tell
 from ..data.transforms import ClassifyEvalTransform, normalise
@@ -158,7 +158,8 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
                              f'{"others" if images else "some"} with --images')
         order = generator(0).permutation(len(own.train))[:CALIBRATION]
         return Subset(own.train, order), own.held_out, own.held_out_labels
-    source, labels, _ = labelled_source(images, trained.classes)
+    table = data.val_labels if images == data.val_path else ''
+    source, labels, _ = labelled_source(images, trained.classes, table, 'data.val_labels' if table else '')
     tell(source.notes)
     if len(source) < 2:
         raise ValueError(f'{images} has {len(source)} image: int8 needs some to calibrate and others to measure with')
@@ -170,7 +171,7 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
 def _batches(trained: Trained, source: Source) -> Iterator[Batch]:
     data = trained.config.data
     transform = ClassifyEvalTransform(data, trained.config.model)
-    return fixed_batches(source, transform, 32, len(source), 0, data.threads, max_broken=0)
+    return every_image(source, transform, 32, data.threads)
 
 
 def _normalised(trained: Trained, batch: Batch) -> np.ndarray:

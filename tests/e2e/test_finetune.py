@@ -170,6 +170,7 @@ def folders(whole, tmp_path):
 
 @pytest.mark.parametrize('options, complaint', [
     (['data.path=train', 'data.val_path=val'], 'val/bird is not one of the 2 classes cat, dog: rename or remove'),
+    (['data.path=train', 'data.val_path=flat'], 'or name their classes in a file, data.val_labels'),
     (['data.path=gap'], 'class folder gap/dog has no images: add some or remove the folder'),
     (['data.path=flat', 'data.labels=labels.csv'],
      '1 of the 20 images in flat have no line in labels.csv, the first is 019.png'),
@@ -199,6 +200,28 @@ def test_bad_input(folders, tmp_path, monkeypatch, capfd, options, complaint):
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith('mxsimmim: error: ')]
     assert len(errors) == 1 and complaint in errors[0], errors
     assert weights(tmp_path / 'runs' / 'run') == before
+
+
+def test_a_flat_validation_folder(folders, tmp_path, monkeypatch, capfd):
+    """With a list of its classes it is measured as in class folders, in training and by --eval."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(20):
+        place = tmp_path / 'inside' / ('dog' if number % 3 else 'cat') / f'{number:03d}.png'
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / 'flat' / f'{number:03d}.png', place)
+    (tmp_path / 'map.txt').write_text(''.join(f'{number:03d}.png\t{int(number % 3 > 0)}\n' for number in range(20)))
+    ways = {'inside': ['data.val_path=inside'], 'map': ['data.val_path=flat', 'data.val_labels=map.txt']}
+    said = {}
+    for name, keys in ways.items():
+        words = ['finetune', str(BASE), *FINETUNE, 'data.path=train', f'name={name}', 'train.length=5', *keys]
+        assert cli.main([*words, 'optim.warmup=1', 'optim.milestones=[3]']) == 0
+        capfd.readouterr()
+        assert cli.main([*words, '--eval']) == 0
+        said[name] = [line for line in capfd.readouterr().out.splitlines() if line.startswith(('cat', 'dog'))]
+    assert said['map'] == said['inside'] and len(said['map']) == 2
+    # The same files in another order, and summed in that.
+    first, second = (rows(tmp_path / 'runs' / name, 'val_top1')[5] for name in ways)
+    assert first['val_top1'] == second['val_top1'] and first['val_loss'] == pytest.approx(second['val_loss'], rel=1e-6)
 
 
 @pytest.mark.parametrize('words, status, complaint', [

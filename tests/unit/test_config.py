@@ -101,10 +101,10 @@ def test_complaints(overrides, complaint):
 
 
 @pytest.mark.parametrize('override', [
-    'model.pretrained=runs/other', 'optim.layer_decay=0.75', 'data.labels=labels.csv', 'data.classes=names.txt',
-    'data.labels_per_class=10', 'augment.rand_ops=0', 'augment.rand_magnitude=5', 'augment.rand_std=0',
-    'augment.erasing=0', 'augment.mixup=0', 'augment.cutmix=0', 'augment.mix_switch=1', 'augment.mix_prob=0.5',
-    'augment.smoothing=0'])
+    'model.pretrained=runs/other', 'optim.layer_decay=0.75', 'data.labels=labels.csv', 'data.val_labels=val_map.txt',
+    'data.classes=names.txt', 'data.labels_per_class=10', 'augment.rand_ops=0', 'augment.rand_magnitude=5',
+    'augment.rand_std=0', 'augment.erasing=0', 'augment.mixup=0', 'augment.cutmix=0', 'augment.mix_switch=1',
+    'augment.mix_prob=0.5', 'augment.smoothing=0'])
 def test_what_pre_training_has_no_use_for(override):
     key = override.partition('=')[0]
     with pytest.raises(cfg.ConfigError) as error:
@@ -154,7 +154,8 @@ def test_what_may_change_in_a_resumed_run():
 
 def test_labels_may_have_moved_but_not_become_fewer():
     old = configfile.load(CONF / 'base.yaml', ['task=classify'])
-    moved = ['data.labels=a.csv', 'data.classes=b.txt', 'data.path=c', 'model.pretrained=d']
+    moved = ['data.labels=a.csv', 'data.val_path=e', 'data.val_labels=f', 'data.classes=b.txt', 'data.path=c',
+             'model.pretrained=d']
     new = configfile.load(CONF / 'base.yaml', ['task=classify', 'data.labels_per_class=10', *moved])
     for free in (configfile.FREE_ON_RESUME, configfile.FREE_BETWEEN_WORKERS):
         assert configfile.differences(old, new, free) == [('data.labels_per_class', 0, 10)]

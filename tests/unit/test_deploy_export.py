@@ -1,6 +1,7 @@
 """Exported files against the network they come from: symbol, ONNX, 8 bits."""
 import json
 import sys
+from pathlib import Path
 
 import mxnet as mx
 import numpy as np
@@ -176,6 +177,20 @@ def test_int8_on_given_images(tmp_path):
     assert (len(calibration), len(held_out), len(labels)) == (256, 1797 - 256, 1797 - 256)
     names = {s.name(i) for s in (calibration, held_out) for i in range(len(s))}
     assert len(names) == 1797
+
+
+def test_int8_on_the_flat_validation_images_of_the_run(tmp_path):
+    trained = load_run(make_run(tmp_path / 'run', MODELS['vit'], 'classify'))
+    (tmp_path / 'val').mkdir()
+    for number in range(8):
+        (tmp_path / 'val' / f'{number}.png').write_bytes(b'broken')
+    (tmp_path / 'map.txt').write_text(''.join(f'{number}.png\t{number % 3}\n' for number in range(8)))
+    data = DataConfig(path='/elsewhere', val_path=str(tmp_path / 'val'), val_labels=str(tmp_path / 'map.txt'))
+    trained = trained._replace(config=trained.config.model_copy(update={'data': data}))
+    _, held_out, labels = quantise._images(trained, data.val_path)
+    assert len(labels) == 4 and all(int(Path(held_out.name(i)).stem) % 3 == labels[i] for i in range(4))
+    with pytest.raises(ValueError, match='each must be readable: remove or repair .*png: not an image'):
+        next(quantise._batches(trained, held_out))
 
 
 @pytest.mark.parametrize('task, keys, match', [

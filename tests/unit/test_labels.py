@@ -100,6 +100,9 @@ FLAT = ('a.jpg', 'b.jpg', 'deep/c.jpg')
 @pytest.mark.parametrize('name, text', [
     ('labels.csv', 'b.jpg,yes\na.jpg,no\n\ndeep/c.jpg, yes \n'),
     ('labels.tsv', 'deep/c.jpg\tyes\na.jpg\tno\n./b.jpg\tyes'),
+    ('labels.csv', 'image_id,label\na.jpg,no\nb.jpg,yes\ndeep\\c.jpg,yes\n'),
+    ('labels.txt', 'a.jpg,no\nb.jpg,yes\ndeep/c.jpg,yes\n'), ('labels', 'a.jpg\tno\nb.jpg\tyes\ndeep/c.jpg\tyes\n'),
+    ('labels.txt', 'path class\n\na.jpg no\nb.jpg  yes\n./deep/c.jpg\tyes\n'),
     ('labels.csv', '\ufeff"a.jpg","no"\r\nb.jpg,yes\r\ndeep//c.jpg,yes\r\n')])
 def test_table(tmp_path, name, text):
     touch(tmp_path / 'images', *FLAT)
@@ -110,7 +113,7 @@ def test_table(tmp_path, name, text):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('path,class\na.jpg,no\n', r'labels.csv, line 1: there is no image path in .*images: remove the line \(a heading'),
+    ('path,class\nb,no\n', 'labels.csv, line 2: there is no image b in .*images: remove the line, or add it'),
     ('a.jpg,no\n\nx.jpg,no\n', 'labels.csv, line 3: there is no image x.jpg in .*images'),
     ('../out.jpg,no\n', 'line 1: there is no image ../out.jpg in'),
     ('a.jpg,no\nb.jpg,no\n./a.jpg,yes\n', 'labels.csv, line 3: a.jpg is already in line 1: remove one'),
@@ -213,3 +216,113 @@ def test_few_labels_a_class():
     assert len(kept(10, seed=1) & kept(10, seed=2)) < 30
     with pytest.raises(ValueError, match="data.labels_per_class=160, but class '0' has 139 training images: lower it"):
         kept(160, seed=1)
+
+
+CLASSES = 13  # more than ten: numbers sort otherwise than names
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Class folders for training, the same held-out images in class folders and flat; {flat name: class number}."""
+    rng, numbers = np.random.default_rng(5), {}
+    for number in range(CLASSES):
+        touch(tmp_path, *(f'train/n{number * 7:03}/{item}.JPEG' for item in range(2)))
+    for item in rng.permutation(CLASSES * 3):
+        numbers[f'val_{item:05}.JPEG'] = int(item % CLASSES)
+        touch(tmp_path, f'val/val_{item:05}.JPEG', f'folders/n{item % CLASSES * 7:03}/val_{item:05}.JPEG')
+    return numbers
+
+
+def by_file(source, labels):
+    return {os.path.basename(source.name(i)): int(labels[i]) for i in range(len(source))}
+
+
+@pytest.mark.parametrize('name, line', [
+    ('val_map.txt', '{file}\t{number}\n'), ('val.csv', '{file},{wnid}\n'), ('val.csv', '{file},{number}\n'),
+    ('val.txt', '{file} {number}\n'), ('list', '{file} {wnid}\r\n'), ('val.tsv', '{file}\t{wnid}\n'),
+    ('val.lst', '{item}\t{number}.000000\t{file}\n')])
+def test_a_flat_validation_folder_has_the_labels_of_class_folders(imagenet, tmp_path, name, line):
+    (tmp_path / name).write_text(''.join(line.format(file=file, number=number, wnid=f'n{number * 7:03}', item=item)
+                                         for item, (file, number) in enumerate(imagenet.items())))
+    train = str(tmp_path / 'train')
+    flat = open_labelled(DataConfig(path=train, val_path=str(tmp_path / 'val'), val_labels=str(tmp_path / name)), 0)
+    inside = open_labelled(DataConfig(path=train, val_path=str(tmp_path / 'folders')), 0)
+    assert flat.classes == inside.classes == tuple(f'n{number * 7:03}' for number in range(CLASSES))
+    assert by_file(flat.held_out, flat.held_out_labels) == by_file(inside.held_out, inside.held_out_labels) == imagenet
+    assert flat.held_out_labels.dtype == np.int64 and flat.train_labels.tolist() == inside.train_labels.tolist()
+
+
+def test_both_maps_of_swin_give_the_labels_of_class_folders(imagenet, tmp_path):
+    """Its train_map.txt numbers the sorted class folders, which is what numbers in a list mean here."""
+    inside = open_labelled(DataConfig(path=str(tmp_path / 'train'), val_path=str(tmp_path / 'folders')), 0)
+    (tmp_path / 'train_map.txt').write_text(''.join(
+        f'n{number * 7:03}/{item}.JPEG\t{number}\n' for number in range(CLASSES) for item in range(2)))
+    (tmp_path / 'val_map.txt').write_text(''.join(f'{file}\t{number}\n' for file, number in imagenet.items()))
+    keys = dict(path=str(tmp_path / 'train'), labels=str(tmp_path / 'train_map.txt'), val_path=str(tmp_path / 'val'),
+                val_labels=str(tmp_path / 'val_map.txt'))
+    maps = open_labelled(DataConfig(**keys), 0)
+    assert maps.train_labels.tolist() == inside.train_labels.tolist() and maps.classes == tuple(map(str, range(13)))
+    assert by_file(maps.held_out, maps.held_out_labels) == imagenet
+    (tmp_path / 'names').write_text('\n'.join(inside.classes))
+    named = open_labelled(DataConfig(classes=str(tmp_path / 'names'), **keys), 0)
+    assert named.classes == inside.classes and named.train_labels.tolist() == inside.train_labels.tolist()
+    assert by_file(named.held_out, named.held_out_labels) == imagenet
+
+
+def test_numbers_in_a_csv_are_names_as_ever(tmp_path):
+    touch(tmp_path / 'images', *(f'{number}.jpg' for number in range(11)))
+    (tmp_path / 'labels.csv').write_text(''.join(f'{number}.jpg,{number}\n' for number in range(11)))
+    found = open_labelled(DataConfig(path=str(tmp_path / 'images'), labels=str(tmp_path / 'labels.csv')), 0)
+    assert found.classes[:3] == ('0', '1', '10')
+    assert all(found.classes[label] == name[:-4] for name, label in by_file(found.train, found.train_labels).items())
+    (tmp_path / 'list.txt').write_text(''.join(f'{number}.jpg {number % 4 + 1}\n' for number in range(11)))
+    source, labels, classes = labelled_source(str(tmp_path / 'images'), table=str(tmp_path / 'list.txt'), key='x')
+    assert classes == tuple('01234') and by_file(source, labels) == {f'{n}.jpg': n % 4 + 1 for n in range(11)}
+    assert 'no image has label 0 (labels seem to begin at 1); this class stays empty' in source.notes[0]
+
+
+@pytest.mark.parametrize('name, text, message', [
+    (None, '', '4 of the 4 images in .*val are in no class folder, .*: move images to .*val/CLASS/, or name their '
+     'classes in a file, data.val_labels$'),
+    ('none', None, 'data.val_labels=.*none cannot be read: No such file'),
+    ('map.txt', 'a.jpg\t1\nb.jpg\t2\nc.jpg\t3\nd.jpg\t1\n',
+     r'c.jpg has label 3, but there are only 3 classes, 0 to 2 \(labels seem to begin at 1\): complete data.classes'),
+    ('map.txt', 'a.jpg\t0\nb.jpg\tcow\n', "map.txt, line 1: class '0' is not one of the 3 classes ant, cat, dog: corr"),
+    ('v.csv', 'a.jpg,ant\nb.jpg,cow\n', "v.csv, line 2: class 'cow' is not one of the 3 classes ant, cat, dog: corr"),
+    ('truth.txt', '490\n361\n171\n', 'truth.txt has numbers, but no paths, as ILSVRC2012_validation_ground_truth.txt'),
+    ('map.txt', 'a.jpg\n', "line 1 is not 'relative path,class'"),
+    ('a.lst', '0\t1.0\t2.0\ta.jpg\n', "line 1 is not 'relative path,class'"),
+    ('map.txt', 'a.jpg\t0\n', '3 of the 4 images in .*val have no line in .*map.txt, the first is b.jpg')])
+def test_bad_validation_tables(animals, tmp_path, name, text, message):
+    touch(tmp_path / 'val', 'a.jpg', 'b.jpg', 'c.jpg', 'd.jpg')
+    if text is not None and name:
+        (tmp_path / name).write_text(text)
+    table = str(tmp_path / name) if name else ''
+    with pytest.raises(ValueError, match=message):
+        open_labelled(DataConfig(path=str(animals), val_path=str(tmp_path / 'val'), val_labels=table), 0)
+
+
+def test_numeric_classes_are_never_taken_by_position(tmp_path):
+    """Folders 1, 2, 3: a 1 in the table is the folder 1, and a 0 an error."""
+    touch(tmp_path, 'train/1/a.jpg', 'train/2/b.jpg', 'train/3/c.jpg', 'val/x.jpg', 'val/y.jpg')
+    train, val, table = (str(tmp_path / name) for name in ('train', 'val', 'map.txt'))
+    data = DataConfig(path=train, val_path=val, val_labels=table)
+    (tmp_path / 'map.txt').write_text('x.jpg\t1\ny.jpg\t3\n')
+    found = open_labelled(data, 0)
+    assert [found.classes[label] for label in found.held_out_labels] == ['1', '3']
+    (tmp_path / 'map.txt').write_text('x.jpg\t0\ny.jpg\t2\n')
+    with pytest.raises(ValueError, match="map.txt, line 1: class '0' is not one of the 3 classes 1, 2, 3"):
+        open_labelled(data, 0)
+
+
+def test_a_validation_table_of_records(tmp_path):
+    """Class numbers of a RecordIO file for training, the same numbers in a table."""
+    path = records(tmp_path / 'a.rec', [number % 12 for number in range(24)])
+    touch(tmp_path / 'val', 'x.jpg', 'y.jpg')
+    (tmp_path / 'map.txt').write_text('x.jpg\t10\ny.jpg\t2\n')
+    data = DataConfig(path=path, val_path=str(tmp_path / 'val'), val_labels=str(tmp_path / 'map.txt'))
+    assert open_labelled(data, 0).held_out_labels.tolist() == [10, 2]
+    with pytest.raises(ValueError, match='data.val_labels=.*map.txt names the classes of files in a folder, but .*a.r'):
+        open_labelled(data.model_copy(update={'val_path': path}), 0)
+    with pytest.raises(ValueError, match='data.val_labels=x names the classes of the images of data.val_path: set'):
+        open_labelled(DataConfig(path=path, val_labels='x'), 0)

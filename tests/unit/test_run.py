@@ -76,6 +76,12 @@ def test_workers_need_the_same_labels():
     with pytest.raises(ValueError, match='data.labels=/a.csv, .*other classes for rank 1 than for rank 0: all'):
         check_same_job(Config(task='classify', data={'labels': '/a.csv'}), task(('a', 'b'), labels=1 - LABELS),
                        Second(['a', 'b']))
+    with pytest.raises(ValueError, match='data.val_labels=/v.csv, data.val_path=/v: some images have other classes'):
+        here = task(('a', 'b'))
+        here.labels.append(1 - LABELS)
+        there = Second(['a', 'b'])
+        there.said['labels'] = [zlib.crc32(LABELS.tobytes())] * 2
+        check_same_job(Config(task='classify', data={'val_labels': '/v.csv', 'val_path': '/v'}), here, there)
 
 
 def test_a_checkpoint_of_other_images(tmp_path):
