@@ -6,8 +6,11 @@ import traceback
 from pathlib import Path
 from typing import List, Optional
 
-from . import __version__, configfile
+from . import __version__, configfile, habits, paths
 from .config import Config, ConfigError
+
+
+TRAINING = ('-h', '--help', '--check', '--check-config', '--eval')  # options of pretrain and finetune
 
 
 def pretrain(args: argparse.Namespace) -> int:
@@ -192,6 +195,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs a command; returns the exit status: 2 for what the user wrote, 1 for what went wrong later."""
     commands = parser()
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] in (['pretrain'], ['finetune']):
+        foreign = habits.options(words[1:], TRAINING, configfile.known_keys())
+        if foreign:
+            return fail(2, '\n'.join(foreign))
     args, late = commands.parse_known_args(argv)
     # argparse takes no key=value that comes after an option.
     if late and (not hasattr(args, 'overrides') or any(text.startswith('-') for text in late)):
@@ -199,6 +207,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     if late:
         args.overrides += late
     try:
+        for name in ('output', 'picture', 'images', 'config', 'classes'):  # --output=~/x: no shell replaces this ~
+            if isinstance(getattr(args, name, None), str):
+                setattr(args, name, paths.home(getattr(args, name)))
         return args.function(args)
     except ConfigError as error:
         return fail(2, str(error))

@@ -182,12 +182,12 @@ class DataConfig(Section):
     prefetch: int = Field(3, gt=0, description='batches prepared ahead')
     max_broken: int = Field(100, ge=0, description='unreadable images tolerated before the run ends')
     labels: Place = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
-                        "images of path, or a list: Swin's train_map.txt, Caffe's, MXNet's .lst; empty: class folders, "
-                        "or a RecordIO file's own labels")
+                          "images of path, or a list: Swin's train_map.txt, Caffe's, MXNet's .lst; empty: class "
+                          "folders, or a RecordIO file's own labels")
     val_labels: Place = Field('', description='classify: the same for the images of val_path; numbers stand for the '
-                            'classes in their order')
-    classes: Place = Field('', description='classify: a file of class names, one a line, in the order of their numbers; '
-                         "empty: the folders' names sorted, or numbers")
+                              'classes in their order')
+    classes: Place = Field('', description='classify: a file of class names, one a line, in the order of their '
+                           "numbers; empty: the folders' names sorted, or numbers")
     labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
                                   'all')
     crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')

@@ -4,6 +4,7 @@
 naming the key, where it was set and the way out.
 """
 import difflib
+import errno
 import functools
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Sequence, Tuple, Union
 import yaml
 from pydantic import ValidationError
 
-from . import documents, paths
+from . import documents, habits, paths
 from .config import PATH, Config, ConfigError, Section
 
 Values = Dict[str, Tuple[Any, str]]  # dotted key -> (value, where it was set)
@@ -36,18 +37,20 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
     values: Values = {}
     for file, content in _inherited(path, ()):
         values.update((_canonical(key), (value, str(file))) for key, value in _flatten(content))
-    for text in overrides:
-        values.update((_canonical(key), (value, COMMAND_LINE)) for key, value in _override(text))
+    for place in range(len(overrides)):
+        values.update((_canonical(key), (value, COMMAND_LINE)) for key, value in _override(overrides, place))
     if values.get('name', ('',))[0] in (None, ''):
         values['name'] = (path.stem, str(path))
     return _build(_expanded(values))
 
 
-def _override(text: str) -> Iterator[Tuple[str, Any]]:
-    """Keys and values of a word of the command line."""
+def _override(words: Sequence[str], place: int) -> Iterator[Tuple[str, Any]]:
+    """Keys and values of one of the words of a command line."""
+    text = words[place]
     key, equals, value = text.partition('=')
     if not equals:
-        raise _wrong(f"'{text}' is not key=value: write for instance optim.base_lr=2e-4")
+        advice = habits.no_pair(words, place, known_keys())
+        raise _wrong(f"'{text}' is not key=value: {advice or 'write for instance optim.base_lr=2e-4'}")
     texts = text_keys()
     try:  # a string is what was typed, be it empty or a number to YAML
         parsed = value if key in texts else documents.parse(value, {
@@ -175,16 +178,16 @@ def known_keys(section: type = Config, prefix: str = '') -> List[str]:
 @functools.lru_cache(maxsize=None)
 def text_keys() -> FrozenSet[str]:
     """Keys of known_keys() whose value is a plain string."""
-    return frozenset(key for key, field in _leaves() if field.annotation is str)
+    return frozenset(key for key, field in leaves() if field.annotation is str)
 
 
 @functools.lru_cache(maxsize=None)
 def path_keys() -> Tuple[str, ...]:
     """Keys of known_keys() that are paths of this machine."""
-    return tuple(key for key, field in _leaves() if PATH in field.metadata)
+    return tuple(key for key, field in leaves() if PATH in field.metadata)
 
 
-def _leaves() -> Iterator[Tuple[str, Any]]:
+def leaves() -> Iterator[Tuple[str, Any]]:
     """(dotted key, field) of all that are no section."""
     for name, field in _fields(Config):
         if _is_section(field.annotation):
@@ -202,7 +205,8 @@ def _inherited(path: Path, children: Tuple[Path, ...]) -> Iterator[Tuple[Path, D
             raise _wrong(f'{path}: base: goes round in a circle: ' + ' -> '.join(c.name for c in children))
         content = documents.parse(paths.contents(path), text_keys() | {'base'})
     except OSError as error:
-        raise _wrong(f'{path}{asked}: cannot read the configuration: {error.strerror}') from None
+        near = '' if children or error.errno != errno.ENOENT else _likely(path)
+        raise _wrong(f'{path}{asked}: cannot read the configuration: {error.strerror}{near}') from None
     except documents.NotYaml as error:
         raise _wrong(f'{path}: not YAML: {error}') from None
     except ConfigError:
@@ -239,7 +243,7 @@ def _build(values: Values) -> Config:
     known = known_keys()
     tree: Dict[str, Any] = {}
     unknown = [key for key in values if _canonical(key) not in known]
-    problems = [f"{values[key][1]}: unknown key '{key}'{_nearest(key, known) if place < SHOWN else ''}"
+    problems = [f"{values[key][1]}: unknown key '{key}'{_advice(key, values, known) if place < SHOWN else ''}"
                 for place, key in enumerate(unknown)]
     for key, (value, _) in values.items():
         *parents, leaf = _canonical(key).split('.')
@@ -263,15 +267,23 @@ def _canonical(key: str) -> str:
     return 'model.use_ape' if key == 'model.ape' else key
 
 
-def _nearest(key: str, known: List[str]) -> str:
-    """A hint at the known key whose last part is most like the unknown one's, the same section first."""
-    section, _, leaf = key.rpartition('.')
-    for candidates in ([name for name in known if name.rpartition('.')[0] == section], known):
-        leaves = {name.rpartition('.')[2]: name for name in candidates}
-        near = difflib.get_close_matches(leaf, list(leaves), 1, 0.6)
-        if near:
-            return f" (did you mean '{leaves[near[0]]}'?)"
-    return '; `mxsimmim config` lists the known ones'
+def _advice(key: str, values: Values, known: List[str]) -> str:
+    """What to write instead of an unknown key."""
+    value, where = values[key]
+    advice = habits.answer(key, value, known, in_file=where != COMMAND_LINE)
+    if advice:
+        return f': {advice}'
+    near = habits.nearest(key, known)
+    return f" (did you mean '{near}'?)" if near else '; `mxsimmim config` lists the known ones'
+
+
+def _likely(path: Path) -> str:
+    """A hint at the file that may be meant by one that is not there: a recipe by its name, another ending."""
+    folders = [path.parent, Path('conf'), Path(__file__).parents[1] / 'conf']
+    found = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob('*.yaml'))}
+    name = path.name[:-len(path.suffix)] if path.suffix in ('.yaml', '.yml', '.json', '.py') else path.name
+    near = difflib.get_close_matches(name.replace('-', '_').lower(), list(found), 1, 0.7)
+    return f' (did you mean {found[near[0]]}?)' if near else ''
 
 
 def _explain(item: Dict[str, Any], values: Values, known: List[str]) -> Iterator[str]:
@@ -285,6 +297,8 @@ def _explain(item: Dict[str, Any], values: Values, known: List[str]) -> Iterator
     where = {w for k, (_, w) in values.items() if _canonical(k) == key}
     if where:
         found = '' if item['type'] == 'value_error' else f', found {_show(item["input"])}'
+        if item['type'] == 'model_type' and isinstance(item['input'], str):  # data=/images
+            found += ''.join(f': {meant}' for meant in [habits.answer(key, item['input'], known)] if meant)
         yield f"{where.pop()}: key '{key}': {message}{found}"
     else:  # a combination of keys: name the files that set the ones it speaks of
         spoken = [k for k in values if k.rsplit('.', 1)[-1] in re.findall(r'\w+', message) and k.startswith(key)]

@@ -10,10 +10,11 @@ OTHER_WORLDS = {'ps': ('HOROVOD_RANK', 'HOROVOD_SIZE', 'OMPI_COMM_WORLD_RANK', '
 
 
 class Host(NamedTuple):
-    """A line of the hostfile; `port` None leaves it to ssh."""
+    """A line of the hostfile; `port` None leaves it to ssh, `most` 0 is as many workers as asked for."""
     name: str
     port: Optional[int] = None
     slots: int = 1
+    most: int = 0
 
 
 class Process(NamedTuple):
@@ -36,7 +37,9 @@ class Site(NamedTuple):
 
 
 def read_hostfile(text: str, name: str) -> List[Host]:
-    """Hosts of a hostfile, one a line: ``host[:port] [slots=N]``, IPv6 as ``::1`` or ``[::1]:22``, ``#`` comments.
+    """Hosts of a hostfile, one a line: ``host[:port] [slots=N] [max_slots=N]``, IPv6 as ``::1`` or ``[::1]:22``.
+
+    What follows ``#`` is a comment.
 
     Raises:
         ValueError: a line that is not of this form, or no host at all; the text names file and line.
@@ -44,7 +47,7 @@ def read_hostfile(text: str, name: str) -> List[Host]:
     hosts: List[Host] = []
     lines: Dict[Any, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition('#')[0].split()
+        words = re.sub(r'\s*=\s*', '=', line.partition('#')[0]).split()
         if not words:
             continue
         try:
@@ -78,12 +81,17 @@ def read_host(words: Sequence[str]) -> Host:
     port = port or port6
     if port and not 1 <= int(port) <= 65535:
         raise ValueError(f'port {port} is not between 1 and 65535')
-    slots = 1
+    given: Dict[str, int] = {}
     for word in words[1:]:
-        if not re.fullmatch(r'slots=0*[1-9]\d{0,4}', word):
-            raise ValueError(f"'{word}' after the host: only slots=N can stand there, N at least 1")
-        slots = int(word[6:])
-    return Host(user + (name or inet6), int(port) if port else None, slots)
+        found = re.fullmatch(r'(slots|max[_-]slots)=0*([1-9]\d{0,4})', word)
+        if not found:
+            raise ValueError(f"'{word}' after the host: only slots=N can stand there, N at least 1, and max_slots=N"
+                             + (f': write slots={word}' if re.fullmatch(r'[1-9]\d*', word) else ''))
+        given[found[1].replace('-', '_')] = int(found[2])
+    slots, most = given.get('slots', 1), given.get('max_slots', 0)
+    if 0 < most < slots:
+        raise ValueError(f'slots={slots} is more than max_slots={most}')
+    return Host(user + (name or inet6), int(port) if port else None, slots, most)
 
 
 def place(workers: int, servers: int, hosts: Sequence[Host], horovod: bool = False) -> List[Process]:
@@ -92,10 +100,17 @@ def place(workers: int, servers: int, hosts: Sequence[Host], horovod: bool = Fal
     Workers go round the hosts, each host taking part in as many rounds as it has slots; when all slots are taken, it
     begins again. Servers go round the hosts whatever their slots, the scheduler to the first. Horovod's ranks are
     spread likewise, and then numbered host by host.
+
+    Raises:
+        ValueError: a host would get more workers than it takes.
     """
     rounds = [place for turn in range(max(host.slots for host in hosts))
               for place, host in enumerate(hosts) if host.slots > turn]
     seats = [rounds[index % len(rounds)] for index in range(workers)]
+    for number, host in enumerate(hosts):
+        if 0 < host.most < seats.count(number):
+            raise ValueError(f'{workers} workers are {seats.count(number)} for host {host.name}, which takes '
+                             f'max_slots={host.most}: start fewer, add hosts, or raise it')
     processes = [Process('worker', index, host) for index, host in enumerate(sorted(seats) if horovod else seats)]
     if not horovod:
         processes += [Process('server', index, index % len(hosts)) for index in range(servers)]

@@ -5,6 +5,8 @@ import os
 import re
 from typing import Dict, List, Mapping, Sequence, Tuple
 
+from mxsimmim import paths
+
 HELP = """\
 Starts a training command as many processes, here or on many hosts, and ends them together.
 
@@ -43,6 +45,32 @@ OPTIONS: Tuple = (
 )
 
 
+# What mpirun, torchrun, horovodrun and MXNet's own launcher call it.
+FOREIGN = {
+    **dict.fromkeys(('-np', '--np', '-c', '--num-proc', '--n', '--ntasks', '--world-size'), 'write -n N, the workers'),
+    **dict.fromkeys(('--nproc_per_node', '--nproc-per-node', '--nproc', '--ppn', '-ppn', '--npernode', '-npernode',
+                     '--slots-per-host', '--num-gpus', '--num_gpus', '--nnodes', '--nodes', '-N', '--map-by'),
+                    'write -n N, the workers on all hosts together, and slots=N after a host in the file'),
+    **dict.fromkeys(('-hostfile', '--machinefile', '-machinefile', '-f', '--host-file', '--hosts-file', '--host_file'),
+                    'write -H FILE'),
+    **dict.fromkeys(('--hosts', '--host', '-host'), 'write the hosts into a file, host slots=N a line, and -H FILE'),
+    **dict.fromkeys(('-x', '-genv', '--export', '-genvlist'), 'write --env NAME, or --env NAME=VALUE'),
+    **dict.fromkeys(('--master_addr', '--master-addr', '--master_port', '--master-port', '--rdzv_endpoint',
+                     '--rdzv-endpoint', '--rdzv_backend', '--rdzv-backend', '--node_rank', '--node-rank',
+                     '--standalone'),
+                    'leave it out: one launcher starts all hosts, and finds where they meet'),
+    **dict.fromkeys(('--oversubscribe', '--allow-run-as-root', '--bind-to', '-bind-to', '-map-by', '--mca', '-mca'),
+                    "leave it out, or give it to mpirun: --launcher mpi takes its own options from the environment "
+                    '(OMPI_MCA_…)'),
+    **dict.fromkeys(('--cluster',), 'write --launcher local, ssh or mpi'),
+    **dict.fromkeys(('--gloo', '--mpi'), 'write --horovod; what its ranks speak is chosen by what is there'),
+    **dict.fromkeys(('--network-interface', '--network-interfaces', '--nics', '--nic'), 'write --interface NAME'),
+    **dict.fromkeys(('--output-filename', '--log-dir', '--log_dir', '--redirects', '--tee'),
+                    'leave it out: every process writes logs/ROLE-INDEX.log'),
+    **dict.fromkeys(('-p', '--ssh-port'), 'write the port into the hostfile, as host:port'),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are the launcher's own, without half a page of usage."""
 
@@ -62,6 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(*names, **details)
     words, command = split(argv)
     options = parser.parse_args(words)
+    options.hostfile = options.hostfile and paths.home(options.hostfile)  # -H=~/hosts: no shell replaces this ~
     options.command = command
     check(options)
     options.given = {'worker': variables(options.env + options.env_worker, os.environ),
@@ -85,6 +114,9 @@ def split(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
         if not word.startswith('-') or word == '-':
             break
         name = word.partition('=')[0] if word.startswith('--') else word[:2]
+        stem = word.partition('=')[0].rstrip('0123456789')
+        if stem in FOREIGN:
+            raise ValueError(f"no option '{stem}': {FOREIGN[stem]}")
         if name not in takes or ('=' in word and word.startswith('--') and not takes[name]):
             near = difflib.get_close_matches(name, takes, 1)
             raise ValueError(f"no option '{word}'" + (f' (did you mean {near[0]}?)' if near and near[0] != name else '')
@@ -150,7 +182,11 @@ def contents(hostfile: str) -> str:
         ValueError: it cannot be read.
     """
     try:
-        with open(hostfile, encoding='utf-8') as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"hostfile '{hostfile}' cannot be read ({getattr(error, 'strerror', 'not a text')})") from None
+        return paths.contents(hostfile).decode('utf-8-sig')
+    except (OSError, ValueError) as error:
+        hint = ''
+        if re.search('[,:]', hostfile) and not os.path.exists(hostfile):  # horovodrun -H a:2,b:2
+            lines = (part.replace(':', ' slots=') for part in hostfile.split(','))
+            hint = f": write the hosts into a file, one a line, as in '{next(lines)}', and give its name"
+        raise ValueError(f"hostfile '{hostfile}' cannot be read ({getattr(error, 'strerror', 'not a text')}){hint}"
+                         ) from None

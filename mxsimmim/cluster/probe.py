@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import Any, Dict, List, Optional, Tuple
 
-from mxsimmim import runtime
+from mxsimmim import paths, runtime
 
 SIOCGIFADDR = 0x8915  # of Linux's bits/ioctls.h
 
@@ -50,6 +50,10 @@ def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
 
 def unreadable(path: str) -> str:
     """What is wrong with a data path; empty if it can be read."""
+    try:
+        path = paths.expand(path)
+    except ValueError:  # a variable that is not set here, and may be with --env: the workers will say
+        return ''
     files = [path] if os.path.exists(path) else [part.strip() for part in path.split(';') if part.strip()]
     for file in files:  # several RecordIO files are separated by semicolons
         try:

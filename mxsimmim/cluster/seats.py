@@ -12,7 +12,7 @@ from mxsimmim.cluster import fault, mpi
 from mxsimmim.cluster.channel import OPENING, Channel, Message
 
 PACKAGE = Path(__file__).parents[1]
-SENT = ('guards', 'runtime', 'cluster.channel', 'cluster.fault', 'cluster.rendezvous', 'cluster.probe',
+SENT = ('guards', 'paths', 'runtime', 'cluster.channel', 'cluster.fault', 'cluster.rendezvous', 'cluster.probe',
         'cluster.agent')
 # What an agent's Python runs: it reads the agent's program from its standard input.
 BOOTSTRAP = 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'

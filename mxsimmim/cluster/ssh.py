@@ -38,7 +38,10 @@ def remedy(host: Host, said: str) -> str:
     for part, way_out in REMEDIES:
         if part in said:
             port = f'-p {host.port} ' if host.port else ''
-            return f'{said} ({way_out.format(host=port + host.name)})'
+            # MPICH's and Horovod's host:N is a number of processes.
+            few = host.port != 22 and 0 < (host.port or 0) <= 512
+            slots = f'; for {host.port} workers write {host.name} slots={host.port}' if few else ''
+            return f'{said} ({way_out.format(host=port + host.name)}{slots})'
     return said
 
 

@@ -19,7 +19,9 @@ TWO = [Host('a'), Host('b')]
 
 @pytest.mark.parametrize('line, host', [
     ('a', Host('a')), ('a:2222', Host('a', 2222)), ('a slots=4', Host('a', None, 4)),
-    ('a:1 slots=02  # x', Host('a', 1, 2)),
+    ('a:1 slots=02  # x', Host('a', 1, 2)), ('a slots = 4', Host('a', None, 4)), ('a\tslots= 4\t ', Host('a', None, 4)),
+    ('a slots=2 max_slots=4', Host('a', None, 2, 4)), ('me@a max-slots=3', Host('me@a', None, 1, 3)),
+    ('[::1]:22 max_slots = 8 slots = 8#x', Host('::1', 22, 8, 8)),
     ('10.0.0.1:65535', Host('10.0.0.1', 65535)), ('me@node-1.lab:22', Host('me@node-1.lab', 22)), ('::1', Host('::1')),
     ('[::1]', Host('::1')), ('[fe80::1%eth0]:22 slots=3', Host('fe80::1%eth0', 22, 3)),
     ('me@[::1]:22', Host('me@::1', 22)), ('fe80::1%eth0', Host('fe80::1%eth0'))])
@@ -29,7 +31,9 @@ def test_a_line_of_the_hostfile(line, host):
 
 @pytest.mark.parametrize('line, part', [
     ('a b', "'b' after the host"), ('a slots=0', "'slots=0' after the host"), ('a slots=2 x', "'x' after"),
-    ('a slots= 2', "'slots='"), ('a:0', 'port 0 is not'), ('a:65536', 'port 65536 is not'),
+    ('a 4', "'4' after the host: only slots=N can stand there, N at least 1, and max_slots=N: write slots=4"),
+    ('a slots=3 max_slots=2', 'slots=3 is more than max_slots=2'), ('a max_slots=x', "'max_slots=x' after"), ('a:0',
+    'port 0 is not'), ('a:65536', 'port 65536 is not'),
     ('a:', "'a:' is not a host"),
     ('a:x', "'a:x' is not a host"), ('[::1', 'is not a host'), ('-oProxyCommand=x', 'is not a host'), ('a;b', 'is not'),
     ('-x@a', 'is not a host'), ('first', 'stands in line 1 already'), ('$(reboot)', 'is not a host')])

@@ -59,7 +59,7 @@ def test_durations(text, steps):
 
 @pytest.mark.parametrize('overrides, complaint', [
     (['optim.base_lrr=1'], "command line: unknown key 'optim.base_lrr' (did you mean 'optim.base_lr'?)"),
-    (['base_lr=1'], "command line: unknown key 'base_lr' (did you mean 'optim.base_lr'?)"),
+    (['base_lr=1'], "command line: unknown key 'base_lr': write optim.base_lr=1"),
     (['model.qqqq=1'], "command line: unknown key 'model.qqqq'; `mxsimmim config` lists the known ones"),
     (['optim.base_lr=fast'], "command line: key 'optim.base_lr': input should be a valid number, unable to parse "
                              "string as a number, found 'fast'"),

@@ -78,9 +78,9 @@ SCALARS = st.one_of(st.sampled_from([
     '2020-01-01', '2020-99-99', '!!int x', '!!float x', '!!bool x', '!!timestamp x', '!!binary "%%"', '!!set {a, b}',
     '!!omap [a: 1]', '!!pairs [a: 1]', '!!map x', '!!seq x', '!!python/object:os.system x', '!x y', '*a', '&a [*a]',
     '&a {b: *a}', '{{ data_path }}', '{? [a] : b}', '"\\0"', '"\\x1b[31m"', '"\\ud800"', "'it''s'", '=', '<<', '---',
-    '...', '%TAG', '@', '`', '|', '>', '"', "'", '9' * 400, '9' * 5000, '1' * 30, '-' + '1' * 20, 'a' * 3000, '[' * 30,
-    '[' * 3000, '{a: ' * 300, '- ' * 400, 'x' * 200 + '\n\n\t y', '~nobody/x', '$UNDEFINED/x', '${HOME}/x',
-    '$$x', '${', '~']),
+    '...', '%TAG', '@', '`', '|', '>', '"', "'", '9' * 400, '9' * 5000, '1' * 30, '-' + '1' * 20, 'a' * 3000,
+    '[' * 30, '[' * 3000, '{a: ' * 300, '- ' * 400, 'x' * 200 + '\n\n\t y', '~nobody/x', '$UNDEFINED/x',
+    '${HOME}/x', '$$x', '${', '~']),
     st.integers().map(str), st.floats().map(str), st.text(max_size=8),
     st.builds(lambda value: yaml.safe_dump(value, default_flow_style=True).strip(), st.one_of(
         st.text(max_size=20), st.dates(), st.binary(max_size=4), st.booleans(), st.none(), st.floats(),

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
 ORDER = ['__init__', 'guards', 'paths', 'config', 'habits', 'documents', 'configfile', 'schedule', 'world', 'runtime',
          'cluster', 'ops', 'facts', 'doctor', 'data', 'models', 'interop', 'optim', 'meter', 'parallel', 'checkpoint',
-         'monitor', 'pictures', 'baselines', 'metrics', 'validation', 'evaluation', 'run', 'trained', 'progress', 'tasks',
-         'plan', 'train', 'check', 'reconstruct', 'features', 'probe', 'exchange', 'deploy', 'cli', '__main__']
+         'monitor', 'pictures', 'baselines', 'metrics', 'validation', 'evaluation', 'run', 'trained', 'progress',
+         'tasks', 'plan', 'train', 'check', 'reconstruct', 'features', 'probe', 'exchange', 'deploy', 'cli', '__main__']
 # What answers before, or without, the second that `import mxnet` takes.
 WITHOUT_MXNET = ['__init__', 'guards', 'cluster', 'world', 'paths', 'config', 'habits', 'documents', 'configfile',
                  'schedule', 'runtime', 'data', 'checkpoint', 'monitor', 'pictures', 'baselines', 'cli', '__main__']
