@@ -21,6 +21,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from .memory import ran_out
+
 FORMAT = 1
 MANIFEST, STATE, ARRAYS = 'manifest.json', 'state.json', '.safetensors'
 
@@ -109,6 +111,8 @@ def newest(folder: Path, log: Callable[[str], None]) -> Optional[Checkpoint]:
         try:
             return _read(found[step])
         except CheckpointError as error:
+            if ran_out(error):  # nothing is wrong with it
+                raise
             log(f'passing over the checkpoint of step {step}: {error}')
     if found:
         raise CheckpointError(

@@ -1,15 +1,19 @@
 """The ``mxsimmim`` command. mxnet is imported only by what computes, so that help and wrong keys answer at once."""
 import argparse
+import atexit
+import contextlib
 import os
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import List, Optional
 
-from . import __version__, configfile, habits, paths
+from . import __version__, configfile, habits, memory, paths
 from .config import Config, ConfigError
 
-
+LEAVING = 10.0  # seconds that a command which has failed may take to end
 TRAINING = ('-h', '--help', '--check', '--check-config', '--eval')  # options of pretrain and finetune
 
 
@@ -193,7 +197,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Runs a command; returns the exit status: 2 for what the user wrote, 1 for what went wrong later."""
+    """Runs a command; returns the exit status: 2 for what the user wrote, 1 for what went wrong later.
+
+    Without `argv` the process is the command's own, and where that fails it ends here: see `leave`.
+    """
     commands = parser()
     words = sys.argv[1:] if argv is None else argv
     if words[:1] in (['pretrain'], ['finetune']):
@@ -211,29 +218,67 @@ def main(argv: Optional[List[str]] = None) -> int:
             if isinstance(getattr(args, name, None), str):
                 setattr(args, name, paths.home(getattr(args, name)))
         return args.function(args)
-    except ConfigError as error:
-        return fail(2, str(error))
-    except ValueError as error:  # by the rule of the house a ValueError speaks to the user
-        return fail(1, str(error))
     except BrokenPipeError:
         return 1
-    except Exception:
-        if 'DMLC_ROLE' in os.environ:
-            fail(1, traceback.format_exc())
-        raise
+    except Exception as error:
+        # In a job with parameter servers, too, this must be the end while the exception is still held: with it goes the
+        # kvstore, and MXNet then waits for the other workers, which wait for this one.
+        ends = argv is None or 'DMLC_ROLE' in os.environ
+        if memory.ran_out(error):
+            status = fail(1, memory.explain(error, args.command, _config_of(args)))
+        elif isinstance(error, ValueError):  # by the rule of the house a ValueError speaks to the user
+            status = fail(2 if isinstance(error, ConfigError) else 1, str(error))
+        elif ends:
+            status = fail(1, traceback.format_exc())
+        else:
+            raise
+        if ends:
+            leave(status)
+        return status
+
+
+def _config_of(args: argparse.Namespace) -> Optional[Config]:
+    """The configuration that a command works with, if it comes so far."""
+    with contextlib.suppress(Exception):
+        if args.command in memory.TRAINING:
+            return configfile.load(args.config, args.overrides)
+        from . import run
+        return run.read_config(args.run)
+    return None
 
 
 def fail(status: int, text: str) -> int:
-    """Says what went wrong. A process of a job with parameter servers ends here, while its exception is still held.
-
-    With the exception goes the kvstore, and MXNet then waits for the other workers, which wait for this one.
-    """
+    """Says what went wrong; returns the status."""
     for line in text.splitlines():
         print(f'mxsimmim: error: {line}', file=sys.stderr)
-    if 'DMLC_ROLE' in os.environ:
-        sys.stderr.flush()
-        os._exit(status)
     return status
+
+
+def leave(status: int) -> None:
+    """Ends the process after a failure, within `LEAVING` seconds.
+
+    What an ordinary end of the interpreter waits for has no limit: threads that are not daemons, MXNet's operators
+    under way and, in its destructors, its threads. Here functions registered with atexit are still called (temporary
+    folders are removed, Horovod tells the other ranks, coverage is written), and destructors are not.
+    """
+    def watch() -> None:
+        time.sleep(LEAVING)
+        os._exit(status)
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # none, a full disk, closed
+                stream.flush()
+
+    flush()
+    with contextlib.suppress(RuntimeError):  # no memory for a thread
+        threading.Thread(target=watch, daemon=True).start()
+    if 'mxnet' in sys.modules:  # it would wait for operators, and say once more what went wrong in them
+        atexit.unregister(sys.modules['mxnet'].base._notify_shutdown)
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    flush()
+    os._exit(status)
 
 
 if __name__ == '__main__':

@@ -125,7 +125,7 @@ def to_yaml(config: Section) -> str:
 FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
                   'data.val_path', 'data.labels', 'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch',
                   'data.max_broken', 'data.shares', 'train.store', 'train.max_bad_steps', 'train.check_replicas',
-                  'train.stop_early', 'model.pretrained')
+                  'train.stop_early', 'model.pretrained', 'model.recompute')  # the last changes no bit
 # Workers of one job do the same at the same time, each from its own disk and on its own devices.
 FREE_BETWEEN_WORKERS = ('output', 'resume', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels',
                         'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken',

@@ -187,6 +187,9 @@ class Job:
         self.terminal.say(*(f'  | {line}' for line in first.tail))
         if first.crash:
             self.terminal.say(f'{first.process} crashed {first.crash}')
+        if first.code in (-signal.SIGKILL, 128 + signal.SIGKILL):  # the launcher had killed nothing yet
+            self.terminal.say(f'if nobody sent that signal, {host} ran out of memory (`dmesg` there says so): start '
+                              'fewer processes a host, or lower train.batch_size')
         if others:
             self.terminal.say('after it: ' + ', '.join(f'{other.process} {how(other.code)}' for other in others))
         return first.code if first.code > 0 else 128 - first.code

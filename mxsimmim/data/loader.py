@@ -4,16 +4,20 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
+from ..memory import ran_out
 from .sampling import generator, split
 from .sources import Source
 from .transforms import ClassifyEvalTransform, ClassifyTransform, EvalTransform, PretrainTransform, decode
 
 Transform = Union[PretrainTransform, EvalTransform, ClassifyTransform, ClassifyEvalTransform]
+
+GRACE = 5.0  # seconds that the images in work may take at the end
 
 
 class Batch(NamedTuple):
@@ -66,7 +70,8 @@ class Loader:
     def iterate(self, start: int, stop: int) -> Iterator[Tuple[int, Batch]]:
         """Yields (step, batch) for the steps from `start` up to, not including, `stop`.
 
-        Its threads end when it does, is closed or fails.
+        Its threads end when it does, is closed or fails. One that hangs in a read (a file system whose server is gone)
+        is left behind after a while, since what is to be said may be why.
 
         Raises:
             TooManyBroken: see `max_broken`.
@@ -99,8 +104,9 @@ class Loader:
                     tasks.get_nowait()
             for _ in threads:
                 tasks.put(None)
+            deadline = time.monotonic() + GRACE
             for thread in threads:
-                thread.join()
+                thread.join(max(0, deadline - time.monotonic()))
 
     def _submit(self, step: int, tasks: queue.SimpleQueue) -> Batch:
         """Queues a step's samples; returns the batch that the threads will fill."""
@@ -145,6 +151,8 @@ class Loader:
                     return candidate, decode(data, self._source.name(candidate), self._transform.upright,
                                              self._unsaid.append)
                 except (ValueError, OSError) as error:
+                    if ran_out(error):  # an image that another machine can read: replaced, it would change the run
+                        raise
                     self._note(candidate, error)
         raise TooManyBroken(f'none of the {count} images can be read; the last: {self._last()}')
 

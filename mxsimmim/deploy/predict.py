@@ -4,6 +4,7 @@ from typing import List
 
 from ..data.sources import found
 from ..data.transforms import BrokenImage
+from ..memory import ran_out
 from ..trained import load_run
 from .predictor import Predictor, Prepared
 
@@ -39,6 +40,8 @@ def predict(run: Path, images: List[str], top: int) -> None:
                 batch.append(predictor.prepare(Path(file).read_bytes(), file))
                 names.append(file)
             except BrokenImage as error:
+                if ran_out(error):
+                    raise
                 problems.append(str(error))
             except OSError as error:
                 problems.append(f'{file}: cannot be read: {error.strerror}')

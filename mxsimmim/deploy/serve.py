@@ -24,6 +24,7 @@ except Exception as _error:  # a broken package raises anything
     raise unusable('serving', _error) from None
 
 from ..data.transforms import BrokenImage
+from ..memory import ran_out
 from ..trained import load_run
 from .batching import Batcher
 from .predictor import Predictor, Prepared
@@ -135,7 +136,10 @@ class Service:
             loop = asyncio.get_running_loop()
             try:
                 item = await loop.run_in_executor(self._threads, self._predictor.prepare, data, 'the upload')
-            except BrokenImage as error:
+            except (BrokenImage, MemoryError) as error:
+                if ran_out(error):
+                    raise web.HTTPServiceUnavailable(text='the service has no memory for this image now: send a '
+                                                     'smaller one') from error
                 raise web.HTTPBadRequest(text=str(error)) from None
             return item, await asyncio.wrap_future(self._batcher.put(item))
         finally:

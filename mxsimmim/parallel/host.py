@@ -53,7 +53,8 @@ class HostMemory:
         head, part = (-(-int(size) // mmap.PAGESIZE) * mmap.PAGESIZE
                       for size in (2 * len(sizes) * LINE, offsets[-1]))
         self._processes = gather([os.getpid()])[:, 0].astype('int32')[ranks]
-        self._memory = mapped(head + workers * part, self.first, ranks[0], self._processes[0], gather)
+        own = range(0 if self.first else head + me * part, head + (me + 1) * part)
+        self._memory = mapped(head + workers * part, own, self.first, ranks[0], self._processes[0], gather)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._places = begin + head + np.arange(workers) * part + offsets[:-1, None]  # (arrays, workers) addresses
         self.arrays = [mx.nd.from_numpy(np.frombuffer(self._memory, 'float32', size, int(place) - begin))
@@ -98,8 +99,11 @@ class HostMemory:
                                            ctypes.byref(PRIORITIZED), 0, b'host memory'))
 
 
-def mapped(size: int, first: bool, rank: int, process: int, gather: Gather) -> mmap.mmap:
+def mapped(size: int, own: range, first: bool, rank: int, process: int, gather: Gather) -> mmap.mmap:
     """Memory of `size` bytes, zeros, that the worker called `rank`, its `process`, makes and the others open.
+
+    Each worker takes the pages of its `own` bytes now: a page for which there is no room when it is first written to is
+    SIGBUS.
 
     Raises:
         OSError: in all workers, if one of them could not have the memory.
@@ -115,6 +119,8 @@ def mapped(size: int, first: bool, rank: int, process: int, gather: Gather) -> m
     try:
         if not first:
             file = os.open(f'/proc/{process}/fd/{number}', os.O_RDWR | os.O_CLOEXEC)
+        if not error:
+            os.posix_fallocate(file, own.start, len(own))
         memory = mmap.mmap(file, size) if not error else None
     except OSError as failure:
         error = str(failure)

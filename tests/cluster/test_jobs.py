@@ -82,9 +82,10 @@ def test_replicas_that_differ_end_the_run(launcher, launch):
     assert 'after step 4 the weights of rank 1 differ from those of rank 0' in launcher.text('out') + err
 
 
-def test_a_host_without_shared_memory(launcher):
+@pytest.mark.parametrize('fault', ['no-memory', 'no-room'])
+def test_a_host_without_shared_memory(launcher, fault):
     """What one rank cannot have, none uses; the job goes on."""
-    launcher.run(*HOROVOD, '--', *FAULT, 'no-memory', *COMMAND[5:], *TINY, 'name=job')
+    launcher.run(*HOROVOD, '--', *FAULT, fault, *COMMAND[5:], *TINY, 'name=job')
     told = [line for rank in (0, 1) for line in launcher.log(f'worker-{rank}').splitlines() if 'memory' in line]
     assert len(told) == 2 and all('rank 1 cannot share memory on its host' in line for line in told), told
     assert 'Cannot allocate memory' in told[1] and steps(launcher.folder / 'runs' / 'job')[-1] == 10

@@ -161,6 +161,7 @@ def test_the_first_failure_ends_all_and_is_told(launcher, role, name, action, st
     summary = [line for line in err.splitlines() if part in line]
     assert len(summary) == 1 and re.match(rf'launch: {name} on \S+ {part}; its log is logs/{log}.log', summary[0]), err
     assert f'launch:   | line {role}' in err.splitlines() and 'after it' not in err
+    assert len(re.findall(r'if nobody sent that signal, \S+ ran out of memory', err)) == ('SIGKILL' in part)
     if 'reason' in action:
         assert 'launch:   | ValueError: reason' in err.splitlines()
 

@@ -1,7 +1,7 @@
 """`mxsimmim` with a fault in the worker of rank 1: with_fault.py FAULT ARGUMENTS OF MXSIMMIM.
 
 changed-weight: a weight changes by itself after the third update. slow: each image takes 4 ms longer.
-no-memory: memory cannot be mapped.
+no-memory: memory cannot be mapped. no-room: there are no pages for it.
 """
 import errno
 import mmap
@@ -44,4 +44,6 @@ if place.role == 'worker' and place.rank == 1:
         Replicated.forward_backward = slow
     elif fault == 'no-memory':
         mmap.mmap = failing
+    elif fault == 'no-room':
+        os.posix_fallocate = failing
 sys.exit(mxsimmim.cli.main(arguments))
