@@ -111,7 +111,8 @@ class ModelConfig(Section):
     recompute: bool = Field(False, description='keep half of a block\'s input only and compute the rest again in the '
                             'backward pass: less memory, a third more time; CPUs with native operators only')
     pretrained: Place = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
-                            '.safetensors file; empty: random weights')
+                              '.safetensors file, or FILE:KEY (such as a.pth:teacher) for one of several networks in '
+                              'it; empty: random weights')
 
     @property
     def stages(self) -> int:

@@ -2,29 +2,28 @@
 import json
 import math
 import os
-import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence
 
 import numpy as np
 from mxnet.gluon import HybridBlock
 
 from . import checkpoint, configfile
-from .config import Config, MaskConfig
+from .config import Config
 from .data.labels import read_classes
-from .interop import names, official, pth
+from .interop import files, names, official, pth
+from .interop.told import model_keys
 from .models import build_classifier, build_simmim
 from .run import versions
 from .trained import load_run
-
-ASSUMED_SIDE = 224  # of the images of a ViT whose weights do not tell
 
 
 def import_weights(file: Path, run: Path, config: str = '', overrides: Sequence[str] = (), classes: str = '') -> str:
     """Makes a run of a file's weights, as if it had been trained here for 0 steps, and says what was made.
 
     Args:
-        file: of the reference, timm or Hugging Face: .pth, .pt, .bin or .safetensors.
+        file: of the reference, timm or Hugging Face: .pth, .pt, .bin or .safetensors; FILE:KEY for one of several
+            networks in it.
         run: folder to make.
         config: YAML file for the keys that the weights do not tell; '': the most usual values, which are reported.
         overrides: ``key=value`` over all of that.
@@ -37,9 +36,10 @@ def import_weights(file: Path, run: Path, config: str = '', overrides: Sequence[
     file, run = Path(file), Path(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f'{run} exists already: give a new folder')
-    raw = pth.read_weights(file)
+    notes: List[str] = []
+    raw = files.read_weights(file, notes.append)
     try:
-        arrays, kind = names.to_official(raw)
+        arrays, kind = names.to_official(raw, notes.append)
     except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f'{file}: {error}') from None
     if kind == 'encoder':
@@ -57,7 +57,7 @@ def import_weights(file: Path, run: Path, config: str = '', overrides: Sequence[
     labels = _labels(file, arrays, classes) if kind == 'classify' else []
     _save(file, run, resolved, arrays, labels)
     lines = [f'{run}: {resolved.model.type}, ' + (f'{len(labels)} classes' if labels else 'pre-trained')
-             + f', {sum(array.size for array in arrays.values()):,} weights']
+             + f', {sum(array.size for array in arrays.values()):,} weights'] + notes
     given = {text.partition('=')[0] for text in overrides}
     lines += [f'assumed {key}={_yaml(value)}, which the weights do not tell: where it is wrong, import again with '
               f'{key}=…' for key, value in ({} if config else assumed).items() if key not in given]
@@ -81,79 +81,6 @@ def export_weights(run: Path, file: Path, style: str) -> str:
     (_write_safetensors if file.suffix == '.safetensors' else pth.write_pth)(file, arrays)
     return '\n'.join([f'{file}: {len(arrays)} arrays under the names of {style}']
                      + [f'left out, since {style} has no counterpart: {name}' for name in left_out])
-
-
-def model_keys(raw: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> Tuple[Dict[str, Any],
-                                                                                         Dict[str, Any]]:
-    """Configuration keys, ``model.…`` and ``mask.patch_size``, of weights: those they tell, and those assumed.
-
-    Args:
-        raw: as in the file, with the buffers.
-        arrays: under the reference's names, from `names.to_official`.
-    """
-    bare = {name[8:] if name.startswith('encoder.') else name: value for name, value in arrays.items()}
-    width, _, patch, _ = bare['patch_embed.proj.weight'].shape
-    told: Dict[str, Any] = {'patch_size': patch, 'embed_dim': width}
-    assumed: Dict[str, Any] = {}
-    swin = any(name.startswith('layers.') for name in bare)
-    (_swin_keys if swin else _vit_keys)(raw, bare, told, assumed)
-    keys = {**told, **assumed}
-    default, side = MaskConfig().patch_size, keys['img_size']
-    cells = default, patch * 2 ** (len(keys.get('depths', [1])) - 1), patch
-    cell = next((cell for cell in cells if side % cell == 0 and cell % patch == 0 and side > cell), patch)
-    if 'decoder.0.weight' in arrays and cell != default:
-        assumed['mask.patch_size'] = cell
-    return ({f'model.{key}': value for key, value in told.items()},
-            {key if '.' in key else f'model.{key}': value for key, value in assumed.items()})
-
-
-def _swin_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], told: Dict[str, Any],
-               assumed: Dict[str, Any]) -> None:
-    tables: List[List[np.ndarray]] = []  # of each stage, one a block
-    for stage in range(len({name.split('.')[1] for name in bare if name.startswith('layers.')})):
-        tables.append([value for name, value in bare.items()
-                       if re.fullmatch(rf'layers\.{stage}\.blocks\.\d+\.attn\.relative_position_bias_table', name)])
-    windows = [(math.isqrt(table[0].shape[0]) + 1) // 2 for table in tables]
-    window, patch = max(windows), told['patch_size']
-    told.update(type='swin', depths=[len(table) for table in tables], window_size=window,
-                num_heads=[table[0].shape[1] for table in tables],
-                mlp_ratio=_ratio(bare['layers.0.blocks.0.mlp.fc1.weight']),
-                use_ape='absolute_pos_embed' in bare)
-    masks = [value for name, value in raw.items() if name.endswith('layers.0.blocks.1.attn_mask')]
-    if 'absolute_pos_embed' in bare:
-        told['img_size'] = math.isqrt(bare['absolute_pos_embed'].shape[1]) * patch
-    elif masks:  # (windows, N, N)
-        told['img_size'] = math.isqrt(len(masks[0])) * window * patch
-    elif min(windows) < window:  # a stage smaller than a window is one window
-        stage = next(stage for stage, side in enumerate(windows) if side < window)
-        told['img_size'] = (windows[stage] << stage) * patch
-    else:  # as published: the last stage is one window
-        assumed['img_size'] = (window << len(windows) - 1) * patch
-
-
-def _vit_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], told: Dict[str, Any],
-              assumed: Dict[str, Any]) -> None:
-    table = 'blocks.0.attn.relative_position_bias_table'
-    shared = 'rel_pos_bias.relative_position_bias_table'
-    told.update(type='vit', depth=len({name.split('.')[1] for name in bare if name.startswith('blocks.')}),
-                mlp_ratio=_ratio(bare['blocks.0.mlp.fc1.weight']),
-                init_values=0.1 if 'blocks.0.gamma_1' in bare else None, use_ape='pos_embed' in bare,
-                use_rpb=table in bare, use_shared_rpb=shared in bare, use_mean_pooling='norm.weight' not in bare)
-    if table in bare or shared in bare:
-        rows, told['num_heads'] = bare.get(table, bare.get(shared)).shape
-        told['img_size'] = (math.isqrt(rows - 3) + 1) // 2 * told['patch_size']
-    else:
-        assumed['num_heads'] = max(1, told['embed_dim'] // 64)
-    if 'pos_embed' in bare:
-        told['img_size'] = math.isqrt(bare['pos_embed'].shape[1] - 1) * told['patch_size']
-    elif 'img_size' not in told:
-        assumed['img_size'] = ASSUMED_SIDE // told['patch_size'] * told['patch_size']
-
-
-def _ratio(weight: np.ndarray) -> float:
-    """A ratio of hidden width to width that, times the width, does not round to below the hidden width."""
-    hidden, width = weight.shape
-    return hidden / width if int(hidden / width * width) == hidden else float(np.nextafter(hidden / width, math.inf))
 
 
 def _yaml(value: Any) -> str:

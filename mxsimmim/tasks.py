@@ -97,7 +97,7 @@ class Classification:
         Raises:
             ValueError: there is none, or it does not fit.
         """
-        path = self.config.model.pretrained
+        path, notes = self.config.model.pretrained, []
         if not path:
             return ''
         if Path(path).is_dir():
@@ -106,13 +106,16 @@ class Classification:
                 raise ValueError(f'model.pretrained={path} is no run with a checkpoint: give the folder of a run, or a '
                                  '.pth or .safetensors file')
             try:
-                new = official.adopt(net, saved.arrays.get('ema', saved.arrays['weights']))
+                new = official.adopt(net, saved.arrays.get('ema', saved.arrays['weights']), notes.append)
             except ValueError as error:
                 raise ValueError(f'model.pretrained={saved.path}: {error}') from None
             path = str(saved.path)
         else:
-            new = official.load_pretrained(net, path)
-        return f'encoder from {path}; new: {", ".join(new) or "nothing"}'
+            try:
+                new = official.load_pretrained(net, path, notes.append)
+            except ValueError as error:
+                raise ValueError(f'model.pretrained={error}') from None
+        return '; '.join([f'encoder from {path}', *notes, f'new: {", ".join(new) or "nothing"}'])
 
     def groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
         """As in `Pretraining`, with layer decay."""

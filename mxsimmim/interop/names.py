@@ -3,9 +3,10 @@
 What another library cannot express is folded in exactly, or refused by name. Every layout is the reference's own: only
 names differ, and how queries, keys and values are put together.
 """
+import logging
 import math
 import re
-from typing import Dict, List, Mapping, Tuple
+from typing import Callable, Dict, List, Mapping, Tuple
 
 import numpy as np
 
@@ -27,6 +28,11 @@ HF_TABLE = {'swin': 'attention.self.relative_position_bias_table',
 HF_5_TOP = {'shared_position_bias': 'rel_pos_bias'}
 HF_5_BLOCK = {'attention.o_proj': 'attn.proj', 'relative_position_bias': 'attn',
               'attention.relative_position_bias': 'attn'}
+# What other methods pre-train beside the encoder: He et al. 2022 (arXiv:2111.06377), in its own names and Hugging
+# Face's; the projections of contrastive and self-distilling methods.
+FOREIGN = {"MAE's decoder": re.compile(r'decoder_(embed|pos_embed|blocks|norm|pred)\b|decoder\.(decoder_|mask_token)'),
+           'a projection head': re.compile(r'head\.(\d+|mlp|layers|last_layer|projector)\.')}
+SPECIAL = re.compile(r'.*(dist|distillation|reg|register)_tokens?')  # tokens that no network here has
 # What a network of ours, or of the reference, can hold.
 VIT_QKV = r'(blocks\.\d+\.attn\.)qkv\.'
 AFFINE = r'\.(weight|bias)'
@@ -38,8 +44,11 @@ KNOWN = re.compile(
     r'|layers\.\d+\.downsample\.(norm' + AFFINE + r'|reduction\.weight))|(head|decoder\.0)' + AFFINE)
 
 
-def to_official(arrays: Mapping[str, np.ndarray]) -> Tuple[Dict[str, np.ndarray], str]:
+def to_official(arrays: Mapping[str, np.ndarray], log: Callable[[str], None] = logging.getLogger(__name__).warning
+                ) -> Tuple[Dict[str, np.ndarray], str]:
     """Weights of the reference, timm or Hugging Face under the reference's names, and what they are.
+
+    `log` is told of decoders and heads of other methods of pre-training, which are left out.
 
     Returns:
         The arrays without buffers, and 'pretrain' (names begin with ``encoder.`` and ``decoder.0.``), 'classify' (it
@@ -49,6 +58,11 @@ def to_official(arrays: Mapping[str, np.ndarray]) -> Tuple[Dict[str, np.ndarray]
         ValueError: weights that ViT or Swin of this program has no place for, the first of them named.
     """
     given = {name: value for name, value in arrays.items() if not name.endswith(BUFFERS)}
+    for what, pattern in FOREIGN.items():
+        foreign = [name for name in given if pattern.match(name)]
+        given = {name: value for name, value in given.items() if not pattern.match(name)}
+        if foreign:
+            log(f'left out: {len(foreign)} tensors of {what} ({foreign[0]}, …)')
     if any(name.endswith('embeddings.patch_embeddings.projection.weight') for name in given):
         found = _from_hf(given)
     elif 'encoder.patch_embed.proj.weight' in given:
@@ -58,6 +72,7 @@ def to_official(arrays: Mapping[str, np.ndarray]) -> Tuple[Dict[str, np.ndarray]
     found = _split_bias(found)
     unknown = [name for name in found if not KNOWN.fullmatch(name)]
     if unknown or 'patch_embed.proj.weight' not in found:
+        unknown.sort(key=lambda name: SPECIAL.fullmatch(name) is None)
         named = f'there is no place for {unknown[0]!r}' if unknown else "'patch_embed.proj.weight' is missing"
         raise ValueError(f'these are not weights of a ViT, BEiT or Swin as SimMIM, timm or Hugging Face name them: '
                          f'{named} ({len(unknown)} of {len(found)} names are unknown)')

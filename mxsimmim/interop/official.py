@@ -2,17 +2,19 @@
 
 Our structural names are its names; only two layouts differ, because we write two convolutions as linear maps.
 """
+import logging
 import math
 from pathlib import Path
-from typing import Dict, List, Mapping, Tuple, Union
+from typing import Callable, Dict, List, Mapping, Tuple, Union
 
 import numpy as np
 from mxnet.gluon import HybridBlock
 
 from ..models import named_parameters
+from .files import read_weights
 from .names import to_official
-from .pth import read_weights
 from .resize import absolute_table, relative_table
+from .told import changes
 
 BUFFERS = ('relative_position_index', 'attn_mask')  # in its checkpoints, but computed here
 SHOWN = 3  # of what is wrong with a file, in one line
@@ -40,16 +42,15 @@ def assign(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
         expected = official_shape(name, parameters[name].shape) if name in parameters else value.shape
         if value.shape != expected:
             problems.append(f'{name} has shape {value.shape}, the network needs {expected}')
-    _refuse(problems)
+    _refuse(problems, 'check the model keys of the configuration')
     for name, parameter in parameters.items():
         parameter.set_data(given[name].reshape(parameter.shape))
 
 
-def _refuse(problems: List[str]) -> None:
+def _refuse(problems: List[str], remedy: str) -> None:
     if problems:
         more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
-        raise ValueError(f'these weights do not fit the network: {"; ".join(problems[:SHOWN])}{more}: check the model '
-                         'keys of the configuration')
+        raise ValueError(f'these weights do not fit the network: {"; ".join(problems[:SHOWN])}{more}: {remedy}')
 
 
 def extract(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
@@ -61,24 +62,31 @@ def extract(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
             for name, p in named_parameters(net).items()}
 
 
+NEW = 'cls_token', 'head.', 'fc_norm.'  # what an encoder may be without
 SHARED = 'rel_pos_bias.relative_position_bias_table'  # of all blocks of a ViT in pre-training
 
 
-def load_pretrained(net: HybridBlock, path: Union[str, Path]) -> List[str]:
+Log = Callable[[str], None]
+LOG: Log = logging.getLogger(__name__).warning
+
+
+def load_pretrained(net: HybridBlock, path: Union[str, Path], log: Log = LOG) -> List[str]:
     """Gives a classifier the encoder that is in a .pth or .safetensors file of the reference, timm or Hugging Face.
 
-    Returns the parameters that keep their initial values because the file has none for them.
+    Returns the parameters that keep their initial values because the file has none for them. `path` may be FILE:KEY, as
+    for `read_weights`; `log` is told what else the file holds and what of it is left out.
 
     Raises:
         ValueError: a file that cannot be read, or weights that do not fit the network, each named.
     """
+    raw = read_weights(path, log)
     try:
-        return adopt(net, to_official(read_weights(path))[0])
+        return adopt(net, to_official(raw, log)[0], log)
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
+        raise ValueError(f'{path}: {error}') from None
 
 
-def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> List[str]:
+def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray], log: Log = LOG) -> List[str]:
     """`load_pretrained` for arrays: pre-training's (`encoder.…`, its decoder left out) or a classifier's.
 
     Position tables of another resolution are resized, a table shared by all blocks is copied to each, and a head for
@@ -86,14 +94,19 @@ def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> List[str]:
     """
     parameters = named_parameters(net)
     encoder = {name[len('encoder.'):]: value for name, value in arrays.items() if name.startswith('encoder.')}
-    given = {name: np.asarray(value) for name, value in (encoder or arrays).items() if not name.endswith(BUFFERS)}
+    given = {name: np.asarray(value, 'float32') for name, value in (encoder or arrays).items()
+             if not name.endswith(BUFFERS)}
+    needed = changes(net.config, given)
     shared = given.pop(SHARED, None)
     for name in parameters:
         if shared is not None and name.endswith('attn.relative_position_bias_table'):
             given.setdefault(name, shared)
     if shared is not None and SHARED in parameters:
         given[SHARED] = shared
+    elif shared is not None and not any(name.endswith('relative_position_bias_table') for name in parameters):
+        log('left out: the position table of all blocks; model.use_shared_rpb=true or model.use_rpb=true keeps it')
     if 'head.weight' in given and given['head.weight'].shape != parameters['head.weight'].shape:
+        log(f"left out: a head of {len(given['head.weight'])} classes")
         given = {name: value for name, value in given.items() if not name.startswith('head.')}
     values, problems = {}, []
     for name, p in parameters.items():
@@ -111,11 +124,11 @@ def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> List[str]:
                     problems.append(f'{name} has shape {value.shape}, the network needs {shape}')
             values[name] = value
     missing = [name for name in parameters if name not in values]
-    problems += [f'missing: {name}' for name in missing if not name.startswith(('head.', 'fc_norm.'))]
+    problems += [f'missing: {name}' for name in missing if not name.startswith(NEW)]
     # A masked encoder's token and final norm have no place in a classifier that averages its patches.
     problems += [f'unknown: {name}' for name in given
                  if name not in parameters and not name.startswith(('mask_token', 'norm.', 'decoder.', 'fc_norm.'))]
-    _refuse(problems)
+    _refuse(problems, f'set {" ".join(needed)}' if needed else 'check the model keys of the configuration')
     for name, value in values.items():
         parameters[name].set_data(value.reshape(parameters[name].shape))
     return missing

@@ -8,12 +8,16 @@ import io
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
+from collections import deque
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Mapping, NamedTuple, NoReturn, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import numpy as np
+
+from .choice import usual
 
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # the first pickle of a file of torch.save before PyTorch 1.6
 LEGACY_PROTOCOL = 1001
@@ -24,22 +28,28 @@ STORAGES = {'DoubleStorage': 'float64', 'FloatStorage': 'float32', 'HalfStorage'
             'CharStorage': 'int8', 'ByteStorage': 'uint8', 'BoolStorage': 'bool', 'UntypedStorage': 'uint8'}
 DTYPES = {**{name: name for name in STORAGES.values()}, 'uint16': 'uint16', 'uint32': 'uint32', 'uint64': 'uint64'}
 # What checkpoints hold beside tensors: settings, counters, numpy scalars. Read as an empty dict.
-FORGOTTEN = ['argparse.Namespace', 'yacs.config.CfgNode', 'torch.Size', 'torch.device', 'collections.Counter',
-             'collections.defaultdict', 'builtins.dict', 'builtins.list', 'builtins.set', '__builtin__.dict',
-             '__builtin__.list', '__builtin__.set', '_codecs.encode', 'numpy.dtype', 'numpy.ndarray',
-             'numpy.core.multiarray.scalar', 'numpy.core.multiarray._reconstruct', 'numpy._core.multiarray.scalar',
-             'numpy._core.multiarray._reconstruct']
+FORGOTTEN = ['argparse.Namespace', 'yacs.config.CfgNode', 'torch.Size', 'torch.device', 'torch.Generator',
+             'collections.Counter', 'collections.defaultdict', 'types.SimpleNamespace', 'typing.Any', 'builtins.int',
+             'builtins.str', 'builtins.float', 'pathlib.Path', 'pathlib.PosixPath', 'pathlib.PurePosixPath',
+             'datetime.datetime', 'datetime.timedelta', 'easydict.EasyDict', 'addict.addict.Dict',
+             'mmengine.logging.history_buffer.HistoryBuffer', 'mmengine.config.config.ConfigDict',
+             'omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig', 'omegaconf.nodes.AnyNode',
+             'omegaconf.base.ContainerMetadata', 'omegaconf.base.Metadata', 'builtins.dict', 'builtins.list',
+             'builtins.set', '__builtin__.dict', '__builtin__.list', '__builtin__.set', '_codecs.encode', 'numpy.dtype',
+             'numpy.ndarray', 'numpy.core.multiarray.scalar', 'numpy.core.multiarray._reconstruct',
+             'numpy._core.multiarray.scalar', 'numpy._core.multiarray._reconstruct']
+KINDS = re.compile(r'\w+Storage|(float|complex|c?q?u?int|bits)\w*\d\w*')  # torch's names of types that are no others
 
 
 class _Refusal(ValueError):
     """What `read_pth` raises; its text is for the user."""
 
 
-def _refusal(path: Path, problem: str) -> _Refusal:
+def refusal(path: Path, problem: str) -> _Refusal:
     return _Refusal(f'{path} {problem}')
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
     key: str
     dtype: str  # a value of STORAGES
     size: int   # elements
@@ -49,29 +59,23 @@ class _Storage(NamedTuple):
         return self.size * _numpy_type(self.dtype).itemsize
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """A view of a storage; offset and strides in elements."""
-    storage: _Storage
+    storage: Storage
     dtype: str
     offset: int
     shape: Tuple[int, ...]
     strides: Tuple[int, ...]
 
 
-def read_weights(path: Path) -> Dict[str, np.ndarray]:
-    """The arrays of a .safetensors file, or of any other file as `read_pth` reads it.
-
-    Raises:
-        ValueError: naming the file, what is wrong with it and the way out.
-    """
-    return _read_safetensors(Path(path)) if Path(path).suffix == '.safetensors' else read_pth(path)
+Choose = Callable[[Sequence[str]], Mapping[str, str]]  # of all names: those to read, and what to call them
 
 
-def read_pth(path: Path) -> Dict[str, np.ndarray]:
-    """The tensors of a file of torch.save: of its 'model' or 'state_dict' where it has one, else of its top level.
+def read_pth(path: Path, choose: Choose = usual) -> Dict[str, np.ndarray]:
+    """The tensors of a file of torch.save: of its 'model' or 'state_dict' where it has one, else all that have a name.
 
-    Names are the file's own; each array is writable, in C order and of the file's type, except that bfloat16, which
-    numpy does not have, becomes float32. What is not a tensor is skipped.
+    Names are the file's own, with dots between those of nested dicts; each array is writable, in C order and of the
+    file's type, except that bfloat16, which numpy does not have, becomes float32. What is not a tensor is skipped.
 
     Raises:
         ValueError: no such file, not a checkpoint, damaged, or one that would run code; names file and finding.
@@ -82,7 +86,7 @@ def read_pth(path: Path) -> Dict[str, np.ndarray]:
             is_zip = stream.read(4) == b'PK\x03\x04'
             stream.seek(0)
             tree, storage_bytes = (_open_zip if is_zip else _open_legacy)(path, stream)
-            return _tensors(path, tree, storage_bytes)
+            return _tensors(path, tree, storage_bytes, choose)
     except OSError as error:
         raise ValueError(f'{path}: cannot be read: {error.strerror or error}') from None
 
@@ -92,30 +96,52 @@ def _numpy_type(dtype: str) -> np.dtype:
     return np.dtype('uint16' if dtype == 'bfloat16' else dtype).newbyteorder('<')
 
 
-def _tensors(path: Path, tree: Any, read: Callable[[_Storage], bytes]) -> Dict[str, np.ndarray]:
-    """The arrays of the dict of tensors in `tree`, whose storages `read` fetches."""
-    tensors: Dict[str, _Tensor] = {}
-    if isinstance(tree, dict):
-        tree = next((tree[key] for key in ('model', 'state_dict') if isinstance(tree.get(key), dict)), tree)
-        tensors = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
-    if not tensors:
-        raise _refusal(path, "holds no tensors by name: write it with torch.save({'model': net.state_dict()}, FILE)")
-    views: Dict[_Storage, Dict[str, _Tensor]] = {}
+def _tensors(path: Path, tree: Any, read: Callable[[Storage], bytes], choose: Choose) -> Dict[str, np.ndarray]:
+    """The arrays of `tree` that are chosen, whose storages `read` fetches."""
+    every = _named(path, tree)
+    tensors = {called: every[name] for name, called in choose(list(every)).items()}
+    views: Dict[Storage, Dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         views.setdefault(tensor.storage, {})[name] = tensor
     needed = sum(storage.bytes for storage in views)
     needed += sum(math.prod(t.shape) * _numpy_type(t.dtype).itemsize for t in tensors.values())
     if needed > LARGEST * path.stat().st_size:
-        raise _refusal(path, f'is damaged: its tensors would fill {needed:,} bytes, more than {LARGEST} times its '
+        raise refusal(path, f'is damaged: its tensors would fill {needed:,} bytes, more than {LARGEST} times its '
                        f'{path.stat().st_size:,}')
     arrays: Dict[str, np.ndarray] = {}
     for storage, named in views.items():  # one at a time, so that memory holds the weights once
         content = read(storage)
-        arrays.update({name: _array(tensor, content) for name, tensor in named.items()})
+        arrays.update({name: as_array(tensor, content) for name, tensor in named.items()})
     return {name: arrays[name] for name in tensors}
 
 
-def _array(tensor: _Tensor, content: bytes) -> np.ndarray:
+def _named(path: Path, tree: Any) -> Dict[str, Tensor]:
+    """The tensors in a tree of dicts, by their keys with dots between. One dict may be in many places of the tree."""
+    found: Dict[str, Tensor] = {}
+    unnamed, spent, limit = 0, 0, LARGEST * path.stat().st_size + 10 ** 6
+    queue = deque([('', tree)])  # prefixes, None where there is no name, in lists and under numbers, and what is there
+    while queue:
+        prefix, node = queue.popleft()
+        if isinstance(node, Tensor):
+            unnamed += 1
+        inner = node.items() if isinstance(node, dict) else enumerate(node) if type(node) is list else ()
+        for key, value in inner:
+            name = prefix + key if isinstance(key, str) and prefix is not None else None
+            spent += 1 + len(name or '')
+            if spent > limit:
+                raise refusal(path, 'is damaged: its dicts contain each other over and over')
+            if isinstance(value, Tensor) and name is not None:
+                found[name] = value
+            elif isinstance(value, (dict, list, Tensor)):
+                queue.append((name if name is None else f'{name}.', value))
+    if found:
+        return found
+    held = f'holds {unnamed} tensors, but none by name (in a list, or of an optimizer)' if unnamed else \
+        'holds no tensors'
+    raise refusal(path, f"{held}: write it with torch.save({{'model': net.state_dict()}}, FILE)")
+
+
+def as_array(tensor: Tensor, content: bytes) -> np.ndarray:
     dtype = _numpy_type(tensor.dtype)
     flat = np.frombuffer(content, dtype)
     strides = [stride * dtype.itemsize for stride in tensor.strides]
@@ -126,7 +152,7 @@ def _array(tensor: _Tensor, content: bytes) -> np.ndarray:
 
 
 class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its reads allocate no more than the file holds
-    """Runs a pickle's instructions over `_Tensor`, `_Storage`, the functions in GLOBALS and plain Python values.
+    """Runs a pickle's instructions over `Tensor`, `Storage`, the functions in GLOBALS and plain Python values.
 
     Tuples become lists, so that nothing nested can be hashed: a few shared tuples would hash for ever.
     """
@@ -134,26 +160,31 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its read
     def __init__(self, path: Path, stream: BinaryIO):
         super().__init__(stream, encoding='utf-8')
         self._path = path
-        self.storages: Dict[str, _Storage] = {}  # all that were named, by key
+        self.storages: Dict[str, Storage] = {}  # all that were named, by key
 
     def find_class(self, module: str, name: str) -> Any:
         """Looks the name up; never imports."""
         if f'{module}.{name}' not in GLOBALS:
-            raise _refusal(self._path, f'would run {f"{module}.{name}"!r}, which no checkpoint of weights needs; if '
-                           "you trust it, write it anew in PyTorch: torch.save({'model': net.state_dict()}, FILE)")
+            anew = "write it anew in PyTorch: torch.save({'model': net.state_dict()}, FILE)"
+            if module == 'torch' and KINDS.fullmatch(name) or (module in ('torch._utils', 'torch._tensor')
+                                                               and name.startswith('_rebuild_')):
+                raise refusal(self._path, f'holds a tensor of a kind that is not read here ({module}.{name}): make it '
+                              f'a plain tensor of float32, and {anew}')
+            raise refusal(self._path, f'would run {f"{module}.{name}"!r}, which weights do not need; if you trust it, '
+                           + anew)
         return GLOBALS[f'{module}.{name}']
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         """A storage: ('storage', type, key, device, elements); up to PyTorch 1.5 a view of it follows, always None."""
         kind, dtype, key, _, size, *view = pid
         if kind != 'storage' or dtype not in STORAGES.values() or any(view) or type(key) is not str \
                 or type(size) is not int or not 0 <= size < 2 ** 60:
             raise ValueError('a persistent object that is not a storage')
-        self.storages[key] = _Storage(key, dtype, size)
+        self.storages[key] = Storage(key, dtype, size)
         return self.storages[key]
 
     def get_extension(self, code: int) -> NoReturn:
-        raise _refusal(self._path, f"would run 'copyreg extension {code}', which no checkpoint of weights needs")
+        raise refusal(self._path, f"would run 'copyreg extension {code}', which no checkpoint of weights needs")
 
     def load_build(self) -> None:
         self.stack.pop()  # the state of an object; nothing here is one
@@ -175,10 +206,10 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its read
         dispatch[_code[0]] = load_other
 
 
-def _rebuild(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any, dtype: str = '') -> _Tensor:
+def _rebuild(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any, dtype: str = '') -> Tensor:
     """A tensor that lies within its storage and is no larger than it; of the storage's type by default."""
     numbers = (offset, *shape, *strides)
-    if type(storage) is not _Storage or any(type(n) is not int or n < 0 for n in numbers) \
+    if type(storage) is not Storage or any(type(n) is not int or n < 0 for n in numbers) \
             or len(shape) != len(strides) or len(shape) > 32:
         raise ValueError('not a tensor')
     dtype = dtype or storage.dtype
@@ -187,11 +218,11 @@ def _rebuild(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: A
     if max(elements, end) > size:
         raise ValueError(f'a tensor of shape {tuple(shape)}, strides {tuple(strides)} and offset {offset} does not fit '
                          f'into its storage of {size} elements')
-    return _Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+    return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_v3(storage: _Storage, offset: int, shape: tuple, strides: tuple, grad: bool, hooks: Any, dtype: str,
-                *_: Any) -> _Tensor:
+def _rebuild_v3(storage: Storage, offset: int, shape: tuple, strides: tuple, grad: bool, hooks: Any, dtype: str,
+                *_: Any) -> Tensor:
     return _rebuild(storage, offset, shape, strides, dtype=DTYPES[dtype])
 
 
@@ -208,7 +239,7 @@ GLOBALS: Dict[str, Any] = {
 }
 
 
-def _unpickle(path: Path, stream: BinaryIO) -> Tuple[Any, Dict[str, _Storage]]:
+def _unpickle(path: Path, stream: BinaryIO) -> Tuple[Any, Dict[str, Storage]]:
     """The next object in the stream, and the storages it names, by key."""
     unpickler = _Unpickler(path, stream)
     try:
@@ -216,63 +247,63 @@ def _unpickle(path: Path, stream: BinaryIO) -> Tuple[Any, Dict[str, _Storage]]:
     except _Refusal:
         raise
     except Exception as error:  # wherever nonsense instructions lead
-        raise _refusal(path, f'is cut short, damaged, or not of torch.save: {error!r:.200}') from None
+        raise refusal(path, f'is cut short, damaged, or not of torch.save: {error!r:.200}') from None
 
 
-def _open_zip(path: Path, stream: BinaryIO) -> Tuple[Any, Callable[[_Storage], bytes]]:
+def _open_zip(path: Path, stream: BinaryIO) -> Tuple[Any, Callable[[Storage], bytes]]:
     """The format since PyTorch 1.6: a zip of NAME/data.pkl and NAME/data/KEY, none of them compressed."""
     try:
         archive = zipfile.ZipFile(stream)
         entries = {entry.filename: entry for entry in archive.infolist()}
     except Exception as error:  # zipfile raises many kinds
-        raise _refusal(path, f'is cut short or damaged: {error}') from None
+        raise refusal(path, f'is cut short or damaged: {error}') from None
 
     def read(name: str, size: Optional[int] = None) -> bytes:
         entry = entries.get(name)
         if entry is None:
-            raise _refusal(path, f'has no entry {name!r}: it is damaged, or a zip file that torch.save did not write')
+            raise refusal(path, f'has no entry {name!r}: it is damaged, or a zip file that torch.save did not write')
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise _refusal(path, f'has a compressed entry {name!r}; torch.save compresses nothing')
+            raise refusal(path, f'has a compressed entry {name!r}; torch.save compresses nothing')
         if size not in (None, entry.file_size):
-            raise _refusal(path, f'is damaged: {name!r} has {entry.file_size:,} bytes, its tensors need {size:,}')
+            raise refusal(path, f'is damaged: {name!r} has {entry.file_size:,} bytes, its tensors need {size:,}')
         try:
             return archive.read(entry)
         except Exception as error:
-            raise _refusal(path, f'is cut short or damaged: {error}') from None
+            raise refusal(path, f'is cut short or damaged: {error}') from None
 
     prefix = next(iter(entries), '').split('/')[0] + '/'
     if prefix + 'constants.pkl' in entries:
-        raise _refusal(path, "is a TorchScript program, not a checkpoint: write torch.save({'model': "
+        raise refusal(path, "is a TorchScript program, not a checkpoint: write torch.save({'model': "
                        'net.state_dict()}, FILE) instead')
     tree, _ = _unpickle(path, io.BytesIO(read(prefix + 'data.pkl')))
     if prefix + 'byteorder' in entries and read(prefix + 'byteorder') != b'little':
-        raise _refusal(path, 'was written on a big-endian machine: load it and write it anew in PyTorch here')
+        raise refusal(path, 'was written on a big-endian machine: load it and write it anew in PyTorch here')
     return tree, lambda storage: read(f'{prefix}data/{storage.key}', storage.bytes)
 
 
-def _open_legacy(path: Path, stream: BinaryIO) -> Tuple[Any, Callable[[_Storage], bytes]]:
+def _open_legacy(path: Path, stream: BinaryIO) -> Tuple[Any, Callable[[Storage], bytes]]:
     """The format up to PyTorch 1.5: five pickles (magic, version, machine, tree, keys), then a storage for each key.
 
     A storage is its number of elements, 8 bytes, and its elements.
     """
     if _unpickle(path, stream)[0] != LEGACY_MAGIC:
-        raise _refusal(path, 'is a pickle, but not of torch.save')
+        raise refusal(path, 'is a pickle, but not of torch.save')
     (version, _), _, (tree, storages), (keys, _) = (_unpickle(path, stream) for _ in range(4))
     if version != LEGACY_PROTOCOL or not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) \
             or set(keys) != set(storages):
-        raise _refusal(path, 'is damaged, or of an unknown version of the format before PyTorch 1.6')
+        raise refusal(path, 'is damaged, or of an unknown version of the format before PyTorch 1.6')
     starts, position = {}, stream.tell()
     for key in keys:
         starts[key] = position
         position += 8 + storages[key].bytes
     if position != path.stat().st_size:
-        raise _refusal(path, f'is cut short or damaged: it has {path.stat().st_size:,} bytes and needs {position:,}')
+        raise refusal(path, f'is cut short or damaged: it has {path.stat().st_size:,} bytes and needs {position:,}')
 
-    def read(storage: _Storage) -> bytes:
+    def read(storage: Storage) -> bytes:
         stream.seek(starts[storage.key])
         size, = struct.unpack('<q', stream.read(8))
         if (size, storages[storage.key]) != (storage.size, storage):
-            raise _refusal(path, f'is damaged: storage {storage.key!r} has {size} elements, its tensors need '
+            raise refusal(path, f'is damaged: storage {storage.key!r} has {size} elements, its tensors need '
                            f'{storage.size}')
         return stream.read(storage.bytes)
 
@@ -333,24 +364,3 @@ def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
                 integers(0), pickle.MARK, integers(*shape), pickle.TUPLE, pickle.MARK, integers(*strides), pickle.TUPLE,
                 pickle.NEWFALSE, ordered_dict, pickle.TUPLE, pickle.REDUCE]
     return b''.join(out + [pickle.SETITEMS, pickle.SETITEM, pickle.STOP])
-
-
-def _read_safetensors(path: Path) -> Dict[str, np.ndarray]:
-    from safetensors import SafetensorError, deserialize
-    types = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64', 'I32': 'int32',
-             'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'BOOL': 'bool'}
-    try:
-        entries = deserialize(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f'{path}: cannot be read: {error.strerror or error}') from None
-    except SafetensorError as error:
-        raise _refusal(path, f'is cut short, damaged or no safetensors file: {error}') from None
-    arrays = {}
-    for name, entry in entries:
-        shape, dtype = tuple(entry['shape']), types.get(entry['dtype'])
-        if dtype is None:
-            raise _refusal(path, f"holds {name!r} of type {entry['dtype']}, which numpy does not have")
-        strides = tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
-        arrays[name] = _array(_Tensor(_Storage('', dtype, math.prod(shape)), dtype, 0, shape, strides),
-                              bytes(entry['data']))
-    return arrays

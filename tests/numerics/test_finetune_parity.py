@@ -122,7 +122,8 @@ def test_sizes_at_224(keys, classes, parameters):
 
 def test_weights_of_another_width(recorded, tmp_path):
     narrow = recorded.model.model_copy(update={'embed_dim': recorded.model.embed_dim * 2})
-    with pytest.raises(ValueError, match=r'finetune_\w+\.pth: .*has shape .* the network needs .* more: check the'):
+    with pytest.raises(ValueError, match=r'finetune_\w+\.pth: .*has shape .* the network needs .* more: set '
+                       fr'model.embed_dim={recorded.model.embed_dim}$'):
         official.load_pretrained(build_classifier(narrow, 3, None), recorded.checkpoint)
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from mxsimmim import exchange
 from mxsimmim.config import ConfigError, ModelConfig
-from mxsimmim.interop import official, pth
+from mxsimmim.interop import official, pth, told
 from mxsimmim.models import build_classifier, build_simmim
 from mxsimmim.run import read_config
 from mxsimmim.trained import load_run
@@ -115,7 +115,7 @@ def test_a_classifier_comes_in_with_its_classes(keys, tmp_path):
 def test_every_hidden_width_comes_back():
     for width in (12, 49, 96, 1152):
         for hidden in range(1, 6 * width, 7):
-            assert int(width * exchange._ratio(np.empty((hidden, width)))) == hidden, (hidden, width)
+            assert int(width * told.ratio(np.empty((hidden, width)))) == hidden, (hidden, width)
 
 
 def test_half_precision_comes_in_as_single(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from mxsimmim.config import ModelConfig
-from mxsimmim.exchange import model_keys
 from mxsimmim.interop import names, official, pth
+from mxsimmim.interop.told import model_keys
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
 
 RECORDED = np.load(Path(__file__).parents[1] / 'data' / 'names.npz')

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mxsimmim.interop import pth
+from mxsimmim.interop import files, pth
 
 DATA = Path(__file__).parents[1] / 'data'
 PROGRAM = Path(__file__).with_name('torch_files.py')
@@ -322,11 +322,11 @@ def test_safetensors(tmp_path):
     from safetensors.numpy import save_file
     file, arrays = tmp_path / 'a.safetensors', {name: INTEGERS.astype(name) for name in TYPES}
     save_file(arrays, file)
-    back = pth.read_weights(file)
+    back = files.read_weights(file)
     assert {name: value.dtype.name for name, value in back.items()} == {name: name for name in TYPES}
     assert all(np.array_equal(back[name], arrays[name]) for name in TYPES)
     serialize_file({'b': {'dtype': 'bfloat16', 'shape': [2], 'data': b'\x80\x3f\x20\xc0'}}, file)
-    np.testing.assert_array_equal(pth.read_weights(file)['b'], np.array([1.0, -2.5], 'float32'))
+    np.testing.assert_array_equal(files.read_weights(file)['b'], np.array([1.0, -2.5], 'float32'))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match='a.safetensors is cut short, damaged or no safetensors file'):
-        pth.read_weights(file)
+        files.read_weights(file)

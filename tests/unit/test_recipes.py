@@ -212,9 +212,9 @@ SWIN = dict(type='swin', img_size=32, patch_size=2, embed_dim=4, drop_path=0.1)
 OPTIONS = {
     'vit, 1 block, no positions': dict(VIT, depth=1, use_shared_rpb=False, init_values=None),
     'vit, 7 blocks, all positions': dict(VIT, depth=7, use_rpb=True, use_ape=True, norm_targets=True),
-    'vit, 24 blocks, shared': dict(VIT, depth=24, use_mean_pooling=True),
+    'vit, 18 blocks, shared': dict(VIT, depth=18, use_mean_pooling=True),
     'vit, 25 blocks, all positions': dict(VIT, depth=25, use_rpb=True, use_ape=True, init_values=None),
-    'vit, 18 blocks, absolute': dict(VIT, depth=18, use_shared_rpb=False, use_ape=True, mlp_ratio=3),
+    'vit, 13 blocks, absolute': dict(VIT, depth=13, use_shared_rpb=False, use_ape=True, mlp_ratio=3),
     'vit, four patches': dict(VIT, patch_size=8, depth=6),
     'swin, one stage, one window': dict(SWIN, depths=[1], num_heads=[1], window_size=16, use_ape=True),
     'swin, 24 blocks a stage': dict(SWIN, depths=[1, 24], num_heads=[1, 2], window_size=4, norm_targets=True),
