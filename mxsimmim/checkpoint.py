@@ -15,12 +15,13 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional, Set
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from .files import alive, free, sync_directory, sync_file
 from .memory import ran_out
 
 FORMAT = 1
@@ -73,6 +74,11 @@ def save(folder: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]]
     for other in set(steps) - kept(steps, keep, keep_every):
         _discard(folder / f'step-{other:08d}')
     return final
+
+
+def saved_steps(folder: Path) -> List[int]:
+    """The steps of the checkpoints in `folder`, ascending, whole or not."""
+    return sorted(_found(Path(folder)))
 
 
 def discard_after(folder: Path, step: int) -> None:
@@ -139,7 +145,7 @@ def _tidy(folder: Path) -> None:
     """Undoes what processes that are no more left unfinished."""
     for path in folder.glob('.step-*'):
         match = re.fullmatch(r'\.(step-\d{8,})\.(tmp|old)-(\d+)', path.name)
-        if match and not _alive(int(match[3])):
+        if match and not alive(int(match[3])):
             final = folder / match[1]
             if match[2] == 'old' and not final.exists():
                 os.rename(path, final)
@@ -147,30 +153,19 @@ def _tidy(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
-    """Whether another process with this number runs; ours has begun no folder yet when it asks."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # not ours to signal
-        return True
-    return pid != os.getpid()
-
-
 def _write(staged: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None:
     text = json.dumps({'step': step, 'state': state}, indent=1)
     (staged / STATE).write_text(text, encoding='utf-8')
     for group, named in arrays.items():
         save_file(dict(named), staged / (group + ARRAYS))
-    files = {}
+    entries = {}
     for file in sorted(staged.iterdir()):
-        _flush(file)
-        files[file.name] = {'bytes': file.stat().st_size, 'sha256': _sha256(file)}
+        sync_file(file)
+        entries[file.name] = {'bytes': file.stat().st_size, 'sha256': _sha256(file)}
     # Last, so that a folder with a manifest has everything else.
-    (staged / MANIFEST).write_text(json.dumps({'format': FORMAT, 'files': files}, indent=1), encoding='utf-8')
-    _flush(staged / MANIFEST)
-    _flush(staged)
+    (staged / MANIFEST).write_text(json.dumps({'format': FORMAT, 'files': entries}, indent=1), encoding='utf-8')
+    sync_file(staged / MANIFEST)
+    sync_directory(staged)
 
 
 def _publish(staged: Path, final: Path) -> None:
@@ -185,8 +180,8 @@ def _publish(staged: Path, final: Path) -> None:
         if replaces:
             os.rename(aside, final)
         raise
-    _flush(final.parent)
-    _flush(final.parent.parent)  # the folder of all checkpoints may be new, too
+    sync_directory(final.parent)
+    sync_directory(final.parent.parent)  # the folder of all checkpoints may be new, too
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -200,14 +195,6 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, 'rb') as stream:
@@ -219,12 +206,13 @@ def _sha256(file: Path) -> str:
 def _failure(final: Path, arrays: Mapping[str, Mapping[str, np.ndarray]], error: Exception) -> str:
     needed = sum(array.nbytes for named in arrays.values() for array in named.values())
     place = next(path for path in final.absolute().parents if path.exists())
+    room = free(place)
     reason = getattr(error, 'strerror', None) or str(error)
     older = _found(final.parent)
     untouched = f'the ones before it are untouched, the newest is step {max(older)}' if older else 'there is none yet'
-    return (f'{final}: cannot save this checkpoint: {reason}. It needs {needed:,} bytes, and '
-            f'{shutil.disk_usage(place).free:,} are free in {place}; {untouched}. Make room there or make it writable, '
-            f'and run the same command again')
+    return (f'{final}: cannot save this checkpoint: {reason}. It needs {needed:,} bytes'
+            + ('' if room is None else f', and {room:,} are free in {place}')
+            + f'; {untouched}. Make room there or make it writable, and run the same command again')
 
 
 def _read(path: Path) -> Checkpoint:

@@ -14,7 +14,7 @@ from .data.labels import read_classes
 from .interop import files, names, official, pth
 from .interop.told import model_keys
 from .models import build_classifier, build_simmim
-from .run import versions
+from .run import versions, write_config
 from .trained import load_run
 
 
@@ -106,7 +106,7 @@ def _save(file: Path, run: Path, config: Config, arrays: Mapping[str, np.ndarray
         raise ValueError(f'{file}: {error}') from None
     state = {'config': configfile.to_dict(config), 'samples': 0, 'versions': versions(), 'classes': labels}
     checkpoint.save(run / 'checkpoints', 0, {'weights': official.extract(net)}, state, keep=1)
-    (run / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
+    write_config(run, config)
 
 
 def _buffers(net: HybridBlock) -> Dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, TextI
 
 import numpy as np
 
+from . import files
 from .guards import alone
 
 METRICS, LOG = 'metrics.jsonl', 'logs/rank-0.log'
@@ -196,8 +197,7 @@ def _drop_after(file: Path, start: int) -> None:
         beside = file.with_name(f'.{file.name}.tmp')
         with open(beside, 'w', encoding='utf-8') as stream:
             stream.writelines(json.dumps(record) + '\n' for record in kept)
-            stream.flush()
-            os.fsync(stream.fileno())
+        files.sync_file(beside)
         os.replace(beside, file)
 
 

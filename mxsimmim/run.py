@@ -1,13 +1,12 @@
 """The folder a run lives in, and the signals that end it."""
-import fcntl
+import contextlib
 import os
 import signal
-from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Union
 
-from . import __version__, configfile
+from . import __version__, configfile, files
 from .config import Config
 from .checkpoint import Checkpoint, load, newest
 
@@ -17,29 +16,41 @@ def folder_of(config: Config) -> Path:
     return Path(config.output) / config.name
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it.
+@contextlib.contextmanager
+def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it; `log` hears of a file system that cannot.
 
     Raises:
         ValueError: another process trains there, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / '.lock', 'a+')
+        handle = open(folder / '.lock', 'a+', encoding='ascii', errors='replace')
     except OSError as error:
         raise ValueError(f'{folder}: cannot write the run there ({error.strerror}): set output= or name=') from None
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            raise ValueError(f'{folder}: process {handle.read().strip() or "?"} is training in this folder: wait for '
-                             'it, stop it, or set name=') from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+            missing = files.lock(handle)
+        except files.Taken as error:
+            raise ValueError(f'{folder}: process {error.owner or "?"} is training in this folder: wait for it, stop '
+                             'it, or set name=') from None
+        if missing:
+            log(f'warning: the file system of {folder} has no locks ({missing.strerror}): nothing keeps another '
+                'process from training there, too')
+        with contextlib.suppress(OSError):  # a disk that is full by now: the lock holds without
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
         yield
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Writes the resolved configuration into the folder of its run; ValueError where it cannot."""
+    path = folder / 'config.yaml'
+    try:
+        path.write_text(configfile.to_yaml(config), encoding='utf-8')
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be written: {error.strerror}: set output= or name=') from None
 
 
 class Stop:

@@ -7,15 +7,15 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 import numpy as np
 from mxnet.gluon import HybridBlock
 
-from . import checkpoint, configfile
+from . import checkpoint, configfile, files
 from .config import Config
 from .data.labels import open_labelled
 from .data.sources import Source, hold_out, open_source
 from .data.transforms import ClassifyTransform, PretrainTransform
 from .evaluation import Evaluation
 from .interop import official
-from .models import build_classifier, build_simmim, named_parameters
-from .optim import parameter_groups, weight_decays
+from .models import Classifier, SimMIM, build_classifier, build_simmim, named_parameters
+from .optim import OPTIMIZERS, parameter_groups, weight_decays
 from .parallel.placement import Replicated
 from .parallel.stores import Store
 from .run import check_classes
@@ -152,6 +152,23 @@ class Classification:
 
 Task = Union[Pretraining, Classification]
 TASKS = {'pretrain': Pretraining, 'classify': Classification}
+
+
+def checkpoint_bytes(config: Config, classes: int) -> int:
+    """Bytes of the arrays in a checkpoint: weights, moments of the optimizer, averaged weights."""
+    net = Classifier(config.model, classes) if classes else SimMIM(config.model)
+    weights = sum(int(np.prod(parameter.shape)) for parameter in named_parameters(net).values())
+    return 4 * weights * (1 + len(OPTIMIZERS[config.optim.type].MOMENTS) + bool(config.train.ema))
+
+
+def check_room(config: Config, task: Task, folder: Path, last: int) -> None:
+    """
+    Raises:
+        ValueError: there is no room in the folder of a run for the checkpoints up to step `last`.
+    """
+    saved = checkpoint.saved_steps(folder / 'checkpoints')
+    if not saved or saved[-1] < last:
+        files.check_room(folder, checkpoint_bytes(config, len(task.classes)), len(saved))
 
 
 def check_same_job(config: Config, task: Task, store: Store) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTup
 import mxnet as mx
 import numpy as np
 
-from . import configfile, ops
+from . import configfile, files, ops
 from .checkpoint import Checkpoint, discard_after, save
 from .config import Config
 from .data.loader import Batch, Loader
@@ -32,8 +32,8 @@ from .parallel.replicas import compare
 from .parallel.stores import Store, make_store
 from .plan import Plan, expected_step, in_groups, plan_of
 from .progress import Progress
-from .run import Stop, check_classes, checkpoint_to_resume, folder_of, locked, versions
-from .tasks import TASKS, Task, check_same_job
+from .run import Stop, check_classes, checkpoint_to_resume, folder_of, locked, versions, write_config
+from .tasks import TASKS, Task, check_room, check_same_job
 from .trained import load_run
 from .validation import Validation
 from .world import World, world
@@ -64,16 +64,18 @@ def start(config: Config) -> int:
     place = world(os.environ)
     mode = mode_of(config, place)
     contexts = contexts_of(config.devices, place)
+    folder = folder_of(config)
+    notes = files.try_place(folder) if place.rank == 0 else []
     task = TASKS[config.task](config)
     plan = plan_of(config, len(task.source), mode)
-    folder = folder_of(config)
+    if place.rank == 0:
+        check_room(config, task, folder, plan.total)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if place.rank == 0:
-            stack.enter_context(locked(folder))
+            stack.enter_context(locked(folder, notes.append))
         store = open_store(config, mode, place)
         check_same_job(config, task, store)
-        notes: List[str] = []
         stack.enter_context(operators(config, contexts, store, notes.append))
         saved = None
         if place.rank == 0:
@@ -82,7 +84,7 @@ def start(config: Config) -> int:
         first = resumed['step'] if resumed else 0
         monitor = Quiet()
         if place.rank == 0:
-            (folder / 'config.yaml').write_text(configfile.to_yaml(config), encoding='utf-8')
+            write_config(folder, config)
             discard_after(folder / 'best', first)  # of what this run will do anew
             monitor = stack.enter_context(Monitor(folder, plan.total, first))
         for note in [*notes_of(task.source, task.held_out), *notes]:
@@ -99,7 +101,10 @@ def evaluate(config: Config) -> int:
     """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; 0."""
     place = world(os.environ)
     contexts, mode = contexts_of(config.devices, place), mode_of(config, place)
-    task, folder = TASKS[config.task](config), folder_of(config)
+    folder = folder_of(config)
+    if place.rank == 0 and folder.is_dir():
+        files.try_place(folder)  # for the evaluation at the end
+    task = TASKS[config.task](config)
     store = open_store(config, mode, place)
     check_same_job(config, task, store)
     validation = task.validation(store)

@@ -8,6 +8,8 @@ from typing import BinaryIO, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from ..files import sync_file
+
 PURPOSES = {'train', 'training'}, {'val', 'valid', 'validation', 'dev'}, {'test', 'testing'}  # words in files' names
 KEPT_OPEN = 64  # of more files, each is opened to read a record: there may be thousands
 HEADER_LABELS = 16  # at most
@@ -261,7 +263,7 @@ class RecordWriter:
             with open(self._written[1], 'w') as index:
                 index.writelines(self._lines)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync_file(self._written[0])
             if self._final[1].exists():
                 self._final[1].unlink()  # an old index must never stand beside the new records
             for written, final in zip(self._written, self._final):

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
-ORDER = ['__init__', 'guards', 'paths', 'config', 'habits', 'documents', 'configfile', 'schedule', 'world', 'runtime',
-         'memory', 'cluster', 'ops', 'facts', 'doctor', 'data', 'models', 'interop', 'optim', 'meter', 'parallel',
-         'checkpoint', 'monitor', 'pictures', 'baselines', 'metrics', 'validation', 'evaluation', 'run', 'trained',
-         'progress', 'tasks', 'plan', 'train', 'check', 'reconstruct', 'features', 'probe', 'exchange', 'deploy', 'cli',
-         '__main__']
+ORDER = ['__init__', 'guards', 'files', 'text', 'paths', 'config', 'habits', 'documents', 'configfile', 'schedule',
+         'world', 'runtime', 'memory', 'cluster', 'ops', 'facts', 'doctor', 'data', 'models', 'interop', 'optim',
+         'meter', 'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'metrics', 'validation', 'evaluation',
+         'run', 'trained', 'progress', 'tasks', 'plan', 'train', 'check', 'reconstruct', 'features', 'probe',
+         'exchange', 'deploy', 'cli', '__main__']
 # What answers before, or without, the second that `import mxnet` takes.
-WITHOUT_MXNET = ['__init__', 'guards', 'cluster', 'world', 'paths', 'config', 'habits', 'documents', 'configfile',
-                 'schedule', 'runtime', 'memory', 'data', 'checkpoint', 'monitor', 'pictures', 'baselines', 'cli',
-                 '__main__']
+WITHOUT_MXNET = ['__init__', 'guards', 'files', 'text', 'cluster', 'world', 'paths', 'config', 'habits', 'documents',
+                 'configfile', 'schedule', 'runtime', 'memory', 'data', 'checkpoint', 'monitor', 'pictures',
+                 'baselines', 'cli', '__main__']
 SERVERS = ['parallel/modes.py', 'parallel/protocol.py', 'parallel/server.py']  # which must come before mxnet
 FILES = sorted(PACKAGE.rglob('*.py'))
 
