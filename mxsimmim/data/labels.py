@@ -187,7 +187,8 @@ def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[s
         if file not in wanted and number == rows[0][0] and os.path.splitext(file)[1][1:].lower() not in extensions():
             continue  # a heading
         if file not in wanted:
-            raise ValueError(f'{line}: there is no image {file} in {path}: remove the line, or add it')
+            raise ValueError(f'{line}: there is no image {file} in {path}, below which paths are: remove the line, or '
+                             'add it')
         if file in found:
             raise ValueError(f'{line}: {file} is already in line {found[file][1]}: remove one')
         found[file] = name, number

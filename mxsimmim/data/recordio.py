@@ -41,7 +41,7 @@ def record_files(folder: str) -> List[str]:
     files = [os.path.join(folder, name) for name in names]
     own = [[file for file, name in zip(files, names) if words & set(re.split('[^a-z]+', name.lower()))]
            for words in PURPOSES]
-    different = [some[0] for some in own if some]
+    different = sorted({some[0] for some in own if some})
     if len(different) > 1:
         raise ValueError(f'{folder} holds RecordIO files for different purposes, {" and ".join(different)}: name the '
                          "one to use; several are separated by semicolons, 'a.rec;b.rec'")

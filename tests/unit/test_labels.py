@@ -113,7 +113,7 @@ def test_table(tmp_path, name, text):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('path,class\nb,no\n', 'labels.csv, line 2: there is no image b in .*images: remove the line, or add it'),
+    ('path,class\nb,no\n', 'labels.csv, line 2: there is no image b in .*images, below which paths are: remove'),
     ('a.jpg,no\n\nx.jpg,no\n', 'labels.csv, line 3: there is no image x.jpg in .*images'),
     ('../out.jpg,no\n', 'line 1: there is no image ../out.jpg in'),
     ('a.jpg,no\nb.jpg,no\n./a.jpg,yes\n', 'labels.csv, line 3: a.jpg is already in line 1: remove one'),

@@ -122,10 +122,12 @@ def test_broken_images_are_left_out_by_name(images, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / 'x' / 'cut.jpg').write_bytes((images / 'cat' / '01.jpg').read_bytes()[:500])
     (folder / 'x' / 'empty.png').touch()
+    (folder / 'x' / 'photo.heic').touch()
     done = pack(folder, tmp_path / 'a.rec')
     assert done.returncode == 0 and '3 images' in done.stdout and '2 left out' in done.stdout
     assert 'left out: ' + str(folder / 'x' / 'cut.jpg') in done.stderr
     assert str(folder / 'x' / 'empty.png') + ': empty file' in done.stderr
+    assert f'{folder}: 1 other file left out: .heic (1)\n' in done.stderr
     assert len(open_source(str(tmp_path / 'a.rec'))) == 3
 
 

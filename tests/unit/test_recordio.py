@@ -3,6 +3,7 @@ import gc
 import io
 import os
 import runpy
+import shutil
 from pathlib import Path
 
 import mxnet
@@ -88,6 +89,11 @@ def test_chunks_that_do_not_belong_together(tmp_path):
             open_source(path)
     both = f'{tmp_path}/data_train.rec;{tmp_path}/data_val.rec'
     assert unreadable(both) == '' and "data 'x.rec' cannot be read (No such" in unreadable(f'{both};x.rec')
+    (tmp_path / 'all').mkdir()
+    for name in ('train_val_0.rec', 'train_val_1.rec', 'more.rec'):
+        write(tmp_path / 'all' / name, [(0, name.encode())])
+    assert contents(open_source(str(tmp_path / 'all'))) == [b'more.rec', b'train_val_0.rec', b'train_val_1.rec']
+    shutil.rmtree(tmp_path / 'all')
     (tmp_path / 'image.jpg').write_bytes(encoded(1))
     source = open_source(str(tmp_path))  # images, as ever
     assert isinstance(source, ImageFiles) and len(source) == 1
