@@ -14,8 +14,8 @@ from .sampling import generator
 
 # Of what Pillow can read, the formats of photographs: no documents and programs (EPS, PDF, WMF), no maps and textures.
 PHOTOGRAPHS = ('jpg', 'jpeg', 'png', 'bmp', 'webp', 'gif', 'tif', 'tiff', 'jpe', 'jfif', 'mpo', 'jp2', 'j2k', 'j2c',
-               'jpc', 'jpf', 'jpx', 'ppm', 'pgm', 'pbm', 'pnm', 'apng', 'avif', 'heic', 'heif', 'dib', 'ico', 'tga',
-               'pcx', 'qoi', 'ras', 'sgi')
+               'jpc', 'jpf', 'jpx', 'ppm', 'pgm', 'pbm', 'pnm', 'apng', 'avif', 'dib', 'ico', 'tga', 'pcx', 'sgi',
+               'qoi')
 # What systems, not people, put among images: Linux, macOS, Windows, and the NAS of Synology (its @eaDir has a thumbnail
 # of each image), QNAP and NetApp. Much else of the kind is hidden: .Trash-1000, .AppleDouble, ._IMG.jpg, .DS_Store.
 SYSTEM = frozenset((
