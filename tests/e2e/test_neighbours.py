@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import util
 from pathlib import Path
 
 import pytest
-from running import DEADLINE, ROOT, TINY, command
+from running import DEADLINE, ROOT, TINY, command, metrics
 
 from mxsimmim.guards import OPTIONAL
 
@@ -58,6 +59,12 @@ def run(environ, folder, *words):
     assert ended.returncode == 0, f'{words}\n{ended.stdout}\n{ended.stderr[-3000:]}\n{noted}'
 
 
+def job(words):
+    return [sys.executable, ROOT / 'tools/launch.py', '-n', 2, *words, '--', *command(
+        'pretrain', ROOT / 'conf/digits.yaml', *TINY, 'name=tiny', 'train.length=4', 'optim.warmup=1',
+        'optim.milestones=[2]', 'log.every=2')]
+
+
 @pytest.mark.parametrize('code', ['import google.cloud', 'import torch.nn',
                                   'import numba\nnumba.njit(lambda x: x)(1)', 'import pydantic\n'
                                   'class Some(pydantic.BaseModel): pass'])
@@ -79,6 +86,36 @@ def test_commands(tmp_path, neighbours):
 def test_jobs(tmp_path, neighbours, words):
     if words == ['--horovod']:
         pytest.importorskip('horovod')
-    run(neighbours, tmp_path, sys.executable, ROOT / 'tools/launch.py', '-n', 2, *words, '--', *command(
-        'pretrain', ROOT / 'conf/digits.yaml', *TINY, 'train.length=4', 'optim.warmup=1', 'optim.milestones=[2]'))
-    assert 'step' in (tmp_path / 'logs' / 'worker-0.log').read_text()
+    run(neighbours, tmp_path, *job(words))
+    assert metrics(tmp_path / 'runs' / 'tiny')[-1]['step'] == 4
+
+
+needs_torch = pytest.mark.skipif(util.find_spec('torch') is None, reason='needs PyTorch, which `make bench` installs')
+BOTH = """
+import torch
+import mxnet as mx
+import horovod.mxnet as hvd
+hvd.init()
+total = hvd.allreduce(mx.nd.ones(3) * (hvd.rank() + 1), average=False)
+print('sum', total.asnumpy().tolist(), torch.ones(3).sum().item())
+"""
+
+
+@needs_torch
+@pytest.mark.parametrize('words', [['-s', 1], ['--horovod']])
+def test_jobs_beside_pytorch(tmp_path, words):
+    if words == ['--horovod']:
+        pytest.importorskip('horovod')
+    run({**os.environ, 'NOTED': os.devnull}, tmp_path, *job(words))
+    assert 'torch' not in (tmp_path / 'logs' / 'worker-0.log').read_text()
+    assert metrics(tmp_path / 'runs' / 'tiny')[-1]['step'] == 4
+
+
+@needs_torch
+def test_a_program_of_the_users_that_has_both(tmp_path):
+    """PyTorch must come first: its library crashes where Horovod's is loaded, which makes its names visible to all."""
+    pytest.importorskip('horovod')
+    run({**os.environ, 'NOTED': os.devnull}, tmp_path, sys.executable, ROOT / 'tools/launch.py', '-n', 2, '--horovod',
+        '--', sys.executable, '-W', 'ignore', '-c', BOTH)
+    for rank in range(2):
+        assert (tmp_path / 'logs' / f'worker-{rank}.log').read_text() == 'sum [3.0, 3.0, 3.0] 3.0\n'
