@@ -25,7 +25,7 @@ from mxsimmim.cluster.rendezvous import Rendezvous
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's linux/prctl.h
 SILENCE = 20.0  # seconds without a word from the launcher after which its machine is taken to be gone
 BACKLOG = 4 << 20  # bytes on their way to the launcher beyond which output goes to the log alone
-TAIL = 10  # last lines of a log that a summary shows
+TAIL, SHOWN = 10, 8192  # last lines of a log that a summary shows, and characters of them
 libc = ctypes.CDLL(None)
 
 
@@ -185,8 +185,9 @@ class Agent:
         for copy in list(self.pipes.values()):
             copy()
         lines = tail(child.log)
+        shown = '\n'.join(fault.split(lines)[0])[-SHOWN:].splitlines()[-TAIL:]
         self.channel.send(event='exit', role=child.role, index=child.index, code=code, time=time.time(),
-                          tail=fault.split(lines)[0][-TAIL:], crash=fault.place(lines) if code else '')
+                          tail=shown, crash=fault.place(lines) if code else '')
 
     def do_signal(self, roles: List[str], number: int) -> None:
         for child in self.children:

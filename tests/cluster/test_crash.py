@@ -57,3 +57,11 @@ def test_the_agents_own_crash(launcher):
 
 def parent(pid):
     return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+
+
+def test_of_a_log_without_line_breaks_the_end_is_shown(launcher):
+    _, err = launcher.run('-n', 1, '-s', 1, 'python', '-c', 'import os, sys\nif os.environ["DMLC_ROLE"] == "worker":\n'
+                          '    print("x" * 300_000, "reason", flush=True)\n    sys.exit(3)\n'
+                          'import time; time.sleep(600)', status=3)
+    [line] = [line for line in err.splitlines() if line.startswith('launch:   | ')]
+    assert len(line) == len('launch:   | ') + 8192 and line.endswith('x reason')
