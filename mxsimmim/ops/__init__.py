@@ -47,10 +47,17 @@ def choose(precision: str, contexts: Sequence[Any]) -> Choice:
 
 @contextlib.contextmanager
 def using(form: str, precision: str = 'float32') -> Iterator[None]:
-    """While entered, `form` runs in `precision`: what is exported, for example, must not need our library."""
+    """While entered, `form` runs in `precision`: what is exported, for example, must not need our library.
+
+    Raises:
+        NotBuilt: the native form, which is not there.
+        ValueError: bf16 where nothing can compute it.
+    """
     global _chosen
     if form == 'native':
-        native.load()
+        native.admit(precision)
+    elif precision != 'float32':
+        raise ValueError(f"operators: the {form} form computes in float32, not in {precision}")
     before, _chosen = _chosen, Choice(form, precision)
     try:
         yield

@@ -114,6 +114,20 @@ def load() -> str:
     return _isa
 
 
+def admit(precision: str) -> str:
+    """Loads the library for products in `precision`; the instructions they use, as in `Opened`.
+
+    Raises:
+        NotBuilt: as `load`.
+        ValueError: bf16, on a CPU that cannot multiply it.
+    """
+    isa = load()
+    if precision == 'bf16' and isa not in BF16 + EMULATED:
+        raise ValueError(f"key 'runtime.precision': bf16 needs a CPU with AVX-512, this one has {isa}: write "
+                         'runtime.precision=float32, or auto, which takes bf16 where it is faster')
+    return isa
+
+
 def _register(path: Path) -> None:
     """As `mxnet.library.load`, which makes the Python functions of all operators anew, in 0.4 s; here only of ours."""
     from mxnet import base, ndarray, symbol
@@ -154,16 +168,13 @@ def decide(precision: str, contexts: Sequence[Any]) -> Tuple[str, str]:
                              'write runtime.precision=float32, or devices=[cpu(0)]')
         return 'reference', 'float32'
     try:
-        isa = load()
+        isa = admit(precision)
     except NotBuilt as error:
         if precision == 'bf16':
             raise ValueError(f"key 'runtime.precision': bf16 needs the native operators. {error}; or write "
                              'runtime.precision=float32') from None
         _tell(f'operators: reference, slower than native ones: {error}')
         return 'reference', 'float32'
-    if precision == 'bf16' and isa not in BF16 + EMULATED:
-        raise ValueError(f"key 'runtime.precision': bf16 needs a CPU with AVX-512, this one has {isa}: write "
-                         'runtime.precision=float32, or auto, which takes bf16 where it is faster')
     return 'native', 'bf16' if precision == 'bf16' or precision == 'auto' and isa in BF16 else 'float32'
 
 

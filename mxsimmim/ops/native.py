@@ -8,11 +8,11 @@ shared bias, which must be given to them in smaller groups (models/vit.py).
 from typing import Any, Optional, Tuple
 
 from .layout import Windows
-from .library import decide, load
+from .library import admit, decide, load
 from .pixels import native_masked_loss as masked_loss
 from .pixels import native_patchify as patchify
 
-__all__ = ['attention', 'decide', 'layer_norm', 'linear', 'load', 'masked_loss', 'mlp', 'patchify']
+__all__ = ['admit', 'attention', 'decide', 'layer_norm', 'linear', 'load', 'masked_loss', 'mlp', 'patchify']
 
 Pair = Tuple[Any, Any]
 

@@ -5,6 +5,7 @@ finetune_*.npz is what the reference makes of finetune_*.pth at another resoluti
 import json
 from pathlib import Path
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ class Recorded:
         return mx.nd.array(np.eye(self.classes)[label] * (1 - smoothing) + smoothing / self.classes)
 
 
-@pytest.fixture(params=ops.FORMS, autouse=True)
+@pytest.fixture(params=machine.FORMS, autouse=True)
 def form(request):
     """Everything here holds for both forms of the operators."""
     with ops.using(request.param):

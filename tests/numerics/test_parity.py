@@ -6,6 +6,7 @@ mathematics written independently in PyTorch 2.13.
 import json
 from pathlib import Path
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -23,8 +24,16 @@ DATA = Path(__file__).parent.parent / 'data'
 KEYS = set(ModelConfig.model_fields) | {'ape'}
 
 
+# A masked pixel that the network predicts to 2e-7, less than float32 rounds (1e-6): CPUs differ about the sign of the
+# error, which is the gradient of |error|, and with it 0.6 % of the whole gradient changes, from which ten steps make
+# 1.3e-4 of the loss. By step, image, channel and place: moved away from the prediction, on the side where it was when
+# recorded. Elsewhere errors are 6e-6 and more. The network does not see masked pixels.
+NEAR_TARGETS = {'simmim_swin': {(2, 0, 2, 57, 46): -1e-4}}
+
+
 class Recorded:
     def __init__(self, name):
+        self.name = name
         self.file = np.load(DATA / f'{name}.npz')
         self.meta = json.loads(self.file['meta'].tobytes().decode())
         self.config = self.meta['config']
@@ -39,7 +48,7 @@ class Recorded:
         return net
 
 
-@pytest.fixture(params=ops.FORMS, autouse=True)
+@pytest.fixture(params=machine.FORMS, autouse=True)
 def form(request):
     """Everything here holds for both forms of the operators."""
     with ops.using(request.param):
@@ -107,8 +116,11 @@ def test_twelve_steps(recorded):
     adamw = AdamW(parameters, weight_decays(parameters, 'reference', recorded.model.type, 0.05), optim)
     aggregation = SyncGradients(parameters, adamw, make_store('local', ALONE), TrainConfig(), optim.clip_grad)
     rows = []
+    images = recorded.file['train/images'].copy()
+    for place, further in NEAR_TARGETS.get(recorded.name, {}).items():
+        images[place] += further
     for step in range(steps):
-        image = mx.nd.array(recorded.file['train/images'][step])
+        image = mx.nd.array(images[step])
         mask = mx.nd.array(recorded.file['train/masks'][step], dtype='uint8')
         with mx.autograd.record():
             loss = net(image, mask)

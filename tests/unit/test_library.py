@@ -1,11 +1,11 @@
 """ops/library.py and ops/build.py: building, finding and loading the native operators, and doing without them."""
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -22,10 +22,7 @@ ROOT = Path(library.__file__).parents[2]
 @pytest.fixture
 def built():
     """The real library, loaded."""
-    try:
-        library.load()
-    except NotBuilt as error:
-        pytest.skip(str(error))
+    machine.need_native()
 
 
 @pytest.fixture
@@ -158,15 +155,38 @@ def test_older_instructions(built, limit, expected):
     assert child.stdout == expected + '\n'
 
 
-def test_operators_with_avx2_alone(built):
-    """The tests of the operators once more, as on an older CPU; without bf16, which needs AVX-512."""
-    files = sorted(map(str, Path(__file__).parent.glob('test_ops*.py')))
-    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k',
-                            'float32 and not bf16', *files],
-                           env={**os.environ, 'DNNL_MAX_CPU_ISA': 'AVX2'}, stdout=subprocess.PIPE,
-                           universal_newlines=True, timeout=300)
-    assert child.returncode == 0, child.stdout[-10_000:]
-    assert int(re.search(r'(\d+) passed', child.stdout)[1]) >= 50
+@pytest.mark.parametrize('form, precision', machine.CHOICES)
+def test_each_choice_computes_or_is_refused(form, precision):
+    """Where oneDNN has the product, it is right; where it has none, nobody gets as far as to ask for it."""
+    before = ops.chosen()
+    if (form, precision) in machine.ABLE:
+        rng = np.random.default_rng(7)
+        x, weight = rng.standard_normal((5, 64)), rng.standard_normal((3, 64))
+        with ops.using(form, precision):
+            y = ops.linear(mx.nd, mx.nd.array(x), mx.nd.array(weight), units=3).asnumpy()
+        np.testing.assert_allclose(y, x @ weight.T, atol=0.1 if precision == 'bf16' else 1e-4)
+    elif machine.ISA:
+        for choose in (lambda: ops.choose(precision, [CPU]), lambda: ops.using(form, precision).__enter__()):
+            with pytest.raises(ValueError, match=f"^key 'runtime.precision': bf16 needs .* has {machine.ISA}: write "
+                                                 "runtime.precision=float32, or auto, "):
+                choose()
+    else:
+        with pytest.raises(NotBuilt, match='^native operators (are for|need a CPU with AVX2)'):
+            ops.using(form, precision).__enter__()
+        with pytest.raises(ValueError, match=r"^key 'runtime.precision': bf16 needs the native operators\. native .*; "
+                                             'or write runtime.precision=float32$'):
+            ops.choose('bf16', [CPU])
+    assert ops.chosen() == before
+    if form == 'native' and machine.ISA:
+        rate = library.function('mxsimmim_product_rate')  # 0 where oneDNN refuses
+        rate.restype = library.ctypes.c_double
+        sizes = [library.ctypes.c_int64(64)] * 3
+        assert (rate(*sizes, int(precision == 'bf16'), 1) > 0) == ((form, precision) in machine.ABLE)
+
+
+def test_the_reference_has_no_bf16():
+    with pytest.raises(ValueError, match='the reference form computes in float32, not in bf16'):
+        ops.using('reference', 'bf16').__enter__()
 
 
 def test_wrong_shapes_are_errors_that_name_both(built):

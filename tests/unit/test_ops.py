@@ -1,7 +1,7 @@
 """The native operators against their reference form in float64: odd sizes, one row, widths that no vector divides."""
 import json
-import platform
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from mxnet import autograd
 from mxsimmim import ops
 from mxsimmim.ops import native, reference
 
-pytestmark = pytest.mark.skipif((platform.system(), platform.machine()) != ('Linux', 'x86_64'),
-                                reason='native operators are for Linux on x86-64')
+pytestmark = machine.natively
+BEST = machine.PRECISIONS[-1:]  # bf16, where this CPU multiplies it
 TOLERANCE = {'float32': 1e-5, 'bf16': 1e-2}
 
 
@@ -107,7 +107,7 @@ def difference(a, b):
     return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3 * b.size ** 0.5)
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bf16'])
+@pytest.mark.parametrize('precision', machine.PRECISIONS)
 @pytest.mark.parametrize('seed', range(12))
 @pytest.mark.parametrize('name', CASES)
 def test_equal_to_float64(name, seed, precision):
@@ -125,7 +125,7 @@ def test_equal_to_float64(name, seed, precision):
         assert difference(a, b) < few * TOLERANCE[precision], (place, difference(a, b))
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bf16'])
+@pytest.mark.parametrize('precision', machine.PRECISIONS)
 @pytest.mark.parametrize('windows', [None, ops.Windows(12, 6, 3)])
 def test_the_size_of_a_real_block(windows, precision):
     rng = np.random.default_rng(5)
@@ -141,7 +141,7 @@ def test_the_size_of_a_real_block(windows, precision):
             assert difference(a, b) < TOLERANCE[precision]
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bf16'])
+@pytest.mark.parametrize('precision', machine.PRECISIONS)
 def test_rows_that_nobody_uses(precision):
     rng = np.random.default_rng(1)
     images, tokens, width, hidden = 3, 11, 33, 70
@@ -237,7 +237,7 @@ def test_grad_req_add_through_the_layers():
 
 
 def test_several_contexts():
-    with ops.using('native', 'bf16'):
+    with ops.using('native', *BEST):
         expected = gradients(Block(), block_inputs())
         block = Block()
         block.hybridize(static_alloc=True)
@@ -265,7 +265,7 @@ def test_exported_symbol():
 
 
 def test_the_same_twice():
-    with ops.using('native', 'bf16'):
+    with ops.using('native', *BEST):
         first = gradients(Block(), block_inputs())
         for _ in range(3):
             assert all(np.array_equal(a, b) for a, b in zip(gradients(Block(), block_inputs()), first))

@@ -7,38 +7,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet.gluon import nn
 
 from mxsimmim import ops
-from mxsimmim.ops import adamw, library
+from mxsimmim.ops import adamw
 
 SHAPES = [(1,), (3,), (7, 5), (17,), (33, 31), (2, 3, 5, 7), (16384,), (16385,), (40001,), (1, 1)]
 CONSTANTS = dict(beta1=float(np.float32(0.8)), beta2=float(np.float32(0.9)), epsilon=1e-2)
 NAMES = ('weights', 'grads', 'means', 'variances')
 
 
-@pytest.fixture(params=['reference', 'native'])
+@pytest.fixture(params=machine.FORMS)
 def form(request):
-    with using(request.param):
+    with ops.using(request.param):
         yield request.param
 
 
 @pytest.fixture
 def native():
-    with using('native'):
+    machine.need_native()
+    with ops.using('native'):
         yield
-
-
-def using(form):
-    try:
-        if form == 'native':
-            library.load()
-    except library.NotBuilt as error:
-        pytest.skip(str(error))
-    return ops.using(form)
 
 
 def arrays(rng, shapes=tuple(SHAPES)):
@@ -96,12 +89,13 @@ def test_closed_form(form, devices):
     assert all(same(values(groups), values(replicas[0])) for groups in replicas if form == 'native')
 
 
+@machine.natively
 def test_native_is_the_reference():
     print('seed 22')
     start = arrays(np.random.default_rng(22))
     rates, ends = [(1e-3, 1e-3 * 0.05 * (i % 2)) for i in range(len(SHAPES))], {}
     for name in ('reference', 'native'):
-        with using(name):
+        with ops.using(name):
             rng, groups = np.random.default_rng(23), placed(start)
             for _ in range(5):
                 for grad in groups[1]:
@@ -280,7 +274,8 @@ def test_threads_do_not_matter(native):
     print('seed 28')
     code = 'import runpy, sys; print(runpy.run_path(sys.argv[1])["results"]())'
     command = [sys.executable, '-W', 'ignore', '-c', code, __file__]
-    jobs = [subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS=threads), stdout=subprocess.PIPE)
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))  # where it finds `machine`
+    jobs = [subprocess.Popen(command, env=dict(env, OMP_NUM_THREADS=threads), stdout=subprocess.PIPE)
             for threads in '12']
     first, second = (job.communicate()[0] for job in jobs)
     assert first == second and len(first) == 65

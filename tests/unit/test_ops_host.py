@@ -4,11 +4,12 @@ import sys
 import textwrap
 import threading
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
 
-from mxsimmim.ops import Choice, library
+from mxsimmim.ops import Choice
 from mxsimmim.parallel.host import HostMemory, usable
 
 SIZES = [1, 5000, 16, 100_003]
@@ -17,10 +18,7 @@ SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def native():
-    try:
-        library.load()
-    except library.NotBuilt as error:
-        pytest.skip(str(error))
+    machine.need_native()
 
 
 class Gather:

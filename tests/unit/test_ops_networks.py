@@ -1,6 +1,5 @@
 """Networks that compute with native operators: bytes go in as they are, and the numbers are those of plain MXNet."""
-import platform
-
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -11,13 +10,10 @@ from mxsimmim.data.loader import Batch
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
 from mxsimmim.parallel.placement import Replicated
 
-natively = pytest.mark.skipif((platform.system(), platform.machine()) != ('Linux', 'x86_64'),
-                              reason='native operators are for Linux on x86-64')
-
 VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
 SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
 NETWORKS = [VIT, dict(VIT, norm_targets=True, loss='mse'), SWIN, dict(SWIN, loss='mse')]
-CHOICES = [('reference', 'float32', 0, 0), ('native', 'float32', 1e-5, 1e-4), ('native', 'bf16', 1e-2, 0.1)]
+LIMITS = {'float32': (1e-5, 1e-4), 'bf16': (1e-2, 0.1)}  # of the loss and the gradient
 OTHER = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)  # a mean and a deviation that are no default
 
 
@@ -41,7 +37,7 @@ def seen_by(net):
     return types
 
 
-@natively
+@machine.natively
 @pytest.mark.parametrize('keys', NETWORKS, ids=str)
 def test_bytes_go_to_the_network_which_normalises_them(keys):
     config = ModelConfig(**keys)
@@ -59,7 +55,7 @@ def test_bytes_go_to_the_network_which_normalises_them(keys):
     assert all(np.array_equal(bytes_, floats) for bytes_, floats in zip(*found))
 
 
-@natively
+@machine.natively
 @pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
 def test_a_classifier_takes_bytes(keys):
     config = ModelConfig(**keys)
@@ -84,18 +80,19 @@ def test_without_native_operators_images_are_normalised_before_the_network():
     assert types == ['float32', 'float32'] and losses[0] == losses[1]
 
 
-@natively
+@machine.natively
 @pytest.mark.parametrize('accumulate', [1, 3])
 @pytest.mark.parametrize('keys', NETWORKS, ids=str)
 def test_networks_of_both_forms_agree(keys, accumulate):
     config, data, found = ModelConfig(**keys), DataConfig(), []
-    for form, precision, _, _ in CHOICES:
+    for form, precision in machine.ABLE:
         net, batch = build_simmim(config, seed=3), batch_of(config)
         with ops.using(form, precision):
             placement = Replicated(net, [mx.cpu(0)], data.mean, data.std, accumulate)
             loss = placement.forward_backward(batch, len(batch.image)).asscalar()
         found.append((loss, np.concatenate([p.grad().asnumpy().ravel() for p in named_parameters(net).values()])))
     loss, gradient = found[0]
-    for (_, _, near, close), (ours, changes) in zip(CHOICES[1:], found[1:]):
+    for precision, (ours, changes) in zip(machine.PRECISIONS, found[1:]):
+        near, close = LIMITS[precision]
         assert ours == pytest.approx(loss, rel=near)
         assert np.linalg.norm(changes - gradient) < close * np.linalg.norm(gradient)

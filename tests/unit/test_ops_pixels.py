@@ -1,8 +1,7 @@
 """Patchify and the loss on masked cells, native and in plain MXNet, against NumPy in float64."""
-import contextlib
 import itertools
-import platform
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -14,31 +13,23 @@ from mxsimmim.ops.pixels import from_cells
 
 MEAN, STD = DataConfig().mean, DataConfig().std
 LIMITS = {'float32': 1e-5, 'bf16': 1e-2}
-FORMS = [('reference', 'float32'), ('native', 'float32'), ('native', 'bf16')]
 MODES = ['imperative', 'hybridized', 'exported']
-
-
-@contextlib.contextmanager
-def using(form, precision='float32'):
-    if form == 'native' and (platform.system(), platform.machine()) != ('Linux', 'x86_64'):
-        pytest.skip('native operators are for Linux on x86-64')
-    with ops.using(form, precision):
-        yield
 
 
 @pytest.fixture
 def choice(request):
-    with using(*request.param):
+    with ops.using(*request.param):
         yield ops.chosen()
 
 
 @pytest.fixture
 def native_form():
-    with using('native'):
+    machine.need_native()
+    with ops.using('native'):
         yield
 
 
-forms = pytest.mark.parametrize('choice', FORMS, ids='-'.join, indirect=True)
+forms = pytest.mark.parametrize('choice', machine.ABLE, ids='-'.join, indirect=True)
 
 
 def distance(found, expected):
@@ -208,7 +199,8 @@ def test_no_slope_where_there_is_no_error(choice):
     assert found[0] == 0 and not any(x.any() for x in found[1:])
 
 
-@pytest.mark.parametrize('choice', FORMS[1:], ids='-'.join, indirect=True)  # MXNet's: no bias's without the weight's
+@machine.natively  # MXNet's: no bias's without the weight's
+@pytest.mark.parametrize('choice', machine.ABLE[1:], ids='-'.join, indirect=True)
 def test_only_the_gradients_that_are_wanted(choice):
     arrays = loss_case(4, 2, 3, 4, 1, 24, 1, 0.6)
     expected = expected_loss(*arrays, 4, 1, 'l1', 1.0)[1:]

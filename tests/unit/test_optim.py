@@ -1,6 +1,7 @@
 """Schedules by table, AdamW against its formula in float64."""
 import math
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -8,19 +9,13 @@ from mxnet.gluon import Parameter
 
 from mxsimmim import ops
 from mxsimmim.config import OptimConfig, TrainConfig
-from mxsimmim.ops import library
 from mxsimmim.optim import SGD, AdamW, learning_rates, weight_decays
 
 TRAIN = TrainConfig(batch_size=512)
 
 
-@pytest.fixture(params=['reference', 'native'])
+@pytest.fixture(params=machine.FORMS)
 def form(request):
-    try:
-        if request.param == 'native':
-            library.load()
-    except library.NotBuilt as error:
-        pytest.skip(str(error))
     with ops.using(request.param):
         yield request.param
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from mxnet.gluon import Parameter
 
 from mxsimmim import configfile, ops
 from mxsimmim.config import Config, OptimConfig, TrainConfig
-from mxsimmim.ops import library
 from mxsimmim.optim import AdamW, learning_rates
 from mxsimmim.parallel import protocol
 from mxsimmim.parallel.server import Server
@@ -125,16 +125,11 @@ def test_each_key_has_its_own_rate():
         np.testing.assert_allclose(store[key + 3 * layout.stride], w, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('form', ['reference', 'native'])
+@pytest.mark.parametrize('form', machine.FORMS)
 @pytest.mark.parametrize('scales', [(1.0, 1.0), (0.25, 0.5)])
 def test_it_computes_what_workers_compute(scales, form):
     """Bit by bit what MXNet's operator in a single process does with the same gradients; to rounding of its rates, and
     where native operators round otherwise."""
-    if form == 'native':
-        try:
-            library.load()
-        except library.NotBuilt as error:
-            pytest.skip(str(error))
     _, store, _, weights, rng = started(scales=scales)
     parameters = {str(key): Parameter(str(key), shape=shape) for key, shape in enumerate(SHAPES)}
     for key, p in enumerate(parameters.values()):

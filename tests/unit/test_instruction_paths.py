@@ -1,0 +1,47 @@
+"""What depends on a CPU's instructions once more, as each kind of older CPU computes it: a run of pytest for each.
+
+oneDNN, MXNet's and ours, and the loops of the native operators go by DNNL_MAX_CPU_ISA, OpenBLAS by its core. This
+machine's best path is the one that all other tests take.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import machine
+import pytest
+
+UNIT = Path(__file__).parent
+OPERATORS = [UNIT / f'test_ops{name}.py' for name in ('', '_adamw', '_networks', '_pixels')]
+OTHERS = [UNIT.parent / 'numerics', f'{UNIT}/test_library.py::test_each_choice_computes_or_is_refused',
+          *(f'{UNIT}/test_deploy_export.py::test_{name}' for name in ('int8_quantises_the_linear_maps',
+                                                                     'sums_of_int8_products_do_not_saturate'))]
+ALIKE = 'sizes or counts or memory or threads'  # what no instruction matters to
+NATIVE = f'{ALIKE} or reference-'
+# The native operators' instructions, OpenBLAS's core, the tests, those left out, and how many there are at least.
+# MXNet's own form of the operators runs once, where there are no native ones.
+PATHS = [
+    ('', 'NEHALEM', OTHERS, ALIKE, 35),
+    ('avx2', 'HASWELL', OPERATORS + OTHERS, NATIVE, 220),
+    ('avx512_core', 'SKYLAKEX', OPERATORS + OTHERS, NATIVE, 320),
+    ('avx512_core_bf16', 'SKYLAKEX', OPERATORS + OTHERS, NATIVE, 320),
+    ('avx512_core_amx', 'SKYLAKEX', [], NATIVE, 0),
+]
+BELOW = PATHS[:[isa for isa, *_ in PATHS].index(machine.ISA)]
+SECONDS = 600  # alone on 2 cores it takes 30
+
+
+@pytest.mark.parametrize('isa, core, tests, without, least', BELOW, ids=[isa or 'none' for isa, *_ in BELOW])
+def test_as_on_an_older_cpu(isa, core, tests, without, least):
+    env = {**os.environ, 'DNNL_MAX_CPU_ISA': isa.upper() or 'SSE41', 'OPENBLAS_CORETYPE': core}
+    keys = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    said = subprocess.run([sys.executable, '-c', 'from mxsimmim.ops import library; print(library.status())'],
+                          timeout=60, **keys)
+    assert said.stdout.startswith(f'native ({isa})' if isa else 'reference, slower: '), said.stdout
+    child = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', f'not ({without})',
+                            *map(str, tests)], timeout=SECONDS, **keys)
+    assert child.returncode == 0, child.stdout[-10_000:]
+    passed = int(re.search(r'(\d+) passed', child.stdout)[1])
+    print(passed, 'passed with', isa or 'no native operators')
+    assert passed >= least, child.stdout[-10_000:]
