@@ -104,6 +104,8 @@ def changes(model: ModelConfig, arrays: Mapping[str, np.ndarray]) -> List[str]:
         in_blocks = told['use_shared_rpb'] and model.use_rpb or told['use_rpb']
         told['use_shared_rpb'] = told['use_shared_rpb'] and (model.use_shared_rpb or not in_blocks)
         told['use_rpb'] = in_blocks
+        if told['embed_dim'] != model.embed_dim and told['embed_dim'] % 64 == 0:
+            told.setdefault('num_heads', told['embed_dim'] // 64)  # of all published ones; plain weights do not tell
     if int(model.embed_dim * model.mlp_ratio) == int(model.embed_dim * told['mlp_ratio']):
         del told['mlp_ratio']
     return [f'model.{key}=' + (value if isinstance(value, str) else json.dumps(value, separators=(',', ':')))

@@ -1,4 +1,5 @@
 """Checkpoints of other tools: what they wrap names in, what they keep beside each other, what of it is taken."""
+import functools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ PLAIN = ModelConfig(**KEYS, use_shared_rpb=False, use_ape=True, init_values=None
 SWIN = ModelConfig(type='swin', img_size=32, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
 
 
+@functools.lru_cache(maxsize=None)
 def vit(style='timm', seed=1, config=PLAIN, classes=5):
     """Weights of a plain ViT, as timm, DINO and MAE name them, or as Hugging Face does."""
     net = build_classifier(config, classes, seed)
@@ -255,9 +257,11 @@ def test_a_plain_vit_names_all_keys_that_differ_and_loads_with_them(keys, tmp_pa
      {'use_rpb=true', 'use_shared_rpb=false', 'use_mean_pooling=true'}),
     (ModelConfig(**{**KEYS, 'num_heads': 2}), dict(KEYS, use_rpb=True, use_shared_rpb=False), {'num_heads=2'}),
     (ModelConfig(**KEYS), dict(KEYS, use_shared_rpb=False, use_ape=True), {'use_shared_rpb=true', 'use_ape=false'}),
+    (PLAIN.model_copy(update=dict(embed_dim=128, num_heads=2)), dict(PLAIN.model_dump()),
+     {'num_heads=2', 'embed_dim=128'}),
     (ModelConfig(**KEYS, mlp_ratio=2), KEYS, {'mlp_ratio=2.0'}),
     (SWIN, KEYS, {'type=swin', 'depths=[2,1]', 'num_heads=[1,2]', 'patch_size=2', 'embed_dim=8'}),
-    (SWIN, dict(SWIN.model_dump(), depths=[2, 2], use_ape=True), {'depths=[2,1]', 'use_ape=false'})], ids=range(6))
+    (SWIN, dict(SWIN.model_dump(), depths=[2, 2], use_ape=True), {'depths=[2,1]', 'use_ape=false'})], ids=range(7))
 def test_keys_that_other_weights_need(given, keys, named, tmp_path):
     pth.write_pth(tmp_path / 'a.pth', official.extract(build_classifier(given, 3, 0)))
     net = build_classifier(ModelConfig(**keys), 3, 0)
@@ -275,7 +279,7 @@ def test_a_position_table_that_has_no_place_is_named():
 
 def test_weights_of_every_kind_of_float_and_another_size_and_head(tmp_path, monkeypatch):
     """Converted to float32; positions are resized; a head of other classes is left out; a cls token may be missing."""
-    weights = vit()
+    weights = dict(vit())
     half = {name: value.astype('float16') for name, value in weights.items()}
     brain = {name: (value.view('uint32') >> 16).astype('uint16') for name, value in weights.items()}
     exact = {name: (value.astype('uint32') << 16).view('float32') for name, value in brain.items()}
