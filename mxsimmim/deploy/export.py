@@ -38,6 +38,8 @@ def export(run: Union[str, Path], file: Union[str, Path], format: str, int8: boo
         raise ValueError(f'int8 is of --format symbol only (asked for: {format}): its operators are oneDNN\'s, inside '
                          'MXNet')
     file = Path(file)
+    if format == 'onnx' and file.suffix == '.json':
+        raise ValueError(f'{file}: a description of the network goes there: name the model {file.stem}.onnx')
     trained = load_run(Path(run))
     graph = trace(trained)
     try:

@@ -197,10 +197,12 @@ def test_int8_on_the_flat_validation_images_of_the_run(tmp_path):
     ('pretrain', dict(format='symbol', int8=True), 'pre-training'),
     ('classify', dict(format='onnx', int8=True), '--format symbol'),
     ('classify', dict(format='torch'), "'torch'.*symbol or onnx"),
+    ('classify', dict(format='onnx', file='net.json'), 'net.json: a description .* goes there: .* net.onnx'),
 ])
 def test_what_cannot_be(tmp_path, task, keys, match):
+    file = tmp_path / keys.get('file', 'net')
     with pytest.raises(ValueError, match=match):
-        export(make_run(tmp_path / 'run', MODELS['vit_positions'], task), tmp_path / 'net', **keys)
+        export(make_run(tmp_path / 'run', MODELS['vit_positions'], task), **{**keys, 'file': file})
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
