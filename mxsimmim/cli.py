@@ -2,6 +2,7 @@
 import argparse
 import atexit
 import contextlib
+import dis
 import os
 import sys
 import threading
@@ -10,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import List, Optional
 
-from . import __version__, configfile, habits, memory, paths
+from . import __version__, configfile, habits, memory, paths, text
 from .config import Config, ConfigError
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
@@ -59,7 +60,7 @@ def features(args: argparse.Namespace) -> int:
 def probe(args: argparse.Namespace) -> int:
     from . import run, runtime
     config = run.read_config(args.run)
-    other = [text for text in args.overrides if not text.startswith('data.')]
+    other = [word for word in args.overrides if not word.startswith('data.')]
     if other:
         raise ConfigError(f"'{other[0]}': only data.… can be changed, the rest is what {args.run} was trained with")
     if args.overrides:
@@ -125,10 +126,10 @@ def doctor(args: argparse.Namespace) -> int:
 
 def config(args: argparse.Namespace) -> int:
     if args.config:
-        text = configfile.to_yaml(configfile.load(args.config, args.overrides))
+        found = configfile.to_yaml(configfile.load(args.config, args.overrides))
     else:
-        text = configfile.reference_yaml()
-    print(text, end='')
+        found = configfile.reference_yaml()
+    print(found, end='')
     return 0
 
 
@@ -196,37 +197,58 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs a command; returns the exit status: 2 for what the user wrote, 1 for what went wrong later.
+def arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+    """The command line, of this process where `argv` is None; a wrong one ends it with status 2.
 
-    Without `argv` the process is the command's own, and where that fails it ends here: see `leave`.
+    Raises:
+        ConfigError: options of other tools, with ours.
     """
     commands = parser()
     words = sys.argv[1:] if argv is None else argv
     if words[:1] in (['pretrain'], ['finetune']):
         foreign = habits.options(words[1:], TRAINING, configfile.known_keys())
         if foreign:
-            return fail(2, '\n'.join(foreign))
+            raise ConfigError('\n'.join(foreign))
     args, late = commands.parse_known_args(argv)
     # argparse takes no key=value that comes after an option.
-    if late and (not hasattr(args, 'overrides') or any(text.startswith('-') for text in late)):
+    if late and (not hasattr(args, 'overrides') or any(word.startswith('-') for word in late)):
         commands.error(f'unrecognized arguments: {" ".join(late)}')
     if late:
         args.overrides += late
+    for name in ('output', 'picture', 'images', 'config', 'classes'):  # --output=~/x: no shell replaces this ~
+        if isinstance(getattr(args, name, None), str):
+            setattr(args, name, paths.home(getattr(args, name)))
+    return args
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs a command; returns the exit status: 2 for what the user wrote, 1 for what went wrong later.
+
+    Without `argv` the process is the command's own, and where that fails it ends here: see `leave`.
+    """
+    if argv is None:
+        text.restart_in_utf8()
+        text.open_streams()
+    args = None
     try:
-        for name in ('output', 'picture', 'images', 'config', 'classes'):  # --output=~/x: no shell replaces this ~
-            if isinstance(getattr(args, name, None), str):
-                setattr(args, name, paths.home(getattr(args, name)))
-        return args.function(args)
+        text.needs_output(True)
+        try:
+            args = arguments(argv)
+        finally:
+            print(end='', flush=True)  # help
+        text.needs_output(args.function in (predict, probe, config, doctor))
+        status = args.function(args)
+        print(end='', flush=True)
+        return status
     except BrokenPipeError:
         return 1
     except Exception as error:
         # In a job with parameter servers, too, this must be the end while the exception is still held: with it goes the
         # kvstore, and MXNet then waits for the other workers, which wait for this one.
         ends = argv is None or 'DMLC_ROLE' in os.environ
-        if memory.ran_out(error):
+        if args and memory.ran_out(error):
             status = fail(1, memory.explain(error, args.command, _config_of(args)))
-        elif isinstance(error, ValueError):  # by the rule of the house a ValueError speaks to the user
+        elif speaks_to_the_user(error):
             status = fail(2 if isinstance(error, ConfigError) else 1, str(error))
         elif ends:
             status = fail(1, traceback.format_exc())
@@ -247,10 +269,21 @@ def _config_of(args: argparse.Namespace) -> Optional[Config]:
     return None
 
 
-def fail(status: int, text: str) -> int:
+def speaks_to_the_user(error: Exception) -> bool:
+    """By the rule of the house a ValueError does, if it comes from a `raise` of ours: Python's own is a bug of ours."""
+    if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
+        return False
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    name, code = last.tb_frame.f_globals.get('__name__', ''), last.tb_frame.f_code.co_code
+    return name.partition('.')[0] == __package__ and dis.opname[code[last.tb_lasti]] == 'RAISE_VARARGS'
+
+
+def fail(status: int, message: str) -> int:
     """Says what went wrong; returns the status."""
-    for line in text.splitlines():
-        print(f'mxsimmim: error: {line}', file=sys.stderr)
+    for line in text.shown(message).splitlines():
+        text.show(f'mxsimmim: error: {line}', sys.stderr)
     return status
 
 

@@ -7,9 +7,11 @@ import math
 import re
 from typing import Any, NamedTuple, Optional, Tuple, Union
 
-from pydantic import (AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo,
-                      field_validator, model_validator)
+from pydantic import (AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer,
+                      ValidationInfo, field_validator, model_validator)
 from typing_extensions import Annotated, Literal
+
+from .text import drawn
 
 
 class ConfigError(ValueError):
@@ -18,7 +20,7 @@ class ConfigError(ValueError):
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ValueError(drawn(message))  # pydantic takes no surrogates there
 
 
 def _list(value: Any) -> str:
@@ -27,7 +29,15 @@ def _list(value: Any) -> str:
 
 # Marks keys whose value is a path of this machine, in which `~` and variables are replaced.
 PATH = 'a path of this machine'
+
+
+def _not_empty(value: str) -> str:  # not by min_length, for which pydantic wants a path to be UTF-8
+    _require(value != '', 'should have at least 1 character')
+    return value
+
+
 Place = Annotated[str, PATH]
+GivenPlace = Annotated[str, PATH, AfterValidator(_not_empty)]
 LONGEST, LARGEST = 1e12, 2 ** 53  # steps or epochs of a run; any whole number: what float64 and int64 both hold
 
 
@@ -325,9 +335,9 @@ class Config(Section):
     """A whole run, pre-training or fine-tuning."""
     name: str = Field('', description='the run is written to output/name; empty: the name of '
                       'the configuration file')
-    output: Place = Field('runs', min_length=1, description='folder of the runs')
+    output: GivenPlace = Field('runs', description='folder of the runs')
     seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
-    resume: Place = Field('auto', min_length=1, description='auto: go on from the newest whole checkpoint; none: start '
+    resume: GivenPlace = Field('auto', description='auto: go on from the newest whole checkpoint; none: start '
                         'anew in an empty folder; or the path of a checkpoint')
     task: Literal['pretrain', 'classify'] = Field('pretrain', description='pretrain, or classify: what `mxsimmim '
                                                   'finetune` trains')

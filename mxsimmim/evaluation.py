@@ -14,6 +14,7 @@ from .data.sources import Source
 from .data.transforms import ClassifyEvalTransform
 from .parallel.placement import Replicated
 from .parallel.stores import Store
+from .text import encode
 
 SHOWN = 20  # classes in the text that is printed; the file has all
 
@@ -54,8 +55,12 @@ class Evaluation:
         text = self._text(values, scores, matrix)
         if self._workers.rank == 0:
             self._write(folder, values, metrics.class_table(scores, self._classes))
-            pictures.confusion(matrix, self._classes, folder / 'confusion.png')
-            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes), confusion.png'
+            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
+            try:
+                pictures.confusion(matrix, self._classes, folder / 'confusion.png')
+                text += ', confusion.png'
+            except Exception as error:  # whatever a font or a cache folder has: the numbers are written
+                text += f'\nwarning: confusion.png could not be drawn: {" ".join(str(error).split())}'
         return text
 
     def _measure(self, placement: Replicated) -> Tuple[Dict[str, float], np.ndarray]:
@@ -89,6 +94,6 @@ class Evaluation:
             folder.mkdir(parents=True, exist_ok=True)
             finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
             (folder / 'evaluation.json').write_text(json.dumps({'images': self.images, **finite}, indent=1) + '\n')
-            (folder / 'evaluation.txt').write_text(table + '\n', encoding='utf-8')
+            (folder / 'evaluation.txt').write_bytes(encode(table + '\n'))
         except OSError as error:
             raise ValueError(f'{folder}: cannot write the evaluation there: {error.strerror}') from None

@@ -3,6 +3,8 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
+from .text import one_line
+
 TOP = 5
 BINS = 15  # of confidence; Guo et al. 2017 (arXiv:1706.04599)
 NONE = -1  # the predicted class of an image whose logits are not numbers
@@ -80,7 +82,7 @@ def class_table(scores: np.ndarray, names: Sequence[str], limit: Optional[int] =
     rows = list(range(len(names)))
     if limit is not None and len(rows) > limit:
         rows = sorted(rows, key=lambda k: (np.nan_to_num(scores[k, 3], nan=np.inf), k))[:limit]
-    shown = {k: names[k] if len(names[k]) <= LONGEST else names[k][:LONGEST - 1] + '…' for k in rows}
+    shown = {k: one_line(names[k] if len(names[k]) <= LONGEST else names[k][:LONGEST - 1] + '…') for k in rows}
     width = max(len('class'), *map(len, shown.values()))
     lines = [f"{'class':<{width}}   images   recall   precision       F1"]
     for k in rows:
@@ -94,5 +96,5 @@ def worst_confusions(matrix: np.ndarray, names: Sequence[str], limit: int) -> Li
     """The largest entries off the diagonal of `confusion_matrix`, a line each."""
     off = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-off, axis=None, kind='stable')[:limit]
-    return [f'{off.flat[i]:,} of {names[i // len(names)]} taken for {names[i % len(names)]}'
+    return [f'{off.flat[i]:,} of {one_line(names[i // len(names)])} taken for {one_line(names[i % len(names)])}'
             for i in order if off.flat[i]]

@@ -12,12 +12,13 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, TextIO
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, TextIO
 
 import numpy as np
 
 from . import files
 from .guards import alone
+from .text import encode, show, shown
 
 METRICS, LOG = 'metrics.jsonl', 'logs/rank-0.log'
 
@@ -36,27 +37,17 @@ class Monitor:
 
     def __init__(self, run: Path, total: int, start: int = 0, stream: Optional[TextIO] = None) -> None:
         """`total`: steps of the whole run; `start`: those done before; `stream`: by default standard error."""
-        # Imported here, as what only reads metrics needs neither.
-        with alone():  # also in other programs: tensorboardX imports PyTorch, in many seconds, and needs none of it
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import SessionLog
-        from tqdm import tqdm
-
         self.run, self.total, self.start = Path(run), total, start
         self.stream = sys.stderr if stream is None else stream
+        self._failed: Set[str] = set()
+        self._bar, self._events = None, None
         with _writing(self.run):
-            for folder in ('logs', 'pictures', 'tensorboard'):
-                (self.run / folder).mkdir(parents=True, exist_ok=True)
+            (self.run / 'logs').mkdir(parents=True, exist_ok=True)
             _drop_after(self.run / METRICS, start)
             self._metrics = open(self.run / METRICS, 'ab', buffering=0)
             self._log = open(self.run / LOG, 'ab', buffering=0)
-            # Not SummaryWriter: its thread dies of a full disk, and training would hang for ever in its queue.
-            self._events = EventsWriter(str(self.run / 'tensorboard' / 'events'), f'.{os.getpid()}')
-        self._event(step=start + 1 if start else 0, session_log=SessionLog(status=SessionLog.START))  # hides later ones
-        self._bar = None
-        if self.stream.isatty():  # desc, because tqdm puts a comma before a postfix
-            self._bar = tqdm(total=total, initial=start, file=self.stream, dynamic_ncols=True, smoothing=0, miniters=1,
-                             bar_format='{n_fmt}/{total_fmt} |{bar}| left {remaining}{desc}')
+        self._events = self.extra('TensorBoard', self._open_events)
+        self._bar = self.extra('the progress bar', self._open_bar)
         self._began = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float], echo: bool = True) -> None:
@@ -66,15 +57,14 @@ class Monitor:
         """
         record = {key: value.item() if isinstance(value, (np.generic, np.ndarray)) else value
                   for key, value in values.items()}
-        if self._bar is not None:
-            self._bar.update(max(0, step - self._bar.n))
+        self._move(step)
         finite = {key: value for key, value in record.items() if math.isfinite(value)}
         line = {'step': step, **{key: finite.get(key) for key in record}, 'time': round(time.time(), 3)}
         self._append(METRICS, self._metrics, json.dumps(line) + '\n')
         self._summary(step, [{'tag': key, 'simple_value': value} for key, value in finite.items()])
         if echo and self._bar is not None and 'loss' in record:
             text = _text(record, ('loss', 'images_per_second', 'lr', 'grad_norm', 'skipped'))
-            self._bar.set_description_str('  ' + text.replace('grad_norm', 'grad'))  # all of it in 80 columns
+            self._move(step, '  ' + text.replace('grad_norm', 'grad'))  # all of it in 80 columns
         elif echo:
             shown = sorted((name for name in record if not name.endswith('_seconds')), key=_order)
             text = f'step {step}/{self.total}  {_text(record, shown)}'
@@ -87,7 +77,18 @@ class Monitor:
         """Shows `text`, above the bar if there is one, and appends it to the log file, each line with the time."""
         self._show(text)
         stamp = time.strftime('%Y-%m-%d %H:%M:%S')
-        self._append(LOG, self._log, ''.join(f'{stamp} {line}\n' for line in text.splitlines()))
+        self._append(LOG, self._log, ''.join(f'{stamp} {line}\n' for line in shown(text).splitlines()))
+
+    def extra(self, what: str, do: Callable[..., Any], *arguments: Any) -> Any:
+        """Does what the run can do without; where it fails, None, and one warning about `what`."""
+        try:
+            return do(*arguments)
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = ' '.join(str(error).split()) or type(error).__name__
+                self.message(f'warning: {what} fails, and the run goes on without: {reason}')
+            return None
 
     def picture(self, step: int, name: str, image: np.ndarray) -> Path:
         """Writes `image` (H, W, 3), uint8, as ``pictures/NAME-step.png`` and to TensorBoard; returns the file."""
@@ -97,6 +98,7 @@ class Monitor:
         Image.fromarray(image).save(png, format='png')
         path = self.run / 'pictures' / f'{name}-{step:08d}.png'
         with _writing(path):
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(png.getvalue())
         height, width, channels = image.shape
         self._summary(step, [{'tag': name, 'image': {'height': height, 'width': width, 'colorspace': channels,
@@ -105,9 +107,11 @@ class Monitor:
 
     def close(self) -> None:
         """Leaves the bar where it is and closes the files; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.close()
-        for file in (self._metrics, self._log, self._events):
+        for file in (self._bar, self._events):
+            with contextlib.suppress(Exception):
+                if file is not None:
+                    file.close()
+        for file in (self._metrics, self._log):
             with contextlib.suppress(OSError, ValueError):  # a full disk, which was reported; closed already
                 file.close()
 
@@ -119,26 +123,61 @@ class Monitor:
 
     def _show(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+            try:
+                return self._bar.write(shown(text), file=self.stream)
+            except Exception:
+                self._bar = None
+        show(text, self.stream)
+
+    def _open_bar(self) -> Any:
+        from tqdm import tqdm  # here, as what only reads metrics needs none
+        if self.stream is None or self.stream.closed or not self.stream.isatty():
+            return None
+        return tqdm(total=self.total, initial=self.start, file=self.stream, dynamic_ncols=True, smoothing=0, miniters=1,
+                    bar_format='{n_fmt}/{total_fmt} |{bar}| left {remaining}{desc}')  # desc: no comma before it
+
+    def _move(self, step: int, text: Optional[str] = None) -> None:
+        """Moves the bar to `step`, or writes behind it."""
+        def move() -> bool:
+            if text is None:
+                self._bar.update(max(0, step - self._bar.n))
+            else:
+                self._bar.set_description_str(text)
+            return True
+        if self._bar is not None and not self.extra('the progress bar', move):
+            self._bar = None
 
     def _append(self, name: str, file: Any, text: str) -> None:
         """One unbuffered write call, so that a kill leaves whole records."""
-        data = text.encode()
+        data = encode(text)
         with _writing(self.run / name):
             if file.write(data) != len(data):  # what a disk does that fills up just now
                 raise OSError('there is room for a part of it only')
 
     def _summary(self, step: int, values: List[Dict[str, Any]]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-        self._event(step=step, summary=Summary(value=[Summary.Value(**value) for value in values]))
+        def record() -> bool:
+            from tensorboardX.proto.summary_pb2 import Summary
+            return self._event(self._events, step=step, summary=Summary(value=[Summary.Value(**v) for v in values]))
+        if self._events is not None and not self.extra('TensorBoard', record):
+            self._events = None  # behind half an event nothing could be read
 
-    def _event(self, **fields: Any) -> None:
+    def _open_events(self) -> Any:
+        with alone():  # also in other programs: tensorboardX imports PyTorch, in many seconds, and needs none of it
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import SessionLog
+        (self.run / 'tensorboard').mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk, and training would hang for ever in its queue.
+        events = EventsWriter(str(self.run / 'tensorboard' / 'events'), f'.{os.getpid()}')
+        self._event(events, step=self.start + 1 if self.start else 0,  # hides later ones
+                    session_log=SessionLog(status=SessionLog.START))
+        return events
+
+    @staticmethod
+    def _event(events: Any, **fields: Any) -> bool:
         from tensorboardX.proto.event_pb2 import Event
-        with _writing(self.run / 'tensorboard'):
-            self._events.write_event(Event(wall_time=time.time(), **fields))
-            self._events.flush()
+        events.write_event(Event(wall_time=time.time(), **fields))
+        events.flush()
+        return True
 
 
 class Quiet:
@@ -149,7 +188,7 @@ class Quiet:
 
     def message(self, text: str) -> None:
         """Shows `text`, which its launcher puts into this worker's own log."""
-        print(text, file=sys.stderr, flush=True)
+        show(text, sys.stderr)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Rank 0 does."""

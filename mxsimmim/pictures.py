@@ -1,11 +1,18 @@
 """Drawing: original, masked and reconstruction side by side, the curves of a run, confused classes, embeddings."""
+import atexit
 import math
+import os
+import shutil
+import sys
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from .monitor import read_metrics
+from .text import drawn
 
 TITLES = ('original', 'masked', 'reconstruction')
 SIDE = 96  # pixels; smaller images are enlarged to at least this
@@ -71,11 +78,9 @@ def plot(run: Path, out: Path) -> None:
     if not any('loss' in record or 'val_loss' in record for record in records):
         raise ValueError(f'{run}: nothing to plot yet: its metrics.jsonl has {len(records)} records, and none with a '
                          f'loss; wait for the first one (every log.every steps)')
-    from matplotlib.figure import Figure  # without pyplot: no display, no state
-
-    figure = Figure(figsize=(12, 8), layout='constrained')
+    figure = _figure((12, 8))
     losses, rate, norm, speed = figure.subplots(2, 2, sharex=True).flat
-    figure.suptitle(f'{Path(run).resolve().name}: {max(record["step"] for record in records):,} steps')
+    figure.suptitle(f'{_escape(Path(run).resolve().name)}: {max(record["step"] for record in records):,} steps')
     classifier = any('val_top1' in record for record in records)
     panels = ((losses, ('loss', 'val_loss'), 'cross entropy' if classifier else 'loss on masked pixels'),
               (rate, ('lr',), 'learning rate'),
@@ -106,12 +111,10 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], out: Path) -> None:
     Raises:
         ValueError: `out` cannot be written.
     """
-    from matplotlib.figure import Figure
-
     count = len(classes)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(max(5.0, 0.45 * count), 14.0)
-    figure = Figure(figsize=(side + 2, side + 1), layout='constrained')
+    figure = _figure((side + 2, side + 1))
     axes = figure.subplots()
     image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     figure.colorbar(image, label='share of the true class', shrink=0.8)
@@ -137,11 +140,9 @@ def embedding(points: np.ndarray, labels: Optional[np.ndarray], classes: Sequenc
     Raises:
         ValueError: `out` cannot be written.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     width, height = np.ptp(points, axis=0)
-    figure = Figure(figsize=(9, min(max(8 * height / max(width, 1e-9), 5), 12)), layout='constrained')
+    figure = _figure((9, min(max(8 * height / max(width, 1e-9), 5), 12)))
+    import matplotlib
     axes = figure.subplots()
     size = min(max(3e4 / len(points), 4), 40)
     if labels is None:
@@ -155,21 +156,52 @@ def embedding(points: np.ndarray, labels: Optional[np.ndarray], classes: Sequenc
                          label=_escape(classes[number]))
         if few:
             axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), markerscale=max(1, (60 / size) ** 0.5))
-    axes.set_title(title)
+    axes.set_title(_escape(title))
     axes.set_xticks([])  # neither axis means anything, only what is near what
     axes.set_yticks([])
     axes.set_aspect('equal', 'datalim')
     _save(figure, out)
 
 
+def _figure(size: Tuple[float, float]) -> Any:
+    """A figure of matplotlib's, inches; without pyplot: no display, no state.
+
+    Where there is no home to keep its fonts in, it gets a folder that goes when the process ends: it would end itself,
+    or complain.
+
+    Raises:
+        ValueError: matplotlib does not load.
+    """
+    try:
+        if 'matplotlib' not in sys.modules and not os.environ.get('MPLCONFIGDIR'):
+            home = os.path.expanduser('~')  # stays as it is where nobody knows
+            places = [os.environ.get(f'XDG_{kind}_HOME') or os.path.join(home, f'.{kind.lower()}')
+                      for kind in ('CONFIG', 'CACHE')]
+            if not all(place.startswith('/') and _writable(Path(place, 'matplotlib')) for place in places):
+                os.environ['MPLCONFIGDIR'] = tempfile.mkdtemp(prefix='mxsimmim-matplotlib-')
+                atexit.register(shutil.rmtree, os.environ['MPLCONFIGDIR'], ignore_errors=True)
+        from matplotlib.figure import Figure
+    except Exception as error:
+        way_out = 'install it again' if isinstance(error, ImportError) else 'set MPLCONFIGDIR to a folder of your own'
+        raise ValueError(f'matplotlib, which draws, does not load here ({error}): {way_out}') from error
+    return Figure(figsize=size, layout='constrained')
+
+
+def _writable(folder: Path) -> bool:
+    """Whether there is such a folder to write to, or it can be made."""
+    return os.access(next(place for place in (folder, *folder.parents) if place.exists()), os.W_OK | os.X_OK)
+
+
 def _escape(name: str) -> str:
-    """So that matplotlib takes no part of a name for mathematics."""
-    return name.replace('$', r'\$')
+    """What a font can draw, of which matplotlib takes no part for mathematics."""
+    return drawn(name).replace('$', r'\$')
 
 
 def _save(figure: Any, out: Path) -> None:
     try:
-        figure.savefig(out, format='png', dpi=110)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph')  # which its font does not have: a box is drawn
+            figure.savefig(out, format='png', dpi=110)
     except OSError as error:
         raise ValueError(f'{out}: cannot be written: {error.strerror or error}; choose another place') from error
 

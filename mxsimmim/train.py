@@ -34,6 +34,7 @@ from .plan import Plan, expected_step, in_groups, plan_of
 from .progress import Progress
 from .run import Stop, check_classes, checkpoint_to_resume, folder_of, locked, versions, write_config
 from .tasks import TASKS, Task, check_room, check_same_job
+from .text import encode, one_line
 from .trained import load_run
 from .validation import Validation
 from .world import World, world
@@ -245,10 +246,10 @@ def assemble(config: Config, plan: Plan, task: Task, contexts: List[mx.Context],
         return epoch, index[part_of(images, store.rank)]
 
     def samples(step: int) -> str:
-        names = [task.source.name(int(i)) for i in batch(step - 1)[1]]
+        names = [one_line(task.source.name(int(i))) for i in batch(step - 1)[1]]
         listed = folder_of(config) / 'bad-samples.txt'
         listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text('\n'.join(names) + '\n', encoding='utf-8')
+        listed.write_bytes(encode('\n'.join(names) + '\n'))
         return ', '.join(names[:8]) + (f' and {len(names) - 8} more, all in {listed}' if len(names) > 8 else '')
 
     loader = Loader(task.source, task.transform(), batch, config.seed, config.data.threads, config.data.prefetch,
@@ -335,13 +336,18 @@ def validate(run: Run, done: int) -> None:
         run.monitor.write(done, {'epoch': done / run.plan.per_epoch, **values})
         best = run.progress.observe(run.task.score(values))
         if run.aggregation.workers.rank == 0:
-            picture = run.task.picture(run.validation, run.placement)
-            if picture is not None:
-                run.monitor.picture(done, 'reconstruction', picture)
+            run.monitor.extra('a picture', draw, run, done)
             if best and run.task.classes:
                 save(folder_of(run.config) / 'best', done, {'weights': official.extract(run.placement.net)},
                      state_of(run, done), keep=1)
     run.meter.pause(time.monotonic() - began)
+
+
+def draw(run: Run, done: int) -> None:
+    """The picture of a validation, if there is to be one."""
+    picture = run.task.picture(run.validation, run.placement)
+    if picture is not None:
+        run.monitor.picture(done, 'reconstruction', picture)
 
 
 @contextlib.contextmanager

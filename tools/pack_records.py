@@ -25,6 +25,7 @@ from mxsimmim.data.decode import ORIENTATION, decode, orientation
 from mxsimmim.data.sources import RecordWriter, image_files, tell
 from mxsimmim.data.transforms import resize_short_side
 from mxsimmim.guards import alone, name_crashes
+from mxsimmim.text import open_streams, show
 
 LONGEST = 65500  # pixels of a side of a JPEG
 
@@ -46,8 +47,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # through the clean-up, like Ctrl-C
     try:
         return pack(args.images, args.out, args.threads, args.size, args.quality)
+    except UnicodeError:
+        raise  # nothing that a user could answer
     except ValueError as error:
-        print(f'error: {error}', file=sys.stderr)
+        show(f'error: {error}', sys.stderr)
     except KeyboardInterrupt:
         print('interrupted, nothing written', file=sys.stderr)
     return 1
@@ -126,5 +129,6 @@ def encode(path: str, size: Optional[int], quality: int) -> Tuple[bytes, str]:
 
 if __name__ == '__main__':
     name_crashes()
+    open_streams()
     with alone():
         sys.exit(main())

@@ -260,7 +260,7 @@ def tail(path: str) -> List[str]:
     try:
         with open(path, 'rb') as file:
             file.seek(max(0, os.path.getsize(path) - fault.WINDOW))
-            return file.read().decode(errors='replace').rstrip().splitlines()
+            return file.read().decode(errors='surrogateescape').rstrip().splitlines()
     except OSError:
         return []
 

@@ -39,7 +39,7 @@ def command(processes: Sequence[Process], hosts: Sequence[Host], python: str, in
     Raises:
         ValueError: a host that cannot be told to mpirun.
     """
-    agent = ['-x', VARIABLE, python, '-c', BOOTSTRAP]
+    agent = ['-x', VARIABLE, python, '-X', 'utf8', '-c', BOOTSTRAP]
     start = ['mpirun', '--oversubscribe', '--bind-to', 'none']
     start += ['--mca', 'btl_tcp_if_include', interface] if interface else []
     for host in hosts:

@@ -95,7 +95,7 @@ def open_seats(job: 'Job') -> None:
         seat = Seat(job.loop, host.name, place, job.notice)
         job.seats.append(seat)
         if job.options.launcher == 'local':
-            seat.open([sys.executable, '-c', seats.BOOTSTRAP])
+            seat.open([sys.executable, '-X', 'utf8', '-c', seats.BOOTSTRAP])
         else:
             seat.open(ssh.agent(host, sys.executable, seats.BOOTSTRAP, job.options.given['worker'].get('PATH')))
 

@@ -28,7 +28,7 @@ def agent(host: Host, python: str, bootstrap: str, path: Optional[str] = None) -
         find, wanted = f'PATH={shlex.quote(path)}; export PATH; p=python3', 'python3'
     script = (f'{find}; command -v "$p" > /dev/null || {{ echo "no Python: there is no {wanted} on PATH ($PATH): '
               f'install it, or name its folder with --env PATH=..." >&2; exit 127; }}; '
-              f'exec "$p" -c {shlex.quote(bootstrap)}')
+              f'exec "$p" -X utf8 -c {shlex.quote(bootstrap)}')
     port = ['-p', str(host.port)] if host.port else []
     return ['ssh', '-T', *OPTIONS, *port, '--', host.name, 'exec /bin/sh -c ' + shlex.quote(script)]
 

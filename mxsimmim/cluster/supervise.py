@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
-from mxsimmim import guards
+from mxsimmim import guards, text
 from mxsimmim.cluster import job, options as command_line, prepare
 from mxsimmim.cluster.channel import Message
 from mxsimmim.cluster.job import Process
@@ -230,10 +230,13 @@ async def run(options: argparse.Namespace, terminal: Terminal) -> int:
 def main(argv: Sequence[str]) -> int:
     """The launcher; its exit status."""
     guards.name_crashes()
+    text.open_streams()
     terminal = Terminal()
     try:
         return asyncio.run(run(command_line.parse(argv), terminal))
     except ValueError as error:
+        if isinstance(error, UnicodeError):
+            raise
         terminal.say(*(f'error: {line}' for line in str(error).splitlines()))
         return 2
     finally:

@@ -4,6 +4,8 @@ import queue
 import threading
 import time
 
+from mxsimmim.text import encode, shown
+
 
 class Terminal:
     """Writes for the job without ever keeping it waiting: a stopped terminal or a slow pipe costs lines, not time.
@@ -26,7 +28,7 @@ class Terminal:
 
     def say(self, *lines: str) -> None:
         """Lines of the launcher's own."""
-        self.put(1, ''.join(f'launch: {line}\n' for line in lines).encode(errors='replace'))
+        self.put(1, encode(shown(''.join(f'launch: {line}\n' for line in lines))))
 
     def flush(self, seconds: float = 5.0) -> None:
         """Waits until all is written, not longer than `seconds`."""

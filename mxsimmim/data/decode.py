@@ -18,6 +18,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, TiffImagePlugin
 
+from ..text import one_line
+
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; Pillow takes an image beyond it for a decompression bomb
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of too many pixels, an error here, and of damaged EXIF
 
@@ -38,7 +40,10 @@ _lock = threading.Lock()
 
 
 class BrokenImage(ValueError):
-    """An image that cannot be decoded; its text names it."""
+    """An image that cannot be decoded; its text, one line, names it."""
+
+    def __init__(self, text: str):
+        super().__init__(one_line(text))
 
 
 class Stated(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..config import DataConfig
+from ..text import advice, decode, one_line
 from .recordio import Chunks, Records
 from .sampling import generator
 from .sources import (SEED, Digits, ImageFiles, Source, Subset, extensions, hold_out, is_ignored, open_source,
@@ -166,7 +167,7 @@ def _from_folders(path: str, files: Sequence[str], classes: Sequence[str], key: 
     unknown = sorted(folders - set(classes)) if classes else []
     if unknown:
         raise ValueError(f"{os.path.join(path, unknown[0])} is not one of the {len(classes)} classes "
-                         f'{_listed(classes)}: rename or remove the folder')
+                         f'{_listed(classes)}: rename or remove the folder' + advice(classes, 'data.classes'))
     return [parts[0] for parts in inside]
 
 
@@ -188,7 +189,7 @@ def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[s
             continue  # a heading
         if file not in wanted:
             raise ValueError(f'{line}: there is no image {file} in {path}, below which paths are: remove the line, or '
-                             'add it')
+                             'add it' + advice([file], table))
         if file in found:
             raise ValueError(f'{line}: {file} is already in line {found[file][1]}: remove one')
         found[file] = name, number
@@ -198,7 +199,7 @@ def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[s
         if name not in known:
             whose = 'of data.classes,' if key == 'data.labels' else 'classes'
             raise ValueError(f"{table}, line {number}: class '{name}' is not one of the {len(classes)} {whose} "
-                             f'{_listed(classes)}: correct it or complete data.classes')
+                             f'{_listed(classes)}: correct it or complete data.classes' + advice([name], table))
     missing = sorted(wanted - set(found))
     if missing:
         raise ValueError(f'{len(missing):,} of the {len(files):,} images in {path} have no line in {table}, the first '
@@ -220,7 +221,8 @@ def _rows(table: str, key: str) -> Tuple[List[Tuple[int, List[str]]], bool]:
                          "'relative path,class' lines, or take the val_map.txt of Swin Transformer")
     if is_list and '\t' not in first:  # paths may have blanks
         return [(number, line.strip().rsplit(None, 1)) for number, line in enumerate(lines, 1) if line.strip()], True
-    reader = csv.reader(lines, delimiter='\t' if is_list or kind == '.tsv' else ',')
+    ended = (line + '\n' for line in lines)  # a name in quotes may have some
+    reader = csv.reader(ended, delimiter='\t' if is_list or kind == '.tsv' else ',')
     try:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
@@ -237,12 +239,18 @@ def _below(path: str, file: str) -> str:
 
 def _read_lines(file: str, key: str) -> List[str]:
     try:
-        with open(file, encoding='utf-8-sig') as opened:
-            return opened.read().split('\n')
+        with open(file, 'rb') as opened:
+            text = decode(opened.read())
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
+        reason = getattr(error, 'strerror', None) or 'not UTF-16 text, as which it is marked'
         raise ValueError(f'{key}={file} cannot be read: {reason}') from None
+    lines = text.split('\n')
+    for number, line in enumerate(lines, 1):
+        if '\0' in line:
+            raise ValueError(f'{key}={file}, line {number}: has a zero byte: not a text, or UTF-16 without its mark: '
+                             f'iconv -f UTF-16LE -t UTF-8 {file} > new.txt')
+    return lines
 
 
 def _listed(classes: Sequence[str]) -> str:
-    return ', '.join(classes[:5]) + (', …' if len(classes) > 5 else '')
+    return ', '.join(map(one_line, classes[:5])) + (', …' if len(classes) > 5 else '')

@@ -1,13 +1,15 @@
 """Networks as files for other programs: MXNet's symbol and parameters, or ONNX; checked before they are there."""
+import contextlib
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 import mxnet as mx
 
 from ..guards import unusable
+from ..text import drawn
 from ..trained import Trained, load_run
 from .graph import Graph, answer, compare, load_symbol, random_inputs, save_symbol, trace
 
@@ -44,8 +46,8 @@ def export(run: Union[str, Path], file: Union[str, Path], format: str, int8: boo
     graph = trace(trained)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=str(file.parent), prefix='.export-') as folder:
-            draft = Path(folder) / file.name
+        with _drafts(file.parent) as folder:
+            draft = folder / drawn(file.name)
             if format == 'onnx':
                 files, report = _onnx(trained, graph, draft), ''
             elif int8:
@@ -55,12 +57,26 @@ def export(run: Union[str, Path], file: Union[str, Path], format: str, int8: boo
                 files, report = _symbol(trained, graph, draft), ''
             described = draft.with_suffix('.json') if format == 'onnx' else Path(f'{draft}.json')
             described.write_text(json.dumps(description(trained, graph), indent=1) + '\n', encoding='utf-8')
-            final = [file.parent / path.name for path in files + [described]]
+            final = [file.parent / (file.stem + path.name[len(draft.stem):]) for path in files + [described]]
             for path, place in zip(files + [described], final):
                 os.replace(path, place)
     except OSError as error:
         raise ValueError(f'{file}: cannot be written: {error.strerror or error}: choose another place') from None
     return '\n'.join(([report] if report else []) + [str(place) for place in final])
+
+
+@contextlib.contextmanager
+def _drafts(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` that goes in the end, under a name that is UTF-8, as MXNet and ONNX want it."""
+    with tempfile.TemporaryDirectory(dir=str(parent), prefix='.export-') as folder:
+        if drawn(folder) == folder:
+            yield Path(folder)
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            yield Path(f'/proc/self/fd/{descriptor}')
+        finally:
+            os.close(descriptor)
 
 
 def description(trained: Trained, graph: Graph) -> Dict[str, Any]:

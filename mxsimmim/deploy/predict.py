@@ -5,6 +5,7 @@ from typing import List
 from ..data.sources import found
 from ..data.transforms import BrokenImage
 from ..memory import ran_out
+from ..text import one_line
 from ..trained import load_run
 from .predictor import Predictor, Prepared
 
@@ -30,8 +31,8 @@ def predict(run: Path, images: List[str], top: int) -> None:
                          'learned, `mxsimmim finetune` makes a classifier of it')
     predictor = Predictor(trained)
     files, problems = found(images)
-    width = max(map(len, files), default=0)
-    longest = max(map(len, trained.classes))
+    width = max((len(one_line(file)) for file in files), default=0)
+    longest = max(len(one_line(name)) for name in trained.classes)
     for start in range(0, len(files), BATCH):
         names: List[str] = []
         batch: List[Prepared] = []
@@ -44,9 +45,10 @@ def predict(run: Path, images: List[str], top: int) -> None:
                     raise
                 problems.append(str(error))
             except OSError as error:
-                problems.append(f'{file}: cannot be read: {error.strerror}')
+                problems.append(f'{one_line(file)}: cannot be read: {error.strerror}')
         for name, row in zip(names, predictor.answer(batch) if batch else ()):
-            shown = '   '.join(f'{label:<{longest}} {value:.6f}' for label, value in predictor.ranked(row)[:top])
-            print(f'{name:<{width}}   {shown}', flush=True)
+            shown = '   '.join(f'{one_line(label):<{longest}} {value:.6f}'
+                               for label, value in predictor.ranked(row)[:top])
+            print(f'{one_line(name):<{width}}   {shown}', flush=True)
     if problems:
         raise ValueError('\n'.join(problems))

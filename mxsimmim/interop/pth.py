@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Callable, Dict, Mapping, NamedTuple, NoReturn,
 
 import numpy as np
 
+from ..text import drawn
 from .choice import usual
 
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # the first pickle of a file of torch.save before PyTorch 1.6
@@ -320,7 +321,7 @@ def write_pth(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     staged = path.with_name(f'.{path.name}.tmp-{os.getpid()}')
     try:
         with open(staged, 'wb') as stream, zipfile.ZipFile(stream, 'w') as archive:
-            prefix = path.stem or 'archive'
+            prefix = drawn(path.stem) or 'archive'
             _add(archive, f'{prefix}/data.pkl', _pickle(arrays))
             _add(archive, f'{prefix}/byteorder', b'little')
             for key, array in enumerate(arrays.values()):

@@ -195,7 +195,7 @@ def test_what_ssh_says_and_what_to_do(said, part):
 
 
 def test_the_mpirun_command_holds_no_secret():
-    agent = ['-x', 'MXSIMMIM_LAUNCH', 'py', '-c', mpi.BOOTSTRAP]
+    agent = ['-x', 'MXSIMMIM_LAUNCH', 'py', '-X', 'utf8', '-c', mpi.BOOTSTRAP]
     start = ['mpirun', '--oversubscribe', '--bind-to', 'none']
     assert mpi.command(job.place(2, 1, [Host('')]), [], 'py', '') == start + ['-np', '4'] + agent
     network = ['--mca', 'btl_tcp_if_include', 'ib0']

@@ -58,7 +58,7 @@ def test_order_from_a_file_of_classes(animals, tmp_path):
 @pytest.mark.parametrize('content, message', [
     (b'a\nb\na\n', "classes.txt, line 3: class 'a' is already in line 1: remove one"),
     (b'\n \n', 'classes.txt names no class: write one a line'),
-    (b'\xff\xfe', 'data.classes=.*classes.txt cannot be read: not UTF-8 text'),
+    (b'\xff\xfea', 'data.classes=.*classes.txt cannot be read: not UTF-16 text'),
     (None, 'data.classes=.*classes.txt cannot be read: No such file')])
 def test_bad_files_of_classes(tmp_path, content, message):
     if content is not None:
@@ -119,7 +119,7 @@ def test_table(tmp_path, name, text):
     ('a.jpg,no\nb.jpg,no\n./a.jpg,yes\n', 'labels.csv, line 3: a.jpg is already in line 1: remove one'),
     ('a.jpg,no\nb.jpg,maybe\n', "labels.csv, line 2: class 'maybe' is not one of the 2 of data.classes, no, yes: corr"),
     ('a.jpg,no\nb.jpg\n', r"labels.csv, line 2 is not 'relative path,class' \(separated by a tab .*\): found 'b.jpg'"),
-    ('a.jpg,no\n"b.jpg,yes\ndeep/c.jpg,yes\n', "line 4 is not 'relative path,class' .*: found 'b.jpg,yesdeep"),
+    ('a.jpg,no\n"b.jpg,yes\ndeep/c.jpg,yes\n', "line 4 is not 'relative path,class' .*: found 'b.jpg,yes..deep"),
     ('a.jpg,' + 'n' * 200000, 'labels.csv, line 1: field larger than field limit'),
     ('a.jpg,no,1\n', "line 1 is not 'relative path,class'"), ('a.jpg,\n', "line 1 is not 'relative path,class'"),
     ('a.jpg,no\n', '2 of the 3 images in .*images have no line in .*labels.csv, the first is b.jpg: add'),
