@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import List
 
-from mxsimmim import configfile, runtime
+from mxsimmim import configfile, runtime, text
 from mxsimmim.guards import alone, name_crashes
 
 RECIPE = Path(__file__).parents[1] / 'conf' / 'finetune_digits.yaml'
@@ -27,8 +27,9 @@ def accuracy(encoder: str, labels: int, seed: int) -> float:
         length = [] if labels else ['train.length=20 epochs']
         config = configfile.load(RECIPE, [f'output={folder}', f'seed={seed}', f'model.pretrained={encoder}',
                                           f'data.labels_per_class={labels}', 'validation.every=100%', *length])
-        with open(Path(folder) / 'log', 'w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            train.start(config)
+        with open(Path(folder) / 'log', 'w', encoding='utf-8', errors=text.ERRORS) as log:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                train.start(config)
         return json.loads((Path(folder) / config.name / 'evaluation.json').read_text())['val_top1']
 
 
@@ -58,5 +59,6 @@ def main() -> None:
 
 if __name__ == '__main__':
     name_crashes()
+    text.open_streams()
     with alone():
         main()

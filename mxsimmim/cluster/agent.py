@@ -112,7 +112,13 @@ class Agent:
         path = os.path.join(self.private, 'key')
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
             file.write(key)
-        os.makedirs(logs, exist_ok=True)
+        try:
+            os.makedirs(logs, exist_ok=True)
+            for process in processes:
+                open(log_of(logs, process['role'], process['index']), 'ab').close()
+        except OSError as error:
+            raise ValueError(f'cannot write {error.filename} in {os.getcwd()} ({error.strerror}): start the job in a '
+                             'folder that you may write to') from None
         for process in processes:
             process['environ']['MXSIMMIM_KEY_FILE'] = path
             self.spawn(logs=logs, **process)
@@ -121,7 +127,7 @@ class Agent:
     def spawn(self, logs: str, role: str, index: int, argv: List[str], environ: Dict[str, Optional[str]],
               part: List[int], live: bool) -> None:
         """Starts one process on its part of the cores; output goes to its log and, if `live`, to the launcher too."""
-        path = os.path.join(logs, f'{role}-{index}.log')
+        path = log_of(logs, role, index)
         me, log = os.getpid(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         pipes = [os.pipe(), os.pipe()] if live else []
         outputs = [writer for _, writer in pipes] or [log, log]
@@ -253,6 +259,11 @@ def die_with(parent: int, number: int) -> None:
         signal.signal(handled, signal.SIG_DFL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def log_of(logs: str, role: str, index: int) -> str:
+    """Where a process's log is."""
+    return os.path.join(logs, f'{role}-{index}.log')
 
 
 def tail(path: str) -> List[str]:

@@ -1,5 +1,6 @@
 """The beginning of a job: agents on all hosts, a look at each, and only then the processes."""
 import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -157,7 +158,8 @@ def remove_logs(job: 'Job') -> None:
     mine = {f'{process.role}-{process.index}.log' for process in job.processes}
     for name in os.listdir(LOGS) if os.path.isdir(LOGS) else ():
         if re.fullmatch(r'(worker|server|scheduler)-\d+\.log', name) and name not in mine:
-            os.remove(os.path.join(LOGS, name))
+            with contextlib.suppress(OSError):  # of somebody else
+                os.remove(os.path.join(LOGS, name))
 
 
 async def meet(job: 'Job', sites: Sequence[Site]) -> int:
