@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import List, Optional
 
-from . import __version__, configfile, habits, memory, paths, text
+from . import __version__, configfile, habits, memory, paths, schedule, text
 from .config import Config, ConfigError
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
@@ -19,24 +19,36 @@ TRAINING = ('-h', '--help', '--check', '--check-config', '--eval')  # options of
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    return _train(configfile.load(args.config, args.overrides + ['task=pretrain']), args)
+    return _train('pretrain', args)
 
 
 def finetune(args: argparse.Namespace) -> int:
-    return _train(configfile.load(args.config, args.overrides + ['task=classify']), args)
+    return _train('classify', args)
 
 
-def _train(config: Config, args: argparse.Namespace) -> int:
+def _train(task: str, args: argparse.Namespace) -> int:
+    config, written = configfile.load_with_lengths(args.config, args.overrides + [f'task={task}'])
     if not config.data.path:
         raise ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
+    if not getattr(args, 'eval', False):
+        schedule.check(config, written)
     from . import runtime
     from .world import world
+    place = world(os.environ)
+    if args.check_config:
+        from .parallel.modes import mode_of
+        mode_of(config, place)
+        runtime.settings(config.runtime, os.environ, runtime.cpu_flags(), runtime.cores())
+        return 0
     runtime.prepare(config.runtime)
-    if world(os.environ).role != 'worker':
+    if args.check:
+        from . import check
+        return check.check(config, written) if place.role == 'worker' else 0
+    if place.role != 'worker':
         from .parallel.server import serve
         return serve()
     from . import train
-    return train.evaluate(config) if getattr(args, 'eval', False) else train.start(config)
+    return train.evaluate(config) if getattr(args, 'eval', False) else train.start(config, written)
 
 
 def reconstruct(args: argparse.Namespace) -> int:
@@ -146,12 +158,17 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(*names, **options)
 
     overrides = (['overrides'], dict(nargs='*', metavar='key=value', help='over the file, e.g. optim.base_lr=2e-4'))
+    checks = ((['--check'], dict(action='store_true', help='train nothing: try configuration, data, model, memory and '
+                                 'places, in seconds')),
+              (['--check-config'], dict(action='store_true', help='the configuration alone, at once; what '
+                                        'tools/launch.py asks before it starts anything')))
     run = (['run'], dict(metavar='RUN', help='folder of a run, e.g. runs/digits'))
     command(pretrain, 'pre-train; the same command again goes on where the run stopped',
-            (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/vit_base.yaml')), overrides)
+            (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/vit_base.yaml')), overrides, *checks)
     command(finetune, 'train a classifier, from a pre-trained encoder or from scratch; goes on where the run stopped',
             (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/finetune_vit_base.yaml')), overrides,
-            (['--eval'], dict(action='store_true', help='train nothing: evaluate the run on the held-out images')))
+            (['--eval'], dict(action='store_true', help='train nothing: evaluate the run on the held-out images')),
+            *checks)
     command(reconstruct, "draw a run's original, masked and reconstructed images side by side", run,
             (['images'], dict(nargs='+', metavar='IMAGE', help='files or folders')),
             (['-o', '--output'], dict(default='grid.png', metavar='PNG', help='picture to write (grid.png)')),

@@ -56,7 +56,12 @@ class Duration(NamedTuple):
         return f'{value}%' if self.unit == '%' else f'{value} {self.unit}'
 
 
-def _parse_duration(value: Any) -> Duration:
+def parse_duration(value: Any) -> Duration:
+    """The length of time that a user wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
     if isinstance(value, Duration):
         return value
     text = str(value) if isinstance(value, (str, int, float)) and not _huge(value) else type(value).__name__
@@ -73,7 +78,7 @@ def _huge(value: Any) -> bool:
     return isinstance(value, int) and abs(value) > LARGEST
 
 
-Time = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str, return_type=str)]
+Time = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(str, return_type=str)]
 
 
 class Section(BaseModel):

@@ -3,6 +3,7 @@
 `load` turns files and overrides into a `Config`; every problem is a `ConfigError` whose text has one line a problem,
 naming the key, where it was set and the way out.
 """
+import contextlib
 import difflib
 import errno
 import functools
@@ -14,8 +15,8 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Sequence, Tuple, Union
 import yaml
 from pydantic import ValidationError
 
-from . import documents, habits, paths
-from .config import PATH, Config, ConfigError, Section
+from . import documents, habits, paths, schedule
+from .config import PATH, Config, ConfigError, Duration, Section, parse_duration
 
 Values = Dict[str, Tuple[Any, str]]  # dotted key -> (value, where it was set)
 COMMAND_LINE = 'command line'
@@ -30,18 +31,33 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a wrong type, an impossible combination.
     """
+    return load_with_lengths(path, overrides)[0]
+
+
+def load_with_lengths(path: Union[str, Path], overrides: Sequence[str] = ()) -> Tuple[Config, Dict[str, Duration]]:
+    """`load`, and for each key of `schedule` that was written for another train.length than this one: for which."""
     try:
         path = Path(paths.home(str(path)))
     except ValueError as error:
         raise _wrong(str(error)) from None
+    layers = [{_canonical(key): (value, str(file)) for key, value in _flatten(content)}
+              for file, content in _inherited(path, ())]
+    layers.append({_canonical(key): (value, COMMAND_LINE) for place in range(len(overrides))
+                   for key, value in _override(overrides, place)})
     values: Values = {}
-    for file, content in _inherited(path, ()):
-        values.update((_canonical(key), (value, str(file))) for key, value in _flatten(content))
-    for place in range(len(overrides)):
-        values.update((_canonical(key), (value, COMMAND_LINE)) for key, value in _override(overrides, place))
+    written: Dict[str, Duration] = {}
+    length, keys = Config().train.length, set(schedule.WRITTEN)
+    for layer in layers:
+        values.update(layer)
+        if 'train.length' in layer:
+            written.update(dict.fromkeys(keys - set(written), length))
+            with contextlib.suppress(ValueError):  # a later one may replace it
+                length = parse_duration(layer['train.length'][0])
+        for key in keys & set(layer):
+            written.pop(key, None)
     if values.get('name', ('',))[0] in (None, ''):
         values['name'] = (path.stem, str(path))
-    return _build(_expanded(values))
+    return _build(_expanded(values)), written
 
 
 def _override(words: Sequence[str], place: int) -> Iterator[Tuple[str, Any]]:

@@ -4,16 +4,17 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from types import MappingProxyType
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 
 from . import configfile, files, ops
 from .checkpoint import Checkpoint, discard_after, save
-from .config import Config
+from .config import Config, Duration
 from .data.loader import Batch, Loader
-from .data.sampling import batch_at, part_of
+from .data.sampling import batch_at, part_of, steps_per_epoch
 from .data.sources import notes_of, tell
 from .evaluation import Evaluation
 from .interop import official
@@ -33,6 +34,7 @@ from .parallel.stores import Store, make_store
 from .plan import Plan, expected_step, in_groups, plan_of
 from .progress import Progress
 from .run import Stop, check_classes, checkpoint_to_resume, folder_of, locked, versions, write_config
+from .schedule import fitted
 from .tasks import TASKS, Task, check_room, check_same_job
 from .text import encode, one_line
 from .trained import load_run
@@ -56,8 +58,11 @@ class Run(NamedTuple):
     average: Optional[WeightAverage]
 
 
-def start(config: Config) -> int:
+def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})) -> int:
     """Trains until the end, an error or a signal; returns the exit status, 128 + its number for a signal.
+
+    Args:
+        written: for which train.length parts of the schedule were written, as `schedule.fitted` takes it.
 
     Raises:
         ValueError: whatever the user can mend; checkpoints written before stay whole.
@@ -68,6 +73,8 @@ def start(config: Config) -> int:
     folder = folder_of(config)
     notes = files.try_place(folder) if place.rank == 0 else []
     task = TASKS[config.task](config)
+    config, fitting = fitted(config, written, steps_per_epoch(len(task.source), config.train.batch_size))
+    notes += fitting
     plan = plan_of(config, len(task.source), mode)
     if place.rank == 0:
         check_room(config, task, folder, plan.total)

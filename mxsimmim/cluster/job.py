@@ -173,6 +173,19 @@ def environments(processes: Sequence[Process], sites: Sequence[Site], port: int,
     return result
 
 
+def trial_environment(processes: Sequence[Process], given: Dict[str, Dict[str, str]], p3: bool, horovod: bool
+                      ) -> Dict[str, Optional[str]]:
+    """What worker 0 will find in its environment, as far as a check of its configuration depends on it."""
+    counts = {role: str(sum(process.role == role for process in processes)) for role in ('worker', 'server')}
+    environ: Dict[str, Optional[str]] = dict.fromkeys(OTHER_WORLDS['horovod' if horovod else 'ps'])
+    if horovod:
+        environ.update(HOROVOD_RANK='0', HOROVOD_SIZE=counts['worker'], HOROVOD_LOCAL_RANK='0', HOROVOD_LOCAL_SIZE='1')
+    else:
+        environ.update(DMLC_ROLE='worker', DMLC_WORKER_ID='0', DMLC_NUM_WORKER=counts['worker'],
+                       DMLC_NUM_SERVER=counts['server'], DMLC_PS_VAN_TYPE='p3' if p3 else None)
+    return {**environ, **given['worker']}
+
+
 def part(process: Process, processes: Sequence[Process]) -> Tuple[int, int]:
     """(place, parts) of a process's cores: the workers of a host divide it, all others may go where there is time.
 

@@ -169,6 +169,19 @@ def variables(words: Sequence[str], environ: Mapping[str, str]) -> Dict[str, str
     return result
 
 
+def trial(command: Sequence[str]) -> List[str]:
+    """The command that checks a training command's configuration alone; empty where it is none of ours."""
+    words = list(command)
+    if os.path.basename(words[0]) == 'mxsimmim':
+        words = words[1:]
+    elif os.path.basename(words[0]).startswith('python') and 'mxsimmim' in words and words[:6].count('-m'):
+        place = words.index('mxsimmim')
+        words = words[place + 1:] if words[place - 1] == '-m' else []
+    else:
+        return []
+    return list(command) + ['--check-config'] if words[:1] in (['pretrain'], ['finetune']) else []
+
+
 def data_paths(command: Sequence[str]) -> List[str]:
     """Data that the command will read on every host, by its words data.path=… and data.val_path=…."""
     found = [word.partition('=')[2] for word in command if word.startswith(('data.path=', 'data.val_path='))]

@@ -7,7 +7,7 @@ import secrets
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from mxsimmim.cluster import job as plan, mpi, options as command_line, preflight, probe, seats, ssh
 from mxsimmim.cluster.job import Host, Site
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 CONNECT, PROBE, START = 30.0, 30.0, 15.0  # seconds for each step
 LOGS = 'logs'
+
+
+class Refused(ValueError):
+    """What the command said against its own configuration, in its words."""
 
 
 async def prepare(job: 'Job') -> None:
@@ -34,6 +38,8 @@ async def prepare(job: 'Job') -> None:
     else:
         open_seats(job)
     problems = await each(job, job.seats, lambda seat: look(job, seat))
+    if job.seats[0].facts.get('refusal'):
+        raise Refused('\n'.join(job.seats[0].facts['refusal'] + [f'launch: error: {line}' for line in problems]))
     if options.launcher == 'mpi':
         if job.seats[0].silent.done():  # mpirun failed
             problems = [f'mpirun: {line}' for line in job.seats[0].said if line.strip(' -')]
@@ -143,7 +149,7 @@ async def look(job: 'Job', seat: Seat) -> None:
         raise Lost(ssh.remedy(job.hosts[seat.host], str(error))) from None
     needs = dict(command=options.command[0], paths=command_line.data_paths(options.command),
                  interface=options.interface, near='127.0.0.1' if options.launcher == 'local' else '',
-                 gpus=options.devices == 'gpu', horovod=options.horovod)
+                 gpus=options.devices == 'gpu', horovod=options.horovod, trial=trial(job, seat))
     folder = ssh.directory(options.sync_dst_dir) if options.sync_dst_dir else os.getcwd()
     environ = {name: value for name, value in options.given['worker'].items() if name == 'PATH'}
     answer = await seat.ask('facts', PROBE, do='probe', directory=folder, environ=environ, needs=needs)
@@ -151,6 +157,13 @@ async def look(job: 'Job', seat: Seat) -> None:
     asked = time.time()
     answer = await seat.ask('pong', PROBE, do='ping')
     seat.offset = seat.facts['offset'] = answer['time'] - (asked + time.time()) / 2
+
+
+def trial(job: 'Job', seat: Seat) -> Tuple[List[str], Dict[str, Optional[str]]]:
+    """What the host of worker 0, where the job's files are, runs once to check the configuration: words, variables."""
+    options = job.options
+    words = command_line.trial(options.command) if seat is job.seats[0] else []
+    return words, plan.trial_environment(job.processes, options.given, options.p3, options.horovod)
 
 
 def remove_logs(job: 'Job') -> None:

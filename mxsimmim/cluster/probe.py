@@ -11,13 +11,15 @@ import re
 import shutil
 import socket
 import struct
+import stat
 import subprocess
 import sys
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from mxsimmim import paths, runtime
 
 SIOCGIFADDR = 0x8915  # of Linux's bits/ioctls.h
+TRIAL = 10.0  # seconds after which the job begins without having heard of its configuration
 
 
 def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
@@ -25,10 +27,12 @@ def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
 
     Args:
         needs: `command` (its first word), `paths` (of data), `interface` (a name, or empty), `near` (an address of this
-            host that others reach, or empty), `gpus` and `horovod` (whether they are needed).
+            host that others reach, or empty), `gpus` and `horovod` (whether they are needed), `trial` (the words and
+            the environment of a command that checks the job's configuration; no words for none).
         environ: what the processes will see.
     """
     problems = []
+    refusal = start_trial(*needs['trial'], environ)
     if not shutil.which(needs['command'], path=environ.get('PATH', '')):
         problems.append(f"no command '{needs['command']}' in {os.getcwd()}, in {os.path.dirname(sys.executable)} or on "
                         'its PATH: install it there, or write its full path')
@@ -45,7 +49,40 @@ def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
             'packages': {name: version(name) for name in ('mxnet', 'mxsimmim', 'horovod')},
             'mpi': needs['horovod'] and horovod_has_mpi(), 'cores': runtime.cores(),
             'gpus': gpus(environ) if needs['gpus'] else [], 'interface': interface, 'address': address,
-            'named': named() if needs['horovod'] else '', 'problems': problems}
+            'named': named() if needs['horovod'] else '', 'problems': problems, 'refusal': refusal()}
+
+
+def start_trial(words: List[str], changes: Dict[str, Optional[str]], environ: Dict[str, str]
+                ) -> Callable[[], List[str]]:
+    """Starts a check of the job's configuration; the function that waits for it returns what is wrong, line by line.
+
+    Nothing is, where it cannot be checked: the processes themselves will say.
+    """
+    def is_pipe(word: str) -> bool:  # which has to be left to the one that needs it
+        try:
+            return stat.S_ISFIFO(os.stat(word).st_mode)
+        except (OSError, ValueError):
+            return False
+    if not words or any(map(is_pipe, words)):
+        return list
+    environ = {name: value for name, value in {**environ, **changes}.items() if value is not None}
+    try:
+        child = subprocess.Popen(words, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE)
+    except OSError:
+        return list
+
+    def finish() -> List[str]:
+        try:
+            said = child.communicate(timeout=TRIAL)[1].decode(errors='replace')
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            return []
+        lines = [line for line in said.splitlines() if re.match(r'mxsimmim( \w+)?: error: ', line)]
+        known = not any('--check-config' in line for line in lines)  # else it is of another version
+        return lines if child.returncode in (1, 2) and known else []
+    return finish
 
 
 def unreadable(path: str) -> str:

@@ -234,6 +234,9 @@ def main(argv: Sequence[str]) -> int:
     terminal = Terminal()
     try:
         return asyncio.run(run(command_line.parse(argv), terminal))
+    except prepare.Refused as error:
+        terminal.put(1, f'{error}\n'.encode(errors='replace'))
+        return 2
     except ValueError as error:
         if isinstance(error, UnicodeError):
             raise

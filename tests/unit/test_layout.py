@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
-ORDER = ['__init__', 'guards', 'files', 'text', 'paths', 'config', 'habits', 'documents', 'configfile', 'schedule',
+ORDER = ['__init__', 'guards', 'files', 'text', 'paths', 'config', 'habits', 'documents', 'schedule', 'configfile',
          'world', 'runtime', 'memory', 'cluster', 'ops', 'facts', 'doctor', 'data', 'models', 'interop', 'optim',
          'meter', 'parallel', 'checkpoint', 'monitor', 'pictures', 'baselines', 'metrics', 'validation', 'evaluation',
          'run', 'trained', 'progress', 'tasks', 'plan', 'train', 'check', 'reconstruct', 'features', 'probe',
