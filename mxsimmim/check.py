@@ -1,14 +1,12 @@
 """`mxsimmim pretrain --check` and `finetune --check`: tries all that a run needs, trains nothing and leaves nothing."""
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, List, Mapping, Optional, Tuple
 
 import mxnet as mx
 import numpy as np
 
-from . import facts, ops
+from . import facts, files, ops
 from .config import Config, Duration
 from .data.loader import Batch, Loader
 from .data.sampling import steps_per_epoch
@@ -22,7 +20,7 @@ from .parallel.stores import make_store
 from .plan import in_groups, plan_of
 from .run import checkpoint_to_resume, folder_of
 from .schedule import fitted
-from .tasks import TASKS, Task
+from .tasks import TASKS, Task, check_room, checkpoint_bytes
 from .train import operators
 from .world import ALONE, World, world
 
@@ -52,11 +50,12 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
 
     contexts = part('devices', _devices, config, place)
     task = part('data', _data, config)
-    config = part('schedule', _schedule, config, written, place, task, contexts) or config
+    planned = part('schedule', _schedule, config, written, place, task, contexts)
+    config = planned or config
     net = part('model', _model, config, task, contexts)
     placement = part('forward', _forward, config, task, net, contexts)
     part('memory', _memory, config, task, place, placement)
-    part('places', lambda: _places(config, task, net))
+    part('places', lambda: _places(config, place, task, planned))
     print(f'not good: {", ".join(failed)}' if failed else 'all good: without --check, the same command trains')
     return 1 if failed else 0
 
@@ -159,35 +158,17 @@ def _resident() -> int:
         return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
-def _places(config: Config, task: Optional[Task], net: Optional[mx.gluon.Block]) -> Tuple[str, Path]:
+def _places(config: Config, place: World, task: Optional[Task], planned: Optional[Config]) -> Tuple[str, Path]:
+    """`planned` is the configuration whose schedule is good, if it is."""
     folder = folder_of(config)
-    copies = 3 if config.optim.type == 'adamw' else 1
-    size = 4 * _count(net) * (copies + (1 if config.train.ema else 0)) if net else 0
-    kept = config.checkpoint.keep + 1 + (config.task == 'classify')
-    free = check_place(folder, size * kept)
-    saved: Optional[Any] = None
-    if task and (folder / 'checkpoints').is_dir():
-        saved = checkpoint_to_resume(config, len(task.source), task.classes, lambda text: None)
-    return (f'{folder}: {free / facts.GIB:.1f} GiB free for {kept} checkpoints of {size / facts.GIB:.2f} GiB'
-            + (f'; goes on from step {saved.step:,}' if saved else '')), folder
-
-
-def check_place(folder: Path, size: int) -> int:
-    """Tries whether a folder can be made and written into; returns the bytes free there. Nothing is left.
-
-    Raises:
-        ValueError: it cannot, or has no room for `size` bytes.
-    """
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.NamedTemporaryFile(dir=parent, prefix='.mxsimmim-check-') as file:
-            file.write(b'?' * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise ValueError(f'{folder}: cannot write the run there ({error.strerror}): set output= or name=') from None
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise ValueError(f'{folder}: {free / facts.GIB:.1f} GiB are free, and checkpoints need '
-                         f'{size / facts.GIB:.1f}: make room, lower checkpoint.keep, or set output=')
-    return free
+    notes = files.try_place(folder)
+    said = [f'{folder}: can be written to']
+    if task and planned:
+        check_room(config, task, folder, plan_of(planned, len(task.source), mode_of(config, place)).total)
+        size, free = checkpoint_bytes(config, len(task.classes)), files.free(folder)
+        said[0] += f', checkpoints of {size / facts.GIB:.2f} GiB' + (
+            '' if free is None else f', {free / facts.GIB:.1f} GiB free')
+        if (folder / 'checkpoints').is_dir():
+            saved = checkpoint_to_resume(config, len(task.source), task.classes, notes.append)
+            said += [f'goes on from step {saved.step:,}'] if saved else []
+    return '; '.join(said + notes), folder

@@ -58,7 +58,7 @@ def test_every_part_that_is_not_good(mxsimmim, tmp_path):
                           status=1).stdout)
     assert said['devices'].startswith('NOT GOOD: devices: gpu(7) asked for, but MXNet sees 0 GPUs')
     assert said['data'].startswith('NOT GOOD: ') and 'images cannot be read; the last: few/' in said['data']
-    assert said['places'].startswith('NOT GOOD: file/base: cannot write the run there (Not a directory): set output=')
+    assert said['places'].startswith('NOT GOOD: file/base: cannot write the run there: cannot make a folder')
     assert said['not'] == 'good: devices, data, places' and set(said) == {'devices', 'data', 'places', 'not'}
     said = parts(mxsimmim('pretrain', BASE, *TINY, '--check', 'train.batch_size=5000', 'data.val_fraction=0',
                           status=1).stdout)
