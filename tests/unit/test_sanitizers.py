@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import machine
 import pytest
 
 from mxsimmim.ops import library
@@ -14,6 +15,7 @@ LACKING = 77  # of tools/sanitize.py
 SECONDS = 600  # one of them to compile, half a minute to run
 
 
+@machine.natively
 @pytest.mark.skipif(bool(os.environ.get(library.VARIABLE)), reason='these are the tests that it runs')
 def test_operators_under_sanitizers():
     files = sorted(str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob('test_ops*.py'))
