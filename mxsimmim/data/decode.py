@@ -9,6 +9,8 @@ What none of this fits is broken, and its message says why. What was guessed is 
 """
 import io
 import logging
+import math
+import re
 import threading
 import warnings
 from typing import Any, Callable, Iterator, NamedTuple, Sequence, Set, Tuple, Union
@@ -23,7 +25,7 @@ from ..text import one_line
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; Pillow takes an image beyond it for a decompression bomb
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of too many pixels, an error here, and of damaged EXIF
 
-SCANS = 100  # of a JPEG; photographs have 1 to 12, each of them costs the time of a whole image in a few bytes
+SCANS = 20  # of a JPEG of MAX_PIXELS, more of a smaller one: each takes the time of a whole image in a few bytes
 STRIP = 1 << 22  # pixels that are converted or copied at a time
 CONVERT = 'scale them to 0 to 255, or to 0 to 65535 in a 16-bit PNG'
 ORIENTATION, BITS, PHOTOMETRIC, MAXIMUM, TILE, FORMAT, REAL_MAXIMUM = 274, 258, 262, 281, (322, 323), 339, 341
@@ -34,6 +36,8 @@ FORMATS = tuple(name for name in ('JPEG', 'PNG', 'WEBP', 'AVIF', 'GIF', 'BMP', '
                                   'ICO', 'PCX', 'SGI', 'SUN', 'QOI') if name in Image.OPEN)
 
 _MARKS = (b'Exif\0', b'EXIF', b'eXIf', b'Raw profile type exif', b'XML:com.adobe.xmp')  # where one may be found
+
+_MARKER = re.compile(rb'\xff[^\x00\x01\xd0-\xd8\xff]', re.DOTALL)  # of a JPEG: what has a length, and the end
 
 _said: Set[str] = set()
 _lock = threading.Lock()
@@ -74,11 +78,9 @@ def decode(data: Union[bytes, np.ndarray], name: str, upright: bool = False,
     if not data:
         raise BrokenImage(f'{name}: empty file')
     if data[:2] == b'\xff\xd8':
-        if data.count(b'\xff\xda') > SCANS:
-            raise BrokenImage(f'{name}: a JPEG of more than {SCANS} scans')
         try:  # the same library and numbers as Pillow, straight into an array
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-            if space in ('YCbCr', 'Gray') and height * width <= MAX_PIXELS:
+            if space in ('YCbCr', 'Gray') and _work(width * height, data) <= MAX_PIXELS:
                 pixels = simplejpeg.decode_jpeg(data)
                 return _turned(pixels, orientation(data)) if upright else pixels
         except ValueError:
@@ -87,6 +89,10 @@ def decode(data: Union[bytes, np.ndarray], name: str, upright: bool = False,
         with _open(data) as image:
             if _extent(image) > MAX_PIXELS:
                 raise ValueError(f'{image.width} x {image.height} pixels are more than {MAX_PIXELS}')
+            if data[:2] == b'\xff\xd8' and _work(image.width * image.height, data) > MAX_PIXELS:
+                raise ValueError(f'{image.width} x {image.height} pixels in {_scans(data)} scans are too many')
+            if image.format == 'PPM' and image.tile[0][0] == 'ppm':
+                return _scaled(image, data)
             stated = _stated(image, data)
             image.load()  # which turns a TIFF
             pixels = _to_rgb(image, data, stated, lambda kind, text: _say_once(say, kind, f'{name}: {text}'))
@@ -115,6 +121,24 @@ def orientation(data: bytes) -> int:
             return 1 if image.format == 'TIFF' else _orientation(image)
     except Exception:  # garbage says nothing
         return 1
+
+
+def _work(pixels: int, data: bytes) -> float:
+    """Pixels of a JPEG, as many times as it takes their time."""
+    if pixels * data.count(b'\xff\xda') <= SCANS * MAX_PIXELS:  # without a look at which of these are scans
+        return pixels
+    return max(pixels, pixels * _scans(data) / SCANS)
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG: what begins one, outside of other segments, up to the end of the first image."""
+    count, place = 0, 2
+    while True:
+        found = _MARKER.search(data, place)
+        if not found or found[0] == b'\xff\xd9':
+            return count
+        count += found[0] == b'\xff\xda'
+        place = found.end() + int.from_bytes(data[found.end():found.end() + 2], 'big')
 
 
 def _open(data: bytes) -> Image.Image:
@@ -192,6 +216,21 @@ def _to_rgb(image: Image.Image, data: bytes, stated: Stated, say: Callable[[str,
     return pixels
 
 
+def _scaled(image: Image.Image, data: bytes) -> np.ndarray:
+    """A binary PGM or PPM with a maximum other than 255: the pixels that Pillow finds in a microsecond each."""
+    _, _, start, (_, maximum) = image.tile[0]
+    white, shift = (65535, 8) if image.mode == 'I' else (255, 0)
+    table = np.minimum(np.rint(np.arange(65536) / maximum * white), white).astype(np.uint16) >> shift
+    shape = (image.height, image.width, 3 if image.mode == 'RGB' else 1)
+    if len(data) - start < math.prod(shape) * (1 if maximum < 256 else 2):
+        raise ValueError('image file is truncated')
+    values = np.frombuffer(data, np.uint8 if maximum < 256 else '>u2', math.prod(shape), start).reshape(shape)
+    pixels = np.empty((*shape[:2], 3), np.uint8)
+    for rows, _ in _strips(image):
+        pixels[rows] = table[values[rows]]
+    return pixels
+
+
 def _tags(image: Image.Image) -> Any:
     return image.tag_v2 if image.format == 'TIFF' else {}
 
@@ -223,11 +262,17 @@ def _deep_colours(pixels: np.ndarray, data: bytes, stated: Stated, say: Callable
                   ) -> np.ndarray:
     """uint8 (H, W, 3) of a dark image with 16 bits a channel; `pixels` are the upper 8, all that Pillow reads."""
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    values = None if values is None or values.ndim < 3 else values[..., 2::-1]  # from BGR, or BGRA
-    if values is None or values.dtype != np.uint16 or values.shape != pixels.shape or (values >> 8 != pixels).any():
+    if values is None or values.dtype != np.uint16 or values[..., 2::-1].shape != pixels.shape:
         return pixels
-    bits = _bits([values], 16, stated, say)
-    return pixels if bits == 16 else (values >> (bits - 8)).astype(np.uint8)
+    values = values[..., 2::-1]  # from BGR, or BGRA
+    step = max(1, STRIP // values.shape[1])
+    strips = [slice(top, top + step) for top in range(0, len(values), step)]
+    if any((values[rows] >> 8 != pixels[rows]).any() for rows in strips):
+        return pixels
+    bits = _bits([values[rows] for rows in strips], 16, stated, say)
+    for rows in strips if bits < 16 else ():
+        pixels[rows] = values[rows] >> (bits - 8)
+    return pixels
 
 
 def _white(parts: Sequence[np.ndarray], stated: float, say: Callable[[str, str], None]) -> float:
@@ -246,23 +291,21 @@ def _white(parts: Sequence[np.ndarray], stated: float, say: Callable[[str, str],
 def _bits(parts: Sequence[np.ndarray], most: int, stated: Stated, say: Callable[[str, str], None]) -> int:
     """How many bits count in integers that have up to `most`; `stated` is what the file says."""
     low, high = (int(extreme([extreme(values) for values in parts])) for extreme in (np.min, np.max))
+    if low == high == 0:
+        return 16
     if low < 0:
         raise ValueError(f'values from {low} to {high}: negative ones are no brightness: {CONVERT}')
     if stated.bits and high < 2 ** stated.bits:
-        multiples = stated.scaled and _multiples(parts, 2 ** (16 - stated.bits))
-        return 16 if multiples else stated.bits
+        widened = stated.scaled and not any((values & (2 ** (16 - stated.bits) - 1)).any() for values in parts)
+        return 16 if widened else stated.bits
     if 2 ** 16 <= high < 2 ** 24:
         raise ValueError(f'values from {low} to {high} are neither of 16 nor of {most} bits: {CONVERT}')
     bits = next(bits for bits in (8, 12, 16, most) if high < 2 ** bits)
-    if bits < 16 and (_multiples(parts, 256) or _multiples(parts, 257)):
-        return 16
+    if bits < 16 and any(all((values & 255 == (values >> 8) * factor).all() for values in parts) for factor in (0, 1)):
+        return 16  # multiples of 256 or 257
     if bits != 16:
         say(f'{bits} bits', f'integer values up to {high}, taken as {bits} bits')
     return bits
-
-
-def _multiples(parts: Sequence[np.ndarray], step: int) -> bool:
-    return all((values % step == 0).all() for values in parts)
 
 
 def _stated(image: Image.Image, data: bytes) -> Stated:

@@ -1,15 +1,19 @@
 """A trained network that answers about encoded images."""
-from typing import Any, List, NamedTuple, Sequence, Tuple
+import contextlib
+import threading
+from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
 
+from ..data.decode import MAX_PIXELS, decode, extent
 from ..data.sampling import generator
-from ..data.transforms import ClassifyEvalTransform, EvalTransform, decode, normalise
+from ..data.transforms import ClassifyEvalTransform, EvalTransform, normalise
 from ..pictures import grid, to_uint8
 from ..trained import Trained, contexts_for, data_in_use
 
 SEED = 0  # of the mask that images to reconstruct get
+ROOM = MAX_PIXELS  # of all images decoded at the same time; 24 bytes each are needed at most (JPEG 2000 with alpha)
 
 
 class Prepared(NamedTuple):
@@ -17,6 +21,26 @@ class Prepared(NamedTuple):
     pixels: np.ndarray  # uint8 (S, S, 3)
     image: np.ndarray  # float32 (3, S, S), normalised
     mask: np.ndarray  # uint8 (h, w), 1 = masked; empty for a classifier
+
+
+class Room:
+    """A number that threads share: each takes what it needs, in the order in which they ask, and waits for it."""
+
+    def __init__(self, free: int):
+        self._free, self._turn, self._changed = free, threading.Lock(), threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """While entered, `amount` is taken; it must not be more than there is in all."""
+        with self._turn, self._changed:  # one waits, so that what needs much is not put off for ever
+            self._changed.wait_for(lambda: self._free >= amount)
+            self._free -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify()
 
 
 class Predictor:
@@ -34,6 +58,7 @@ class Predictor:
         if self.classes:
             self._transform = ClassifyEvalTransform(self._data, config.model)
         self._net.hybridize(static_alloc=True)
+        self._room = Room(ROOM)
 
     def prepare(self, data: bytes, name: str) -> Prepared:
         """Decodes an image and brings it to the network's size.
@@ -41,8 +66,9 @@ class Predictor:
         Raises:
             BrokenImage: not an image, damaged, or too many pixels; its text names it.
         """
-        image = decode(data, name, self._transform.upright)
-        pixels, mask, *_ = self._transform(image, generator(SEED))
+        with self._room.taken(min(extent(data), ROOM)):
+            image = decode(data, name, self._transform.upright)
+            pixels, mask, *_ = self._transform(image, generator(SEED))
         return Prepared(pixels, normalise(pixels, self._data.mean, self._data.std), mask)
 
     def answer(self, batch: Sequence[Prepared]) -> np.ndarray:

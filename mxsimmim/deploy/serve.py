@@ -30,7 +30,7 @@ from .batching import Batcher
 from .predictor import Predictor, Prepared
 
 QUEUE = 4  # batches' worth of requests that may be under way; more are turned away
-DECODERS = 4  # threads: an image just below MAX_PIXELS takes each of them 1.2 GB, in a file of 10 kB if need be
+DECODERS = 4  # threads; what they hold together is bounded by predictor.ROOM
 UPLOAD_SECONDS = 30  # an upload may take
 SHUTDOWN_SECONDS = 60  # uploads under way may take at the end
 PATHS = ('/predict', '/reconstruct', '/healthz', '/metrics')

@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -156,6 +157,61 @@ def bomb():
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 100_000, 100_000, 8, 2, 0, 0, 0))
             + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
+
+
+def probabilities(answer):
+    status, _, body = answer
+    assert status == 200, body
+    return {entry['name']: entry['probability'] for entry in json.loads(body)['classes']}
+
+
+def test_images_that_are_small_as_files_only(classifier):
+    """Thin and huge ones: right answers, and a memory that is bounded however many of them come at once."""
+    def png(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, 'PNG')
+        return file.getvalue()
+
+    middle, thin = np.random.default_rng(SEED).integers(0, 256, (20, 1, 3), 'uint8'), np.zeros((60_000, 1, 3), 'uint8')
+    thin[29_990:30_010] = middle
+    # 9400 x 9400 pixels of one colour, lossless WebP: 1.4 GB each, all at once 5.6.
+    huge = bytes.fromhex('524946461e000000574542505650384c110000002fb7e42d090750b22257a6ff8188e87f0000')
+    want = {kind: probabilities(classifier.ask('POST', '/predict', png(pixels))) for kind, pixels in (
+        ('thin', middle), ('huge', np.full((9, 9, 3), (200, 100, 50), 'uint8')))}
+    before = peak(classifier)
+    with ThreadPoolExecutor(8) as threads:
+        sent = [('thin', png(thin)), ('huge', huge)] * 4
+        answers = list(threads.map(lambda item: (item[0], classifier.ask('POST', '/predict', item[1])), sent))
+    for kind, answer in answers:
+        assert probabilities(answer) == pytest.approx(want[kind], abs=1e-5), kind
+    assert peak(classifier) - before < 24 * 89_500_000
+
+
+def peak(server):
+    """The most memory that a server has had, bytes."""
+    with open(f'/proc/{server.process.pid}/status') as file:
+        return 1024 * int(re.search(r'VmHWM:\s*(\d+)', file.read())[1])
+
+
+@pytest.mark.parametrize('run, turned', [('classifier', True), ('ignoring', False)])
+def test_photographs_are_turned_upright_unless_the_run_was_trained_without(folder, run, turned):
+    if run == 'ignoring':
+        shutil.copytree(folder / 'runs' / 'classifier', folder / 'runs' / 'ignoring')
+        config = folder / 'runs' / 'ignoring' / 'config.yaml'
+        config.write_text(config.read_text().replace('exif_orientation: null', 'exif_orientation: false'))
+    exif, photos = Image.Exif(), folder / f'photos-{run}'
+    exif[0x0112] = 6
+    photos.mkdir()
+    image = Image.open(folder / 'images' / '05.png')
+    image.transpose(Image.ROTATE_90).save(photos / 'lying.png', exif=exif)
+    image.transpose(Image.ROTATE_90).save(photos / 'lying-plain.png')
+    image.save(photos / 'upright.png')
+    done = subprocess.run(command('predict', f'runs/{run}', photos, '--top', 10), cwd=folder, check=True,
+                          timeout=DEADLINE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    plain, lying, upright = (line.split(None, 1)[1] for line in done.stdout.splitlines())
+    assert lying == (upright if turned else plain) and plain != upright
+    note = 'EXIF orientation is ignored, as in training: the run has data.exif_orientation=false'
+    assert done.stderr.count(note) == (not turned) and len(done.stderr.splitlines()) == (not turned)
 
 
 def half_a_jpeg():

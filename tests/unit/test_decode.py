@@ -278,3 +278,62 @@ def test_exif_of_any_order_and_garbage(payload, turn):
     assert orientation(data) == turn
     assert (decode(data, 'x') == want).all()
     assert (decode(data, 'x', upright=True) == (np.rot90(want, -1) if turn == 6 else want)).all()
+
+
+@pytest.mark.parametrize('magic, maximum', [(b'P5', 254), (b'P5', 1000), (b'P5', 4095), (b'P6', 100), (b'P6', 1023),
+                                            (b'P6', 65535)])
+def test_any_maximum_of_pnm_as_pillow_reads_it(magic, maximum, said):
+    channels = 3 if magic == b'P6' else 1
+    values = np.random.default_rng(9).integers(0, maximum + 1, (40, 50, channels))
+    values[0, :2] = [[0] * channels, [min(maximum + 1, 255 if maximum < 256 else 65535)] * channels]
+    data = b'%s 50 40 %d\n' % (magic, maximum) + values.astype('u1' if maximum < 256 else '>u2').tobytes()
+    with Image.open(io.BytesIO(data)) as image:
+        want = np.asarray(image)
+    want = want >> 8 if channels == 1 and maximum > 255 else want
+    assert (decode(data, 'x', say=said.append) == want.reshape(40, 50, channels)).all() and not said
+    with pytest.raises(BrokenImage, match='^x: image file is truncated'):
+        decode(data[:-1], 'x')
+
+
+def test_a_jpeg_of_too_many_scans(monkeypatch):
+    """Each costs the time of a whole image, in some bytes. What looks like one in other segments or after the end is
+    none.
+    """
+    data = encode(PICTURE, 'JPEG', progressive=True)
+    last = data[data.rfind(b'\xff\xc4'):-2]
+    many = data[:-2] + 50 * last + b'\xff\xd9'
+    monkeypatch.setattr(decoding, 'MAX_PIXELS', 23 * 17 * 3)
+    assert (decode(many, 'x') == decode(data, 'x')).all()  # small: 60 times its pixels are not many
+    monkeypatch.setattr(decoding, 'MAX_PIXELS', 23 * 17)
+    with pytest.raises(BrokenImage, match='^x: 23 x 17 pixels in 60 scans are too many'):
+        decode(many, 'x')
+    for other in (data + 99 * b'\xff\xda', jpeg_with(b'http:' + 99 * b'\xff\xda')):
+        assert decode(other, 'x').shape == (17, 23, 3)
+
+
+def test_a_tile_that_is_larger_than_its_image(monkeypatch):
+    pixels = zlib.compress(bytes(128 * 64))
+    data = tiff(np.zeros((16, 16), np.uint8), t259=[8], t322=[128], t323=[64], t324=[0], t325=[len(pixels)])
+    assert extent(data) == 128 * 64
+    monkeypatch.setattr(decoding, 'MAX_PIXELS', 128 * 64 - 1)
+    with pytest.raises(BrokenImage, match='^x: 16 x 16 pixels are more than'):
+        decode(data, 'x')
+
+
+@pytest.mark.parametrize('mode, form', [('RGBA', 'PNG'), ('P', 'PNG'), ('LA', 'PNG'), ('CMYK', 'TIFF'), ('1', 'PNG'),
+                                        ('L', 'TIFF'), ('F', 'TIFF'), ('I', 'TIFF'), ('I;16', 'TIFF')])
+@pytest.mark.parametrize('strip', [1, 100, 23 * 16])
+def test_strips_change_nothing(mode, form, strip, monkeypatch):
+    if mode == 'I;16':
+        image = Image.fromarray(np.asarray(PICTURE.convert('L')).astype(np.uint16) * 256)
+    else:
+        image = PICTURE.convert('L').convert(mode) if mode in 'IF' else PICTURE.convert(mode)
+    data = encode(image, form)
+    want = decode(data, 'x')
+    monkeypatch.setattr(decoding, 'STRIP', strip)
+    assert (decode(data, 'x') == want).all()
+
+
+def test_extent():
+    assert [extent(encode(PICTURE, form)) for form in ('JPEG', 'PNG', 'WEBP', 'TIFF')] == [23 * 17] * 4
+    assert extent(b'nothing') == extent(b'') == 0

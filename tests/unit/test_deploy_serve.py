@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from mxsimmim.data.transforms import BrokenImage
 from mxsimmim.deploy import serve
+from mxsimmim.deploy.predictor import Room
 from mxsimmim.deploy.serve import QUEUE, Service
 
 DEADLINE = 20
@@ -187,3 +188,27 @@ def test_a_connection_at_the_end_is_answered_or_refused():
 
     for _ in range(5):
         asyncio.run(run(serve._listen('127.0.0.1', 0)))
+
+
+def test_room_is_shared_in_order():
+    """What needs all of it waits for those inside, those after it wait for it."""
+    room, order, let_go = Room(10), [], threading.Event()
+
+    def use(name, amount, until=None):
+        with room.taken(amount):
+            order.append(name)
+            assert until is None or until.wait(DEADLINE)
+
+    threads = []
+    for name, amount, until in (('first', 4, let_go), ('second', 6, let_go), ('large', 10, None), ('small', 1, None)):
+        threads.append(threading.Thread(target=use, args=(name, amount, until), daemon=True))
+        threads[-1].start()
+        threads[-1].join(0.1)
+    assert order == ['first', 'second']
+    let_go.set()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+    assert order == ['first', 'second', 'large', 'small']
+    with room.taken(10):  # nothing is lost
+        pass
