@@ -9,11 +9,10 @@ import numpy as np
 from . import metrics, pictures
 from .config import Config
 from .data.loader import every_image
-from .data.sampling import split
 from .data.sources import Source
 from .data.transforms import ClassifyEvalTransform
+from .parallel.control import ControlPlane
 from .parallel.placement import Replicated
-from .parallel.stores import Store
 from .text import encode
 
 SHOWN = 20  # classes in the text that is printed; the file has all
@@ -22,10 +21,11 @@ SHOWN = 20  # classes in the text that is printed; the file has all
 class Evaluation:
     """Labelled images, each counted once, whichever worker measures it."""
 
-    def __init__(self, config: Config, source: Source, labels: np.ndarray, classes: Sequence[str], workers: Store):
+    def __init__(self, config: Config, source: Source, labels: np.ndarray, classes: Sequence[str],
+                 control: ControlPlane):
         """labels are the numbers (n,) of the images' `classes`."""
         self._config, self._source, self._labels, self._classes = config, source, labels, classes
-        self._workers = workers
+        self._control = control
         self.images = len(source)
 
     def measure(self, placement: Replicated) -> Dict[str, float]:
@@ -44,16 +44,11 @@ class Evaluation:
         Called by every worker at the same time; raises ValueError as `measure`, or where it cannot write.
         """
         values, own = self._measure(placement)
-        # Every worker's predictions, in as many numbers as the largest part has images.
-        parts = split(self.images, self._workers.size)
-        padded = np.full(parts[0].stop, metrics.NONE)
-        padded[:len(own)] = own
-        rows = self._workers.gather(padded).astype(int)
-        predicted = np.concatenate([row[:part.stop - part.start] for row, part in zip(rows, parts)])
+        predicted = np.concatenate([np.array(part, int) for part in self._control.all_gather('predictions', own)])
         matrix = metrics.confusion_matrix(self._labels, predicted, len(self._classes))
         scores = metrics.class_scores(self._labels, predicted, len(self._classes))
         text = self._text(values, scores, matrix)
-        if self._workers.rank == 0:
+        if self._control.rank == 0:
             self._write(folder, values, metrics.class_table(scores, self._classes))
             text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
             try:
@@ -66,15 +61,15 @@ class Evaluation:
     def _measure(self, placement: Replicated) -> Tuple[Dict[str, float], np.ndarray]:
         """The values of all workers, and the predicted classes of this one's images."""
         tally, predicted, clock = metrics.Tally(), [np.empty(0, int)], [time.monotonic()]
-        config, workers = self._config, self._workers
-        batch = -(-config.train.batch_size // (config.train.accumulate * workers.size))
+        config, control = self._config, self._control
+        batch = -(-config.train.batch_size // (config.train.accumulate * control.size))
         transform = ClassifyEvalTransform(config.data, config.model)
-        for part in every_image(self._source, transform, batch, config.data.threads, workers.rank, workers.size):
+        for part in every_image(self._source, transform, batch, config.data.threads, control.rank, control.size):
             predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
             clock.append(time.monotonic())
         first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
         speed = [sum(map(len, predicted[1 + first:])), clock[-1] - clock[first]]
-        gathered = workers.gather(np.concatenate([tally.state(), speed]))
+        gathered = np.array(control.all_gather('evaluation', np.concatenate([tally.state(), speed])))
         values = metrics.Tally(gathered[:, :-2].sum(axis=0)).values()
         values['val_images_per_second'] = gathered[:, -2].sum() / gathered[:, -1].max()
         return values, np.concatenate(predicted)

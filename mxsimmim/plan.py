@@ -1,8 +1,6 @@
 """What a run will do, computed before it starts: when what happens, and how a batch is divided."""
 from typing import List, NamedTuple, Optional, Sequence
 
-import numpy as np
-
 from .config import Config, Duration
 from .data.sampling import apportion, steps_per_epoch
 from .models.cost import multiply_adds
@@ -50,12 +48,10 @@ def expected_step(config: Config, place: World) -> float:
     return 6 * multiply_adds(config.model) * config.train.batch_size / place.size / 1e11
 
 
-def in_groups(task: Task, images: int, weights: Sequence[float], least: np.ndarray) -> List[int]:
+def in_groups(task: Task, images: int, weights: Sequence[float], least: Sequence[int]) -> List[int]:
     """`apportion`, but no worker's part ends within images that the task's transform mixes; the last takes the rest."""
     group = task.transform().group
-    least = least.astype(int)
-    least[-1] -= images % group
-    groups = (-(-least // group)).tolist()
+    groups = [-(-count // group) for count in [*least[:-1], least[-1] - images % group]]
     if group > 1 and sum(groups) > images // group:
         raise ValueError(f'train.batch_size={images} is too small: with mixup or CutMix, which take {group} images, '
                          f'the workers need {", ".join(str(group * n) for n in groups)} of them (devices x '

@@ -16,8 +16,8 @@ from .evaluation import Evaluation
 from .interop import official
 from .models import Classifier, SimMIM, build_classifier, build_simmim, named_parameters
 from .optim import OPTIMIZERS, parameter_groups, weight_decays
+from .parallel.control import ControlPlane
 from .parallel.placement import Replicated
-from .parallel.stores import Store
 from .run import check_classes
 from .validation import SEED, Validation, table
 
@@ -56,9 +56,9 @@ class Pretraining:
         """What is done to a training image."""
         return PretrainTransform(self.config.data, self.config.mask, self.config.model)
 
-    def validation(self, workers: Store) -> Optional[Validation]:
+    def validation(self, control: ControlPlane) -> Optional[Validation]:
         """Loss on the held-out images, if there are any."""
-        return Validation(self.config, self.held_out, workers) if self.held_out else None
+        return Validation(self.config, self.held_out, control) if self.held_out else None
 
     @staticmethod
     def score(values: Mapping[str, float]) -> float:
@@ -127,11 +127,11 @@ class Classification:
         return ClassifyTransform(self.config.data, self.config.augment, self.config.model, self._data.train_labels,
                                  len(self.classes))
 
-    def validation(self, workers: Store) -> Optional[Evaluation]:
+    def validation(self, control: ControlPlane) -> Optional[Evaluation]:
         """As in `Pretraining`."""
         if not self.held_out:
             return None
-        return Evaluation(self.config, self.held_out, self._data.held_out_labels, self.classes, workers)
+        return Evaluation(self.config, self.held_out, self._data.held_out_labels, self.classes, control)
 
     @staticmethod
     def score(values: Mapping[str, float]) -> float:
@@ -171,7 +171,7 @@ def check_room(config: Config, task: Task, folder: Path, last: int) -> None:
         files.check_room(folder, checkpoint_bytes(config, len(task.classes)), len(saved))
 
 
-def check_same_job(config: Config, task: Task, store: Store) -> None:
+def check_same_job(config: Config, task: Task, control: ControlPlane) -> None:
     """Compares configuration, images, classes, labels and the number of held-out images of all workers.
 
     Raises:
@@ -182,23 +182,23 @@ def check_same_job(config: Config, task: Task, store: Store) -> None:
     labels = [zlib.crc32(part.tobytes()) for part in task.labels]
     own = {'config': configfile.to_dict(config), 'samples': len(source), 'names': names, 'classes': list(task.classes),
            'labels': labels, 'held_out': held_out}
-    first = store.share(lambda: own)
+    first = control.broadcast_object('comparison of configurations and images', lambda: own)
     changed = configfile.differences(configfile.from_dict(first['config'], 'rank 0'), config,
                                      configfile.FREE_BETWEEN_WORKERS)
     if changed:
-        raise ValueError(f'rank {store.rank} is configured differently from rank 0: '
+        raise ValueError(f'rank {control.rank} is configured differently from rank 0: '
                          + ', '.join(f'{key} (rank 0 {old}, here {new})' for key, old, new in changed)
                          + ': give all workers the same files and the same command')
     if (first['samples'], first['names']) != (len(source), names):
-        raise ValueError(f'data.path={config.data.path}: rank {store.rank} finds {len(source):,} images here, rank 0 '
+        raise ValueError(f'data.path={config.data.path}: rank {control.rank} finds {len(source):,} images here, rank 0 '
                          f'{first["samples"]:,}, or others: all workers need the same images')
     if first['held_out'] != held_out:
-        raise ValueError(f'data.val_path={config.data.val_path}: rank {store.rank} finds {held_out:,} images here, '
+        raise ValueError(f'data.val_path={config.data.val_path}: rank {control.rank} finds {held_out:,} images here, '
                          f'rank 0 {first["held_out"]:,}: all workers need the same images')
     check_classes('rank 0', first['classes'], task.classes, 'all workers need the same')
     data = config.data
     for number, where in enumerate((f'data.labels={data.labels}, data.path={data.path}',
                                     f'data.val_labels={data.val_labels}, data.val_path={data.val_path}')):
         if first['labels'][number:number + 1] != labels[number:number + 1]:
-            raise ValueError(f'{where}: some images have other classes for rank {store.rank} than for rank 0: all '
+            raise ValueError(f'{where}: some images have other classes for rank {control.rank} than for rank 0: all '
                              'workers need the same')

@@ -27,6 +27,7 @@ from .optim import OPTIMIZERS, learning_rates
 from .parallel.aggregate import ElasticAverage, LocalSGD, SyncGradients
 from .parallel.asynchronous import AsyncServer, ServerStore
 from .parallel.average import WeightAverage
+from .parallel.control import ControlPlane, connect
 from .parallel.modes import Mode, horovod_settings, mode_of
 from .parallel.placement import Replicated, contexts_of
 from .parallel.replicas import compare
@@ -82,13 +83,13 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         stop = stack.enter_context(Stop())
         if place.rank == 0:
             stack.enter_context(locked(folder, notes.append))
-        store = open_store(config, mode, place)
-        check_same_job(config, task, store)
-        stack.enter_context(operators(config, contexts, store, notes.append))
+        store = open_store(config, mode, place, stack.enter_context(connect(place, os.environ)))
+        check_same_job(config, task, store.control)
+        stack.enter_context(operators(config, contexts, store.control, notes.append))
         saved = None
         if place.rank == 0:
             saved = checkpoint_to_resume(config, len(task.source), task.classes, notes.append)
-        resumed = store.share(lambda: saved and {'step': saved.step, **saved.state})
+        resumed = store.control.broadcast_object('checkpoint', lambda: saved and {'step': saved.step, **saved.state})
         first = resumed['step'] if resumed else 0
         monitor = Quiet()
         if place.rank == 0:
@@ -109,13 +110,17 @@ def evaluate(config: Config) -> int:
     """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; 0."""
     place = world(os.environ)
     contexts, mode = contexts_of(config.devices, place), mode_of(config, place)
-    folder = folder_of(config)
-    if place.rank == 0 and folder.is_dir():
-        files.try_place(folder)  # for the evaluation at the end
+    if place.rank == 0 and folder_of(config).is_dir():
+        files.try_place(folder_of(config))  # for the evaluation at the end
     task = TASKS[config.task](config)
-    store = open_store(config, mode, place)
-    check_same_job(config, task, store)
-    validation = task.validation(store)
+    with connect(place, os.environ) as control:
+        return _evaluate(config, place, task, contexts, open_store(config, mode, place, control))
+
+
+def _evaluate(config: Config, place: World, task: Task, contexts: List[mx.Context], store: Store) -> int:
+    folder = folder_of(config)
+    check_same_job(config, task, store.control)
+    validation = task.validation(store.control)
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     if place.rank == 0:
@@ -132,7 +137,7 @@ def evaluate(config: Config) -> int:
     return 0
 
 
-def operators(config: Config, contexts: List[mx.Context], store: Store, log: Callable[[str], None]
+def operators(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]
               ) -> ContextManager[None]:
     """Chooses the form of the operators: native ones, if all workers have them.
 
@@ -142,22 +147,22 @@ def operators(config: Config, contexts: List[mx.Context], store: Store, log: Cal
         ValueError: the configuration asks for what only native operators do.
     """
     choice = ops.choose(config.runtime.precision, contexts)
-    native = store.gather([choice.form == 'native'])[:, 0]
-    if config.model.recompute and not native.all():
+    native = control.all_gather('form of the operators', choice.form == 'native')
+    if config.model.recompute and not all(native):
         raise ValueError("key 'model.recompute': only native operators, on CPUs, can compute activations again, and "
-                         f'rank {int(native.argmin())} has none (`mxsimmim doctor` says why): write '
+                         f'rank {native.index(False)} has none (`mxsimmim doctor` says why): write '
                          'model.recompute=false, and use train.accumulate to need less memory')
-    if native.all() or choice.form == 'reference':
+    if all(native) or choice.form == 'reference':
         return contextlib.nullcontext()
-    log(f'rank {int(native.argmin())} computes with reference operators (its log says why): so do all')
+    log(f'rank {native.index(False)} computes with reference operators (its log says why): so do all')
     return ops.using('reference')
 
 
-def open_store(config: Config, mode: Mode, place: World) -> Store:
-    """Where this process's workers meet."""
+def open_store(config: Config, mode: Mode, place: World, control: ControlPlane) -> Store:
+    """What adds up the arrays of this process and of its job's others."""
     if mode.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
         os.environ.update({**horovod_settings(expected_step(config, place)), **os.environ})
-    return ServerStore(mode.store, place) if mode.store == 'dist_async' else make_store(mode.store, place)
+    return (ServerStore if mode.store == 'dist_async' else make_store)(mode.store, place, control)
 
 
 def train(run: Run, start: int, stop: Stop) -> int:
@@ -185,7 +190,7 @@ def train(run: Run, start: int, stop: Stop) -> int:
         stop_at = aggregation.agree(done, bool(stop.signal), validating or saving)
         if plan.check and done % plan.check == 0 and aggregation.equal(done):
             with aggregation.consensus():
-                compare(named_parameters(run.placement.net), aggregation.workers, done)
+                compare(named_parameters(run.placement.net), aggregation.workers.control, done)
         if validating:
             validate(run, done)
         if saving or done == stop_at or run.progress.ended:
@@ -215,7 +220,7 @@ def rebalance(run: Run) -> None:
     """Gives each worker images in proportion to how fast it computed those it had."""
     workers, seconds = run.aggregation.workers, run.meter.clock.steps
     needed = len(run.placement.contexts) * run.config.train.accumulate
-    times, least = workers.gather([np.median(seconds), needed]).T
+    times, least = zip(*workers.control.all_gather('speed', [np.median(seconds), needed]))
     seconds.clear()
     images = in_groups(run.task, sum(run.images), [n / t for n, t in zip(run.images, times)], least)
     if images != run.images:
@@ -268,13 +273,13 @@ def assemble(config: Config, plan: Plan, task: Task, contexts: List[mx.Context],
         average = WeightAverage(named_parameters(net), config.train.ema, saved and saved.arrays.get('ema'))
         if resumed:
             average.share(store)
-    return Run(config, plan, task, loader, placement, aggregation, images, meter, monitor, task.validation(store),
-               Progress(config.train, resumed and resumed.get('progress')), average)
+    return Run(config, plan, task, loader, placement, aggregation, images, meter, monitor,
+               task.validation(store.control), Progress(config.train, resumed and resumed.get('progress')), average)
 
 
 def divide(config: Config, task: Task, store: Store, needed: int, resumed: Optional[Dict[str, Any]]) -> List[int]:
     """Images of a batch for each worker; each needs one for each of its devices and accumulated parts."""
-    least = store.gather([needed])[:, 0]
+    least = store.control.all_gather('devices and accumulated parts', needed)
     shares = config.data.shares
     if shares == 'auto' and resumed and len(resumed['images']) == store.size:
         return resumed['images']
@@ -392,10 +397,11 @@ def conclude(run: Run, folder: Path, finished: bool) -> None:
     say = run.monitor.message
     if run.progress.ended:
         say(f'stopped: {run.config.train.stop_early} validations without a new best (train.stop_early)')
-    rows = run.aggregation.workers.share(lambda: [row for row in read_metrics(folder) if 'val_loss' in row])
+    control = run.aggregation.workers.control
+    rows = control.broadcast_object('validations', lambda: [row for row in read_metrics(folder) if 'val_loss' in row])
     if finished and rows and run.validation:
         with model_so_far(run):
-            if run.task.classes or run.aggregation.workers.rank == 0:  # a classifier is evaluated by all workers
+            if run.task.classes or control.rank == 0:  # a classifier is evaluated by all workers
                 say(run.task.conclusion(run.validation, rows, run.plan.total, run.placement, folder))
     if any((folder / 'pictures').glob('*')):
         say(f'pictures: {folder}/pictures')

@@ -10,23 +10,23 @@ from .data.loader import Batch, fixed_batches
 from .data.masks import average_distance
 from .data.sources import SEED, Source
 from .data.transforms import EvalTransform
+from .parallel.control import ControlPlane
 from .parallel.placement import Replicated
-from .parallel.stores import Store
 from .pictures import grid, to_uint8
 
 
 class Validation:
     """Held-out images and their masks; neither depends on the run's seed. Each worker measures its part of them."""
 
-    def __init__(self, config: Config, source: Source, workers: Store):
-        self._config, self._source, self._workers = config, source, workers
+    def __init__(self, config: Config, source: Source, control: ControlPlane):
+        self._config, self._source, self._control = config, source, control
         self.images = min(config.validation.images, len(source))
         self._distances: Optional[float] = None
 
     def batches(self, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """One of `size` parts of the images, in batches no larger than a worker's in training."""
         config = self._config
-        batch = -(-config.train.batch_size // (config.train.accumulate * self._workers.size))
+        batch = -(-config.train.batch_size // (config.train.accumulate * self._control.size))
         transform = EvalTransform(config.data, config.mask, config.model)
         return fixed_batches(self._source, transform, min(batch, self.images), self.images, SEED,
                              config.data.threads, rank=rank, size=size)
@@ -37,13 +37,13 @@ class Validation:
         Each image counts once, however many workers share them.
         """
         sums, masks = [], []
-        for batch in self.batches(self._workers.rank, self._workers.size):
+        for batch in self.batches(self._control.rank, self._control.size):
             sums.append(placement.loss(batch))
             masks.append(batch.mask)
         if self._distances is None:  # while the device works; the masks never change
             self._distances = sum(len(mask) * average_distance(mask, self._config.model.patch_size) for mask in masks)
         own = [math.fsum(s.asscalar() for s in sums), self._distances]
-        loss, distance = self._workers.gather(own).sum(axis=0) / self.images
+        loss, distance = np.sum(self._control.all_gather('validation', own), axis=0) / self.images
         return {'val_loss': loss, 'val_avg_dist': distance}
 
     def picture(self, placement: Replicated) -> np.ndarray:

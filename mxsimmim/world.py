@@ -5,13 +5,15 @@ from typing import Mapping, NamedTuple, Optional, Tuple
 HOROVOD = ('HOROVOD_RANK', 'HOROVOD_SIZE', 'HOROVOD_LOCAL_RANK', 'HOROVOD_LOCAL_SIZE')
 MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_SIZE')
 FIRSTS = 'MXSIMMIM_FIRST_RANKS'  # from our launcher: of Horovod's ranks, which go host by host, each host's first
+CONTROL = 'MXSIMMIM_CONTROL'  # from our launcher: address:port where rank 0 serves the control plane
 SLURM = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE')
 
 
 class World(NamedTuple):
     """A process's place. `transport` is how it reaches the others: 'ps', 'horovod', or None where it is alone.
 
-    `firsts` are the first ranks of all hosts, ascending; empty where the launcher does not say.
+    `firsts` are the first ranks of all hosts, ascending; `control` is where rank 0 serves the control plane. Both are
+    empty where the launcher does not say.
     """
     role: str = 'worker'  # or 'server', 'scheduler'
     rank: int = 0
@@ -22,6 +24,7 @@ class World(NamedTuple):
     transport: Optional[str] = None
     p3: bool = False
     firsts: Tuple[int, ...] = ()
+    control: str = ''
 
 
 ALONE = World()
@@ -44,7 +47,8 @@ def world(environ: Mapping[str, str]) -> World:
             rank, size, local_rank, local_size = (_number(environ, name, default)
                                                   for name, default in zip(names, (0, 1, 0, 1)))
             firsts = tuple(map(int, filter(None, environ.get(FIRSTS, '').split(',')))) if names is HOROVOD else ()
-            return World('worker', rank, size, local_rank, local_size, 0, 'horovod', firsts=firsts)
+            return World('worker', rank, size, local_rank, local_size, 0, 'horovod', firsts=firsts,
+                         control=environ.get(CONTROL, '') if names is HOROVOD else '')
     return ALONE
 
 
@@ -55,7 +59,7 @@ def _servers(environ: Mapping[str, str]) -> World:
     # ps-lite's own ranks change from start to start; the launcher's do not.
     rank = 0 if role == 'scheduler' else _number(environ, f'DMLC_{role.upper()}_ID')
     return World(role, rank, _number(environ, 'DMLC_NUM_WORKER'), servers=_number(environ, 'DMLC_NUM_SERVER'),
-                 transport='ps', p3=environ.get('DMLC_PS_VAN_TYPE') == 'p3')
+                 transport='ps', p3=environ.get('DMLC_PS_VAN_TYPE') == 'p3', control=environ.get(CONTROL, ''))
 
 
 def _number(environ: Mapping[str, str], name: str, default: Optional[int] = None) -> int:

@@ -2,7 +2,7 @@
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..world import FIRSTS
+from ..world import CONTROL, FIRSTS
 
 # What a process must not inherit from a shell that itself ran inside another job.
 OTHER_WORLDS = {'ps': ('HOROVOD_RANK', 'HOROVOD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),
@@ -124,13 +124,15 @@ KEPT = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(1 
 
 
 def environments(processes: Sequence[Process], sites: Sequence[Site], port: int, given: Dict[str, Dict[str, str]],
-                 p3: bool = False, gpus: bool = False, horovod: str = '') -> List[Dict[str, Optional[str]]]:
+                 p3: bool = False, gpus: bool = False, horovod: str = '',
+                 control: str = '') -> List[Dict[str, Optional[str]]]:
     """What each process finds in its environment beside what its host gives it; None removes a variable.
 
     Args:
         port: of the scheduler, or of Horovod's rendezvous, on the host of the scheduler or of rank 0.
         given: the user's variables by role ('worker', 'server'; a scheduler gets the servers').
         horovod: '' for parameter servers, else what Horovod's ranks speak: 'gloo' or 'mpi'.
+        control: address:port of the control plane, on the host of worker 0.
 
     Raises:
         ValueError: a host has fewer GPUs than workers.
@@ -142,6 +144,7 @@ def environments(processes: Sequence[Process], sites: Sequence[Site], port: int,
     for process in processes:
         site, mates = sites[process.host], local[process]
         environ: Dict[str, Optional[str]] = dict.fromkeys(OTHER_WORLDS['horovod' if horovod else 'ps'])
+        environ[CONTROL] = control if process.role == 'worker' and control else None
         environ['PYTHONUNBUFFERED'] = '1'  # or rank 0's lines would arrive in blocks
         environ['PYTHONFAULTHANDLER'] = '1'  # any Python then names the line of a crash in native code
         environ['OMP_NUM_THREADS'] = str(max(1, site.cores // max(1, len(mates))))

@@ -50,10 +50,10 @@ async def prepare(job: 'Job') -> None:
     sites = [Site(job.name(seat), seat.facts['address'], seat.facts['interface'], seat.facts['cores'],
                   seat.facts['gpus']) for seat in firsts if seat.facts]
     refuse(problems + preflight.problems(sites, facts, options))
-    port = await meet(job, sites)
+    port, control = await meet(job, sites)
     speaks = 'mpi' if options.launcher == 'mpi' and all(fact['mpi'] for fact in facts) else 'gloo'
     environs = plan.environments(job.processes, sites, port, options.given, options.p3, options.devices == 'gpu',
-                                 speaks if options.horovod else '')
+                                 speaks if options.horovod else '', control)
     introduce(job, sites)
     remove_logs(job)
     key = secrets.token_hex(32)
@@ -175,19 +175,22 @@ def remove_logs(job: 'Job') -> None:
                 os.remove(os.path.join(LOGS, name))
 
 
-async def meet(job: 'Job', sites: Sequence[Site]) -> int:
-    """Settles where the job meets: the port of the scheduler, or of Horovod's rendezvous, that every host can reach."""
-    root = next((p for p in job.processes if p.role == 'scheduler'), job.processes[0])
-    address = sites[root.host].address
-    answers = []
+async def meet(job: 'Job', sites: Sequence[Site]) -> Tuple[int, str]:
+    """Settles where the job meets, so that every host gets there: the port of the scheduler or of Horovod's rendezvous,
+    and address:port of the control plane."""
+    async def reserve(process: plan.Process, how: str) -> Tuple[str, int]:
+        address, answers = sites[process.host].address, []
 
-    async def reserve(seat: Seat) -> None:
-        answers.append(await seat.ask('reserved', START, do='rendezvous' if job.options.horovod else 'reserve',
-                                      address=address))
-    refuse(await each(job, [job.seat(root)], reserve))
-    port = answers[0]['port']
-    refuse(await each(job, job.seats, lambda seat: seat.ask('reached', START, do='reach', address=address, port=port)))
-    return port
+        async def ask(seat: Seat) -> None:
+            answers.append(await seat.ask('reserved', START, do=how, address=address))
+        refuse(await each(job, [job.seat(process)], ask))
+        port = answers[0]['port']
+        refuse(await each(job, job.seats,
+                          lambda seat: seat.ask('reached', START, do='reach', address=address, port=port)))
+        return address, port
+    root = next((p for p in job.processes if p.role == 'scheduler'), job.processes[0])
+    _, port = await reserve(root, 'rendezvous' if job.options.horovod else 'reserve')
+    return port, '%s:%d' % await reserve(job.processes[0], 'reserve')
 
 
 def introduce(job: 'Job', sites: Sequence[Site]) -> None:

@@ -16,6 +16,7 @@ from ..meter import Clock
 from ..ops import adamw
 from ..optim import Optimizer
 from .compression import TRANSPORTS
+from .control import Pending
 from .gradients import exchanged
 from .stores import Copies, Store
 
@@ -41,8 +42,7 @@ class SyncGradients:
         home = store if train.compression == 'none' else Store('device')
         self._exchanged = exchanged(self._parameters, home) if store.size > 1 or len(self._contexts) > 1 else None
         self._transport = TRANSPORTS[train.compression](store, self.gradients(), train.threshold)
-        self._vote = [[mx.nd.zeros((1,))]]
-        self._vote_key = store.keys(self._vote)
+        self._votes: Optional[Pending] = None  # of the last step
 
     def total(self, _images: int) -> int:
         """Images over which the gradient is a mean; a worker's own `_images` are a part of them."""
@@ -90,10 +90,8 @@ class SyncGradients:
         """
         if self.store.size == 1:
             return step if stopping else None
-        votes = self._vote[0][0].asscalar()
-        self._vote[0][0][:] = stopping
-        self.store.sum(self._vote_key, self._vote)
-        return step if votes else None
+        votes, self._votes = self._votes, self.store.control.start_gather('votes to stop', stopping)
+        return step if votes and any(votes.result()) else None
 
     def consensus(self) -> ContextManager[None]:
         """While entered, the parameters hold the model that the job has trained so far."""
@@ -106,12 +104,12 @@ class SyncGradients:
     def combine(self, rows: np.ndarray) -> np.ndarray:
         """The job's (k, 3) losses, norms and whether applied, of this worker's, for the k steps since the last call."""
         if self.store.size > 1:
-            rows[:, 0] = self.store.gather(rows[:, 0]).sum(axis=0)
+            rows[:, 0] = np.sum(self.store.control.all_gather('losses', rows[:, 0]), axis=0)
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
         """Means of some numbers over the workers, and further values for the log."""
-        return list(self.workers.gather(noted).mean(axis=0) if self.workers.size > 1 else noted), {}
+        return list(np.mean(self.workers.control.all_gather('figures for the log', noted), axis=0)), {}
 
     def moments(self) -> Dict[str, Any]:
         """The optimiser's state, for a checkpoint."""
@@ -170,10 +168,10 @@ class _Rounds(SyncGradients):
         return stats
 
     def agree(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
-        return step if self.equal(step) and self.workers.gather([stopping]).any() else None
+        return step if self.equal(step) and any(self.workers.control.all_gather('votes to stop', stopping)) else None
 
     def combine(self, rows: np.ndarray) -> np.ndarray:
-        rows = self.workers.gather(rows.ravel()).reshape((-1,) + rows.shape)
+        rows = np.array(self.workers.control.all_gather('losses', rows))  # (workers, k, 3)
         weights = np.array(self._images)[:, None] / sum(self._images)
         return np.stack([(rows[:, :, 0] * weights).sum(0), (rows[:, :, 1] * weights).sum(0), rows[:, :, 2].min(0)], 1)
 

@@ -14,40 +14,23 @@ from ..meter import Clock
 from ..world import World
 from . import protocol
 from .aggregate import global_norm
-from .stores import Store, from_bytes, to_bytes
+from .control import ControlPlane
+from .stores import Store
 
 
 KINDS = ('mean', 'var', 'weight')  # what the servers hold for each parameter, besides what workers compute with
 
 
 class ServerStore(Store):
-    """dist_async: what is pushed goes to the server's rule for that key. There are no sums; `gather` meets."""
+    """dist_async: what is pushed goes to the server's rule for that key. There are no sums."""
 
-    def __init__(self, name: str, world: World):
-        super().__init__(name, world)
+    def __init__(self, name: str, world: World, control: Optional[ControlPlane] = None):
+        super().__init__(name, world, control)
         self.servers = world.servers
         self._number = time.time_ns()  # of commands; grows from process to process, too
-        self._next = protocol.ROWS
         if self.rank == 0:
             self.command({})  # from now on the servers have a rule for what is pushed
         self.meet()
-
-    def gather(self, row: Sequence[float]) -> np.ndarray:
-        """As `Store.gather`: a row has its key in each worker, and the servers put there what was pushed last."""
-        length = 8 * len(row)
-        if length not in self._rows:
-            keys = list(range(self._next, self._next + self.size))
-            self._next += self.size
-            self.init(keys, [mx.nd.zeros((length,))] * self.size)
-            self._rows[length] = keys
-        keys = self._rows[length]
-        self._store.push(keys[self.rank], mx.nd.array(to_bytes(row)))
-        self.meet()
-        rows = [mx.nd.zeros((length,)) for _ in keys]
-        for key, array in zip(keys, rows):
-            self._store.pull(key, out=array)
-        self.meet()
-        return from_bytes(np.stack([array.asnumpy() for array in rows]))
 
     def init(self, keys: List[int], arrays: Sequence[mx.nd.NDArray]) -> None:
         """Rank 0's values for new keys."""
@@ -155,8 +138,8 @@ class AsyncServer:
                 self._write(protocol.STOP, [1])
             stopping = stopping or self._boards[1].asnumpy()[0, protocol.STOP] > 0
             if stopping or due:
-                steps, votes = self.workers.gather([step, stopping]).T
-                self._stop_at = int(steps.max()) if votes.any() else None
+                steps, votes = zip(*self.workers.control.all_gather('votes to stop', [step, stopping]))
+                self._stop_at = max(steps) if any(votes) else None
         return self._stop_at
 
     @contextlib.contextmanager

@@ -6,20 +6,19 @@ it, as containers limit /dev/shm.
 import ctypes
 import mmap
 import os
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import mxnet as mx
 import numpy as np
 from mxnet.base import _LIB, check_call
 
 from ..ops import chosen, library
+from .control import ControlPlane
 
 LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
 CPU = (ctypes.c_int * 2)(1, 0)  # mx.cpu(), as MXNet's Context
 PRIORITIZED = ctypes.c_int(3)  # FnProperty::kCPUPrioritized: threads that do not compute
 THREADS = 2  # of these wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening
-
-Gather = Callable[[Sequence[float]], np.ndarray]
 
 
 def usable(context: mx.Context, environ: Mapping[str, str]) -> bool:
@@ -38,8 +37,8 @@ class Task(ctypes.Structure):
 class HostMemory:
     """float32 arrays, of which each worker of a host has its own and sees those of the others."""
 
-    def __init__(self, sizes: Sequence[int], ranks: Sequence[int], rank: int, gather: Gather, everybody: bool):
-        """All workers of the job do this at once, with a `gather` for all of them.
+    def __init__(self, sizes: Sequence[int], ranks: Sequence[int], rank: int, control: ControlPlane, everybody: bool):
+        """All workers of the job do this at once.
 
         sizes: elements of each array. ranks: this host's workers, `rank` among them. everybody: the job has no others.
 
@@ -52,9 +51,9 @@ class HostMemory:
         # Each worker's part begins a page: pages lie near the worker that touches them first.
         head, part = (-(-int(size) // mmap.PAGESIZE) * mmap.PAGESIZE
                       for size in (2 * len(sizes) * LINE, offsets[-1]))
-        self._processes = gather([os.getpid()])[:, 0].astype('int32')[ranks]
+        self._processes = np.array(control.all_gather('process numbers', os.getpid()), 'int32')[ranks]
         own = range(0 if self.first else head + me * part, head + (me + 1) * part)
-        self._memory = mapped(head + workers * part, own, self.first, ranks[0], self._processes[0], gather)
+        self._memory = mapped(head + workers * part, own, self.first, ranks[0], self._processes[0], control)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._places = begin + head + np.arange(workers) * part + offsets[:-1, None]  # (arrays, workers) addresses
         self.arrays = [mx.nd.from_numpy(np.frombuffer(self._memory, 'float32', size, int(place) - begin))
@@ -99,7 +98,7 @@ class HostMemory:
                                            ctypes.byref(PRIORITIZED), 0, b'host memory'))
 
 
-def mapped(size: int, own: range, first: bool, rank: int, process: int, gather: Gather) -> mmap.mmap:
+def mapped(size: int, own: range, first: bool, rank: int, process: int, control: ControlPlane) -> mmap.mmap:
     """Memory of `size` bytes, zeros, that the worker called `rank`, its `process`, makes and the others open.
 
     Each worker takes the pages of its `own` bytes now: a page for which there is no room when it is first written to is
@@ -115,7 +114,7 @@ def mapped(size: int, own: range, first: bool, rank: int, process: int, gather: 
             os.ftruncate(file, size)
     except OSError as failure:
         error = str(failure)
-    number = int(gather([file])[rank, 0])
+    number = control.all_gather('shared memory', file)[rank]
     try:
         if not first:
             file = os.open(f'/proc/{process}/fd/{number}', os.O_RDWR | os.O_CLOEXEC)
@@ -124,9 +123,10 @@ def mapped(size: int, own: range, first: bool, rank: int, process: int, gather: 
         memory = mmap.mmap(file, size) if not error else None
     except OSError as failure:
         error = str(failure)
-    failed = gather([bool(error)])[:, 0]  # now all have it, or some have not
+    errors = control.all_gather('shared memory is open', error)  # now all have it, or some have not
     if file >= 0:
         os.close(file)
-    if failed.any():
-        raise OSError(f'rank {int(failed.argmax())} cannot share memory on its host' + (error and f': {error}'))
+    failed = next((rank for rank, text in enumerate(errors) if text), None)
+    if failed is not None:
+        raise OSError(f'rank {failed} cannot share memory on its host: {errors[failed]}')
     return memory

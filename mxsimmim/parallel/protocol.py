@@ -17,7 +17,6 @@ FIELDS = NOTES + 1 + NOTED
 # What float32 rounds off is in the second row: MXNet's servers keep no more even of a float64, and images are counted
 # far beyond 2**24.
 BOARD_SHAPE = (2, FIELDS)
-ROWS = 1 << 20  # keys from here on are rows of `gather`: the servers put there what was pushed last
 
 
 class Layout(NamedTuple):

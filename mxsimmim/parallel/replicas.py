@@ -1,39 +1,34 @@
 """Whether all replicas of a model, over devices and workers, are still the same, bit by bit."""
 import hashlib
-from typing import Mapping
+from typing import List, Mapping
 
-import numpy as np
 from mxnet.gluon import Parameter
 
-from .stores import Store
+from .control import ControlPlane
 
 
 class ReplicasDiffer(ValueError):
     """Weights that should be equal are not."""
 
 
-def fingerprints(parameters: Mapping[str, Parameter]) -> np.ndarray:
-    """48 bits of a hash of all parameters on each device: (devices,), float64, exactly."""
-    hashes = [hashlib.blake2b(digest_size=6) for _ in next(iter(parameters.values())).list_ctx()]
+def fingerprints(parameters: Mapping[str, Parameter]) -> List[str]:
+    """A hash of all parameters on each device."""
+    hashes = [hashlib.blake2b(digest_size=16) for _ in next(iter(parameters.values())).list_ctx()]
     for parameter in parameters.values():
         for digest, copy in zip(hashes, parameter.list_data()):
             digest.update(copy.asnumpy())
-    return np.array([int.from_bytes(digest.digest(), 'big') for digest in hashes], 'float64')
+    return [digest.hexdigest() for digest in hashes]
 
 
-def compare(parameters: Mapping[str, Parameter], store: Store, step: int) -> None:
+def compare(parameters: Mapping[str, Parameter], control: ControlPlane, step: int) -> None:
     """Compares all replicas with rank 0's first device, in all workers at once.
 
     Raises:
         ReplicasDiffer: in every worker, naming ranks and devices.
     """
-    own = fingerprints(parameters)
-    counts = store.gather([len(own)])[:, 0].astype(int)
-    padded = np.full(counts.max(), own[0])
-    padded[:len(own)] = own
-    everybody = store.gather(padded)
-    different = [f'rank {rank}' + (f' device {device}' if counts[rank] > 1 else '') for rank, row in
-                 enumerate(everybody) for device in range(counts[rank]) if row[device] != everybody[0, 0]]
+    everybody = control.all_gather('comparison of replicas', fingerprints(parameters))
+    different = [f'rank {rank}' + (f' device {device}' if len(row) > 1 else '') for rank, row in
+                 enumerate(everybody) for device, own in enumerate(row) if own != everybody[0][0]]
     if different:
         raise ReplicasDiffer(
             f'after step {step} the weights of {", ".join(different)} differ from those of rank 0 device 0: a faulty '

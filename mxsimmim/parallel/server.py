@@ -97,7 +97,7 @@ class Server:
         else:
             if key < self._layout.board:
                 self._moments[key] = stored
-            stored[:] = received  # also a row of `gather`
+            stored[:] = received
 
     def _step(self, key: int, gradient: np.ndarray, ahead: np.ndarray) -> None:
         """Updates the weight and leaves in `ahead`, which workers pull, where it will be when their gradient comes.

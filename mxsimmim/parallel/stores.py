@@ -1,42 +1,33 @@
 """Stores: what adds up arrays that lie on several devices and in several workers, by MXNet's names.
 
-Every store offers `keys` and `sum`; all else that workers tell each other is made of sums. `ServerStore`, for
-dist_async, is the exception: there the parameter server decides what becomes of what it is sent.
+Every store offers `keys` and `sum`; broadcasts are made of sums. `ServerStore`, for dist_async, is the exception: there
+the parameter server decides what becomes of what it is sent. Host values go through the control plane.
 """
-import json
 import os
 import sys
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import mxnet as mx
-import numpy as np
 
 from ..world import ALONE, World
+from .control import ControlPlane
 from .host import HostMemory, usable
 
 Copies = List[mx.nd.NDArray]  # of one array, one a device
 
 
-def to_bytes(row: Sequence[float]) -> np.ndarray:
-    """float64 numbers as bytes, one a float32: MXNet's servers keep no more than 24 bits even of a float64."""
-    return np.ascontiguousarray(row, 'float64').view('uint8').astype('float32')
-
-
-def from_bytes(rows: np.ndarray) -> np.ndarray:
-    """(workers, n) float64 of (workers, 8 n) of `to_bytes`."""
-    return rows.astype('uint8').view('float64')
-
-
 class Store:
     """Adds up arrays, in place. This one knows only the devices of one process."""
 
-    def __init__(self, name: str, world: World = ALONE):
-        """
+    def __init__(self, name: str, world: World = ALONE, control: Optional[ControlPlane] = None):
+        """`control` is the job's control plane, where it has more than one worker.
+
         Raises:
             ValueError: this build of MXNet has no such store.
         """
         self.rank, self.size = world.rank, world.size
-        self._rows: Dict[int, Any] = {}  # length -> (key, array) of `gather`
+        self.control = control or ControlPlane()
+        assert self.control.size == self.size, 'a job of several workers needs its control plane'
         self._latest: Dict[int, mx.nd.NDArray] = {}  # key -> what was summed under it last
         self._next = 0
         try:
@@ -83,19 +74,6 @@ class Store:
             previous.wait_to_read()
         self._latest[key] = array
 
-    def gather(self, row: Sequence[float]) -> np.ndarray:
-        """Every worker's numbers, float64 (workers, len(row)), exactly; a barrier. All give equally many."""
-        length = 8 * len(row)
-        if length not in self._rows:
-            array = mx.nd.zeros((self.size, length))
-            self._rows[length] = self.keys([[array]]), array
-        keys, array = self._rows[length]
-        content = np.zeros(array.shape, 'float32')
-        content[self.rank] = to_bytes(row)
-        array[:] = content
-        self.sum(keys, [[array]])
-        return from_bytes(array.asnumpy())
-
     def broadcast(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
         """Overwrites every copy in every worker with rank 0's first one; the keys' own arrays have these shapes."""
         if self.size > 1:
@@ -103,15 +81,6 @@ class Store:
                 for array in others + ([first] if self.rank else []):
                     array[:] = 0
             self.sum(keys, arrays)
-
-    def share(self, make: Callable[[], Any]) -> Any:
-        """What `make` returned on rank 0, where alone it is called; anything that JSON can hold."""
-        if self.size == 1:
-            return make()
-        text = json.dumps(make()).encode() if self.rank == 0 else b''
-        length = int(self.gather([len(text)])[0, 0])
-        numbers = np.frombuffer(text, 'uint8') if self.rank == 0 else np.zeros(length)
-        return json.loads(self.gather(numbers)[0].astype('uint8').tobytes())
 
 
 class DistStore(Store):
@@ -132,12 +101,12 @@ class HorovodStore(Store):
     hosts, which the first worker of each holds.
     """
 
-    def __init__(self, _name: str, world: World):
+    def __init__(self, _name: str, world: World, control: Optional[ControlPlane] = None):
         """
         Raises:
             ValueError: Horovod is missing, was built without MXNet, or sees other processes than we do.
         """
-        super().__init__('device', world)
+        super().__init__('device', world, control)
         try:
             import horovod.mxnet as hvd
         except Exception as error:  # one that was built for other versions raises anything
@@ -156,12 +125,13 @@ class HorovodStore(Store):
         self._shared: Dict[int, Tuple[HostMemory, int]] = {}  # id of an array -> its memory, its number there
 
     def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context]) -> List[Copies]:
-        if not 0 < len(self._firsts) < self.size or not self.gather([usable(contexts[0], os.environ)]).all():
+        own = usable(contexts[0], os.environ)
+        if not 0 < len(self._firsts) < self.size or not all(self.control.all_gather('who can share memory', own)):
             return super().zeros(sizes, contexts)
         ends = self._firsts[1:] + (self.size,)
         ranks = next(list(range(first, end)) for first, end in zip(self._firsts, ends) if self.rank < end)
         try:
-            memory = HostMemory(sizes, ranks, self.rank, self.gather, not self._hosts)
+            memory = HostMemory(sizes, ranks, self.rank, self.control, not self._hosts)
         except OSError as error:
             print(f'mxsimmim: {error}: workers of one host send each other their gradients', file=sys.stderr)
             return super().zeros(sizes, contexts)
@@ -193,16 +163,16 @@ class HorovodStore(Store):
         self._horovod.allreduce_(array, op=self._horovod.Sum, name=str(key), priority=-key, **among)
 
 
-STORES: Dict[str, Callable[[str, World], Store]] = {
+STORES: Dict[str, Callable[[str, World, Optional[ControlPlane]], Store]] = {
     'local': Store, 'device': Store, 'nccl': Store,
     'dist_sync': DistStore, 'dist_device_sync': DistStore, 'horovod': HorovodStore,
 }
 
 
-def make_store(name: str, world: World) -> Store:
-    """The store of this name for this process.
+def make_store(name: str, world: World, control: Optional[ControlPlane] = None) -> Store:
+    """The store of this name for this process, whose job has this control plane.
 
     Raises:
         ValueError: it cannot be had here.
     """
-    return STORES[name](name, world)
+    return STORES[name](name, world, control)

@@ -66,7 +66,8 @@ NONE = {'worker': {}, 'server': {}}
 
 def test_the_environment_of_parameter_servers():
     processes = job.place(3, 2, TWO)
-    environs = job.environments(processes, SITES, 9000, {'worker': {'A': 'w'}, 'server': {'A': 's'}}, p3=True)
+    environs = job.environments(processes, SITES, 9000, {'worker': {'A': 'w'}, 'server': {'A': 's'}}, p3=True,
+                                control='10.0.0.1:9001')
     common = {'DMLC_PS_ROOT_URI': '10.0.0.1', 'DMLC_PS_ROOT_PORT': '9000', 'DMLC_NUM_WORKER': '3',
               'DMLC_NUM_SERVER': '2', 'DMLC_PS_VAN_TYPE': 'p3', 'PYTHONUNBUFFERED': '1', 'PYTHONFAULTHANDLER': '1',
               'HOROVOD_RANK': None, 'HOROVOD_SIZE': None, 'OMPI_COMM_WORLD_RANK': None, 'OMPI_COMM_WORLD_SIZE': None,
@@ -76,15 +77,16 @@ def test_the_environment_of_parameter_servers():
            ('server', 'DMLC_SERVER_ID', '1', 1, '3')]
     for environ, (role, name, index, host, threads) in zip(environs, own):
         assert environ == {**common, 'DMLC_ROLE': role, name: index, 'DMLC_NODE_HOST': SITES[host].address,
+                           'MXSIMMIM_CONTROL': '10.0.0.1:9001' if role == 'worker' else None,
                            'OMP_NUM_THREADS': threads, 'A': role[0]}
     assert environs[5] == {**common, 'DMLC_ROLE': 'scheduler', 'DMLC_NODE_HOST': '10.0.0.1', 'OMP_NUM_THREADS': '4',
-                           'A': 's'}
+                           'A': 's', 'MXSIMMIM_CONTROL': None}
 
 
 def test_the_environment_of_horovod():
     processes = job.place(3, 0, TWO, horovod=True)
     environs = job.environments(processes, SITES, 9000, {'worker': {'OMP_NUM_THREADS': '7'}, 'server': {}},
-                                horovod='gloo')
+                                horovod='gloo', control='10.0.0.1:9001')
     names = 'RANK', 'SIZE', 'LOCAL_RANK', 'LOCAL_SIZE', 'CROSS_RANK', 'CROSS_SIZE', 'HOSTNAME', 'GLOO_IFACE'
     table = [('0', '3', '0', '2', '0', '2', 'a', 'eth0'), ('1', '3', '1', '2', '0', '1', 'a', 'eth0'),
              ('2', '3', '0', '1', '1', '2', 'b', 'ib0')]
@@ -93,7 +95,8 @@ def test_the_environment_of_horovod():
                            'HOROVOD_CONTROLLER': 'gloo', 'HOROVOD_CPU_OPERATIONS': 'gloo', 'PYTHONUNBUFFERED': '1',
                            'PYTHONFAULTHANDLER': '1',
                            'HOROVOD_GLOO_RENDEZVOUS_ADDR': '10.0.0.1', 'HOROVOD_GLOO_RENDEZVOUS_PORT': '9000',
-                           'NCCL_SOCKET_IFNAME': row[-1], 'DMLC_ROLE': None, 'MXSIMMIM_FIRST_RANKS': '0,2'}
+                           'NCCL_SOCKET_IFNAME': row[-1], 'DMLC_ROLE': None, 'MXSIMMIM_FIRST_RANKS': '0,2',
+                           'MXSIMMIM_CONTROL': '10.0.0.1:9001'}
     by_mpi = job.environments(processes, SITES, 9000, NONE, horovod='mpi')[0]
     assert by_mpi['HOROVOD_RANK'] == '0' and not any('GLOO' in name or 'CONTROLLER' in name for name in by_mpi)
     on_gpus = job.environments(processes, SITES, 9000, NONE, gpus=True, horovod='gloo')[0]

@@ -1,6 +1,5 @@
 """Evaluation: every image once under its own label, the same numbers for any number of workers."""
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from PIL import Image
 from mxsimmim.config import Config, DataConfig, ModelConfig, TrainConfig
 from mxsimmim.data.sources import ImageFiles
 from mxsimmim.evaluation import Evaluation
+from workers import each
 
 COLORS = {'red': (250, 0, 0), 'green': (0, 250, 0), 'blue': (0, 0, 250)}
 CONFIG = Config(task='classify', model=ModelConfig(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=1),
@@ -27,20 +27,6 @@ class Colors:
         return (batch.image[:, 8, 8] / 125).astype('float32')
 
 
-class Gathered:
-    """One of `size` workers in threads; `rows` and `barrier` are shared."""
-
-    def __init__(self, rank, rows, barrier):
-        self.rank, self.size, self._rows, self._barrier = rank, len(rows), rows, barrier
-
-    def gather(self, row):
-        self._rows[self.rank] = np.array(row, 'float64')
-        self._barrier.wait(30)
-        result = np.array(self._rows)
-        self._barrier.wait(30)
-        return result
-
-
 @pytest.fixture
 def images(tmp_path):
     """23 files and their labels: of each color some, the last three red ones labelled blue."""
@@ -55,24 +41,12 @@ def images(tmp_path):
 
 def work(images, size, method):
     """`method(evaluation, placement)` in `size` workers at once: what each returned, and the images each was given."""
-    rows, barrier = [None] * size, threading.Barrier(size)
-    results, placements = [None] * size, [Colors() for _ in range(size)]
+    placements = [Colors() for _ in range(size)]
 
-    def run(rank):
-        try:
-            evaluation = Evaluation(CONFIG, ImageFiles(images[0]), images[1], list(COLORS),
-                                    Gathered(rank, rows, barrier))
-            results[rank] = method(evaluation, placements[rank])
-        except ValueError as error:
-            results[rank] = error
-            barrier.abort()
-        except threading.BrokenBarrierError as error:
-            results[rank] = error
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    def run(control):
+        evaluation = Evaluation(CONFIG, ImageFiles(images[0]), images[1], list(COLORS), control)
+        return method(evaluation, placements[control.rank])
+    results = each(size, run)
     return results, [placement.images for placement in placements]
 
 

@@ -227,9 +227,9 @@ def test_all_workers_take_the_same_form(monkeypatch, own, others, form, said):
     from mxsimmim.config import Config
     monkeypatch.setattr(ops.native, 'decide', lambda *_: (own, 'float32'))
     monkeypatch.setattr(ops, '_chosen', ops.chosen())
-    store = SimpleNamespace(gather=lambda row: np.array([row, [others == 'native']], 'float64'))
+    control = SimpleNamespace(all_gather=lambda _, value: [value, others == 'native'])
     log = []
-    with train.operators(Config(), [CPU], store, log.append):
+    with train.operators(Config(), [CPU], control, log.append):
         assert ops.chosen() == (form, 'float32')
     assert log == said
 

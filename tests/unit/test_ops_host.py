@@ -2,7 +2,7 @@
 import subprocess
 import sys
 import textwrap
-import threading
+from typing import NamedTuple
 
 import machine
 import mxnet as mx
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from mxsimmim.ops import Choice
+from mxsimmim.parallel.control import ControlPlane
 from mxsimmim.parallel.host import HostMemory, usable
+from workers import each
 
 SIZES = [1, 5000, 16, 100_003]
 SECONDS = 60
@@ -19,39 +21,6 @@ SECONDS = 60
 @pytest.fixture(autouse=True)
 def native():
     machine.need_native()
-
-
-class Gather:
-    """What `Store.gather` does, among threads."""
-
-    def __init__(self, count):
-        self.count, self._barrier, self._rows = count, threading.Barrier(count, timeout=SECONDS), [None] * count
-
-    def of(self, rank):
-        def gather(row):
-            self._rows[rank] = row
-            self._barrier.wait()
-            rows = np.array(self._rows, 'float64')
-            self._barrier.wait()
-            return rows
-        return gather
-
-
-def each(count, function):
-    """[function(rank, gather)], all at once; an exception in place of a result."""
-    results, gather = [None] * count, Gather(count)
-
-    def run(rank):
-        try:
-            results[rank] = function(rank, gather.of(rank))
-        except Exception as error:
-            results[rank] = error
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(SECONDS)
-    return results
 
 
 @pytest.mark.parametrize('context, environ, form, expected', [
@@ -67,7 +36,7 @@ def test_who_can_use_it(monkeypatch, context, environ, form, expected):
 
 
 def memories(count, everybody=True):
-    return each(count, lambda rank, gather: HostMemory(SIZES, list(range(count)), rank, gather, everybody))
+    return each(count, lambda control: HostMemory(SIZES, list(range(count)), control.rank, control, everybody))
 
 
 @pytest.mark.parametrize('count', [1, 2, 3])
@@ -120,11 +89,15 @@ def test_sums_are_in_order_with_what_mxnet_does():
 
 def test_memory_that_cannot_be_had():
     """All workers learn of it: here there is no such process as the first one says it is."""
-    def made(rank, gather):
-        def misled(row):
-            rows = gather(row)
-            return np.where(rows > 1, 2 ** 22 + 1, rows)  # beyond the largest process id
-        return HostMemory(SIZES, [0, 1], rank, misled, True)
+    class Misled(NamedTuple):
+        control: ControlPlane
+
+        def all_gather(self, name, value):
+            values = self.control.all_gather(name, value)
+            return [2 ** 22 + 1] * 2 if name == 'process numbers' else values  # beyond the largest process id
+
+    def made(control):
+        return HostMemory(SIZES, [0, 1], control.rank, Misled(control), True)
     errors = each(2, made)
     assert all(isinstance(error, OSError) and 'rank 1 cannot share memory' in str(error) for error in errors), errors
     assert 'No such file' in str(errors[1])
@@ -134,13 +107,15 @@ def test_a_worker_that_ends():
     """The others wait for it a second; then their sums are NaN, so that nothing is updated with them."""
     program = textwrap.dedent('''
         import subprocess, sys
+        from types import SimpleNamespace
         import numpy as np
         from mxsimmim.ops import library
         library.load()
-        from mxsimmim.parallel.host import HostMemory, usable
+        from mxsimmim.parallel.host import HostMemory
         other = subprocess.Popen([sys.executable, '-c', ''])
-        answers = iter([other.pid, 0, 0])  # its process, its file, that it has the memory
-        memory = HostMemory([7, 70], [0, 1], 0, lambda row: np.array([row, [next(answers)]], 'float64'), True)
+        answers = iter([other.pid, 0, ''])  # its process, its file, that it has the memory
+        control = SimpleNamespace(all_gather=lambda _, value: [value, next(answers)])
+        memory = HostMemory([7, 70], [0, 1], 0, control, True)
         memory.check()
         for i in (1, 0):
             memory.sum(i)

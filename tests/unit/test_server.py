@@ -203,13 +203,6 @@ def test_the_board_adds_up_exactly_and_knows_staleness():
     assert np.isfinite(store[layout.board]).all()
 
 
-def test_rows_hold_what_was_pushed_last():
-    _, store, _, _, _ = started()
-    for value in (0, 7, 5):
-        store.push(protocol.ROWS, np.full(8, value))
-    assert store[protocol.ROWS].tolist() == [5] * 8
-
-
 @pytest.mark.parametrize('body', [None, b'', b'cposix\nmkdir\n(S"poisoned"\ntR.', b'\xff\xfe' * 99, b'x' * (1 << 24),
                                   protocol.sign({}, 9, b'the key of another job').encode(),
                                   protocol.sign({}, 9, KEY).encode()[:-1], protocol.sign({}, 2, KEY).encode()])

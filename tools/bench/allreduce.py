@@ -91,9 +91,11 @@ def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     import mxnet as mx
 
     from mxsimmim import ops
+    from mxsimmim.parallel.control import connect
     from mxsimmim.parallel.stores import make_store
     ops.choose('float32', [mx.cpu()])
-    store = make_store(STORES[name][2], place)
+    control = connect(place, os.environ)
+    store = make_store(STORES[name][2], place, control)
 
     def made(size: int) -> Sum:
         copies, = store.zeros([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)])
@@ -104,7 +106,7 @@ def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
             for copy in copies:
                 copy.wait_to_read()
         return call
-    return {size: made(size) for size in SIZES}, lambda: store.gather([0]), place.rank
+    return {size: made(size) for size in SIZES}, lambda: control.barrier('round'), place.rank
 
 
 def torch_sums(_: str) -> Tuple[Dict[int, Sum], Sum, int]:

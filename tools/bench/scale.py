@@ -182,6 +182,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.control import connect
     from mxsimmim.parallel.modes import horovod_settings
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.stores import make_store
@@ -199,7 +200,8 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     local = make_store('local', ALONE)
     step_time = expected_step(cfg.Config(model=model, train=train), place)
     os.environ.update({**horovod_settings(step_time), **os.environ})  # as mxsimmim.train does
-    store = make_store(MODES[mode][2], place) if place.size > 1 else local
+    control = connect(place, os.environ)
+    store = make_store(MODES[mode][2], place, control) if place.size > 1 else local
     alone, together = (SyncGradients(parameters, optimizer, s, train, CLIP) for s in (local, store))
     gradients = together.gradients()
     keys = store.keys(gradients)
@@ -215,7 +217,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
         aggregation.agree(update + 1, False)
 
     return Worker(lambda: step(together), lambda: step(alone), lambda: store.sum(keys, gradients), mx.nd.waitall,
-                  lambda: store.gather([0]), place.rank, place.size)
+                  lambda: control.barrier('round'), place.rank, place.size)
 
 
 def torch_worker(keys: dict, batch: int, _: str, precision: str) -> Worker:

@@ -4,11 +4,13 @@ import sys
 
 import mxnet as mx
 
+from mxsimmim.parallel.control import connect
 from mxsimmim.parallel.stores import make_store
 from mxsimmim.world import world
 
 place = world(os.environ)
-store = make_store(sys.argv[1], place)
+control = connect(place, os.environ)
+store = make_store(sys.argv[1], place, control)
 sizes = (10, 300, 70_000, 1_500_000)  # the last is spread over servers
 keys = store.keys([[mx.nd.zeros((size,))] for size in sizes])
 for _ in range(10):
@@ -18,9 +20,10 @@ for _ in range(10):
     for factor, arrays in enumerate(rounds, 1):
         for array, in arrays:
             assert (array == 3 * factor).asnumpy().all(), (factor, array)
-numbers = store.gather([place.rank + 0.1, float('nan') if place.rank else 7])
-assert numbers[:, 0].tolist() == [0.1, 1.1] and numbers[0, 1] == 7 and numbers[1, 1] != numbers[1, 1]
-assert store.share(lambda: {'text': 'ä', 'numbers': [1, None]}) == {'text': 'ä', 'numbers': [1, None]}
+numbers = control.all_gather('numbers', [place.rank + 0.1, float('nan') if place.rank else 7])
+assert [row[0] for row in numbers] == [0.1, 1.1] and numbers[0][1] == 7 and numbers[1][1] != numbers[1][1]
+said = {'text': 'ä', 'numbers': [1, None]}
+assert control.broadcast_object('text', lambda: said) == said
 array = mx.nd.full((10,), place.rank + 5)
 store.broadcast(keys[:1], [[array]])
 assert (array == 5).asnumpy().all()

@@ -33,6 +33,7 @@ def main():
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.control import connect
     from mxsimmim.parallel.modes import horovod_settings
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.stores import make_store
@@ -45,7 +46,8 @@ def main():
     adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
     train = TrainConfig(batch_size=IMAGES * place.size)
     os.environ.update(horovod_settings(expected_step(Config(model=MODEL, train=train), place)))
-    store = make_store(sys.argv[1], place)
+    control = connect(place, os.environ)
+    store = make_store(sys.argv[1], place, control)
     alone, together = (SyncGradients(parameters, adamw, s, train, 5.0) for s in (make_store('local', ALONE), store))
     arrays = together.gradients()
     keys = store.keys(arrays)
@@ -55,7 +57,7 @@ def main():
 
     def seconds(function):
         mx.nd.waitall()
-        store.gather([0])
+        control.barrier('round')
         began = time.perf_counter()
         function()
         mx.nd.waitall()

@@ -18,6 +18,7 @@ from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import AdamW, weight_decays
 from mxsimmim.parallel.aggregate import SyncGradients
+from mxsimmim.parallel.control import connect
 from mxsimmim.parallel.placement import Replicated
 from mxsimmim.parallel.replicas import compare
 from mxsimmim.parallel.stores import make_store
@@ -54,7 +55,7 @@ def main():
     name, times, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     place = world(os.environ)
     ops.choose('float32', [mx.cpu()])
-    store = make_store(name, place)
+    store = make_store(name, place, connect(place, os.environ))
     for seed in range(times):
         ours = trained(seed, store, devices, split(IMAGES, place.size)[place.rank])
         alone = trained(seed, make_store('local', ALONE), 1, slice(0, IMAGES))

@@ -1,0 +1,293 @@
+"""The control plane: host values between the workers of a job, over TCP, every wait with a deadline.
+
+It carries what is not an array of the model: agreement to stop, names, labels, counts, metrics, barriers. Rank 0 runs a
+hub; each worker, rank 0 too, has one connection to it, whose messages are signed with the job's key. Calls are
+collective: all workers make the same ones in the same order, and the hub refuses a call that does not match. Nothing
+here goes through a kvstore or Horovod, so that whoever waits for an array can still be told that a worker is gone.
+"""
+import asyncio
+import contextlib
+import json
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, TimeoutError as NotYet
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from ..cluster.channel import Channel, Message
+from ..cluster.mpi import secret
+from ..cluster.probe import interfaces
+from ..world import World
+from .protocol import job_key
+
+CONNECT = 120.0  # seconds until all workers must have connected: the slowest imports MXNet from a busy disk
+DEADLINE = 1800.0  # seconds for the others to make the same call: rank 0 may be reading or saving a large checkpoint
+CLOSING = 5.0  # seconds for the last messages of a worker that ends
+
+
+class ControlError(ValueError):
+    """Another worker is gone, late, or does something else; the text names it."""
+
+
+class Pending:
+    """A call under way; `result` waits for the other workers."""
+
+    def __init__(self, name: str, future: 'Future[Any]'):
+        self._name, self._future = name, future
+
+    def result(self, seconds: float = DEADLINE) -> Any:
+        """
+        Raises:
+            ControlError: a worker has ended, made another call, or has not made this one after `seconds`.
+        """
+        try:
+            answer = self._future.result(seconds)
+        except NotYet:
+            raise ControlError(f"control plane: not all workers have come to '{self._name}' within {seconds:g} s; the "
+                               'logs of the others say what they do') from None
+        if isinstance(answer, ControlError):
+            raise answer
+        return answer
+
+
+class ControlPlane:
+    """What one worker says to the others and hears of them. Of a job of one worker, `address` is not used."""
+
+    def __init__(self, rank: int = 0, size: int = 1, addresses: Sequence[Tuple[str, int]] = (), key: bytes = b'',
+                 listener: Optional[socket.socket] = None):
+        """Connects to the hub at one of `addresses`; rank 0 runs it, on `listener`.
+
+        Raises:
+            ControlError: the hub cannot be reached, or is of another job.
+        """
+        self.rank, self.size = rank, size
+        self._waiting: List['Future[Any]'] = []
+        self._lost = ''
+        self._hub: Optional[_Hub] = None
+        if size == 1:
+            return
+        self._loop = asyncio.new_event_loop()
+        if listener:
+            self._hub = _Hub(self._loop, listener, size, key)
+        self._thread = threading.Thread(target=self._loop.run_forever, name='control', daemon=True)
+        self._thread.start()
+        self._connection, nonce = _reach(addresses)
+        self._loop.call_soon_threadsafe(self._open, secret(key, nonce))
+        self._post('hello', 'the start', rank).result(CONNECT)
+
+    def all_gather(self, name: str, value: Any, seconds: float = DEADLINE) -> List[Any]:
+        """Every worker's value, by rank; what JSON can hold, NumPy's arrays and numbers as lists and numbers.
+
+        `name` says in errors what is waited for. Floats arrive exactly.
+
+        Raises:
+            ControlError: see `Pending.result`.
+        """
+        return self.start_gather(name, value).result(seconds)
+
+    def start_gather(self, name: str, value: Any) -> Pending:
+        """As `all_gather`, without waiting; results may be asked for later, in any order."""
+        return self._post('gather', name, value)
+
+    def broadcast_object(self, name: str, make: Callable[[], Any], seconds: float = DEADLINE) -> Any:
+        """What `make` returned on rank 0, where alone it is called.
+
+        Raises:
+            ControlError: see `Pending.result`; whatever `make` raises, on rank 0.
+        """
+        return self._post('broadcast', name, make() if self.rank == 0 else None).result(seconds)
+
+    def barrier(self, name: str, seconds: float = DEADLINE) -> None:
+        """Waits until all workers are here.
+
+        Raises:
+            ControlError: see `Pending.result`.
+        """
+        self.broadcast_object(name, lambda: None, seconds)
+
+    def close(self) -> None:
+        """Says goodbye: from now on this worker may end without being missed. Rank 0 stays until all have."""
+        if self.size == 1:
+            return
+        with contextlib.suppress(ControlError):
+            self._post('bye', '', None).result(CLOSING)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSING)
+        self._connection.close()
+        if self._hub:
+            self._hub.close()
+
+    def __enter__(self) -> 'ControlPlane':
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        elif self.size > 1:  # without a goodbye: the others hear that this worker is gone, and do not wait for it
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _open(self, key: bytes) -> None:
+        self._channel = Channel(self._loop, *2 * [self._connection.fileno()], self._answered,
+                                lambda: self._lose('rank 0 has ended, or knows another key'), key, launcher=False)
+
+    def _post(self, call: str, name: str, value: Any) -> Pending:
+        future: 'Future[Any]' = Future()
+        text = json.dumps(value, default=lambda other: other.tolist())
+        if self.size == 1:
+            future.set_result([json.loads(text)] if call == 'gather' else json.loads(text))
+        else:
+            self._loop.call_soon_threadsafe(self._send, future, call, name, text)
+        return Pending(name, future)
+
+    def _send(self, future: 'Future[Any]', call: str, name: str, text: str) -> None:
+        if self._lost:
+            future.set_result(ControlError(self._lost))
+        else:
+            self._waiting.append(future)
+            self._channel.send(call=call, name=name, text=text)
+
+    def _answered(self, message: Message) -> None:
+        """Answers come in the order of the calls."""
+        if 'lost' in message:
+            self._lose(message['lost'])
+        elif self._waiting:
+            self._waiting.pop(0).set_result(json.loads(message['text']))
+
+    def _lose(self, why: str) -> None:
+        self._lost = self._lost or f'control plane: {why}'
+        for future in self._waiting:
+            future.set_result(ControlError(self._lost))
+        self._waiting.clear()
+
+
+class _Hub:
+    """Rank 0's end of all connections: answers a call when every worker has made it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, listener: socket.socket, size: int, key: bytes):
+        self._loop, self._listener, self._key = loop, listener, key
+        self._connections: List[socket.socket] = []
+        self._calls: List[Deque[Message]] = [deque() for _ in range(size)]  # not yet answered, by rank
+        self._channels: Dict[int, Channel] = {}
+        self._leaving, self._lost = False, ''
+        loop.add_reader(listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        for opened in [self._listener, *self._connections]:
+            opened.close()
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        self._connections.append(connection)
+        nonce = secrets.token_hex(16).encode()
+        rank: List[int] = []  # of this connection, once it has said hello
+
+        def received(message: Message) -> None:
+            if not rank:
+                own = json.loads(message['text'])
+                if own in self._channels or own not in range(len(self._calls)):
+                    return channel.close()
+                rank.append(own)
+                self._channels[own] = channel
+            self._receive(rank[0], message)
+
+        def closed() -> None:
+            connection.close()
+            if rank and not self._leaving:
+                self._lose(f'rank {rank[0]} has ended: its log says why')
+        channel = Channel(self._loop, *2 * [connection.fileno()], received, closed, secret(self._key, nonce))
+        channel.write(nonce + b'\n')
+        if self._lost:
+            channel.send(lost=self._lost)
+
+    def _receive(self, rank: int, message: Message) -> None:
+        self._calls[rank].append(message)
+        while all(self._calls):
+            calls = [calls.popleft() for calls in self._calls]
+            other = next((rank for rank, call in enumerate(calls)
+                          if (call['call'], call['name']) != (calls[0]['call'], calls[0]['name'])), None)
+            if other is not None:
+                return self._lose(f"rank {other} is at '{calls[other]['name']}', rank 0 at '{calls[0]['name']}'")
+            self._leaving = self._leaving or calls[0]['call'] == 'bye'
+            text = f"[{','.join(call['text'] for call in calls)}]" if calls[0]['call'] == 'gather' else calls[0]['text']
+            for channel in self._channels.values():
+                channel.send(text=text)
+
+    def _lose(self, why: str) -> None:
+        self._lost = self._lost or why
+        for channel in list(self._channels.values()):
+            channel.send(lost=self._lost)
+
+
+def connect(process: World, environ: Mapping[str, str]) -> ControlPlane:
+    """The control plane of this worker's job; its launcher says where, or else Horovod carries that to all, once.
+
+    Raises:
+        ControlError: the hub cannot be reached.
+        ValueError: the launcher left no key.
+    """
+    if process.size == 1:
+        return ControlPlane()
+    listener = None
+    if process.control:
+        host, _, port = process.control.rpartition(':')
+        addresses, key = [(host, int(port))], job_key(environ)
+        if process.rank == 0:
+            listener = _listen(host, int(port), process.size)
+    else:
+        if process.rank == 0:
+            listener = _listen('', 0, process.size)
+        addresses, key = _by_horovod(listener)
+    return ControlPlane(process.rank, process.size, addresses, secret(key, b'control plane'), listener)
+
+
+def _listen(host: str, port: int, size: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the launcher holds the port until now
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ControlError(f'control plane: {host}:{port} cannot be listened at: {error.strerror}') from None
+    listener.listen(size)
+    return listener
+
+
+def _by_horovod(listener: Optional[socket.socket]) -> Tuple[List[Tuple[str, int]], bytes]:
+    """Rank 0's addresses, all networks first and loopback last, and a key that it makes."""
+    import horovod.mxnet as hvd
+    import mxnet as mx
+    import numpy as np
+    hvd.init()
+    words = np.zeros(4096, 'float32')
+    if listener:
+        known = sorted(interfaces().values(), key=lambda address: address.startswith('127.'))
+        text = json.dumps([known, listener.getsockname()[1], secrets.token_hex(32)]).encode()
+        words[:len(text)] = np.frombuffer(text, 'uint8')
+    words = hvd.broadcast(mx.nd.array(words), 0, name='control plane').asnumpy().astype('uint8')
+    known, port, key = json.loads(words.tobytes().rstrip(b'\0'))
+    return [(address, port) for address in known], bytes.fromhex(key)
+
+
+def _reach(addresses: Sequence[Tuple[str, int]]) -> Tuple[socket.socket, bytes]:
+    """A connection to the first address that answers, and the nonce it greets with."""
+    limit = time.monotonic() + CONNECT
+    while True:
+        for address in addresses:
+            try:
+                connection = socket.create_connection(address, timeout=5)
+                nonce = b''
+                while not nonce.endswith(b'\n'):
+                    data = connection.recv(64)
+                    if not data or len(nonce) > 64:
+                        raise OSError('it is not a job of ours')
+                    nonce += data
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanishes is missed, too
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return connection, nonce.strip()
+            except OSError as error:
+                why = error
+        if time.monotonic() > limit:
+            places = ', '.join(f'{host}:{port}' for host, port in addresses)
+            raise ControlError(f'control plane: rank 0 cannot be reached at {places} within {CONNECT:g} s: {why}')
+        time.sleep(0.1)

@@ -1,0 +1,32 @@
+"""Workers of a job as threads of one process, each with its control plane."""
+import threading
+
+from mxsimmim.parallel.control import ControlPlane, _listen
+
+SECONDS = 60
+KEY = b'k' * 32
+
+
+def each(count, function, keys=()):
+    """[function(control plane)] of `count` workers at once; an exception in place of a result.
+
+    `keys` are the keys of some ranks that have another one.
+    """
+    results = [None] * count
+    listener = _listen('127.0.0.1', 0, count)
+    address = listener.getsockname()
+
+    def run(rank):
+        try:
+            with ControlPlane(rank, count, [address], dict(keys).get(rank, KEY), None if rank else listener) as control:
+                results[rank] = function(control)
+        except Exception as error:
+            results[rank] = error
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive(), 'a worker hangs'
+    listener.close()
+    return results
