@@ -2,7 +2,7 @@
 import argparse
 import atexit
 import contextlib
-import dis
+import opcode
 import os
 import sys
 import threading
@@ -294,7 +294,7 @@ def speaks_to_the_user(error: Exception) -> bool:
     while last.tb_next:
         last = last.tb_next
     name, code = last.tb_frame.f_globals.get('__name__', ''), last.tb_frame.f_code.co_code
-    return name.partition('.')[0] == __package__ and dis.opname[code[last.tb_lasti]] == 'RAISE_VARARGS'
+    return name.partition('.')[0] == __package__ and opcode.opname[code[last.tb_lasti]] == 'RAISE_VARARGS'
 
 
 def fail(status: int, message: str) -> int:
