@@ -95,6 +95,7 @@ def class_table(scores: np.ndarray, names: Sequence[str], limit: Optional[int] =
 def worst_confusions(matrix: np.ndarray, names: Sequence[str], limit: int) -> List[str]:
     """The largest entries off the diagonal of `confusion_matrix`, a line each."""
     off = matrix - np.diag(np.diag(matrix))
-    order = np.argsort(-off, axis=None, kind='stable')[:limit]
+    mistakes = np.flatnonzero(off)  # few, where there are many classes
+    order = mistakes[np.argsort(-off.flat[mistakes], kind='stable')[:limit]]
     return [f'{off.flat[i]:,} of {one_line(names[i // len(names)])} taken for {one_line(names[i % len(names)])}'
-            for i in order if off.flat[i]]
+            for i in order]

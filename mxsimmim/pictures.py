@@ -17,6 +17,7 @@ from .text import drawn
 TITLES = ('original', 'masked', 'reconstruction')
 SIDE = 96  # pixels; smaller images are enlarged to at least this
 GREY, WHITE = 128, 255
+FIELDS = 1500  # a side of a drawn matrix, about as many as its pixels
 
 
 def to_uint8(normalised: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -106,21 +107,25 @@ def plot(run: Path, out: Path) -> None:
 def confusion(matrix: np.ndarray, classes: Sequence[str], out: Path) -> None:
     """Draws integer (K, K), images of each true class (row) by predicted class, in shares of the row, as a PNG file.
 
-    Up to 20 classes each field has its number of images, up to 50 each row and column its class.
+    Up to 20 classes each field has its number of images, up to 50 each row and column its class; beyond 1,500 a field
+    stands for several neighbours.
 
     Raises:
         ValueError: `out` cannot be written.
     """
-    count = len(classes)
+    count, title = len(classes), f'{np.trace(matrix):,} of {matrix.sum():,} images right'
+    starts = np.arange(0, count, -(-count // FIELDS))
+    if len(starts) < count:
+        matrix = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(max(5.0, 0.45 * count), 14.0)
     figure = _figure((side + 2, side + 1))
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, extent=(-0.5, count - 0.5, count - 0.5, -0.5))
     figure.colorbar(image, label='share of the true class', shrink=0.8)
     axes.set_xlabel('predicted class')
     axes.set_ylabel('true class')
-    axes.set_title(f'{np.trace(matrix):,} of {matrix.sum():,} images right')
+    axes.set_title(title)
     if count <= 50:
         names = [_escape(name if len(name) <= 20 else name[:19] + '…') for name in classes]
         axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0)

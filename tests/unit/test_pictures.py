@@ -167,6 +167,17 @@ def test_confusion_of_many_classes(classes, tmp_path):
     assert 500 < min(size) and max(size) < 2000 and len(found) > 10
 
 
+def test_confusion_of_more_classes_than_pixels(tmp_path, drawn):
+    matrix = np.zeros((3001, 3001), np.int32)
+    matrix[np.arange(3001), np.arange(3001)] = 3
+    matrix[0, 3000] = 3  # of the nine images in the first field's row
+    pictures.confusion(matrix, list(map(str, range(3001))), tmp_path / 'out.png')
+    axes = drawn[0].axes[0]
+    shares = axes.images[0].get_array()
+    assert shares.shape == (1001, 1001) and shares[0, 0] == 0.75 and shares[0, 1000] == 0.25 and shares[1, 1] == 1
+    assert axes.images[0].get_extent() == [-0.5, 3000.5, 3000.5, -0.5] and '9,003 of 9,006' in axes.get_title()
+
+
 @pytest.mark.parametrize('classes', [1, 10, 15, 40])
 def test_embedding_has_a_color_a_class(classes, tmp_path, drawn):
     labels = np.random.default_rng(0).permutation(np.arange(classes).repeat(5))
