@@ -214,6 +214,19 @@ def test_photographs_are_turned_upright_unless_the_run_was_trained_without(folde
     assert done.stderr.count(note) == (not turned) and len(done.stderr.splitlines()) == (not turned)
 
 
+def test_reconstruct_and_features_turn_upright(folder):
+    exif, image = Image.Exif(), Image.open(folder / 'images' / '07.png')
+    exif[0x0112] = 8
+    image.transpose(Image.ROTATE_270).save(folder / 'lying.png', exif=exif)
+    found = []
+    for file in ('lying.png', 'images/07.png'):
+        for what, out in (('reconstruct', 'grid.png'), ('features', 'features.npz')):
+            subprocess.run(command(what, 'runs/pretraining', file, '-o', out), cwd=folder, check=True, timeout=DEADLINE,
+                           stdout=subprocess.DEVNULL)
+        found.append((np.asarray(Image.open(folder / 'grid.png')), np.load(folder / 'features.npz')['features']))
+    assert all((lying == upright).all() for lying, upright in zip(*found))
+
+
 def half_a_jpeg():
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(SEED).integers(0, 256, (64, 64, 3), 'uint8')).save(file, 'JPEG')
