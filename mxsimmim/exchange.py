@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
@@ -105,8 +106,12 @@ def _save(file: Path, run: Path, config: Config, arrays: Mapping[str, np.ndarray
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
     state = {'config': configfile.to_dict(config), 'samples': 0, 'versions': versions(), 'classes': labels}
-    checkpoint.save(run / 'checkpoints', 0, {'weights': official.extract(net)}, state, keep=1)
-    write_config(run, config)
+    try:
+        checkpoint.save(run / 'checkpoints', 0, {'weights': official.extract(net)}, state, keep=1)
+        write_config(run, config)
+    except BaseException:  # what remained would be in the way of the same command, given again
+        shutil.rmtree(run, ignore_errors=True)
+        raise
 
 
 def _buffers(net: HybridBlock) -> Dict[str, np.ndarray]:

@@ -10,6 +10,9 @@ from . import __version__, configfile, files
 from .config import Config
 from .checkpoint import Checkpoint, load, newest
 
+# Keys of the network that change none of its weights: with others the weights of a checkpoint do not fit.
+WITHOUT_WEIGHTS = ('model.drop_path', 'model.loss', 'model.norm_targets', 'model.recompute', 'model.pretrained')
+
 
 def folder_of(config: Config) -> Path:
     """``output/name``."""
@@ -125,11 +128,13 @@ def checkpoint_to_resume(config: Config, samples: int, classes: Sequence[str],
     changed = _differences(config, samples, saved.state) if saved else []
     if changed:
         images = saved.state['samples'] != samples
+        fits = not any(key == 'task' or key.startswith('model.') and key not in WITHOUT_WEIGHTS for key, *_ in changed)
         raise ValueError(f'{folder_of(config)} holds a run that differs in '
                          + ', '.join(f'{key} (there {old}, here {new})' for key, old, new in changed)
-                         + (' (files came or went, or an earlier version did not read their format: take out what '
-                            'came, put back what went)' if images else '')
-                         + f': set name= for a new run, or resume={saved.path} to go on from there all the same')
+                         + ' (files came or went, or an earlier version did not read their format: take out what came, '
+                           'put back what went)' * images
+                         + ': set name= for a new run'
+                         + f', or resume={saved.path} to go on from there all the same' * fits)
     if saved:
         check_classes(str(saved.path), saved.state.get('classes', ()), classes,
                       'give data of its classes, or set name= for a new run')

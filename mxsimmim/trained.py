@@ -51,11 +51,14 @@ def data_in_use(config: Config) -> DataConfig:
 def contexts_for(config: Config) -> List['mx.Context']:
     """The devices of a run's configuration, and for them the form of the operators, which it chooses.
 
-    Where the run was trained in bf16 and this machine has none, float32 serves.
-
-    Raises:
-        ValueError: as `contexts_of`.
+    Where the run was trained in bf16 and this machine has none, float32 serves; where on GPUs that this machine lacks
+    or its MXNet cannot use, the CPU does: commands that use a run take no keys to say so.
     """
-    contexts = contexts_of(config.devices)
+    try:
+        contexts = contexts_of(config.devices)
+    except ValueError as error:
+        print(f'mxsimmim: the run was trained on other devices than this machine has, cpu(0) computes ({error})',
+              file=sys.stderr)
+        contexts = contexts_of(['cpu(0)'])
     ops.choose('auto' if config.runtime.precision == 'bf16' else config.runtime.precision, contexts)
     return contexts

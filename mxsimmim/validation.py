@@ -29,7 +29,7 @@ class Validation:
         batch = -(-config.train.batch_size // (config.train.accumulate * self._control.size))
         transform = EvalTransform(config.data, config.mask, config.model)
         return fixed_batches(self._source, transform, min(batch, self.images), self.images, SEED,
-                             config.data.threads, rank=rank, size=size)
+                             config.data.threads, config.data.max_broken, rank=rank, size=size)
 
     def measure(self, placement: Replicated) -> Dict[str, float]:
         """val_loss, the mean masked loss over the held-out images, and val_avg_dist, the AvgDist of their masks.

@@ -55,7 +55,8 @@ def world(environ: Mapping[str, str]) -> World:
 def _servers(environ: Mapping[str, str]) -> World:
     role = environ['DMLC_ROLE']
     if role not in ('worker', 'server', 'scheduler'):
-        raise ValueError(f'DMLC_ROLE={role} is not worker, server or scheduler')
+        raise ValueError(f'DMLC_ROLE={role} is not worker, server or scheduler: start the job with '
+                         'tools/launch.py, which sets it')
     # ps-lite's own ranks change from start to start; the launcher's do not.
     rank = 0 if role == 'scheduler' else _number(environ, f'DMLC_{role.upper()}_ID')
     return World(role, rank, _number(environ, 'DMLC_NUM_WORKER'), servers=_number(environ, 'DMLC_NUM_SERVER'),

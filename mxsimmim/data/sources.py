@@ -63,6 +63,8 @@ def open_source(path: str) -> Source:
         return open_records(parts)
     if path.lower().endswith('.rec') and os.path.isfile(path):
         return Records(path)
+    if not os.path.exists(path):
+        raise ValueError(f'{path} does not exist: give a folder of images, a RecordIO file (.rec), or digits')
     if os.path.isfile(path):
         raise ValueError(f'{path} is a file, but not a RecordIO file (.rec): give its folder, or a .rec file made by '
                          'tools/pack_records.py')
@@ -128,7 +130,7 @@ def image_files(paths: Sequence[str], notes: Optional[List[str]] = None) -> List
         elif os.path.exists(path):
             files.append(path)
         else:
-            raise ValueError(f'{path} does not exist: give a folder of images, a RecordIO file (.rec), or digits')
+            raise ValueError(f'{path} does not exist: give image files, or folders of images')
     return files
 
 

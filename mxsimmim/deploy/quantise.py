@@ -147,7 +147,11 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
     """(calibration, held-out, labels of the latter); of images given, a part calibrates and the others are held out."""
     data = trained.config.data
     if images in (None, data.path):
-        own = open_labelled(data, trained.config.seed)
+        try:
+            own = open_labelled(data, trained.config.seed)
+        except ValueError as error:  # it speaks of keys, which an export does not take
+            raise ValueError(f'the images of the run cannot be had here ({error}): name labelled images with --images'
+                             ) from None
         tell(notes_of(own.train, own.held_out))
         if own.classes != trained.classes:
             raise ValueError(f'{data.path} has {len(own.classes)} classes ({", ".join(own.classes[:3])}, …), the run '

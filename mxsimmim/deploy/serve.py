@@ -174,7 +174,7 @@ class Service:
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise web.HTTPRequestEntityTooLarge(self._max_bytes, size, text='the upload is larger than the '
-                                                f'{self._max_bytes:,} bytes that --max-bytes allows')
+                                                f'{self._max_bytes:,} bytes that this service takes')
 
     async def _healthy(self, _: web.Request) -> web.Response:
         return web.json_response({'status': 'ok'})
