@@ -28,6 +28,9 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     saved = newest(run / 'checkpoints', print)
     if saved is None:
         raise ValueError(f'{run} has no checkpoint yet: train it first')
+    if saved.state.get('classes'):
+        raise ValueError(f'{run} is a classifier, which reconstructs nothing: `mxsimmim predict` shows what it has '
+                         'learned')
     net = build_simmim(config.model, seed=None)
     official.assign(net, saved.arrays['weights'])
     placement = Replicated(net, contexts_for(config)[:1], config.data.mean, config.data.std)

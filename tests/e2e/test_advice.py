@@ -82,6 +82,8 @@ CASES = [
     (['predict', 'runs/classes', 'none.png'], r'give image files, or folders of images', ['-none.png', 'few']),
     (['predict', 'runs/done', 'few'], r'`mxsimmim (reconstruct)` shows', ['-predict', '-runs/done', '-few', '{1}',
                                                                          'runs/done', 'few']),
+    (['reconstruct', 'runs/classes', 'few'], r'`mxsimmim (predict)` shows',
+     ['-reconstruct', '-runs/classes', '-few', '{1}', 'runs/classes', 'few']),
     (['export', 'runs/done', 'out.xyz'], r'use (.pth) or', ['-out.xyz', 'out{1}']),
     (['export', 'runs/classes', 'out', '--int8', '--max-drop', '100', '--images', 'labelled'],
      r'is of (--format symbol): add that', ['--format', 'symbol']),
