@@ -161,7 +161,8 @@ def _horovod(facts: Facts) -> Iterator[Problem]:
 
 def render(facts: Facts, problems: List[Problem]) -> str:
     """The report, aligned, to 120 columns where the facts allow."""
-    units = [('AVX2', 'avx2'), ('AVX-512', 'avx512f'), ('AVX-512 BF16', 'avx512_bf16'), ('AMX', 'amx_tile')]
+    units = [('AVX2', 'avx2'), ('AVX-512', 'avx512f'), ('AVX-512 VNNI', 'avx512_vnni'),
+             ('AVX-512 BF16', 'avx512_bf16'), ('AMX', 'amx_tile')]
     amx = f"the kernel {'grants' if facts.amx else 'refuses'} AMX" if 'amx_tile' in facts.flags else ''
     set_by = {name: f"{name}={value}, {'your environment' if name in facts.environment else 'set by mxsimmim'}"
               for name, value in facts.settings.items()}
