@@ -29,7 +29,7 @@ PATHS = [
     ('avx512_core_amx', 'SKYLAKEX', [], NATIVE, 0),
 ]
 BELOW = PATHS[:[isa for isa, *_ in PATHS].index(machine.ISA)]
-SECONDS = 600  # alone on 2 cores it takes 30
+SECONDS = 600  # of which a run takes 20
 
 
 @pytest.mark.parametrize('isa, core, tests, without, least', BELOW, ids=[isa or 'none' for isa, *_ in BELOW])
