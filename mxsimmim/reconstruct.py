@@ -9,11 +9,12 @@ from .checkpoint import newest
 from .config import Config
 from .data.loader import fixed_batches
 from .data.sources import ImageFiles, found
-from .data.transforms import BrokenImage, EvalTransform, decode
+from .data.transforms import MAX_PIXELS, BrokenImage, EvalTransform, decode
 from .interop import official
+from .memory import ran_out
 from .models import build_simmim
 from .parallel.placement import Replicated
-from .pictures import grid, to_uint8
+from .pictures import SIDE, grid, to_uint8
 from .trained import contexts_for, data_in_use
 
 
@@ -21,8 +22,8 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     """Draws original, masked image and reconstruction of each file, or of each file in a folder, as one PNG.
 
     Raises:
-        ValueError: no checkpoint, or a picture that cannot be written; or images that could not be read, each named,
-            after the picture of all others is written.
+        ValueError: no checkpoint, more images than a picture can show, or a picture that cannot be written; or images
+            that could not be read, each named, after the picture of all others is written.
     """
     from PIL import Image
     saved = newest(run / 'checkpoints', print)
@@ -35,6 +36,9 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     official.assign(net, saved.arrays['weights'])
     placement = Replicated(net, contexts_for(config)[:1], config.data.mean, config.data.std)
     files, problems = found(images)
+    most = MAX_PIXELS // (3 * max(config.model.img_size, SIDE) ** 2)
+    if len(files) > most:
+        raise ValueError(f'{len(files):,} images make a picture that no viewer opens: give at most {most:,}')
     files, broken = _readable(files, config.data.threads)
     problems += broken
     if not files:
@@ -61,6 +65,8 @@ def _readable(files: Sequence[str], threads: int) -> Tuple[List[str], List[str]]
         try:
             decode(Path(file).read_bytes(), file)
         except BrokenImage as error:
+            if ran_out(error):  # nothing is wrong with the image
+                raise
             return str(error)
         except OSError as error:
             return f'{file}: cannot be read: {error.strerror}'

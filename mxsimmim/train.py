@@ -83,7 +83,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         stop = stack.enter_context(Stop())
         if place.rank == 0:
             stack.enter_context(locked(folder, notes.append))
-        store = open_store(config, mode, place, stack.enter_context(connect(place, os.environ)))
+        store = stack.enter_context(joined(config, mode, place))
         check_same_job(config, task, store.control)
         stack.enter_context(operators(config, contexts, store.control, notes.append))
         saved = None
@@ -113,26 +113,27 @@ def evaluate(config: Config) -> int:
     if place.rank == 0 and folder_of(config).is_dir():
         files.try_place(folder_of(config))  # for the evaluation at the end
     task = TASKS[config.task](config)
-    with connect(place, os.environ) as control:
-        return _evaluate(config, place, task, contexts, open_store(config, mode, place, control))
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(joined(config, mode, place))
+        stack.enter_context(operators(config, contexts, store.control, Quiet().message))
+        return _evaluate(config, task, contexts, store)
 
 
-def _evaluate(config: Config, place: World, task: Task, contexts: List[mx.Context], store: Store) -> int:
+def _evaluate(config: Config, task: Task, contexts: List[mx.Context], store: Store) -> int:
     folder = folder_of(config)
     check_same_job(config, task, store.control)
     validation = task.validation(store.control)
     if validation is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
-    if place.rank == 0:
+    if store.rank == 0:
         tell(notes_of(task.source, task.held_out))
-    ops.choose(config.runtime.precision, contexts)
     trained = load_run(folder)
     check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')
     for key, old, new in configfile.differences(trained.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
     report = validation.report(Replicated(trained.net, contexts, config.data.mean, config.data.std), folder)
-    if place.rank == 0:
+    if store.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0
 
@@ -158,11 +159,13 @@ def operators(config: Config, contexts: List[mx.Context], control: ControlPlane,
     return ops.using('reference')
 
 
-def open_store(config: Config, mode: Mode, place: World, control: ControlPlane) -> Store:
-    """What adds up the arrays of this process and of its job's others."""
+@contextlib.contextmanager
+def joined(config: Config, mode: Mode, place: World) -> Iterator[Store]:
+    """While entered, this process is a part of its job: has its control plane, and what adds up arrays."""
     if mode.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
         os.environ.update({**horovod_settings(expected_step(config, place)), **os.environ})
-    return (ServerStore if mode.store == 'dist_async' else make_store)(mode.store, place, control)
+    with connect(place, os.environ) as control:
+        yield (ServerStore if mode.store == 'dist_async' else make_store)(mode.store, place, control)
 
 
 def train(run: Run, start: int, stop: Stop) -> int:

@@ -1,4 +1,5 @@
 """Workers of a job as threads of one process, each with its control plane."""
+import socket
 import threading
 
 from mxsimmim.parallel.control import ControlPlane, _listen
@@ -18,10 +19,17 @@ def each(count, function, keys=()):
 
     def run(rank):
         try:
-            with ControlPlane(rank, count, [address], dict(keys).get(rank, KEY), None if rank else listener) as control:
+            control = ControlPlane(rank, count, [address], dict(keys).get(rank, KEY), None if rank else listener)
+        except Exception as error:
+            results[rank] = error
+            return
+        try:
+            with control:
                 results[rank] = function(control)
         except Exception as error:
             results[rank] = error
+            if count > 1:  # as the end of a process would
+                control._connection.shutdown(socket.SHUT_RDWR)
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(count)]
     for thread in threads:
         thread.start()
