@@ -14,15 +14,15 @@ from .data.transforms import decode
 from .models import named_parameters
 from .models.cost import multiply_adds
 from .ops.library import describe
+from .parallel.control import ControlPlane
 from .parallel.modes import mode_of
 from .parallel.placement import Replicated, contexts_of
-from .parallel.stores import make_store
 from .plan import in_groups, plan_of
 from .run import checkpoint_to_resume, folder_of
 from .schedule import fitted
 from .tasks import TASKS, Task, check_room, checkpoint_bytes
 from .train import operators
-from .world import ALONE, World, world
+from .world import World, world
 
 IMAGES = 8  # of each source that are read
 
@@ -62,7 +62,7 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
 
 def _devices(config: Config, place: World) -> Tuple[str, List[mx.Context]]:
     contexts, mode = contexts_of(config.devices, place), mode_of(config, place)
-    operators(config, contexts, make_store('local', ALONE), print)
+    operators(config, contexts, ControlPlane(), print)
     return f'{", ".join(map(str, contexts))}; {mode.aggregation} over {mode.store}; {describe(*ops.chosen())}', contexts
 
 

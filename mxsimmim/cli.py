@@ -232,9 +232,10 @@ def arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         commands.error(f'unrecognized arguments: {" ".join(late)}')
     if late:
         args.overrides += late
-    for name in ('output', 'picture', 'images', 'config', 'classes'):  # --output=~/x: no shell replaces this ~
-        if isinstance(getattr(args, name, None), str):
-            setattr(args, name, paths.home(getattr(args, name)))
+    for name in ('run', 'file', 'output', 'picture', 'images', 'config', 'classes'):  # --output=~/x is no shell's ~
+        value = getattr(args, name, None)
+        if value:
+            setattr(args, name, paths.home(value) if isinstance(value, str) else list(map(paths.home, value)))
     return args
 
 
