@@ -126,14 +126,15 @@ def test_workers_with_other_images_are_told(launcher):
     assert 'rank 1 finds 39 images here, rank 0 40' in out + err
 
 
-@pytest.mark.parametrize('launch, keys, message', [
-    (SERVERS, ['train.store=dist_async'], 'optim.clip_grad=0.5 cannot work with train.store=dist_async'),
-    (SERVERS, ['data.shares=[1,2,3]'], 'has 3 weights for 2 workers'),
-    (SERVERS, ['train.batch_size=3', 'train.accumulate=2'], 'a batch of 3 images is too small for 2 workers'),
-    (HOROVOD, ['train.store=dist_sync'], 'started as Horovod ranks'),
+@pytest.mark.parametrize('launch, keys, message, status', [
+    (SERVERS, ['train.store=dist_async'], 'optim.clip_grad=0.5 cannot work with train.store=dist_async', 2),
+    (SERVERS, ['data.shares=[1,2,3]'], 'has 3 weights for 2 workers', 2),
+    (SERVERS, ['train.batch_size=3', 'train.accumulate=2'], 'a batch of 3 images is too small for 2 workers', 1),
+    (HOROVOD, ['train.store=dist_sync'], 'started as Horovod ranks', 2),
 ])
-def test_what_cannot_work_is_refused_at_the_start(launcher, launch, keys, message):
-    out, err = launcher.run(*launch, '--', *COMMAND, *TINY, *keys, 'name=job', status=1)
+def test_what_cannot_work_is_refused_at_the_start(launcher, launch, keys, message, status):
+    """With status 2 before anything is started, where the configuration alone tells."""
+    out, err = launcher.run(*launch, '--', *COMMAND, *TINY, *keys, 'name=job', status=status)
     assert message in out + err
 
 
