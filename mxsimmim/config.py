@@ -90,7 +90,7 @@ class Section(BaseModel):
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses what the conversions of pydantic would let pass: true as a number, numbers that no machine holds."""
-        _require(not isinstance(value, bool) or cls.model_fields[info.field_name].annotation is bool,
+        _require(not isinstance(value, bool) or cls.model_fields[info.field_name].annotation in (bool, Optional[bool]),
                  f"{str(value).lower()} is no value for it")
         _require(not isinstance(value, str) or '\0' not in value, 'a NUL character is no part of any value')
         return value

@@ -311,6 +311,8 @@ def _explain(item: Dict[str, Any], values: Values, known: List[str]) -> Iterator
     message = re.sub(r'^(Value|Assertion) error, ', '', item['msg'])
     message = message[:1].lower() + message[1:] if re.match('[A-Z][a-z]+ ', message) else message
     where = {w for k, (_, w) in values.items() if _canonical(k) == key}
+    if item['type'] == 'missing':  # of a list of so many: no key is required
+        message = 'too few values'
     if where:
         found = '' if item['type'] == 'value_error' else f', found {_show(item["input"])}'
         if item['type'] == 'model_type' and isinstance(item['input'], str):  # data=/images

@@ -205,8 +205,8 @@ def every_image(source: Source, transform: Transform, batch: int, threads: int, 
         ValueError: naming an image that cannot be read.
     """
     try:
-        yield from fixed_batches(source, transform, min(batch, len(source)), len(source), 0, threads, 0, rank=rank,
-                                 size=size)
+        yield from fixed_batches(source, transform, min(batch, len(source)), len(source), 0, threads, 0,
+                                 log=lambda text: None, rank=rank, size=size)
     except TooManyBroken as error:
         raise ValueError(f'every image counts here, so each must be readable: remove or repair '
                          f'{error.__context__ or error}') from None
