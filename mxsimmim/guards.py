@@ -15,7 +15,7 @@ OPTIONAL = (
     'h5py', 'bokeh', 'boken',  # MXNet
     'backports.zstd', 'zstandard', 'brotli', 'brotlicffi', 'simplejson', 'socks',  # requests and urllib3, for MXNet
     'lz4', 'psutil', 'scikits', 'sksparse', 'uarray', 'pickle5',  # joblib, SciPy and NumPy
-    'cffi', 'defusedxml',  # Pillow
+    'cffi', 'defusedxml', 'olefile',  # Pillow
     'colorama',  # numba
     'aiodns',  # aiohttp
 )

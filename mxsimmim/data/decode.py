@@ -189,7 +189,7 @@ def _unknown(data: bytes) -> str:
                     'or RGB')
         except Exception:  # damaged
             pass
-    return f'not an image, or of an unknown format; known are {", ".join(FORMATS)}'
+    return 'not an image, or of an unknown format'
 
 
 def _strips(image: Image.Image) -> Iterator[Tuple[slice, Image.Image]]:

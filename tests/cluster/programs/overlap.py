@@ -69,7 +69,7 @@ def main():
     times = [{what: seconds(function) for what, function in measured.items()} for _ in range(1 + STEPS)][1:]
     if place.rank == 0:
         medians = {what: statistics.median(each[what] for each in times) for what in measured}
-        print(json.dumps({**medians, 'keys': [key - len(keys) - 1 for key in keys]}), flush=True)
+        print(json.dumps({**medians, 'keys': [key - len(keys) for key in keys]}), flush=True)
 
 
 if __name__ == '__main__':

@@ -46,7 +46,7 @@ def trained(seed, store, devices, part):
     aggregation = SyncGradients(parameters, adamw, store, TrainConfig(batch_size=IMAGES), 0.5)
     for step, batch in enumerate(batches(seed, part)):
         aggregation.step(step, 1e-2, placement.forward_backward(batch, IMAGES))
-    compare(parameters, store, STEPS)
+    compare(parameters, store.control, STEPS)
     weights = official.extract(net)
     return np.concatenate([weights[name].ravel() for name in sorted(weights)])
 
