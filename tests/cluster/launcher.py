@@ -31,7 +31,13 @@ class Launcher:
     def run(self, *words, status=0, seconds=60, **keys):
         """The launcher to its end; returns its standard output and standard error. Nothing may be left."""
         process = self.start(*words, **keys)
-        assert process.wait(seconds) == status, f'{words}\n{self.text("out")}\n{self.text("err")}'
+        try:
+            ended = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            logs = [f'{path.name}:\n{path.read_bytes().decode(errors="replace")[-2000:]}'
+                    for path in sorted(self.folder.glob('logs/*.log'))]
+            raise AssertionError('\n'.join([f'{words}: not done after {seconds} s', *logs])) from None
+        assert ended == status, f'{words}\n{self.text("out")}\n{self.text("err")}'
         assert self.left() == [], words
         return self.text('out'), self.text('err')
 
