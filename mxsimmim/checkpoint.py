@@ -123,7 +123,7 @@ def newest(folder: Path, log: Callable[[str], None]) -> Optional[Checkpoint]:
     if found:
         raise CheckpointError(
             f'{folder}: none of its {len(found)} checkpoints is whole ({", ".join(p.name for p in found.values())}): '
-            f'restore one from a copy, or delete them all to start anew')
+            f'restore one from a copy, or delete them all and train again')
     return None
 
 

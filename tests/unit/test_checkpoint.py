@@ -148,7 +148,7 @@ def test_newest_when_all_are_damaged(two):
         (two / f'step-{step:08d}' / 'weights.safetensors').unlink()
     said = []
     with pytest.raises(CheckpointError, match=r'none of its 2 checkpoints is whole \(step-00000001, step-00000002\).*'
-                                              'restore one.*start anew'):
+                                              'restore one.*train again'):
         checkpoint.newest(two, said.append)
     assert [text[:39] for text in said] == [f'passing over the checkpoint of step {step}: ' for step in (2, 1)]
 
