@@ -81,7 +81,8 @@ class Seat:
             self.loop.remove_reader(self.process.stderr.fileno())
             self.silent.set_result(None)
             return
-        self.said = (self.said + data.decode(errors='replace').split('\n'))[-100:]
+        rest, *lines = data.decode(errors='replace').split('\n')  # of a line that came in pieces, perhaps
+        self.said = (self.said[:-1] + [''.join(self.said[-1:]) + rest] + lines)[-100:]
 
     def receive(self, message: Message) -> None:
         self.heard = time.monotonic()

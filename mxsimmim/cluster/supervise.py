@@ -81,7 +81,7 @@ class Job:
                 seat.channel.send(do='ping')
                 seat.heard = now if slept else seat.heard
                 if self.running and now - seat.heard > SILENCE:
-                    seat.said.append(f'nothing heard of it for {SILENCE:.0f} s')
+                    seat.said += [f'nothing heard of it for {SILENCE:.0f} s', '']
                     seat.channel.close()
         self.loop.call_later(PING, self.ping)
 
@@ -101,6 +101,9 @@ class Job:
         finally:
             self.ending = True
             await self.finish()
+        speaking = [seat.silent for seat in self.lost if seat.process and not seat.silent.done()]
+        if speaking:  # their last words
+            await asyncio.wait(speaking, timeout=1)
         return self.verdict()
 
     async def until(self, condition: Callable[[], object], seconds: Optional[float]) -> None:

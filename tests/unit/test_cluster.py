@@ -349,3 +349,20 @@ def test_the_rendezvous_forgets_a_scope_when_all_ranks_are_through():
     ok, absent, bad = (200, b''), (404, b''), (400, b'')
     assert asyncio.run(conversation()) == [absent, ok, ok, (200, b'\0\xff'), ok, ok, (200, b'\0\xff'), ok, absent, bad,
                                            bad, bad]
+
+
+def test_a_line_that_comes_in_pieces_is_one():
+    """A crashing agent writes its report word by word."""
+    loop, (reader, writer) = asyncio.new_event_loop(), os.pipe()
+    try:
+        seat = seats.Seat(loop, 'a', 0, lambda *_: None)
+        with open(reader, 'rb', buffering=0) as stream:
+            seat.process = Namespace(stderr=stream)
+            for piece in (b'  File "x.py", line 3', b' in ', b'<module>\nlast', b' words\n'):
+                os.write(writer, piece)
+                seat.listen()
+        assert seat.said == ['  File "x.py", line 3 in <module>', 'last words', '']
+        assert (seat.first(), seat.last()) == ('File "x.py", line 3 in <module>', 'last words')
+    finally:
+        os.close(writer)
+        loop.close()
