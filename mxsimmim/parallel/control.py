@@ -53,7 +53,7 @@ class Pending:
 
 
 class ControlPlane:
-    """What one worker says to the others and hears of them. Of a job of one worker, `address` is not used."""
+    """What one worker says to the others and hears of them; in a job of one worker, itself, without a network."""
 
     def __init__(self, rank: int = 0, size: int = 1, addresses: Sequence[Tuple[str, int]] = (), key: bytes = b'',
                  listener: Optional[socket.socket] = None):
