@@ -2,7 +2,7 @@
 import sys
 from typing import List, Optional
 
-from .guards import alone, name_crashes
+from .system.guards import alone, name_crashes
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -11,7 +11,10 @@ import traceback
 from pathlib import Path
 from typing import List, Optional
 
-from . import __version__, configfile, habits, memory, paths, schedule, text
+from . import __version__
+from .config import configfile, foreign_names, schedule
+from .runtime import memory
+from .system import paths, text
 from .config import Config, ConfigError
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
@@ -32,107 +35,116 @@ def _train(task: str, args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
     if not getattr(args, 'eval', False):
         schedule.check(config, written)
-    from . import runtime
-    from .world import world
+    from .runtime import environment
+    from .runtime.process import world
     place = world(os.environ)
     if args.check_config:
-        from .parallel.modes import mode_of
-        mode_of(config, place)
-        runtime.settings(config.runtime, os.environ, runtime.cpu_flags(), runtime.cores())
+        from .parallel.strategies import strategy_of
+        strategy_of(config, place)
+        environment.settings(config.runtime, os.environ, environment.cpu_flags(), environment.cores())
         return 0
-    runtime.prepare(config.runtime)
+    environment.prepare(config.runtime)
     if args.check:
-        from . import check
+        from .training import check
         return check.check(config, written) if place.role == 'worker' else 0
     if place.role != 'worker':
         from .parallel.server import serve
         return serve()
-    from . import train
-    return train.evaluate(config) if getattr(args, 'eval', False) else train.start(config, written)
+    if getattr(args, 'eval', False):
+        from .inference import evaluate
+        return evaluate.evaluate(config)
+    from .training import trainer
+    return trainer.start(config, written)
 
 
 def reconstruct(args: argparse.Namespace) -> int:
-    from . import run, runtime
-    config = run.read_config(args.run)
-    runtime.prepare(config.runtime)
-    from . import reconstruct
+    from .training import run_folder
+    from .runtime import environment
+    config = run_folder.read_config(args.run)
+    environment.prepare(config.runtime)
+    from .inference import reconstruct
     print(reconstruct.reconstruct(Path(args.run), config, args.images, Path(args.output), args.seed))
     return 0
 
 
 def features(args: argparse.Namespace) -> int:
-    from . import run, runtime
-    runtime.prepare(run.read_config(args.run).runtime)
-    from . import features
+    from .training import run_folder
+    from .runtime import environment
+    environment.prepare(run_folder.read_config(args.run).runtime)
+    from .inference import features
     print(features.save_features(Path(args.run), args.images, args.block, Path(args.output),
                                  Path(args.picture) if args.picture else None))
     return 0
 
 
 def probe(args: argparse.Namespace) -> int:
-    from . import run, runtime
-    config = run.read_config(args.run)
+    from .training import run_folder
+    from .runtime import environment
+    config = run_folder.read_config(args.run)
     other = [word for word in args.overrides if not word.startswith('data.')]
     if other:
         raise ConfigError(f"'{other[0]}': only data.… can be changed, the rest is what {args.run} was trained with")
     if args.overrides:
         # Labels are nothing for pre-training, but they are for a probe of it.
         config = configfile.load(Path(args.run) / 'config.yaml', args.overrides + ['task=classify'])
-    runtime.prepare(config.runtime)
-    from . import probe
+    environment.prepare(config.runtime)
+    from .inference import probe
     print(probe.probe(Path(args.run), config, args.block, args.seeds))
     return 0
 
 
 def predict(args: argparse.Namespace) -> int:
-    from . import run, runtime
-    runtime.prepare(run.read_config(args.run).runtime)
-    from .deploy import predict
+    from .training import run_folder
+    from .runtime import environment
+    environment.prepare(run_folder.read_config(args.run).runtime)
+    from .inference import predict
     predict.predict(Path(args.run), args.images, args.top)
     return 0
 
 
 def serve(args: argparse.Namespace) -> int:
-    from . import run, runtime
-    runtime.prepare(run.read_config(args.run).runtime)
-    from .deploy import serve
+    from .training import run_folder
+    from .runtime import environment
+    environment.prepare(run_folder.read_config(args.run).runtime)
+    from .inference import serve
     serve.serve(Path(args.run), args.host, args.port, args.max_batch, args.max_bytes)
     return 0
 
 
 def import_(args: argparse.Namespace) -> int:
-    from . import runtime
+    from .runtime import environment
     from .config import RuntimeConfig
-    runtime.prepare(RuntimeConfig())
-    from . import exchange
+    environment.prepare(RuntimeConfig())
+    from .inference import exchange
     print(exchange.import_weights(Path(args.file), Path(args.run), args.config, args.overrides, args.classes))
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
-    from . import run, runtime
-    runtime.prepare(run.read_config(args.run).runtime)
+    from .training import run_folder
+    from .runtime import environment
+    environment.prepare(run_folder.read_config(args.run).runtime)
     if args.format:
-        from .deploy import export
+        from .inference import export
         print(export.export(args.run, args.file, args.format, args.int8, args.images, args.max_drop))
     elif args.int8:
         raise ConfigError('--int8 is of --format symbol: add that')
     else:
-        from . import exchange
+        from .inference import exchange
         print(exchange.export_weights(Path(args.run), Path(args.file), args.names))
     return 0
 
 
 def plot(args: argparse.Namespace) -> int:
-    from . import pictures
+    from .training import plots
     out = Path(args.output or Path(args.run) / 'curves.png')
-    pictures.plot(Path(args.run), out)
+    plots.plot(Path(args.run), out)
     print(out)
     return 0
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from . import doctor
+    from .runtime import doctor
     return doctor.main()
 
 
@@ -223,7 +235,7 @@ def arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     commands = parser()
     words = sys.argv[1:] if argv is None else argv
     if words[:1] in (['pretrain'], ['finetune']):
-        foreign = habits.options(words[1:], TRAINING, configfile.known_keys())
+        foreign = foreign_names.options(words[1:], TRAINING, configfile.known_keys())
         if foreign:
             raise ConfigError('\n'.join(foreign))
     args, late = commands.parse_known_args(argv)
@@ -282,8 +294,8 @@ def _config_of(args: argparse.Namespace) -> Optional[Config]:
     with contextlib.suppress(Exception):
         if args.command in memory.TRAINING:
             return configfile.load(args.config, args.overrides)
-        from . import run
-        return run.read_config(args.run)
+        from .training import run_folder
+        return run_folder.read_config(args.run)
     return None
 
 

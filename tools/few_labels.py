@@ -14,22 +14,24 @@ import tempfile
 from pathlib import Path
 from typing import List
 
-from mxsimmim import configfile, runtime, text
-from mxsimmim.guards import alone, name_crashes
+from mxsimmim.config import configfile
+from mxsimmim.runtime import environment
+from mxsimmim.system import text
+from mxsimmim.system.guards import alone, name_crashes
 
 RECIPE = Path(__file__).parents[1] / 'conf' / 'finetune_digits.yaml'
 
 
 def accuracy(encoder: str, labels: int, seed: int) -> float:
     """Top-1, in percent, of one fine-tuned classifier; `labels` a class, 0 for all."""
-    from mxsimmim import train
+    from mxsimmim.training import trainer
     with tempfile.TemporaryDirectory() as folder:
         length = [] if labels else ['train.length=20 epochs']
         config = configfile.load(RECIPE, [f'output={folder}', f'seed={seed}', f'model.pretrained={encoder}',
                                           f'data.labels_per_class={labels}', 'validation.every=100%', *length])
         with open(Path(folder) / 'log', 'w', encoding='utf-8', errors=text.ERRORS) as log:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                train.start(config)
+                trainer.start(config)
         return json.loads((Path(folder) / config.name / 'evaluation.json').read_text())['val_top1']
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument('--labels', type=int, nargs='+', default=[10], help='labels a class; 0: all (10)')
     parser.add_argument('--seeds', type=int, default=5, help='runs a number (5)')
     args = parser.parse_args()
-    runtime.prepare(configfile.load(RECIPE).runtime)
+    environment.prepare(configfile.load(RECIPE).runtime)
     print(f'top-1 on held-out digits, %, {args.seeds} seeds     random weights    from {args.run}     gain')
     for labels in args.labels:
         columns: List[List[float]] = [[], []]

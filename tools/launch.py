@@ -15,7 +15,7 @@ if __name__ == '__main__':
     if not find_spec('mxnet') and os.path.exists(PYTHON) and not os.path.samefile(sys.prefix, VENV):
         os.execv(PYTHON, [PYTHON] + sys.argv)
     sys.path.insert(0, ROOT)
-    from mxsimmim import text
+    from mxsimmim.system import text
     text.restart_in_utf8()
     from mxsimmim.cluster import supervise
     sys.exit(supervise.main(sys.argv[1:]))

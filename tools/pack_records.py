@@ -24,8 +24,8 @@ from tqdm import tqdm
 from mxsimmim.data.decode import ORIENTATION, decode, orientation
 from mxsimmim.data.sources import RecordWriter, image_files, tell
 from mxsimmim.data.transforms import resize_short_side
-from mxsimmim.guards import alone, name_crashes
-from mxsimmim.text import open_streams, show
+from mxsimmim.system.guards import alone, name_crashes
+from mxsimmim.system.text import open_streams, show
 
 LONGEST = 65500  # pixels of a side of a JPEG
 

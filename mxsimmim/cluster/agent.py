@@ -17,8 +17,10 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from mxsimmim import guards, runtime
-from mxsimmim.cluster import fault, probe
+from mxsimmim.system import guards
+from mxsimmim.runtime import environment
+from mxsimmim.runtime import fault
+from mxsimmim.cluster import probe
 from mxsimmim.cluster.channel import OPENING, Channel, Message
 from mxsimmim.cluster.rendezvous import Rendezvous
 
@@ -131,7 +133,7 @@ class Agent:
         me, log = os.getpid(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         pipes = [os.pipe(), os.pipe()] if live else []
         outputs = [writer for _, writer in pipes] or [log, log]
-        cpus = runtime.cpus_of_part(*part)
+        cpus = environment.cpus_of_part(*part)
 
         def prepare() -> None:
             die_with(me, signal.SIGKILL)

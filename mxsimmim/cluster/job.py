@@ -2,7 +2,7 @@
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..world import CONTROL, FIRSTS
+from ..runtime.process import CONTROL, FIRSTS
 
 # What a process must not inherit from a shell that itself ran inside another job.
 OTHER_WORLDS = {'ps': ('HOROVOD_RANK', 'HOROVOD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'),

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Dict, List, Mapping, Sequence, Tuple
 
-from mxsimmim import paths
+from mxsimmim.system import paths
 
 HELP = """\
 Starts a training command as many processes, here or on many hosts, and ends them together.

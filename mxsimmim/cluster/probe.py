@@ -16,7 +16,8 @@ import subprocess
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from mxsimmim import paths, runtime
+from mxsimmim.system import paths
+from mxsimmim.runtime import environment
 
 SIOCGIFADDR = 0x8915  # of Linux's bits/ioctls.h
 TRIAL = 10.0  # seconds after which the job begins without having heard of its configuration
@@ -47,7 +48,7 @@ def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
         problems.append(str(error))
     return {'host': platform.node(), 'python': '{}.{}'.format(*sys.version_info), 'executable': sys.executable,
             'packages': {name: version(name) for name in ('mxnet', 'mxsimmim', 'horovod')},
-            'mpi': needs['horovod'] and horovod_has_mpi(), 'cores': runtime.cores(),
+            'mpi': needs['horovod'] and horovod_has_mpi(), 'cores': environment.cores(),
             'gpus': gpus(environ) if needs['gpus'] else [], 'interface': interface, 'address': address,
             'named': named() if needs['horovod'] else '', 'problems': problems, 'refusal': refusal()}
 
@@ -116,7 +117,8 @@ def version(package: str) -> Optional[str]:
     """The version of a package that `import` would find; None if it is not installed."""
     where = folder(package)
     for name in ('libinfo.py', '__init__.py') if where else ():
-        found = re.search(r'^__version__ = [\'"](.*)[\'"]', runtime.contents(runtime.Path(where, name)), re.MULTILINE)
+        found = re.search(r'^__version__ = [\'"](.*)[\'"]', environment.contents(environment.Path(where, name)),
+                          re.MULTILINE)
         if found:
             return found.group(1)
     return 'unknown' if where else None
@@ -166,7 +168,7 @@ def interfaces() -> Dict[str, str]:
 
 def inet6() -> Dict[str, str]:
     """The interface of each IPv6 address."""
-    rows = [line.split() for line in runtime.contents(runtime.Path('/proc/net/if_inet6')).splitlines()]
+    rows = [line.split() for line in environment.contents(environment.Path('/proc/net/if_inet6')).splitlines()]
     return {socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])): row[5] for row in rows}
 
 

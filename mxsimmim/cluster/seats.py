@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from mxsimmim.cluster import fault, mpi
+from mxsimmim.runtime import fault
+from mxsimmim.cluster import mpi
 from mxsimmim.cluster.channel import OPENING, Channel, Message
 
 PACKAGE = Path(__file__).parents[1]
-SENT = ('guards', 'paths', 'runtime', 'cluster.channel', 'cluster.fault', 'cluster.rendezvous', 'cluster.probe',
-        'cluster.agent')
+SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault', 'cluster.channel',
+        'cluster.rendezvous', 'cluster.probe', 'cluster.agent')
 # What an agent's Python runs: it reads the agent's program from its standard input.
 BOOTSTRAP = 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'
 
@@ -24,7 +25,7 @@ class Lost(Exception):
 
 def program(call: str = 'main()') -> bytes:
     """The agent and all it imports of this package, as one Python program."""
-    texts = [('mxsimmim', ''), ('mxsimmim.cluster', '')]
+    texts = [('mxsimmim' + name, '') for name in ('', '.system', '.runtime', '.cluster')]
     texts += [('mxsimmim.' + name, (PACKAGE / (name.replace('.', '/') + '.py')).read_text('utf-8')) for name in SENT]
     return ('import sys, types\n'
             f'for name, text in {texts!a}:\n'

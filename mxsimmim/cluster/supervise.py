@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
-from mxsimmim import guards, text
+from mxsimmim.system import guards, text
 from mxsimmim.cluster import job, options as command_line, prepare
 from mxsimmim.cluster.channel import Message
 from mxsimmim.cluster.job import Process

@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 
-from mxsimmim.text import encode, shown
+from mxsimmim.system.text import encode, shown
 
 
 class Terminal:

@@ -20,7 +20,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, TiffImagePlugin
 
-from ..text import one_line
+from ..system.text import one_line
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; Pillow takes an image beyond it for a decompression bomb
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of too many pixels, an error here, and of damaged EXIF

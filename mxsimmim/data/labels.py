@@ -7,7 +7,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from ..config import DataConfig
-from ..text import advice, decode, one_line
+from ..system.text import advice, decode, one_line
 from .recordio import Chunks, Records
 from .sampling import generator
 from .sources import (SEED, Digits, ImageFiles, Source, Subset, extensions, hold_out, is_ignored, open_source,

@@ -10,7 +10,7 @@ from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, 
 
 import numpy as np
 
-from ..memory import ran_out
+from ..runtime.memory import ran_out
 from .sampling import generator, split
 from .sources import Source
 from .transforms import ClassifyEvalTransform, ClassifyTransform, EvalTransform, PretrainTransform, decode

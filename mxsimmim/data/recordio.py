@@ -8,7 +8,7 @@ from typing import BinaryIO, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from ..files import sync_file
+from ..system.files import sync_file
 
 PURPOSES = {'train', 'training'}, {'val', 'valid', 'validation', 'dev'}, {'test', 'testing'}  # words in files' names
 KEPT_OPEN = 64  # of more files, each is opened to read a record: there may be thousands

@@ -28,7 +28,7 @@ def official_shape(name: str, shape: Tuple[int, ...]) -> Tuple[int, ...]:
     return shape + (1, 1) if name == 'decoder.0.weight' else shape
 
 
-def assign(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
+def load_weights(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
     """Sets every parameter of the network from arrays under the reference's names and in its layouts.
 
     Raises:
@@ -53,7 +53,7 @@ def _refuse(problems: List[str], remedy: str) -> None:
         raise ValueError(f'these weights do not fit the network: {"; ".join(problems[:SHOWN])}{more}: {remedy}')
 
 
-def extract(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
+def export_weights(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
     """Every parameter, or its gradient on the first device, under the reference's name and in its layout.
 
     A parameter that the last backward pass did not reach has a gradient of zeros.
@@ -81,12 +81,12 @@ def load_pretrained(net: HybridBlock, path: Union[str, Path], log: Log = LOG) ->
     """
     raw = read_weights(path, log)
     try:
-        return adopt(net, to_official(raw, log)[0], log)
+        return load_encoder_weights(net, to_official(raw, log)[0], log)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
 
 
-def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray], log: Log = LOG) -> List[str]:
+def load_encoder_weights(net: HybridBlock, arrays: Mapping[str, np.ndarray], log: Log = LOG) -> List[str]:
     """`load_pretrained` for arrays: pre-training's (`encoder.…`, its decoder left out) or a classifier's.
 
     Position tables of another resolution are resized, a table shared by all blocks is copied to each, and a head for
@@ -132,3 +132,7 @@ def adopt(net: HybridBlock, arrays: Mapping[str, np.ndarray], log: Log = LOG) ->
     for name, value in values.items():
         parameters[name].set_data(value.reshape(parameters[name].shape))
     return missing
+
+
+# The names of earlier versions.
+assign, extract, adopt = load_weights, export_weights, load_encoder_weights

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Callable, Dict, Mapping, NamedTuple, NoReturn,
 
 import numpy as np
 
-from ..text import drawn
+from ..system.text import drawn
 from .choice import usual
 
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # the first pickle of a file of torch.save before PyTorch 1.6

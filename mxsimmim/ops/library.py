@@ -6,9 +6,10 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
-from .. import runtime
+from ..runtime import environment
 from .build import NAME, NOTE, ONEDNN, NotBuilt, check_machine, digest, installed_file
 
 FOLDER = Path(__file__).parent
@@ -38,7 +39,7 @@ def find() -> Path:
     check_machine()
     path = FOLDER / NAME
     if not path.exists():
-        note = runtime.contents(FOLDER / NOTE)
+        note = environment.contents(FOLDER / NOTE)
         why, _, remedy = note.partition('\n')
         raise NotBuilt(f'{NAME} was not built' + (f': {why}' if why else ''),
                        ' && '.join(filter(None, (remedy.strip(), install_command()))))
@@ -68,7 +69,7 @@ def open_library() -> Opened:
     onednn = installed_file(ONEDNN, 'lib/libdnnl.so.3')
     if onednn is None:
         raise NotBuilt('oneDNN is not installed', f'{_short(sys.executable)} -m pip install {ONEDNN}')
-    runtime.request_amx()
+    environment.request_amx()
     # Names are looked up in these libraries first: MXNet has an older oneDNN inside, some of whose names Horovod makes
     # visible to all. Sanitizers do not support that.
     mode = os.RTLD_NOW | (0 if os.environ.get(VARIABLE) else os.RTLD_DEEPBIND)
@@ -153,6 +154,18 @@ def status() -> str:
         return f'native ({open_library().isa})'
     except NotBuilt as error:
         return f'reference, slower: {error}'
+
+
+def report() -> Dict[str, Any]:
+    """What `mxsimmim doctor` says of the operators: instructions, names, what `auto` takes; or why there are none."""
+    environment.prepare(SimpleNamespace(threads=0, blas_core='auto'))  # RuntimeConfig's defaults, without pydantic
+    try:
+        instructions = load()
+    except NotBuilt as error:
+        return {'why': error.why, 'remedy': error.remedy}
+    import mxnet
+    return {'instructions': instructions, 'auto': decide('auto', [mxnet.cpu()])[1],
+            'names': [name[len(PREFIX):] for name in dir(mxnet.nd) if name.startswith(PREFIX)]}
 
 
 def decide(precision: str, contexts: Sequence[Any]) -> Tuple[str, str]:

@@ -1,4 +1,4 @@
-"""AsyncServer: parameter servers that update with whatever gradient comes, when it comes."""
+"""AsynchronousUpdate: parameter servers that update with whatever gradient comes, when it comes."""
 import contextlib
 import os
 import time
@@ -8,23 +8,23 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import Parameter
 
-from .. import configfile
+from ..config import configfile
 from ..config import Config
-from ..meter import Clock
-from ..world import World
+from ..runtime.process import ProcessInfo
 from . import protocol
-from .aggregate import global_norm
+from .clock import Clock
+from .updates import global_norm
 from .control import ControlPlane
-from .stores import Store
+from .communicators import Communicator
 
 
 KINDS = ('mean', 'var', 'weight')  # what the servers hold for each parameter, besides what workers compute with
 
 
-class ServerStore(Store):
+class WeightServers(Communicator):
     """dist_async: what is pushed goes to the server's rule for that key. There are no sums."""
 
-    def __init__(self, name: str, world: World, control: Optional[ControlPlane] = None):
+    def __init__(self, name: str, world: ProcessInfo, control: Optional[ControlPlane] = None):
         super().__init__(name, world, control)
         self.servers = world.servers
         self._number = time.time_ns()  # of commands; grows from process to process, too
@@ -57,7 +57,7 @@ class ServerStore(Store):
             protocol.HEAD, protocol.sign(content, self._number, protocol.job_key(os.environ)))
 
 
-class AsyncServer:
+class AsynchronousUpdate:
     """Each worker pushes its gradient, the mean over its own images, and takes back what the weights will soon be.
 
     Dean et al. 2012 (Downpour SGD) with AdamW on the servers. There, one update is one worker's push: the schedule of
@@ -65,11 +65,11 @@ class AsyncServer:
     batch. A gradient that is not finite is not applied to its parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], store: ServerStore,
+    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], store: WeightServers,
                  config: Config, per_epoch: int, total: int, lr_scales: Optional[Mapping[str, float]] = None):
         self.workers = store
         self._names, self._parameters = list(parameters), list(parameters.values())
-        self._local = Store('device')
+        self._local = Communicator('device')
         self._local_keys = self._local.keys([p.list_grad() for p in self._parameters])
         self._layout = protocol.Layout(len(parameters), len(KINDS), store.servers)
         self._boards = [mx.nd.zeros(protocol.BOARD_SHAPE) for _ in range(2)]
@@ -85,9 +85,9 @@ class AsyncServer:
                           'decays': [decays[name] for name in self._names], 'workers': store.size,
                           'scales': [(lr_scales or {}).get(name, 1.0) for name in self._names],
                           'per_epoch': per_epoch, 'total': total}
-        self.load(None, 0)
+        self.load_state_dict(None, 0)
 
-    def load(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
+    def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
         """Gives the servers rank 0's moments, None for zeros, and takes their parameters, which are rank 0's first."""
         if self.workers.rank == 0:
             self.workers.command({**self._settings, 'updates': update * self.workers.size})
@@ -100,14 +100,14 @@ class AsyncServer:
         self._pull()
         self.workers.meet()
 
-    def total(self, images: int) -> int:
+    def loss_divisor(self, images: int) -> int:
         """Images over which the gradient is a mean: the worker's own."""
         self._images = images
         return images
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:
-        """Sends the gradients, takes new weights; returns as `SyncGradients.step`, of this worker alone."""
+        """Sends the gradients, takes new weights; returns as `SynchronousUpdate.step`, of this worker alone."""
         gradients = [p.list_grad() for p in self._parameters]
         self._local.sum(self._local_keys, gradients)
         norm = global_norm(gradients)
@@ -128,8 +128,8 @@ class AsyncServer:
             clock.communicated()
         return stats
 
-    def agree(self, step: int, stopping: bool, due: bool = False) -> Optional[int]:
-        """As `SyncGradients.agree`. Workers are at different steps: all go on to the furthest one's.
+    def poll_stop(self, step: int, stopping: bool, due: bool = False) -> Optional[int]:
+        """As `SynchronousUpdate.poll_stop`. Workers are at different steps: all go on to the furthest one's.
 
         They meet when one of them says so on the board, and, `due`, where they will meet anyway.
         """
@@ -143,7 +143,7 @@ class AsyncServer:
         return self._stop_at
 
     @contextlib.contextmanager
-    def consensus(self) -> Iterator[None]:
+    def consolidated_weights(self) -> Iterator[None]:
         """While entered, all workers wait and hold the servers' parameters."""
         self.workers.meet()
         for key, p in enumerate(self._parameters):
@@ -153,7 +153,7 @@ class AsyncServer:
         self.workers.meet()
         self._pull()
 
-    def equal(self, _step: int) -> bool:
+    def in_sync(self, _step: int) -> bool:
         """Never: each worker has the weights of its own last pull."""
         return False
 
@@ -162,7 +162,7 @@ class AsyncServer:
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
-        """As `SyncGradients.observed`, from the board; besides loss, images/s and staleness since the last call."""
+        """As `SynchronousUpdate.observed`, from the board; besides loss, images/s and staleness since the last call."""
         self._write(protocol.NOTES, [1, *noted])
         self.workers.pull(self._layout.board, [self._boards[0]])
         board, now = self._boards[0].asnumpy().astype('float64').sum(axis=0), time.monotonic()
@@ -174,8 +174,8 @@ class AsyncServer:
                              'images_per_second': new[protocol.IMAGES] / seconds,
                              'staleness': new[protocol.STALENESS] / updates}
 
-    def moments(self) -> Dict[str, Any]:
-        """The servers' moments; inside `consensus`."""
+    def state_dict(self) -> Dict[str, Any]:
+        """The servers' moments; inside `consolidated_weights`."""
         arrays = {}
         for kind, moment in enumerate(KINDS[:2]):
             for key, (name, p) in enumerate(zip(self._names, self._parameters)):

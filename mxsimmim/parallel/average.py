@@ -7,7 +7,7 @@ import numpy as np
 from mxnet.gluon import Parameter
 
 from ..interop.official import official_shape
-from .stores import Store
+from .communicators import Communicator
 
 
 class WeightAverage:
@@ -40,7 +40,7 @@ class WeightAverage:
         finally:
             self._set(own)
 
-    def share(self, store: Store) -> None:
+    def share(self, store: Communicator) -> None:
         """Gives all workers rank 0's."""
         arrays = [[value] for value in self._average.values()]
         store.broadcast(store.keys(arrays), arrays)

@@ -6,7 +6,7 @@ import mxnet as mx
 import numba
 import numpy as np
 
-from .stores import Copies, Store
+from .communicators import Copies, Communicator
 
 
 LAST = 4  # of a network's parameters, in order of definition: their gradients are the last that a backward pass yields
@@ -15,11 +15,11 @@ LAST = 4  # of a network's parameters, in order of definition: their gradients a
 class Plain:
     """Sums gradients as they are."""
 
-    def __init__(self, store: Store, arrays: Sequence[Copies]):
+    def __init__(self, store: Communicator, arrays: Sequence[Copies]):
         self._store, self._keys = store, store.keys(arrays)
 
     def sum(self, arrays: Sequence[Copies], computed: Optional[Callable[[], None]] = None) -> None:
-        """In place, as `Store.sum`; waits only if `computed` is given: it is called when all gradients are there."""
+        """Reduces in place, as `Communicator.sum`; waits only for `computed`, called when all gradients are there."""
         late = LAST if computed else 0
         self._store.sum(self._keys[late:], arrays[late:])
         if computed:
@@ -33,7 +33,7 @@ class Plain:
 class HalfPrecision:
     """Sums gradients over workers in float16. What float16 cannot hold becomes infinite, and the step is skipped."""
 
-    def __init__(self, store: Store, arrays: Sequence[Copies]):
+    def __init__(self, store: Communicator, arrays: Sequence[Copies]):
         self._local = _Devices(arrays)
         self._halves = [[first.astype('float16')] for first, *_ in arrays]
         self._plain = Plain(store, self._halves)
@@ -58,7 +58,7 @@ class TwoBit:
     of their digits, so pushes and pulls, of any store, shrink alike: to a tenth for 2 workers, to a fifth for 8.
     """
 
-    def __init__(self, store: Store, arrays: Sequence[Copies], threshold: float):
+    def __init__(self, store: Communicator, arrays: Sequence[Copies], threshold: float):
         self._store, self._local, self._threshold = store, _Devices(arrays), np.float32(threshold)
         self._base = 2 * store.size + 1
         self.digits = int(24 / math.log2(self._base))
@@ -140,7 +140,7 @@ class _Devices:
     """The sum over this worker's own devices, on the first one."""
 
     def __init__(self, arrays: Sequence[Copies]):
-        self._store = Store('device')
+        self._store = Communicator('device')
         self._keys = self._store.keys(arrays)
 
     def sum(self, arrays: Sequence[Copies]) -> None:
@@ -154,7 +154,7 @@ class _Devices:
                 first.copyto(other)
 
 
-TRANSPORTS: Dict[str, Callable[[Store, List[Copies], float], object]] = {
+TRANSPORTS: Dict[str, Callable[[Communicator, List[Copies], float], object]] = {
     'none': lambda store, arrays, _: Plain(store, arrays),
     'fp16': lambda store, arrays, _: HalfPrecision(store, arrays),
     '2bit': TwoBit,

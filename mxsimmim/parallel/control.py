@@ -19,7 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
 from ..cluster.channel import Channel, Message
 from ..cluster.mpi import secret
 from ..cluster.probe import interfaces
-from ..world import World
+from ..runtime.process import ProcessInfo
 from .protocol import job_key
 
 CONNECT = 120.0  # seconds until all workers must have connected: the slowest imports MXNet from a busy disk
@@ -221,7 +221,7 @@ class _Hub:
             channel.send(lost=self._lost)
 
 
-def connect(process: World, environ: Mapping[str, str]) -> ControlPlane:
+def connect(process: ProcessInfo, environ: Mapping[str, str]) -> ControlPlane:
     """The control plane of this worker's job; its launcher says where, or else Horovod carries that to all, once.
 
     Raises:

@@ -5,13 +5,13 @@ from typing import List, Sequence
 from mxnet import autograd
 from mxnet.gluon import Parameter
 
-from .stores import Copies, Store
+from .communicators import Copies, Communicator
 
 SMALL = 1 << 20  # bytes
 LINE = 16  # float32 of a cache line, where each gradient begins
 
 
-def exchanged(parameters: Sequence[Parameter], store: Store) -> List[Copies]:
+def exchanged(parameters: Sequence[Parameter], store: Communicator) -> List[Copies]:
     """The parameters' gradients: first one array that holds all small ones, one after another, then the large ones.
 
     From now on the parameters' gradients lie in arrays of the store's. A transformer has three times as many small

@@ -11,10 +11,10 @@ from .. import ops
 from ..data.loader import Batch
 from ..data.sampling import split
 from ..models.layers import keep_factors
-from ..world import ALONE, World
+from ..runtime.process import ALONE, ProcessInfo
 
 
-def contexts_of(devices: Any, world: World = ALONE) -> List[mx.Context]:
+def contexts_of(devices: Any, world: ProcessInfo = ALONE) -> List[mx.Context]:
     """MXNet contexts for `devices`: 'auto' (every GPU, else cpu(0)) or names such as 'gpu(0)'.
 
     Processes of one machine that see all of its GPUs divide them under 'auto'.
@@ -66,19 +66,20 @@ class Replicated:
         # 15 by default, which are 7 blocks where a native operator is half a block.
         net.hybridize(static_alloc=True, backward_bulk_size=1 if self._takes_bytes else None)
 
-    def forward_backward(self, batch: Batch, total: int, between: Optional[Any] = None) -> mx.nd.NDArray:
+    def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.
 
-        These are the images of the batch, or, where `batch` is one worker's part of it, of all workers. `between`, if
-        given, is called between two accumulated parts. Returns that part of the mean loss (1,), on the first context.
+        These are the images of the batch, or, where `batch` is one worker's part of it, of all workers.
+        `on_micro_batch`, if given, is called between two micro-batches. Returns that part of the mean loss (1,), on the
+        first context.
         """
         losses = []
         if self._accumulate > 1:
             for parameter in self._parameters:
                 parameter.zero_grad()
         for number, part in enumerate(split(len(batch.image), self._accumulate)):
-            if number and between:
-                between()
+            if number and on_micro_batch:
+                on_micro_batch()
             with autograd.record():
                 outputs = [(self.net(*inputs), weight / total) for weight, inputs in self._slices(batch, part)]
             autograd.backward([loss for loss, _ in outputs],

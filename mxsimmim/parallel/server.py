@@ -65,7 +65,7 @@ class Server:
 
     def _configure(self, command: Dict[str, Any]) -> None:
         """The optimiser of an asynchronous job: configuration, decay and rate of each key, and how far the job is."""
-        from .. import configfile
+        from ..config import configfile
         from ..optim import learning_rates
         self._board = np.zeros(protocol.FIELDS)
         config = configfile.from_dict(command['config'], 'the worker')

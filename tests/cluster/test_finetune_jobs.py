@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mxsimmim import checkpoint, configfile
+from mxsimmim.training import checkpoint
+from mxsimmim.config import configfile
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
     print('seed', SEED)
     made = tmp_path_factory.mktemp('alone')
     pretraining = configfile.load(ROOT / 'conf' / 'digits.yaml', TINY[:5])
-    checkpoint.save(made / 'pre' / 'checkpoints', 1, {'weights': official.extract(build_simmim(
+    checkpoint.save(made / 'pre' / 'checkpoints', 1, {'weights': official.export_weights(build_simmim(
         pretraining.model, SEED))}, {}, keep=1)
     subprocess.run(COMMAND + TINY + [f'model.pretrained={made}/pre', 'train.ema=0.5', 'name=alone'], cwd=made,
                    check=True, timeout=120)

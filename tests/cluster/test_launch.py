@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mxsimmim.runtime import cores
+from mxsimmim.runtime.environment import cores
 
 ROLES = 'worker-0', 'worker-1', 'server-0', 'scheduler-0'
 SLEEP = ['python', '-c', 'import os, time; print("ready", flush=True); time.sleep(600)']

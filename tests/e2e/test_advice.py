@@ -6,7 +6,8 @@ import pytest
 from running import ROOT, TINY
 from test_bad_input import images
 
-from mxsimmim import cli, configfile
+from mxsimmim import cli
+from mxsimmim.config import configfile
 
 BASE = str(ROOT / 'conf' / 'base.yaml')
 SHORT = [*TINY, 'train.length=4', 'optim.warmup=1', 'optim.milestones=[]', 'optim.schedule=constant', 'data.threads=1',
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp('advice')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
-        patch.setattr('mxsimmim.runtime.prepare', lambda config: None)
+        patch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
         assert cli.main([*PRETRAIN, 'name=done']) == 0
         assert cli.main([*FINETUNE, 'name=classes', 'data.val_fraction=0']) == 0
     images(made / 'few', 5)
@@ -110,7 +111,7 @@ def followed(words, added):
 def test_following_it_helps(folder, tmp_path, monkeypatch, capfd, words, advice, added):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('mxsimmim.runtime.prepare', lambda config: None)
+    monkeypatch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
     assert cli.main(words) in (1, 2)
     said, = [line for line in capfd.readouterr().err.splitlines() if line.startswith('mxsimmim: error: ')]
     found = re.search(advice, said)
@@ -122,7 +123,7 @@ def test_following_it_helps(folder, tmp_path, monkeypatch, capfd, words, advice,
 def test_a_run_of_other_devices_is_of_use_here(folder, monkeypatch, capfd):
     """Commands that take no keys cannot be told others."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr('mxsimmim.runtime.prepare', lambda config: None)
+    monkeypatch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
     assert cli.main(['predict', 'runs/gone', 'few']) == 0
     out, err = capfd.readouterr()
     assert out.count('few/') == 5 and 'gpu(7) asked for' in err and 'cpu(0) computes' in err and 'error' not in err
@@ -132,12 +133,12 @@ def test_a_run_of_other_devices_is_of_use_here(folder, monkeypatch, capfd):
 
 def test_an_import_that_could_not_be_saved_can_be_given_again(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('mxsimmim.runtime.prepare', lambda config: None)
+    monkeypatch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
     words = ['import', str(ROOT / 'tests' / 'data' / 'finetune_vit.pth'), 'runs/new', 'mask.patch_size=16']
     with pytest.MonkeyPatch.context() as patch:
         def full(*_):
             raise OSError(28, 'No space left on device')
-        patch.setattr('mxsimmim.checkpoint.save_file', full)
+        patch.setattr('mxsimmim.training.checkpoint.save_file', full)
         assert cli.main(words) == 1
     assert 'run the same command again' in capfd.readouterr().err
     assert cli.main(words) == 0

@@ -8,7 +8,7 @@ import pytest
 from running import ROOT, TINY, metrics, weights
 from test_bad_input import images
 
-from mxsimmim import configfile
+from mxsimmim.config import configfile
 
 BASE = ROOT / 'conf' / 'base.yaml'
 PARTS = ['devices', 'data', 'schedule', 'model', 'forward', 'memory', 'places']

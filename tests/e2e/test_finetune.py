@@ -54,7 +54,7 @@ def whole(folder, tmp_path):
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch):
     """Commands in this process find MXNet imported, with whatever threads other tests gave it."""
-    monkeypatch.setattr('mxsimmim.runtime.prepare', lambda config: None)
+    monkeypatch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
 
 
 def test_what_a_run_leaves(whole):

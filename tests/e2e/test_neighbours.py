@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from running import DEADLINE, ROOT, TINY, command, metrics
 
-from mxsimmim.guards import OPTIONAL
+from mxsimmim.system.guards import OPTIONAL
 
 NEIGHBOURS = {
     'torch', 'torchvision', 'torchaudio', 'tensorflow', 'keras', 'tensorboard', 'jax', 'jaxlib', 'flax', 'gluoncv',

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mxsimmim
-from mxsimmim import runtime
+from mxsimmim.runtime import environment
 from mxsimmim.ops import build
 
 ROOT = Path(__file__).parents[2]
@@ -212,5 +212,5 @@ def _standard(name: str) -> bool:
 
 
 def test_cuda_extra_brings_each_library_that_is_loaded():
-    packages = {f"nvidia-{folder.replace('_', '-')}-cu11" for folder, _ in runtime.CUDA_LIBRARIES}
+    packages = {f"nvidia-{folder.replace('_', '-')}-cu11" for folder, _ in environment.CUDA_LIBRARIES}
     assert set(pins()['cu112']) == packages | {'mxnet-cu112'}

@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 from running import DEADLINE, ROOT, TINY, command, metrics, weights
 
-from mxsimmim import cli, files, tasks
-from mxsimmim.monitor import Monitor
+from mxsimmim import cli
+from mxsimmim.system import files
+from mxsimmim.config import Config
+from mxsimmim.training.room import checkpoint_bytes
+from mxsimmim.training.run_logger import RunLogger
 
 BASE = ROOT / 'conf' / 'base.yaml'
 SHORT = [*TINY, 'train.length=10', 'optim.milestones=[8]', 'validation.every=10', 'log.every=5']
@@ -32,7 +35,7 @@ ASCII = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
 def inside(monkeypatch, tmp_path):
     """Runs the command in this process, in an empty folder; its log, where it trained."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('mxsimmim.runtime.prepare', lambda config: None)
+    monkeypatch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
 
     def run(*words, status=0):
         assert cli.main([str(word) for word in words]) == status
@@ -187,8 +190,8 @@ def test_a_run_goes_on_without_its_extras(inside, monkeypatch, tmp_path):
         def isatty(self):
             raise OSError(errno.EIO, 'gone')
     monkeypatch.setattr(sys, 'stderr', Terminal())
-    monkeypatch.setattr('mxsimmim.validation.grid', fail)
-    monkeypatch.setattr(Monitor, '_event', fail)
+    monkeypatch.setattr('mxsimmim.tasks.validation.grid', fail)
+    monkeypatch.setattr(RunLogger, '_event', fail)
     log = inside('pretrain', BASE, *SHORT, 'validation.every=5', 'name=pre')
     assert [line[20:] for line in log.splitlines() if 'warning' in line] == [
         'warning: TensorBoard fails, and the run goes on without: no font',
@@ -207,8 +210,8 @@ def test_a_run_goes_on_without_its_extras(inside, monkeypatch, tmp_path):
 
 def test_no_room(inside, monkeypatch, tmp_path, capsys):
     """One line before anything is trained, and nothing left behind."""
-    size = tasks.checkpoint_bytes(tasks.Config(model={'img_size': 16, 'patch_size': 4, 'embed_dim': 16, 'depth': 2,
-                                                      'num_heads': 2}, mask={'patch_size': 4}), 0)
+    size = checkpoint_bytes(Config(model={'img_size': 16, 'patch_size': 4, 'embed_dim': 16, 'depth': 2, 'num_heads': 2},
+                                   mask={'patch_size': 4}), 0)
     monkeypatch.setattr(files, 'free', lambda folder: 2 * size - 1)
     inside('pretrain', BASE, *TINY, 'name=run', status=1)
     assert capsys.readouterr().err == (f'mxsimmim: error: runs/run: checkpoints need {2 * size:,} bytes there '

@@ -56,9 +56,9 @@ def apart(ours, theirs):
 
 def test_loading_an_official_checkpoint(recorded):
     net = build_classifier(recorded.model, recorded.classes, seed=1)
-    before = official.extract(net)
+    before = official.export_weights(net)
     new = official.load_pretrained(net, recorded.checkpoint)
-    expected, ours = recorded.group('param'), official.extract(net)
+    expected, ours = recorded.group('param'), official.export_weights(net)
     assert set(ours) == set(expected)
     assert set(new) == {name for name in ours if name.startswith(('head.', 'fc_norm.'))}
     for name, value in ours.items():
@@ -72,8 +72,9 @@ def test_loading_an_official_checkpoint(recorded):
 def test_logits_loss_and_gradients(recorded, hybrid):
     net = build_classifier(recorded.model, recorded.classes)
     official.load_pretrained(net, recorded.checkpoint)
-    official.assign(net, {**official.extract(net), **{name: value for name, value in recorded.group('param').items()
-                                                      if name.startswith(('head.', 'fc_norm.'))}})
+    official.load_weights(net, {**official.export_weights(net),
+                                **{name: value for name, value in recorded.group('param').items()
+                                   if name.startswith(('head.', 'fc_norm.'))}})
     if hybrid:
         net.hybridize(static_alloc=True)
     image = mx.nd.array(recorded.file['image'])
@@ -82,7 +83,7 @@ def test_logits_loss_and_gradients(recorded, hybrid):
         loss = net(image, recorded.target())
     loss.backward()
     assert abs(loss.asscalar() - recorded.file['loss']) < 1e-5
-    gradients = official.extract(net, grad=True)
+    gradients = official.export_weights(net, grad=True)
     for name, expected in recorded.group('grad').items():
         assert apart(gradients[name], expected) < 1e-3, name
 
@@ -90,12 +91,12 @@ def test_logits_loss_and_gradients(recorded, hybrid):
 def test_gradients_from_logits(recorded):
     """The same by way of the logits and a loss of one's own."""
     net = build_classifier(recorded.model, recorded.classes)
-    official.assign(net, recorded.group('param'))
+    official.load_weights(net, recorded.group('param'))
     with autograd.record():
         logits = net(mx.nd.array(recorded.file['image']))
         loss = -(mx.nd.log_softmax(logits) * recorded.target()).sum(axis=1).mean()
     loss.backward()
-    gradients = official.extract(net, grad=True)
+    gradients = official.export_weights(net, grad=True)
     for name, expected in recorded.group('grad').items():
         assert apart(gradients[name], expected) < 1e-3, name
 
@@ -130,9 +131,10 @@ def test_weights_of_another_width(recorded, tmp_path):
 
 def test_a_head_for_other_classes_is_left_out(recorded):
     net = build_classifier(recorded.model, 3)
-    new = official.adopt(net, recorded.group('param'))
+    new = official.load_encoder_weights(net, recorded.group('param'))
     assert new == ['head.weight', 'head.bias']
-    assert official.adopt(build_classifier(recorded.model, recorded.classes), recorded.group('param')) == []
+    again = build_classifier(recorded.model, recorded.classes)
+    assert official.load_encoder_weights(again, recorded.group('param')) == []
 
 
 def test_learned_positions_are_resized():
@@ -141,10 +143,10 @@ def test_learned_positions_are_resized():
     pretrained = build_simmim(small)
     ramp = np.tile(np.arange(4.0), 4).reshape(1, 16, 1)
     plane = np.concatenate([np.full((1, 1, 12), 7.0), np.repeat(ramp, 12, 2)], 1)
-    arrays = {**official.extract(pretrained), 'encoder.pos_embed': plane.astype('float32')}
+    arrays = {**official.export_weights(pretrained), 'encoder.pos_embed': plane.astype('float32')}
     net = build_classifier(large, 2)
-    official.adopt(net, arrays)
-    table = official.extract(net)['pos_embed'][0]
+    official.load_encoder_weights(net, arrays)
+    table = official.export_weights(net)['pos_embed'][0]
     # torch.nn.functional.interpolate(…, mode='bicubic')
     expected = np.array([-0.0868, 0.4063, 1.2130, 1.7870, 2.5938, 3.0868])
     np.testing.assert_allclose(table[1:, 5].reshape(6, 6), np.tile(expected, (6, 1)), atol=1e-4)

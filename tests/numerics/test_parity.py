@@ -16,9 +16,9 @@ from mxsimmim.config import Duration, ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import REFERENCE_BATCH, AdamW, learning_rates, weight_decays
-from mxsimmim.parallel.aggregate import SyncGradients
-from mxsimmim.parallel.stores import make_store
-from mxsimmim.world import ALONE
+from mxsimmim.parallel.updates import SynchronousUpdate
+from mxsimmim.parallel.communicators import make_communicator
+from mxsimmim.runtime.process import ALONE
 
 DATA = Path(__file__).parent.parent / 'data'
 KEYS = set(ModelConfig.model_fields) | {'ape'}
@@ -44,7 +44,7 @@ class Recorded:
 
     def net(self):
         net = build_simmim(self.model, seed=None)
-        official.assign(net, self.group('param'))
+        official.load_weights(net, self.group('param'))
         return net
 
 
@@ -83,7 +83,7 @@ def test_loss_reconstruction_and_gradients(passed, hybridize):
     loss.backward()
     assert loss.asscalar() == pytest.approx(float(passed.file['loss']), rel=1e-5)
     assert relative(net.reconstruct(image, mask).asnumpy(), passed.file['reconstruction']) < 1e-4
-    theirs, ours = passed.group('grad'), official.extract(net, grad=True)
+    theirs, ours = passed.group('grad'), official.export_weights(net, grad=True)
     assert ours.keys() == theirs.keys()
     whole = np.sqrt(sum(np.sum(g ** 2) for g in theirs.values()))
     worst = max((np.linalg.norm(ours[n] - theirs[n]) - 1e-6 * whole) / np.linalg.norm(theirs[n]) for n in theirs)
@@ -93,7 +93,7 @@ def test_loss_reconstruction_and_gradients(passed, hybridize):
 
 def test_weights_go_round(recorded):
     given = recorded.group('param')
-    back = official.extract(recorded.net())
+    back = official.export_weights(recorded.net())
     assert back.keys() == given.keys()
     assert all(np.array_equal(back[n], given[n]) for n in given)
 
@@ -114,7 +114,8 @@ def test_twelve_steps(recorded):
     net.hybridize(static_alloc=True)
     parameters = named_parameters(net)
     adamw = AdamW(parameters, weight_decays(parameters, 'reference', recorded.model.type, 0.05), optim)
-    aggregation = SyncGradients(parameters, adamw, make_store('local', ALONE), TrainConfig(), optim.clip_grad)
+    aggregation = SynchronousUpdate(parameters, adamw, make_communicator('local', ALONE), TrainConfig(),
+                                    optim.clip_grad)
     rows = []
     images = recorded.file['train/images'].copy()
     for place, further in NEAR_TARGETS.get(recorded.name, {}).items():
@@ -131,7 +132,7 @@ def test_twelve_steps(recorded):
     np.testing.assert_allclose(loss, recorded.file['train/loss'], rtol=1e-4)
     np.testing.assert_allclose(norm, recorded.file['train/grad_norm'], rtol=1e-4)
     assert np.all(applied == 1)
-    ours, theirs = official.extract(net), recorded.group('final')
+    ours, theirs = official.export_weights(net), recorded.group('final')
     assert max(relative(ours[n], theirs[n]) for n in theirs) < 1e-3
 
 

@@ -96,11 +96,11 @@ def test_what_is_saved_is_taken_up_again_bit_by_bit():
     average.update(1)
     saved = average.arrays()
     assert {name: value.shape for name, value in saved.items()} == {
-        name: value.shape for name, value in official.extract(net).items()}
+        name: value.shape for name, value in official.export_weights(net).items()}
     assert saved['patch_embed.proj.weight'].shape == (8, 3, 4, 4)
     again = WeightAverage(named_parameters(net), 0.9, saved)
     for both in (average, again):
         both.update(2)
     assert all(np.array_equal(again.arrays()[name], value) for name, value in average.arrays().items())
     with again.applied():
-        assert all(np.array_equal(value, again.arrays()[name]) for name, value in official.extract(net).items())
+        assert all(np.array_equal(value, again.arrays()[name]) for name, value in official.export_weights(net).items())

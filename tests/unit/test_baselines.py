@@ -1,6 +1,6 @@
 import numpy as np
 
-from mxsimmim import baselines
+from mxsimmim.tasks import baselines
 
 
 def test_visible_mean_and_its_loss():

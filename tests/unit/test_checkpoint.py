@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mxsimmim import checkpoint
-from mxsimmim.checkpoint import CheckpointError
+from mxsimmim.training import checkpoint
+from mxsimmim.training.checkpoint import CheckpointError
 
 
 def arrays_of(value, size=1000):
@@ -227,7 +227,7 @@ while True:
 
 
 def python(program, *arguments, **options):
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[1])])
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[2])])
     return subprocess.Popen([sys.executable, '-c', program, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
                             env={**os.environ, 'PYTHONPATH': path}, **options)
 

@@ -13,12 +13,14 @@ import pytest
 from safetensors.numpy import save_file
 from torch_saves import save, stand_in
 
-from mxsimmim import configfile, exchange
+from mxsimmim.config import configfile
+from mxsimmim.inference import exchange
 from mxsimmim.config import ModelConfig
 from mxsimmim.interop import choice, files, names, official, pth
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
-from mxsimmim.tasks import Classification
-from mxsimmim.trained import load_run
+from mxsimmim.tasks.registry import Classification
+from mxsimmim.inference.trained import load_run
+from mxsimmim.training.pretrained import load_encoder
 
 KEYS = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3)
 PLAIN = ModelConfig(**KEYS, use_shared_rpb=False, use_ape=True, init_values=None)
@@ -32,7 +34,7 @@ def vit(style='timm', seed=1, config=PLAIN, classes=5):
     rng = np.random.default_rng(seed)
     for p in named_parameters(net).values():
         p.set_data(rng.normal(0, 0.3, p.shape).astype('float32'))
-    return names.from_official(official.extract(net), style, config)[0]
+    return names.from_official(official.export_weights(net), style, config)[0]
 
 
 def encoder(seed=1):
@@ -71,10 +73,10 @@ def test_what_wrappers_add_to_all_names_is_taken_off(wrapper, style, tmp_path, m
 @pytest.mark.parametrize('config', [ModelConfig(**KEYS), SWIN], ids=['vit', 'swin'])
 @pytest.mark.parametrize('wrapper', ['module.', 'model.', '_orig_mod.module.'])
 def test_a_wrapped_pre_training_is_one(config, wrapper, tmp_path, monkeypatch):
-    expected = official.extract(build_simmim(config, 1))
+    expected = official.export_weights(build_simmim(config, 1))
     file = save(tmp_path / 'a.pth', {'model': under(wrapper, expected)}, monkeypatch)
     exchange.import_weights(file, tmp_path / 'run', overrides=['mask.patch_size=4'])
-    same(official.extract(load_run(tmp_path / 'run').net), expected)
+    same(official.export_weights(load_run(tmp_path / 'run').net), expected)
 
 
 @pytest.mark.parametrize('place', ['model', 'state_dict', 'model_ema', 'state_dict_ema', 'teacher', 'student', 'ema',
@@ -129,7 +131,7 @@ def test_several_networks_are_listed_and_chosen_from(tool, tmp_path, monkeypatch
     net = build_classifier(PLAIN, 3, 0)
     new = official.load_pretrained(net, f'{file}:{second}')
     assert new == ['head.weight', 'head.bias']
-    np.testing.assert_array_equal(official.extract(net)['pos_embed'], encoder(2)['pos_embed'])
+    np.testing.assert_array_equal(official.export_weights(net)['pos_embed'], encoder(2)['pos_embed'])
 
 
 @pytest.mark.parametrize('usual, average', [('model', 'model_ema'), ('state_dict', 'state_dict_ema'),
@@ -245,7 +247,7 @@ def test_a_plain_vit_names_all_keys_that_differ_and_loads_with_them(keys, tmp_pa
     new = official.load_pretrained(net, file, said.append)
     assert new == [*(['fc_norm.weight', 'fc_norm.bias'] if config.use_mean_pooling else []), 'head.weight', 'head.bias']
     assert said == ["left out: 5 tensors of MAE's decoder (decoder_pos_embed, …)"]
-    found, expected = official.extract(net), names.to_official(encoder())[0]
+    found, expected = official.export_weights(net), names.to_official(encoder())[0]
     for name in expected:
         if name in found:
             np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
@@ -263,7 +265,7 @@ def test_a_plain_vit_names_all_keys_that_differ_and_loads_with_them(keys, tmp_pa
     (SWIN, KEYS, {'type=swin', 'depths=[2,1]', 'num_heads=[1,2]', 'patch_size=2', 'embed_dim=8'}),
     (SWIN, dict(SWIN.model_dump(), depths=[2, 2], use_ape=True), {'depths=[2,1]', 'use_ape=false'})], ids=range(7))
 def test_keys_that_other_weights_need(given, keys, named, tmp_path):
-    pth.write_pth(tmp_path / 'a.pth', official.extract(build_classifier(given, 3, 0)))
+    pth.write_pth(tmp_path / 'a.pth', official.export_weights(build_classifier(given, 3, 0)))
     net = build_classifier(ModelConfig(**keys), 3, 0)
     with pytest.raises(ValueError, match=': set ') as caught:
         official.load_pretrained(net, tmp_path / 'a.pth')
@@ -272,7 +274,7 @@ def test_keys_that_other_weights_need(given, keys, named, tmp_path):
 
 def test_a_position_table_that_has_no_place_is_named():
     said, net = [], build_classifier(ModelConfig(**KEYS, use_shared_rpb=False), 3, 0)
-    official.adopt(net, official.extract(build_simmim(ModelConfig(**KEYS), 0)), said.append)
+    official.load_encoder_weights(net, official.export_weights(build_simmim(ModelConfig(**KEYS), 0)), said.append)
     assert said == [
         'left out: the position table of all blocks; model.use_shared_rpb=true or model.use_rpb=true keeps it']
 
@@ -289,7 +291,7 @@ def test_weights_of_every_kind_of_float_and_another_size_and_head(tmp_path, monk
         net = build_classifier(PLAIN.model_copy(update={'img_size': 24}), 3, 0)
         assert official.load_pretrained(net, file, said.append) == ['head.weight', 'head.bias']
         assert said == ['left out: a head of 5 classes']
-        found = official.extract(net)
+        found = official.export_weights(net)
         assert found['pos_embed'].shape == (1, 37, 12) and found['pos_embed'].dtype == 'float32'
         np.testing.assert_array_equal(found['pos_embed'][0, 0], expected['pos_embed'][0, 0].astype('float32'))
         np.testing.assert_array_equal(found['blocks.1.mlp.fc1.weight'], expected['blocks.1.mlp.fc1.weight'])
@@ -322,10 +324,10 @@ def test_the_run_says_what_it_took_and_what_it_left(tmp_path, monkeypatch):
         'data.val_fraction=0.1', 'task=classify']
     task = Classification(configfile.load(os.devnull, [*keys, f'model.pretrained={file}:model_ema']))
     net = task.network(True)
-    assert task.load_encoder(net) == (f'encoder from {file}:model_ema; left out: a head of 5 classes; '
-                                      'new: head.weight, head.bias')
-    np.testing.assert_array_equal(official.extract(net)['cls_token'], tree['model_ema']['cls_token'])
+    assert load_encoder(net, task.config.model.pretrained) == (
+        f'encoder from {file}:model_ema; left out: a head of 5 classes; new: head.weight, head.bias')
+    np.testing.assert_array_equal(official.export_weights(net)['cls_token'], tree['model_ema']['cls_token'])
     task = Classification(configfile.load(os.devnull, [*keys, f'model.pretrained={file}:teacher']))
     with pytest.raises(ValueError, match=f"^model.pretrained={file} has no network under 'teacher': it holds model "
                        r'\(32 tensors\), model_ema \(32 tensors\)$'):
-        task.load_encoder(net)
+        load_encoder(net, task.config.model.pretrained)

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mxsimmim import config as cfg, configfile
+from mxsimmim import config as cfg
+from mxsimmim.config import configfile
 
 CONF = Path(__file__).parents[2] / 'conf'
 SWIN = ['model.type=swin', 'model.img_size=192', 'model.patch_size=4', 'model.embed_dim=128', 'model.window_size=6']

@@ -9,10 +9,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from mxsimmim import config as cfg, configfile
+from mxsimmim import config as cfg
+from mxsimmim.config import configfile
 from mxsimmim.optim import learning_rates
-from mxsimmim.parallel.modes import Mode
-from mxsimmim.plan import plan_of
+from mxsimmim.parallel.strategies import Strategy
+from mxsimmim.training.timetable import timetable_of
 
 CONF = Path(__file__).parents[2] / 'conf'
 RECIPES = {path.name: path.read_text() for path in sorted(CONF.glob('*.yaml'))}
@@ -52,7 +53,7 @@ def survives(folder, content, overrides=()):
     assert configfile.from_dict(configfile.to_dict(config), 'a checkpoint') == config
     for samples in (1, 1_281_167, 10 ** 15):
         try:
-            plan = plan_of(config, samples, Mode('device', 'sync'))
+            plan = timetable_of(config, samples, Strategy('device', 'sync'))
         except ValueError as error:
             assert 'train.' in str(error) and str(error).isprintable()
             continue

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mxsimmim.parallel.control import ControlError, _listen, connect
-from mxsimmim.world import ALONE, World
+from mxsimmim.runtime.process import ALONE, ProcessInfo
 from workers import KEY, each
 
 VALUES = [0.1, float('nan'), float('inf'), 2 ** 53 - 1, 5e-324, None, True, 'ä\udce9\n', {'a': [1, {}]}]
@@ -130,6 +130,6 @@ def test_a_hub_that_is_not_there(monkeypatch, tmp_path):
     file = tmp_path / 'key'
     file.write_text(KEY.hex())
     file.chmod(0o600)
-    process = World(rank=1, size=2, transport='ps', control=f'127.0.0.1:{port}')
+    process = ProcessInfo(rank=1, size=2, transport='ps', control=f'127.0.0.1:{port}')
     with pytest.raises(ControlError, match=rf'cannot be reached at 127\.0\.0\.1:{port} within 0\.3 s: .*refused'):
         connect(process, {'MXSIMMIM_KEY_FILE': str(file)})

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from mxsimmim.deploy.batching import Batcher
+from mxsimmim.inference.batching import Batcher
 
 DEADLINE = 20
 

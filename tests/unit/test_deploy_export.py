@@ -9,13 +9,14 @@ import onnxruntime
 import pytest
 from mxnet.gluon import SymbolBlock
 
-from mxsimmim import checkpoint, configfile
+from mxsimmim.training import checkpoint
+from mxsimmim.config import configfile
 from mxsimmim.config import Config, DataConfig, MaskConfig, ModelConfig
-from mxsimmim.deploy import graph, onnx_graph, quantise
-from mxsimmim.deploy.export import export
+from mxsimmim.inference import graph, onnx_graph, quantise
+from mxsimmim.inference.export import export
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim
-from mxsimmim.trained import Trained, load_run
+from mxsimmim.inference.trained import Trained, load_run
 
 SEED = 11
 CLASSES = [str(digit) for digit in range(10)]
@@ -36,7 +37,7 @@ def make_run(folder, model, task):
     net = build_classifier(model, 10, SEED) if task == 'classify' else build_simmim(model, SEED)
     rng = np.random.default_rng(SEED)
     weights = {name: (value + 0.2 * rng.standard_normal(value.shape)).astype('float32')
-               for name, value in official.extract(net).items()}
+               for name, value in official.export_weights(net).items()}
     folder.mkdir()
     (folder / 'config.yaml').write_text(configfile.to_yaml(config))
     state = {'config': configfile.to_dict(config), 'classes': CLASSES if task == 'classify' else []}
@@ -96,7 +97,7 @@ def test_description(tmp_path):
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     run = make_run(tmp_path / 'run', MODELS['vit'], 'classify')
     real = graph.answer
-    monkeypatch.setattr('mxsimmim.deploy.export.answer', lambda *args: real(*args) + 3e-4)
+    monkeypatch.setattr('mxsimmim.inference.export.answer', lambda *args: real(*args) + 3e-4)
     for format, tolerance in (('symbol', '1e-05'), ('onnx', '0.0001')):
         with pytest.raises(ValueError, match='differs from the network by 0.0003.*nothing was written'):
             export(run, tmp_path / 'out' / 'net', format)
@@ -231,7 +232,7 @@ def test_weights_beyond_a_protobuf_go_into_a_file_of_their_own(tmp_path, monkeyp
     """2 GiB are the limit; at a lower one the same happens."""
     run = make_run(tmp_path / 'run', MODELS['vit'], 'classify')
     export(run, tmp_path / 'whole.onnx', 'onnx')
-    monkeypatch.setattr('mxsimmim.deploy.export.ONE_FILE', 1000)
+    monkeypatch.setattr('mxsimmim.inference.export.ONE_FILE', 1000)
     text = export(run, tmp_path / 'out' / 'net.onnx', 'onnx')
     assert text.split() == [str(tmp_path / 'out' / name) for name in ('net.onnx', 'net.onnx.data', 'net.json')]
     assert (tmp_path / 'out' / 'net.onnx').stat().st_size < (tmp_path / 'whole.onnx').stat().st_size - 10_000

@@ -13,9 +13,9 @@ from aiohttp import FormData
 from aiohttp.test_utils import TestClient, TestServer
 
 from mxsimmim.data.transforms import BrokenImage
-from mxsimmim.deploy import serve
-from mxsimmim.deploy.predictor import Room
-from mxsimmim.deploy.serve import QUEUE, Service
+from mxsimmim.inference import serve
+from mxsimmim.inference.predictor import Room
+from mxsimmim.inference.serve import QUEUE, Service
 
 DEADLINE = 20
 
@@ -155,9 +155,9 @@ def test_a_port_that_is_taken():
 @pytest.mark.parametrize('package', ['aiohttp', 'prometheus_client'])
 def test_a_missing_package_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, 'mxsimmim.deploy.serve')
+    monkeypatch.delitem(sys.modules, 'mxsimmim.inference.serve')
     with pytest.raises(ValueError, match=rf"needs the package {package}: pip install 'mxsimmim\[deploy\]'"):
-        importlib.import_module('mxsimmim.deploy.serve')
+        importlib.import_module('mxsimmim.inference.serve')
 
 
 def test_a_connection_at_the_end_is_answered_or_refused():

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from mxsimmim import doctor, facts
-from mxsimmim.facts import Facts, Gpu, Package
+from mxsimmim.runtime import doctor, facts
+from mxsimmim.runtime.facts import Facts, Gpu, Package
 
 CPU_WHEEL = (Package('mxnet', '1.9.1', '1.9.1'), Package('numpy', '1.23.5', '1.23.5'),
              Package('mxnet-cu112', '1.9.1', '', 'cu112'), Package('torch', '2.13.0', '2.13.0+cpu', 'bench'))
@@ -133,8 +133,8 @@ def test_this_machine():
 
 
 def test_a_machine_that_tells_nothing(monkeypatch):
-    monkeypatch.setattr(facts.runtime, 'contents', lambda path: '')
-    monkeypatch.setattr(facts, '_ask', lambda function: {})
+    monkeypatch.setattr(facts.environment, 'contents', lambda path: '')
+    monkeypatch.setattr(facts, '_ask', lambda *_: {})
     found = facts.collect()
     assert (found.flags, found.memory, found.gpus, found.mxnet) == (frozenset(), (0.0, 0.0), (), {})
     doctor.render(found, doctor.judge(found))
@@ -150,8 +150,8 @@ def test_what_crashes_is_reported(function, expected):
 
 
 def test_command_exits_0_where_nothing_is_broken():
-    child = subprocess.run([sys.executable, '-m', 'mxsimmim.doctor'], stdout=subprocess.PIPE, universal_newlines=True,
-                           timeout=120)
+    child = subprocess.run([sys.executable, '-m', 'mxsimmim.runtime.doctor'], stdout=subprocess.PIPE,
+                           universal_newlines=True, timeout=120)
     assert (child.returncode, child.stdout.splitlines()[-1]) == (0, 'Nothing is broken.')
 
 

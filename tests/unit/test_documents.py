@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from mxsimmim import config as cfg, configfile, documents
+from mxsimmim import config as cfg
+from mxsimmim.config import configfile, documents
 
 LAUGHS = 'a: &a [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
     f'{name}: &{name} [{", ".join([f"*{before}"] * 10)}]\n' for before, name in zip('abcdefgh', 'bcdefghi'))

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mxsimmim.config import Config, DataConfig, ModelConfig, TrainConfig
 from mxsimmim.data.sources import ImageFiles
-from mxsimmim.evaluation import Evaluation
+from mxsimmim.tasks.evaluation import Evaluation
 from workers import each
 
 COLORS = {'red': (250, 0, 0), 'green': (0, 250, 0), 'blue': (0, 0, 250)}

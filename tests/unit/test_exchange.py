@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mxsimmim import exchange
+from mxsimmim.inference import exchange
 from mxsimmim.config import ConfigError, ModelConfig
 from mxsimmim.interop import official, pth, told
 from mxsimmim.models import build_classifier, build_simmim
-from mxsimmim.run import read_config
-from mxsimmim.trained import load_run
+from mxsimmim.training.run_folder import read_config
+from mxsimmim.inference.trained import load_run
 
 DATA = Path(__file__).parents[1] / 'data'
 PROGRAM = Path(__file__).with_name('torch_files.py')
@@ -83,7 +83,7 @@ def test_pytorch_loads_it_strictly_and_computes_the_same_loss(imported, tmp_path
 def classifier(path, keys, classes=4, dtype='float32'):
     config = ModelConfig(**keys)
     net = build_classifier(config, classes, 1)
-    pth.write_pth(path, {name: value.astype(dtype) for name, value in official.extract(net).items()})
+    pth.write_pth(path, {name: value.astype(dtype) for name, value in official.export_weights(net).items()})
     return config, net
 
 
@@ -121,8 +121,8 @@ def test_every_hidden_width_comes_back():
 def test_half_precision_comes_in_as_single(tmp_path):
     _, net = classifier(tmp_path / 'a.pth', VIT, dtype='float16')
     exchange.import_weights(tmp_path / 'a.pth', tmp_path / 'run')
-    arrays = official.extract(load_run(tmp_path / 'run').net)
-    for name, value in official.extract(net).items():
+    arrays = official.export_weights(load_run(tmp_path / 'run').net)
+    for name, value in official.export_weights(net).items():
         assert arrays[name].dtype == 'float32'
         np.testing.assert_array_equal(arrays[name], value.astype('float16').astype('float32'))
 
@@ -147,7 +147,7 @@ def test_what_the_weights_do_not_tell_is_reported_or_given(tmp_path):
 
 def test_swin_without_masks_is_taken_to_end_in_one_window(tmp_path):
     config = ModelConfig(**dict(SWIN, img_size=128, depths=[1, 1, 1], window_size=4))
-    pth.write_pth(tmp_path / 'a.pth', official.extract(build_simmim(config, 0)))
+    pth.write_pth(tmp_path / 'a.pth', official.export_weights(build_simmim(config, 0)))
     report = exchange.import_weights(tmp_path / 'a.pth', tmp_path / 'one', overrides=['mask.patch_size=8'])
     assert 'assumed model.img_size=32, ' in report and 'mask.patch_size' not in report
     assert load_run(tmp_path / 'one').config.model.img_size == 32
@@ -161,7 +161,7 @@ def test_swin_without_masks_is_taken_to_end_in_one_window(tmp_path):
     (dict(img_size=48, patch_size=8, embed_dim=12, depth=1, num_heads=3), 8),
     (dict(SWIN, img_size=32, depths=[1, 1, 1, 1, 1], num_heads=[1] * 5, window_size=16), 2)], ids=str)
 def test_masked_cells_of_small_images_leave_some_visible(keys, cell, tmp_path):
-    pth.write_pth(tmp_path / 'a.pth', official.extract(build_simmim(ModelConfig(**keys), 0)))
+    pth.write_pth(tmp_path / 'a.pth', official.export_weights(build_simmim(ModelConfig(**keys), 0)))
     said = exchange.import_weights(tmp_path / 'a.pth', tmp_path / 'run')
     assert read_config(tmp_path / 'run').mask.patch_size == cell
     assert (f'assumed mask.patch_size={cell}, ' in said) == (cell != 32)
@@ -180,7 +180,7 @@ def test_class_names_that_do_not_match(count, text, tmp_path):
 
 def test_errors_of_the_import_leave_nothing_behind(tmp_path):
     _, net = classifier(tmp_path / 'a.pth', VIT)
-    arrays = official.extract(net)
+    arrays = official.export_weights(net)
     file, run = tmp_path / 'b.pth', tmp_path / 'run'
     for changed, words in [
             ({name: value for name, value in arrays.items() if not name.startswith('head.')},

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mxsimmim.cluster import fault
+from mxsimmim.runtime import fault
 
 PYTHON = '/usr/lib/python3.11'
 PACKAGES = '/home/me/.venv/lib/python3.8/site-packages'
@@ -36,8 +36,9 @@ CASES = [
      f'in native code at {PACKAGES}/torch/__init__.py:445 in <module>, called at train.py:40 in <module>'),
     # this package is ours, also where it is installed
     (report(thread(f'  File "{PACKAGES}/mxnet/base.py", line 246 in check_call\n',
-                   f'  File "{PACKAGES}/mxsimmim/train.py", line 7 in loop\n', MAIN)),
-     f'in native code at {PACKAGES}/mxnet/base.py:246 in check_call, called at {PACKAGES}/mxsimmim/train.py:7 in loop'),
+                   f'  File "{PACKAGES}/mxsimmim/training/trainer.py", line 7 in loop\n', MAIN)),
+     f'in native code at {PACKAGES}/mxnet/base.py:246 in check_call, called at '
+     f'{PACKAGES}/mxsimmim/training/trainer.py:7 in loop'),
     # another thread than the main one, which comes last
     (report(thread(CTYPES, '  File "load.py", line 3 in <lambda>\n', f'  File "{PYTHON}/runpy.py", line 9 in run\n'),
             thread(TRAIN, MAIN, current=False)),

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim import checkpoint, configfile, features
+from mxsimmim.training import checkpoint
+from mxsimmim.config import configfile
+from mxsimmim.inference import features
 from mxsimmim.config import Config, DataConfig, ModelConfig
 from mxsimmim.data.sources import Digits, ImageFiles
 from mxsimmim.data.transforms import ClassifyEvalTransform
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim
-from mxsimmim.trained import Trained, load_run
+from mxsimmim.inference.trained import Trained, load_run
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, use_ape=True, use_shared_rpb=False)
 SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)
@@ -22,8 +24,8 @@ DATA = DataConfig(threads=1)
 def awake(net, seed=0):
     """With weights large enough for every block to matter."""
     rng = np.random.default_rng(seed)
-    official.assign(net, {name: value + 0.2 * rng.standard_normal(value.shape)
-                          for name, value in official.extract(net).items()})
+    official.load_weights(net, {name: value + 0.2 * rng.standard_normal(value.shape)
+                          for name, value in official.export_weights(net).items()})
     return net
 
 
@@ -38,7 +40,7 @@ def stored(folder, net, step=7):
     done = trained(net, step)
     (folder / 'run').mkdir(exist_ok=True)
     (folder / 'run' / 'config.yaml').write_text(configfile.to_yaml(done.config))
-    checkpoint.save(folder / 'run' / 'checkpoints', step, {'weights': official.extract(net)},
+    checkpoint.save(folder / 'run' / 'checkpoints', step, {'weights': official.export_weights(net)},
                     {'config': configfile.to_dict(done.config), 'classes': done.classes}, keep=1)
     return folder / 'run'
 
@@ -81,12 +83,12 @@ def test_the_last_block_is_the_encoder(images, keys, pretraining):
 def test_a_block_is_the_last_of_a_network_that_ends_there(images):
     """Without final norm (use_mean_pooling): what follows block b must not matter, and the mask token neither."""
     net = awake(build_simmim(ModelConfig(**VIT)))
-    weights = official.extract(net)
+    weights = official.export_weights(net)
     found = features.extract(trained(net), DATA, files(images), [1, 2, 3])
     for depth in (1, 2):
         short = build_classifier(ModelConfig(**{**VIT, 'depth': depth, 'use_mean_pooling': True}), 3)
-        own = official.extract(short)
-        official.assign(short, {name: weights.get(f'encoder.{name}', value) for name, value in own.items()})
+        own = official.export_weights(short)
+        official.load_weights(short, {name: weights.get(f'encoder.{name}', value) for name, value in own.items()})
         tokens = short.encoder(normalised(files(images), short.config)).asnumpy()[:, 1:]
         np.testing.assert_allclose(found[depth], tokens.mean(1), rtol=1e-4, atol=1e-5)
     assert not np.allclose(found[1], found[2], atol=1e-3) and not np.allclose(found[2], found[3], atol=1e-3)

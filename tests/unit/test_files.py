@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mxsimmim import files
-from mxsimmim.run import locked
+from mxsimmim.system import files
+from mxsimmim.training.run_folder import locked
 
 
 def refuse(monkeypatch, module, name, number, when=lambda *_: True):

@@ -5,8 +5,8 @@ from importlib import metadata, util
 
 import pytest
 
-from mxsimmim import guards
-from mxsimmim.cluster import fault
+from mxsimmim.system import guards
+from mxsimmim.runtime import fault
 
 PLUGINS = """
 [numba_extensions]
@@ -79,7 +79,7 @@ def test_packages_that_were_asked_for_and_do_not_load():
 
 def test_a_crash_names_its_line_though_mxnet_has_a_handler_too(tmp_path):
     program = tmp_path / 'program.py'
-    program.write_text('from mxsimmim import guards\nguards.name_crashes()\nimport ctypes\nimport mxnet\n'
+    program.write_text('from mxsimmim.system import guards\nguards.name_crashes()\nimport ctypes\nimport mxnet\n'
                        'def crash():\n    ctypes.string_at(0)\ncrash()\n')
     ended = run('-W', 'ignore', program)
     assert ended.returncode == -11
@@ -105,7 +105,7 @@ print(faulthandler.is_enabled())"""
 
 def test_a_closed_standard_error_is_not_written_to(tmp_path):
     """Its number is that of the next file opened, which Python's own fault handler would write into."""
-    code = ('from mxsimmim import guards\nguards.name_crashes()\nimport os\nfile = open("next", "w")\n'
+    code = ('from mxsimmim.system import guards\nguards.name_crashes()\nimport os\nfile = open("next", "w")\n'
             'assert file.fileno() == 2\nos.abort()')
     words = ['sh', '-c', 'exec "$0" "$@" 2>&-', sys.executable, '-X', 'faulthandler', '-c', code]
     assert subprocess.run(words, cwd=tmp_path, timeout=60).returncode == -6

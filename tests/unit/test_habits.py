@@ -3,10 +3,11 @@ import shlex
 
 import pytest
 
-from mxsimmim import cli, config as cfg, configfile, habits
+from mxsimmim import cli, config as cfg
+from mxsimmim.config import configfile, foreign_names
 
 KNOWN = configfile.known_keys()
-RATE, BATCH = (f' ({note})' for note in (habits.RATE, habits.BATCH))
+RATE, BATCH = (f' ({note})' for note in (foreign_names.RATE, foreign_names.BATCH))
 
 
 @pytest.fixture
@@ -113,9 +114,9 @@ def test_every_answer_is_a_key_and_value_that_work(empty):
               'data.crop_ratio': '(0.75, 1.33)', 'train.store': 'local', 'model.patch_size': '16',
               'model.img_size': '224',
               'mask.patch_size': '32', 'model.embed_dim': '96', 'train.length': '100', 'optim.warmup': '3'}
-    for name, (key, _, _) in habits.FOREIGN.items():
+    for name, (key, _, _) in foreign_names.FOREIGN.items():
         field = dict(configfile.leaves())[key]
-        answer = habits.answer(name, values.get(key, SAMPLES.get(field.annotation, '2')), KNOWN)
+        answer = foreign_names.answer(name, values.get(key, SAMPLES.get(field.annotation, '2')), KNOWN)
         assert answer.startswith(f'write {key}='), (name, answer)
         configfile.load(empty, ['task=classify'] + shlex.split(answer.partition(' (')[0])[1:])
 

@@ -188,7 +188,7 @@ def test_records_with_a_list_of_labels(tmp_path):
 
 
 def test_digits_hold_out_the_images_of_pre_training():
-    from mxsimmim import validation
+    from mxsimmim.tasks import validation
     assert SEED == validation.SEED
     found = open_labelled(DataConfig(path='digits', val_fraction=0.2), seed=7)
     train, held_out = hold_out(Digits(), 0.2, validation.SEED)

@@ -223,13 +223,13 @@ print(float((y - z).abs().max().asscalar()))
     ('native', 'reference', 'reference', ['rank 1 computes with reference operators (its log says why): so do all']),
 ])
 def test_all_workers_take_the_same_form(monkeypatch, own, others, form, said):
-    from mxsimmim import train
+    from mxsimmim.training import trainer
     from mxsimmim.config import Config
     monkeypatch.setattr(ops.native, 'decide', lambda *_: (own, 'float32'))
     monkeypatch.setattr(ops, '_chosen', ops.chosen())
     control = SimpleNamespace(all_gather=lambda _, value: [value, others == 'native'])
     log = []
-    with train.operators(Config(), [CPU], control, log.append):
+    with trainer.operators(Config(), [CPU], control, log.append):
         assert ops.chosen() == (form, 'float32')
     assert log == said
 
@@ -237,7 +237,7 @@ def test_all_workers_take_the_same_form(monkeypatch, own, others, form, said):
 @pytest.mark.parametrize('asked, expected', [('float32', 'float32'), ('auto', 'auto'), ('bf16', 'auto')])
 def test_a_trained_network_runs_where_bf16_does_not(monkeypatch, asked, expected):
     from mxsimmim.config import Config, RuntimeConfig
-    from mxsimmim.trained import contexts_for
+    from mxsimmim.inference.trained import contexts_for
     seen = []
     monkeypatch.setattr(ops, 'choose', lambda *given: seen.append(given))
     config = Config(devices=('cpu(1)',), runtime=RuntimeConfig(precision=asked))
@@ -336,9 +336,9 @@ def test_pins_agree():
 @pytest.mark.parametrize('classes', [(), ('a', 'b')])
 def test_exported_graphs_do_without_the_library(built, classes):
     from mxsimmim.config import Config
-    from mxsimmim.deploy.graph import answer, random_inputs, trace
+    from mxsimmim.inference.graph import answer, random_inputs, trace
     from mxsimmim.models import build_classifier, build_simmim
-    from mxsimmim.trained import Trained
+    from mxsimmim.inference.trained import Trained
     config = Config(model=dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2), mask=dict(patch_size=8))
     net = build_classifier(config.model, 2, 0) if classes else build_simmim(config.model, 0)
     trained = Trained(config, net, classes, 1)

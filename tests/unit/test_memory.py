@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from mxnet.base import MXNetError
 
-from mxsimmim import checkpoint, cli, configfile, memory
+from mxsimmim.training import checkpoint
+from mxsimmim import cli
+from mxsimmim.config import configfile
+from mxsimmim.runtime import memory
 from mxsimmim.config import Config
 from mxsimmim.data.loader import Loader
 from mxsimmim.data.transforms import BrokenImage

@@ -36,7 +36,7 @@ def test_hybridized_exported_and_plain_networks_agree(keys, tmp_path):
         losses = [net(image, mask) for net in (plain, hybrid)]
     mx.autograd.backward(losses)
     assert losses[0].asscalar() == pytest.approx(losses[1].asscalar(), rel=1e-6)
-    ours, theirs = (official.extract(net, grad=True) for net in (plain, hybrid))
+    ours, theirs = (official.export_weights(net, grad=True) for net in (plain, hybrid))
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-7, err_msg=name)
     hybrid.export(str(tmp_path / 'net'))
@@ -113,8 +113,8 @@ def test_shift_mask_forbids_what_the_shift_brought_together():
 def test_initial_weights():
     config = ModelConfig(embed_dim=192, depth=4, num_heads=3)
     print('seed 11')
-    values = official.extract(build_simmim(config, seed=11))
-    assert all(np.array_equal(v, official.extract(build_simmim(config, seed=11))[n]) for n, v in values.items())
+    values = official.export_weights(build_simmim(config, seed=11))
+    assert all(np.array_equal(v, official.export_weights(build_simmim(config, seed=11))[n]) for n, v in values.items())
     qkv = values['encoder.blocks.0.attn.qkv.weight']
     assert np.abs(qkv).max() <= 0.02                                  # cut at one deviation
     assert qkv.std() == pytest.approx(0.02 * 0.5396, rel=0.01)       # deviation of a normal cut at 1
@@ -124,7 +124,7 @@ def test_initial_weights():
     assert values['decoder.0.bias'].std() == pytest.approx(bound / np.sqrt(3), rel=0.1)
     assert np.all(values['encoder.blocks.1.gamma_2'] == np.float32(0.1))
     assert not values['encoder.rel_pos_bias.relative_position_bias_table'].any()
-    swin = official.extract(build_simmim(ModelConfig(**SWIN), seed=11))
+    swin = official.export_weights(build_simmim(ModelConfig(**SWIN), seed=11))
     assert np.abs(swin['encoder.patch_embed.proj.weight']).max() == pytest.approx(1 / np.sqrt(12), rel=0.03)
     assert swin['encoder.layers.2.blocks.0.mlp.fc1.weight'].std() == pytest.approx(0.02, rel=0.03)
     assert swin['encoder.layers.0.blocks.1.attn.relative_position_bias_table'].std() == pytest.approx(0.02, rel=0.3)
@@ -145,11 +145,11 @@ def test_cost(keys, giga):
 
 def test_weights_that_do_not_fit_are_named():
     net = build_simmim(ModelConfig(**VIT))
-    weights = official.extract(net)
+    weights = official.export_weights(net)
     weights['encoder.cls_token'] = np.zeros((1, 1, 25), 'float32')
     weights['encoder.extra'] = weights.pop('encoder.norm.bias')
     with pytest.raises(ValueError) as error:
-        official.assign(net, weights)
+        official.load_weights(net, weights)
     for part in ('missing: encoder.norm.bias', 'unknown: encoder.extra',
                  'encoder.cls_token has shape (1, 1, 25), the network needs (1, 1, 24)'):
         assert part in str(error.value)

@@ -2,12 +2,12 @@
 import pytest
 
 from mxsimmim.config import Config
-from mxsimmim.parallel.modes import horovod_settings, mode_of
-from mxsimmim.world import ALONE, World
+from mxsimmim.parallel.strategies import horovod_settings, strategy_of
+from mxsimmim.runtime.process import ALONE, ProcessInfo
 
-PS = World('worker', 0, 2, servers=1, transport='ps')
+PS = ProcessInfo('worker', 0, 2, servers=1, transport='ps')
 P3 = PS._replace(p3=True)
-HOROVOD = World('worker', 0, 2, transport='horovod')
+HOROVOD = ProcessInfo('worker', 0, 2, transport='horovod')
 NO_CLIP = {'clip_grad': None}
 
 
@@ -31,7 +31,7 @@ def config(optim=None, shares='equal', **train):
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'stop_early': 3}, ('dist_async', 'async')),
 ])
 def test_modes(world, keys, expected):
-    assert mode_of(config(**keys), world) == expected
+    assert strategy_of(config(**keys), world) == expected
 
 
 @pytest.mark.parametrize('world, keys, message', [
@@ -63,7 +63,7 @@ def test_modes(world, keys, expected):
 ])
 def test_what_cannot_work_is_refused_by_name(world, keys, message):
     with pytest.raises(ValueError, match=message):
-        mode_of(config(**keys), world)
+        strategy_of(config(**keys), world)
 
 
 @pytest.mark.parametrize('step, milliseconds', [(0.001, 1), (0.5, 5), (2.4, 24), (60, 50)])

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim import monitor
-from mxsimmim.monitor import Monitor, read_metrics
+from mxsimmim.training import run_logger
+from mxsimmim.training.run_logger import RunLogger, read_metrics
 
-ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(Path(monitor.__file__).parents[1])}
+ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(Path(run_logger.__file__).parents[2])}
 
 
 def opened(run, start=0, **options):
-    return Monitor(run, 100, start, stream=io.StringIO(), **options)
+    return RunLogger(run, 100, start, stream=io.StringIO(), **options)
 
 
 def lines(run):
@@ -143,9 +143,9 @@ def test_reading_without_a_file(tmp_path):
 
 def test_lines_without_a_terminal(tmp_path, monkeypatch):
     clock = iter([0.0, 60.0, 3000.0])
-    monkeypatch.setattr(monitor.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(run_logger.time, 'monotonic', lambda: next(clock))
     stream = io.StringIO()
-    with Monitor(tmp_path, 2400, stream=stream) as monitored:
+    with RunLogger(tmp_path, 2400, stream=stream) as monitored:
         monitored.write(120, {'skipped': 0, 'lr': 1e-4, 'loss': 0.48214, 'grad_norm': 1.3214, 'epoch': 3.2,
                               'images_per_second': 312.3, 'broken_images': 0})
         monitored.write(120, {'val_loss': 0.12344, 'avg_dist': 9.5})
@@ -170,7 +170,7 @@ def test_no_echo(tmp_path):
     (1234.5, 4, '1234'), (123456.0, 3, '123456'), (12345, 3, '12345'), (99.96, 3, '100'), (-3.14159, 3, '-3.14'),
     (float('inf'), 4, 'inf'), (float('nan'), 4, 'nan'), (1e-9, 3, '1.00e-09')])
 def test_numbers(value, digits, text):
-    assert monitor._number(value, digits) == text
+    assert run_logger._number(value, digits) == text
 
 
 def test_log(tmp_path):
@@ -187,7 +187,7 @@ def test_bar(tmp_path, columns):
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     with open(slave, 'w', encoding='utf-8') as stream:
-        with Monitor(tmp_path, 2400, start=100, stream=stream) as monitored:
+        with RunLogger(tmp_path, 2400, start=100, stream=stream) as monitored:
             monitored.write(120, {'loss': 0.48214, 'lr': 1e-4, 'grad_norm': 1.3214, 'epoch': 3.2,
                                   'images_per_second': 312.3})
             monitored.write(120, {'val_loss': 0.12344})
@@ -235,8 +235,8 @@ def test_a_full_disk_is_an_error_and_no_hang(tmp_path):
 WRITE_FOR_EVER = '''
 import io, itertools, sys
 from pathlib import Path
-from mxsimmim.monitor import Monitor
-monitor = Monitor(Path(sys.argv[1]), 10 ** 9, int(sys.argv[2]), stream=io.StringIO())
+from mxsimmim.training.run_logger import RunLogger
+monitor = RunLogger(Path(sys.argv[1]), 10 ** 9, int(sys.argv[2]), stream=io.StringIO())
 print('ready', flush=True)
 for step in itertools.count(int(sys.argv[2]) + 1):
     monitor.write(step, {'loss': step / 7, 'grad_norm': step / 11})
@@ -263,7 +263,7 @@ def test_sigkill_leaves_whole_lines(tmp_path):
 
 def test_slow_imports_wait():
     heavy = 'mxnet', 'matplotlib', 'tensorboardX', 'PIL', 'tqdm'
-    program = ('import sys, mxsimmim.monitor, mxsimmim.pictures, mxsimmim.checkpoint; '
+    program = ('import sys, mxsimmim.training.run_logger, mxsimmim.tasks.pictures, mxsimmim.training.checkpoint; '
                f'print([name for name in {heavy!r} if name in sys.modules])')
     found = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True, check=True,
                            env=ENVIRONMENT).stdout

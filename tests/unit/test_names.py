@@ -35,7 +35,7 @@ def config_of(model, raw, arrays):
 def build(config, arrays, kind):
     net = build_simmim(config, None) if kind == 'pretrain' else build_classifier(config, 3, None)
     if arrays is not None:
-        official.assign(net, arrays)
+        official.load_weights(net, arrays)
     return net
 
 
@@ -107,7 +107,7 @@ def test_our_weights_give_our_output_there(tmp_path):
         random_weights(net, 11)
         image, mask = RECORDED[f'{model}/image'], RECORDED[f'{model}/mask']
         np.savez(tmp_path / f'{model}.npz', image=image, mask=mask, output=output(net, image, mask))
-        named, _ = names.from_official(official.extract(net), model.split('_')[0], config)
+        named, _ = names.from_official(official.export_weights(net), model.split('_')[0], config)
         if model == 'timm_vit_mean':
             continue  # timm can leave the class position out; we cannot
         if model.startswith('hf_'):
@@ -154,7 +154,7 @@ def test_of_pre_training_only_what_the_other_can_hold_is_written():
              ['decoder.0.bias', 'decoder.0.weight', 'mask_token'], 'blocks.0.ls1.gamma'),
             (ModelConfig(**keys, use_ape=True, use_shared_rpb=False, init_values=None), 'hf', [],
              'vit.encoder.layer.0.attention.attention.key.bias')]:
-        arrays, missing = names.from_official(official.extract(build_simmim(config, 0)), style, config)
+        arrays, missing = names.from_official(official.export_weights(build_simmim(config, 0)), style, config)
         assert missing == left_out and some in arrays
 
 
@@ -173,4 +173,4 @@ def test_what_has_no_place_is_named():
                          window_size=4, ape=True)
     for style in ('timm', 'hf'):
         with pytest.raises(ValueError, match="'absolute_pos_embed' has no counterpart in the Swin of " + style):
-            names.from_official(official.extract(build_simmim(config, 0)), style, config)
+            names.from_official(official.export_weights(build_simmim(config, 0)), style, config)

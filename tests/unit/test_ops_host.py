@@ -11,7 +11,7 @@ import pytest
 
 from mxsimmim.ops import Choice
 from mxsimmim.parallel.control import ControlPlane
-from mxsimmim.parallel.host import HostMemory, usable
+from mxsimmim.parallel.shared_memory import SharedMemoryGroup, usable
 from workers import each
 
 SIZES = [1, 5000, 16, 100_003]
@@ -31,12 +31,12 @@ def native():
     (mx.gpu(), {}, 'native', False),
 ])
 def test_who_can_use_it(monkeypatch, context, environ, form, expected):
-    monkeypatch.setattr('mxsimmim.parallel.host.chosen', lambda: Choice(form))
+    monkeypatch.setattr('mxsimmim.parallel.shared_memory.chosen', lambda: Choice(form))
     assert usable(context, environ) == expected
 
 
 def memories(count, everybody=True):
-    return each(count, lambda control: HostMemory(SIZES, list(range(count)), control.rank, control, everybody))
+    return each(count, lambda control: SharedMemoryGroup(SIZES, list(range(count)), control.rank, control, everybody))
 
 
 @pytest.mark.parametrize('count', [1, 2, 3])
@@ -97,7 +97,7 @@ def test_memory_that_cannot_be_had():
             return [2 ** 22 + 1] * 2 if name == 'process numbers' else values  # beyond the largest process id
 
     def made(control):
-        return HostMemory(SIZES, [0, 1], control.rank, Misled(control), True)
+        return SharedMemoryGroup(SIZES, [0, 1], control.rank, Misled(control), True)
     errors = each(2, made)
     assert all(isinstance(error, OSError) and 'rank 1 cannot share memory' in str(error) for error in errors), errors
     assert 'No such file' in str(errors[1])
@@ -111,11 +111,11 @@ def test_a_worker_that_ends():
         import numpy as np
         from mxsimmim.ops import library
         library.load()
-        from mxsimmim.parallel.host import HostMemory
+        from mxsimmim.parallel.shared_memory import SharedMemoryGroup
         other = subprocess.Popen([sys.executable, '-c', ''])
         answers = iter([other.pid, 0, ''])  # its process, its file, that it has the memory
         control = SimpleNamespace(all_gather=lambda _, value: [value, next(answers)])
-        memory = HostMemory([7, 70], [0, 1], 0, control, True)
+        memory = SharedMemoryGroup([7, 70], [0, 1], 0, control, True)
         memory.check()
         for i in (1, 0):
             memory.sum(i)

@@ -11,11 +11,11 @@ from mxsimmim.data.loader import Batch
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import AdamW, weight_decays
-from mxsimmim.parallel.aggregate import SyncGradients
+from mxsimmim.parallel.updates import SynchronousUpdate
 from mxsimmim.parallel.gradients import exchanged
 from mxsimmim.parallel.placement import Replicated, contexts_of
-from mxsimmim.parallel.stores import make_store
-from mxsimmim.world import ALONE
+from mxsimmim.parallel.communicators import make_communicator
+from mxsimmim.runtime.process import ALONE
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.3)
 SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
@@ -46,15 +46,16 @@ def trained(keys, devices, accumulate=1, steps=10, images=7, recipe='fixed', cli
     placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std, accumulate)
     parameters = named_parameters(net)
     adamw = AdamW(parameters, weight_decays(parameters, recipe, config.type, 0.05), optim)
-    aggregation = SyncGradients(parameters, adamw, make_store(store, ALONE), TrainConfig(batch_size=images), clip)
-    between = aggregation.clip_partial if recipe == 'reference' else None
+    aggregation = SynchronousUpdate(parameters, adamw, make_communicator(store, ALONE), TrainConfig(batch_size=images),
+                                    clip)
+    on_micro_batch = aggregation.clip_partial if recipe == 'reference' else None
     rows = []
     for step, batch in enumerate(batches(config, steps, images)):
-        loss = placement.forward_backward(batch, images, between)
+        loss = placement.forward_backward(batch, images, on_micro_batch)
         rows.append(aggregation.step(step, 1e-3, loss).asnumpy())
     copies = [{n: p.list_data()[d].asnumpy() for n, p in parameters.items()} for d in range(devices)]
     assert all(np.array_equal(copies[0][n], copy[n]) for copy in copies for n in copy)  # replicas are equal, bit by bit
-    return official.extract(net), np.array(rows)
+    return official.export_weights(net), np.array(rows)
 
 
 def difference(ours, theirs):
@@ -83,7 +84,8 @@ def test_small_gradients_travel_together(monkeypatch):
         net = build_simmim(config, seed=SEED)
         placement = Replicated(net, [mx.cpu(0), mx.cpu(1)], data.mean, data.std)
         parameters = list(named_parameters(net).values())
-        arrays = [p.list_grad() for p in parameters] if apart else exchanged(parameters, make_store('local', ALONE))
+        arrays = ([p.list_grad() for p in parameters] if apart
+                  else exchanged(parameters, make_communicator('local', ALONE)))
         for batch in batches(config, 2, 4):  # the second pass overwrites what the first has left
             placement.forward_backward(batch, 4)
         gradients.append([[g.asnumpy() for g in p.list_grad()] for p in parameters])
@@ -103,11 +105,11 @@ def test_small_gradients_travel_together(monkeypatch):
 
 @pytest.mark.parametrize('compression, asked', [('none', True), ('fp16', False), ('2bit', False)])
 def test_who_compresses_asks_the_store_for_no_memory(monkeypatch, compression, asked):
-    net, store = build_simmim(ModelConfig(**VIT), seed=SEED), make_store('local', ALONE)
+    net, store = build_simmim(ModelConfig(**VIT), seed=SEED), make_communicator('local', ALONE)
     Replicated(net, [mx.cpu(0), mx.cpu(1)], (0.0,) * 3, (1.0,) * 3)
     zeros = Mock(side_effect=store.zeros)
     monkeypatch.setattr(store, 'zeros', zeros)
-    SyncGradients(named_parameters(net), None, store, TrainConfig(compression=compression), None)
+    SynchronousUpdate(named_parameters(net), None, store, TrainConfig(compression=compression), None)
     assert zeros.called == asked
 
 
@@ -131,9 +133,10 @@ def test_the_reference_clips_after_every_accumulated_part(devices):
         placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std, accumulate)
         parameters = named_parameters(net)
         adamw = AdamW(parameters, weight_decays(parameters, 'reference', 'vit', 0.0), OptimConfig())
-        aggregation = SyncGradients(parameters, adamw, make_store('local', ALONE), TrainConfig(batch_size=6), clip)
+        aggregation = SynchronousUpdate(parameters, adamw, make_communicator('local', ALONE), TrainConfig(batch_size=6),
+                                        clip)
         yield placement, aggregation, lambda: np.concatenate(
-            [g.ravel() for g in official.extract(net, grad=True).values()])
+            [g.ravel() for g in official.export_weights(net, grad=True).values()])
 
     placement, _, read = next(gradients(1, None, 1))
     halves = []
@@ -159,13 +162,14 @@ def test_a_non_finite_step_changes_nothing(poison, devices):
     placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std)
     parameters = named_parameters(net)
     adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
-    aggregation = SyncGradients(parameters, adamw, make_store('local', ALONE), TrainConfig(batch_size=4), 5.0)
+    aggregation = SynchronousUpdate(parameters, adamw, make_communicator('local', ALONE), TrainConfig(batch_size=4),
+                                    5.0)
     parameters['decoder.0.bias'].set_data(mx.nd.full((48,), poison))
-    before, moments = official.extract(net), adamw.arrays()
+    before, moments = official.export_weights(net), adamw.arrays()
     for step, batch in enumerate(batches(config, 2, 4)):
         loss, norm, applied = aggregation.step(step, 1e-3, placement.forward_backward(batch, 4)).asnumpy()
         assert applied == 0 and not np.isfinite(loss * norm)
-    after = official.extract(net)
+    after = official.export_weights(net)
     assert all(np.array_equal(before[n], after[n], equal_nan=True) for n in before)
     assert all(np.array_equal(moments[n], value) for n, value in adamw.arrays().items())
 

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mxsimmim import config as cfg, configfile, paths, run
+from mxsimmim import config as cfg
+from mxsimmim.config import configfile
+from mxsimmim.system import paths
+from mxsimmim.training import run_folder
 
 ENVIRON = {'A': '/a', 'B': 'b b', 'EMPTY': '', 'N1': 'n'}
 
@@ -69,7 +72,7 @@ def test_every_one_of_them_in_files_and_on_the_command_line(key, typed, expected
             value = value[part]
         assert value == expected
         (tmp_path / 'config.yaml').write_text(configfile.to_yaml(config))
-        assert run.read_config(tmp_path) == config == configfile.load(tmp_path / 'config.yaml')
+        assert run_folder.read_config(tmp_path) == config == configfile.load(tmp_path / 'config.yaml')
 
 
 def test_an_unknown_variable_names_key_and_file(tmp_path):

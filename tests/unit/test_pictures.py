@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim import pictures
+from mxsimmim.tasks import pictures
+from mxsimmim.training import plots
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -99,7 +100,7 @@ def test_plot(tmp_path, drawn):
         {'step': step, 'loss': 100.0 / step if step != 30 else None, 'lr': step * 1e-6, 'grad_norm': 1 + step / 1000,
          'images_per_second': 300.0, 'skipped': skipped}
         for step, skipped in ((10, 0), (20, 0), (30, 2), (40, 2), (50, 3))] + [{'step': 50, 'val_loss': 0.1}])
-    pictures.plot(run, tmp_path / 'curves.png')
+    plots.plot(run, tmp_path / 'curves.png')
     png = (tmp_path / 'curves.png').read_bytes()
     assert png[:8] == b'\x89PNG\r\n\x1a\n' and struct.unpack('>II', png[16:24]) == (1320, 880)
     losses, rate, norm, speed = drawn[0].axes
@@ -121,7 +122,7 @@ def test_plot(tmp_path, drawn):
 
 def test_plot_of_validation_only(tmp_path, drawn):
     write_metrics(tmp_path, [{'step': 0, 'val_loss': 2.0}])
-    pictures.plot(tmp_path, tmp_path / 'curves.png')
+    plots.plot(tmp_path, tmp_path / 'curves.png')
     assert [[text.get_text() for text in axes.texts] for axes in drawn[0].axes] == [[]] + [['not recorded']] * 3
 
 
@@ -129,15 +130,15 @@ def test_plot_of_validation_only(tmp_path, drawn):
 def test_nothing_to_plot(tmp_path, records):
     write_metrics(tmp_path, records)
     with pytest.raises(ValueError, match=f'nothing to plot yet: its metrics.jsonl has {len(records)} records.*wait'):
-        pictures.plot(tmp_path, tmp_path / 'curves.png')
+        plots.plot(tmp_path, tmp_path / 'curves.png')
 
 
 def test_no_run_and_no_place(tmp_path):
     with pytest.raises(ValueError, match='no such file: give the folder of a run'):
-        pictures.plot(tmp_path, tmp_path / 'curves.png')
+        plots.plot(tmp_path, tmp_path / 'curves.png')
     write_metrics(tmp_path, [{'step': 1, 'loss': 1.0}])
     with pytest.raises(ValueError, match=f'{tmp_path}/no/curves.png: cannot be written: No such file.*another place'):
-        pictures.plot(tmp_path, tmp_path / 'no' / 'curves.png')
+        plots.plot(tmp_path, tmp_path / 'no' / 'curves.png')
 
 
 def colors(file):

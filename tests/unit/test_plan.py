@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mxsimmim.plan import in_groups
+from mxsimmim.training.timetable import split_batch
 
 
 def task(group):
@@ -22,7 +22,7 @@ def task(group):
     (2, 6, [1, 1, 1], [1, 1, 1], [2, 2, 2]),
 ])
 def test_no_part_ends_within_a_pair(group, images, weights, least, expected):
-    parts = in_groups(task(group), images, weights, least)
+    parts = split_batch(task(group), images, weights, least)
     assert parts == expected and sum(parts) == images
     assert all(part % group == 0 for part in parts[:-1]) and all(p >= n for p, n in zip(parts, least))
 
@@ -30,4 +30,4 @@ def test_no_part_ends_within_a_pair(group, images, weights, least, expected):
 @pytest.mark.parametrize('images, least, needed', [(2, [1, 1], '2, 2'), (6, [3, 3], '4, 4'), (2, [3], '4')])
 def test_too_few_pairs(images, least, needed):
     with pytest.raises(ValueError, match=f'train.batch_size={images} is too small: .* the workers need {needed} of th'):
-        in_groups(task(2), images, [1] * len(least), least)
+        split_batch(task(2), images, [1] * len(least), least)

@@ -4,11 +4,11 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 from test_features import VIT, stored
 
-from mxsimmim import probe
+from mxsimmim.inference import probe
 from mxsimmim.config import ModelConfig
 from mxsimmim.data.labels import Labelled
 from mxsimmim.models import build_simmim
-from mxsimmim.run import read_config
+from mxsimmim.training.run_folder import read_config
 
 
 def clouds(seed, count, classes=4, width=8, spread=0.3):

@@ -5,12 +5,12 @@ import math
 import pytest
 
 from mxsimmim.config import TrainConfig
-from mxsimmim.progress import Progress
+from mxsimmim.training.plateau import PlateauTracker
 
 
 def observed(scores, **keys):
     """(is a new best, factor, ended) after each of the scores."""
-    progress = Progress(TrainConfig(**keys))
+    progress = PlateauTracker(TrainConfig(**keys))
     return [(progress.observe(score), progress.factor, progress.ended) for score in scores]
 
 
@@ -34,23 +34,23 @@ def test_it_ends_after_stop_early_validations_without_a_best():
     scores = [5, 4, 4, 6, 5, 6, 4]
     assert [ended for *_, ended in observed(scores, stop_early=3)] == [False] * 6 + [True]
     assert not any(ended for *_, ended in observed(scores))
-    assert not Progress(TrainConfig(stop_early=1)).ended
+    assert not PlateauTracker(TrainConfig(stop_early=1)).ended
 
 
 @pytest.mark.parametrize('cut', range(8))
 def test_the_state_goes_through_json(cut):
     """Cut anywhere, what follows is the same; and `stop_early` counts what was before it was set."""
     scores, keys = [1, 3, 2, 2, math.nan, 2, 3], dict(lr_on_plateau=0.1, patience=2, stop_early=4)
-    first = Progress(TrainConfig(lr_on_plateau=0.1, patience=2))
+    first = PlateauTracker(TrainConfig(lr_on_plateau=0.1, patience=2))
     for score in scores[:cut]:
         first.observe(score)
-    second = Progress(TrainConfig(**keys), json.loads(json.dumps(first.state())))
+    second = PlateauTracker(TrainConfig(**keys), json.loads(json.dumps(first.state())))
     found = [(second.observe(score), second.factor, second.ended) for score in scores[cut:]]
     assert found == observed(scores, **keys)[cut:]
     assert second.state() == {'best': 3, 'without': 5, 'patient': 1, 'factor': pytest.approx(0.01)}
 
 
 def test_a_state_is_a_copy():
-    progress = Progress(TrainConfig())
+    progress = PlateauTracker(TrainConfig())
     progress.state()['factor'] = 0.0
     assert progress.factor == 1

@@ -13,19 +13,22 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mxsimmim import checkpoint, configfile, exchange, ops
+from mxsimmim.training import checkpoint
+from mxsimmim.config import configfile
+from mxsimmim.inference import exchange
+from mxsimmim import ops
 from mxsimmim.config import Config, ModelConfig
 from mxsimmim.data.loader import Batch
-from mxsimmim.deploy import export as deployed
-from mxsimmim.deploy import graph, quantise
-from mxsimmim.deploy.export import export
-from mxsimmim.features import extract, open_images
+from mxsimmim.inference import export as deployed
+from mxsimmim.inference import graph, quantise
+from mxsimmim.inference.export import export
+from mxsimmim.inference.features import extract, open_images
 from mxsimmim.interop import names, official, pth
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
 from mxsimmim.parallel.placement import Replicated
-from mxsimmim.probe import probe
-from mxsimmim.reconstruct import reconstruct
-from mxsimmim.trained import Trained, load_run
+from mxsimmim.inference.probe import probe
+from mxsimmim.inference.reconstruct import reconstruct
+from mxsimmim.inference.trained import Trained, load_run
 
 SEED = 5
 CONF = Path(__file__).parents[2] / 'conf'
@@ -64,7 +67,7 @@ def make_run(folder, config):
     folder.mkdir(parents=True)
     (folder / 'config.yaml').write_text(configfile.to_yaml(config))
     state = {'config': configfile.to_dict(config), 'classes': list(trained.classes), 'samples': 0}
-    checkpoint.save(folder / 'checkpoints', 7, {'weights': official.extract(trained.net)}, state, keep=1)
+    checkpoint.save(folder / 'checkpoints', 7, {'weights': official.export_weights(trained.net)}, state, keep=1)
     return folder
 
 
@@ -128,7 +131,7 @@ def same(found, expected):
 def test_names_go_out_and_come_back(run, tmp_path, style):
     """The same weights from both kinds of file, and the same run from them where they are a whole run."""
     trained = load_run(run)
-    weights, model = official.extract(trained.net), trained.config.model
+    weights, model = official.export_weights(trained.net), trained.config.model
     for ending in ('pth', 'safetensors'):
         exchange.export_weights(run, tmp_path / f'w.{ending}', style)
     raw = pth.read_pth(tmp_path / 'w.pth')
@@ -144,7 +147,7 @@ def test_names_go_out_and_come_back(run, tmp_path, style):
     exchange.import_weights(tmp_path / 'w.pth', tmp_path / 'back', overrides=keys)
     again = load_run(tmp_path / 'back')
     assert told(again.config.model) == told(model)
-    same(official.extract(again.net), weights)
+    same(official.export_weights(again.net), weights)
 
 
 def test_reconstruct_features_and_probe(run, images, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from mxnet import recordio
 from PIL import Image
 
-from mxsimmim import features
+from mxsimmim.inference import features
 from mxsimmim.cluster.probe import unreadable
 from mxsimmim.config import DataConfig
 from mxsimmim.data import recordio as ours

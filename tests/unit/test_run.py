@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mxsimmim import checkpoint, configfile
+from mxsimmim.training import checkpoint
+from mxsimmim.config import configfile
 from mxsimmim.config import Config
-from mxsimmim.run import check_classes, checkpoint_to_resume
-from mxsimmim.tasks import check_same_job
+from mxsimmim.tasks.classes import check_classes
+from mxsimmim.training.run_folder import checkpoint_to_resume
+from mxsimmim.tasks.registry import check_same_job
 
 
 class Images:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mxsimmim import runtime
+from mxsimmim.runtime import environment
 from mxsimmim.config import RuntimeConfig
 
 AVX2 = frozenset({'sse4_2', 'avx', 'avx2', 'fma'})
@@ -22,7 +22,7 @@ AVX512 = AVX2 | {'avx512f', 'avx512dq', 'avx512bw', 'avx512vl'}
     (frozenset(), None),
 ])
 def test_blas_core_follows_the_flags(flags, core):
-    assert runtime.blas_core(flags) == core
+    assert environment.blas_core(flags) == core
 
 
 @pytest.mark.parametrize('config, environ, expected', [
@@ -36,26 +36,26 @@ def test_blas_core_follows_the_flags(flags, core):
 ])
 def test_configuration_beats_environment_beats_auto(config, environ, expected):
     environ = {'OMP_WAIT_POLICY': 'active', **environ}
-    assert runtime.settings(RuntimeConfig(**config), environ, AVX2, cores=6) == expected
+    assert environment.settings(RuntimeConfig(**config), environ, AVX2, cores=6) == expected
 
 
 @pytest.mark.parametrize('environ, expected', [
     ({}, '20000'), ({'GOMP_SPINCOUNT': '5'}, None), ({'OMP_WAIT_POLICY': 'passive'}, None),
 ])
 def test_threads_spin_briefly_unless_told_otherwise(environ, expected):
-    assert runtime.settings(RuntimeConfig(), environ, AVX2, cores=6).get('GOMP_SPINCOUNT') == expected
+    assert environment.settings(RuntimeConfig(), environ, AVX2, cores=6).get('GOMP_SPINCOUNT') == expected
 
 
 def test_unknown_core_names_the_nearest():
     with pytest.raises(ValueError, match=r"key 'runtime.blas_core': 'HASWEL' .*did you mean HASWELL\?.*auto, none"):
-        runtime.settings(RuntimeConfig(blas_core='HASWEL'), {}, AVX2, cores=1)
+        environment.settings(RuntimeConfig(blas_core='HASWEL'), {}, AVX2, cores=1)
 
 
 def test_flags_of_a_cpuinfo(tmp_path):
     text = 'processor\t: 0\nmodel name\t: X\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu\n'
     (tmp_path / 'cpuinfo').write_text(text)
-    assert runtime.cpu_flags(tmp_path / 'cpuinfo') == {'fpu', 'avx2', 'fma'}
-    assert runtime.cpu_flags(tmp_path / 'none') == frozenset()
+    assert environment.cpu_flags(tmp_path / 'cpuinfo') == {'fpu', 'avx2', 'fma'}
+    assert environment.cpu_flags(tmp_path / 'none') == frozenset()
 
 
 def _write(root: Path, files):
@@ -86,7 +86,7 @@ def test_cores_within_affinity_and_quota(monkeypatch, tmp_path, affinity, siblin
     topology = 'sys/devices/system/cpu/cpu{}/topology/thread_siblings_list'
     _write(tmp_path, {topology.format(cpu): text for cpu, text in siblings.items()})
     _write(tmp_path, {'proc/self/cgroup': cgroup, **{f'sys/fs/cgroup/{name}': text for name, text in files.items()}})
-    assert runtime.cores(tmp_path) == expected
+    assert environment.cores(tmp_path) == expected
 
 
 @pytest.mark.parametrize('siblings, parts, expected', [
@@ -98,28 +98,28 @@ def test_the_cpus_of_a_part(monkeypatch, tmp_path, siblings, parts, expected):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 3, 5, 7, 9}, raising=False)
     _write(tmp_path, {f'sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list': text
                       for cpu, text in siblings.items()})
-    assert [runtime.cpus_of_part(place, parts, tmp_path) for place in range(parts)] == expected
+    assert [environment.cpus_of_part(place, parts, tmp_path) for place in range(parts)] == expected
 
 
 def test_cores_without_affinity_masks(monkeypatch, tmp_path):
     monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
     monkeypatch.setattr(os, 'cpu_count', lambda: None)
-    assert runtime.cores(tmp_path) == 1
+    assert environment.cores(tmp_path) == 1
 
 
 def test_cuda_libraries_in_loading_order(tmp_path):
-    for package, name in reversed(runtime.CUDA_LIBRARIES[1:]):
+    for package, name in reversed(environment.CUDA_LIBRARIES[1:]):
         _write(tmp_path / ('user' if package == 'cudnn' else 'venv'), {f'{package}/lib/{name}': ''})
     _write(tmp_path / 'user', {'nccl/lib/libnccl.so.2': ''})
-    found = runtime.cuda_libraries([str(tmp_path / 'venv'), str(tmp_path / 'user')])
+    found = environment.cuda_libraries([str(tmp_path / 'venv'), str(tmp_path / 'user')])
     assert found == [str(tmp_path / ('user' if package == 'cudnn' else 'venv') / package / 'lib' / name)
-                     for package, name in runtime.CUDA_LIBRARIES[1:]]  # the first one is nowhere: left to the system
+                     for package, name in environment.CUDA_LIBRARIES[1:]]  # the first is nowhere: left to the system
 
 
 def _python(code: str, **environ) -> str:
     """What a fresh process prints; `environ` on top of the tests' own, None takes a variable out."""
     env = {name: value for name, value in {**os.environ, **environ}.items() if value is not None}
-    env['PYTHONPATH'] = str(Path(runtime.__file__).parent.parent)
+    env['PYTHONPATH'] = str(Path(environment.__file__).parents[2])
     child = subprocess.run([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            universal_newlines=True, timeout=120)
     assert child.returncode == 0, child.stdout
@@ -148,5 +148,6 @@ except RuntimeError as error:
 
 
 def test_runtime_imports_no_mxnet_numpy_or_pydantic():
-    code = 'import sys; from mxsimmim import runtime; print({"mxnet", "numpy", "pydantic"} & set(sys.modules))'
+    code = ('import sys; from mxsimmim.runtime import environment; '
+            'print({"mxnet", "numpy", "pydantic"} & set(sys.modules))')
     assert _python(code) == 'set()'

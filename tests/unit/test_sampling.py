@@ -4,8 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from mxsimmim.data.sampling import (apportion, batch_at, epoch_order, generator, part_of, split,
-                                    steps_per_epoch)
+from mxsimmim.data.sampling import apportion, batch_at, epoch_order, generator, part_of, split, steps_per_epoch
 
 SEED = 3
 

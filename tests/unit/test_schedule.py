@@ -1,7 +1,8 @@
 """A warm-up that was written for a longer run: what becomes of it, by table."""
 import pytest
 
-from mxsimmim import config as cfg, configfile, schedule
+from mxsimmim import config as cfg
+from mxsimmim.config import configfile, schedule
 
 RECIPE = 'optim: {warmup: 10 epochs, milestones: [700 epochs, 90%]}\ntrain: {length: 800 epochs}\n'
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mxnet.gluon import Parameter
 
-from mxsimmim import configfile, ops
+from mxsimmim.config import configfile
+from mxsimmim import ops
 from mxsimmim.config import Config, OptimConfig, TrainConfig
 from mxsimmim.optim import AdamW, learning_rates
 from mxsimmim.parallel import protocol

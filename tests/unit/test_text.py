@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
-from mxsimmim import cli, configfile, metrics, run, text
+from mxsimmim import cli
+from mxsimmim.config import configfile
+from mxsimmim.tasks import metrics
+from mxsimmim.training import run_folder
+from mxsimmim.system import text
 from mxsimmim.config import DataConfig
 from mxsimmim.data.labels import open_labelled
 
@@ -63,7 +67,7 @@ def test_configurations_round_trip(tmp_path):
         config = configfile.load(os.devnull, [f'output={name}', f'data.path={name}/x', 'resume=' + name, 'name=n'])
         assert (config.output, config.data.path, config.resume) == (name, f'{name}/x', name)
         (tmp_path / 'config.yaml').write_text(configfile.to_yaml(config), encoding='ascii')
-        assert run.read_config(tmp_path) == config
+        assert run_folder.read_config(tmp_path) == config
         assert json.loads(json.dumps(configfile.to_dict(config)).encode('ascii'))['output'] == name
     assert yaml.safe_load(configfile.to_yaml(config))['name'] == 'n'
     with pytest.raises(ValueError, match=r"name='caf\\xe9' must consist of letters"):
@@ -115,7 +119,7 @@ def error(call, *arguments):
 
 
 @pytest.mark.parametrize('caught, ours', [
-    (lambda: error(run.read_config, 'nowhere'), True),
+    (lambda: error(run_folder.read_config, 'nowhere'), True),
     (lambda: error(configfile.load, os.devnull, ['x']), True),
     (lambda: error(metrics.Tally, 'x'), False),  # NumPy's, called by ours
     (lambda: error(json.loads, 'x'), False),

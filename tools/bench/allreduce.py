@@ -21,7 +21,7 @@ from typing import Callable, Dict, List, Tuple
 from scale import MODES, job, join, join_gloo, one_cpu_a_core
 from common import require_torch
 
-STORES = {'local': ('local, 2 devices', None, 'local'), 'device': ('device, 2 devices', None, 'device'), **MODES,
+COMMUNICATORS = {'local': ('local, 2 devices', None, 'local'), 'device': ('device, 2 devices', None, 'device'), **MODES,
           'ddp': ('PyTorch, Gloo', *MODES['ddp'][1:])}
 SIZES = [2 ** power for power in range(12, 27, 2)]  # bytes
 BLOCK, MOST = 2 ** 26, 100  # bytes, and calls at most, between two looks at the clock
@@ -33,16 +33,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('picture', metavar='PNG', nargs='?', default='allreduce.png', help='picture to write '
                         '(default: allreduce.png)')
-    parser.add_argument('--stores', choices=STORES, nargs='+', default=list(STORES), metavar='STORE',
-                        help=f'of {", ".join(STORES)} (default: all)')
+    parser.add_argument('--stores', choices=COMMUNICATORS, nargs='+', default=list(COMMUNICATORS), metavar='STORE',
+                        help=f'of {", ".join(COMMUNICATORS)} (default: all)')
     parser.add_argument('--rounds', type=int, default=7, help='measurements of each size (default: 7)')
     parser.add_argument('--torch-python', default=sys.executable, metavar='PATH',
                         help='interpreter that has PyTorch (default: this one)')
-    parser.add_argument('--worker', choices=STORES, help=argparse.SUPPRESS)
+    parser.add_argument('--worker', choices=COMMUNICATORS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args.worker, args.rounds)
-    from mxsimmim import facts
+    from mxsimmim.runtime import facts
     os.sched_setaffinity(0, one_cpu_a_core()[:2])
     if 'ddp' in args.stores:
         try:
@@ -54,10 +54,10 @@ def main() -> None:
     print(f'{machine.cpu}, 2 of {machine.cores} cores, {machine.system}; median of {args.rounds}\n', flush=True)
     found = {}
     for store in args.stores:
-        print(STORES[store][0], file=sys.stderr, flush=True)
+        print(COMMUNICATORS[store][0], file=sys.stderr, flush=True)
         program = [args.torch_python if store == 'ddp' else sys.executable, __file__, '--worker', store, '--rounds',
                    str(args.rounds)]
-        found[store] = {int(size): seconds for size, seconds in job(program, STORES[store][1]).items()}
+        found[store] = {int(size): seconds for size, seconds in job(program, COMMUNICATORS[store][1]).items()}
     print('\n'.join(table('microseconds a call', found, lambda size, seconds: f'{seconds * 1e6:,.0f}')))
     print('\n' + '\n'.join(table('MB/s', found, lambda size, seconds: f'{size / seconds / 1e6:,.0f}')))
     draw(found, args.picture)
@@ -86,16 +86,16 @@ def clock(call: Sum, barrier: Sum, calls: int) -> float:
 
 def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     """For each size the sum of an array of that size; a barrier; the rank."""
-    alone = STORES[name][1] is None
+    alone = COMMUNICATORS[name][1] is None
     place = join(threads=0 if alone else 1)
     import mxnet as mx
 
     from mxsimmim import ops
     from mxsimmim.parallel.control import connect
-    from mxsimmim.parallel.stores import make_store
+    from mxsimmim.parallel.communicators import make_communicator
     ops.choose('float32', [mx.cpu()])
     control = connect(place, os.environ)
-    store = make_store(STORES[name][2], place, control)
+    store = make_communicator(COMMUNICATORS[name][2], place, control)
 
     def made(size: int) -> Sum:
         copies, = store.zeros([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)])
@@ -123,7 +123,7 @@ def torch_sums(_: str) -> Tuple[Dict[int, Sum], Sum, int]:
 def table(title: str, found: Dict[str, Seconds], cell: Callable[[int, float], str]) -> List[str]:
     """Lines of a table: a row a store, a column a size."""
     lines = [f'| {title} | ' + ' | '.join(map(label, SIZES)) + ' |', '|---|' + '--:|' * len(SIZES)]
-    return lines + [f'| {STORES[store][0]} | ' + ' | '.join(cell(size, seconds[size]) for size in SIZES) + ' |'
+    return lines + [f'| {COMMUNICATORS[store][0]} | ' + ' | '.join(cell(size, seconds[size]) for size in SIZES) + ' |'
                     for store, seconds in found.items()]
 
 
@@ -138,7 +138,7 @@ def draw(found: Dict[str, Seconds], path: str) -> None:
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
     for (store, seconds), marker in zip(found.items(), 'os^vDPX*'):
-        axes.loglog(SIZES, [size / seconds[size] / 1e6 for size in SIZES], marker=marker, label=STORES[store][0])
+        axes.loglog(SIZES, [size / seconds[size] / 1e6 for size in SIZES], marker=marker, label=COMMUNICATORS[store][0])
     axes.set_xticks(SIZES, map(label, SIZES))
     axes.minorticks_off()
     axes.set_xlabel('size of the array')

@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return print(json.dumps(profile(cases(args)[0], args.threads, args.steps)), flush=True)
-    from mxsimmim import facts
+    from mxsimmim.runtime import facts
     machine = facts.collect()
     args.threads = args.threads or machine.cores
     print(f'{describe(machine, args.threads)}; mean of {args.steps} steps')

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple
 
 if TYPE_CHECKING:
     from mxsimmim.config import ModelConfig
-    from mxsimmim.facts import Facts
+    from mxsimmim.runtime.facts import Facts
 
 MODELS = {
     'vit_base': dict(type='vit', img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=0.1),
@@ -105,8 +105,9 @@ def our_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], 
 
     precision is float32 or bf16, on the best operators of this machine, or 'reference': float32 on MXNet's own.
     """
-    from mxsimmim import config as cfg, runtime
-    runtime.prepare(cfg.RuntimeConfig(threads=threads))
+    from mxsimmim import config as cfg
+    from mxsimmim.runtime import environment
+    environment.prepare(cfg.RuntimeConfig(threads=threads))
     import mxnet as mx
     import numpy as np
 
@@ -114,10 +115,10 @@ def our_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], 
     from mxsimmim.data.loader import Batch
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
-    from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.placement import Replicated
-    from mxsimmim.parallel.stores import make_store
-    from mxsimmim.world import ALONE
+    from mxsimmim.parallel.communicators import make_communicator
+    from mxsimmim.runtime.process import ALONE
 
     if precision != 'reference':  # which is what holds before anything is chosen
         ops.choose(precision, [mx.cpu()])
@@ -126,7 +127,7 @@ def our_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], 
     parameters = named_parameters(net)
     placement = Replicated(net, [mx.cpu()], data.mean, data.std)
     optimizer = AdamW(parameters, weight_decays(parameters, optim.recipe, model.type, DECAY), optim)
-    aggregation = SyncGradients(parameters, optimizer, make_store('local', ALONE), cfg.TrainConfig(), CLIP)
+    aggregation = SynchronousUpdate(parameters, optimizer, make_communicator('local', ALONE), cfg.TrainConfig(), CLIP)
     rng = np.random.default_rng(0)
     images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
                    mask=np.array(hidden, np.uint8), uniform=np.empty((batch, 0), np.float32), epoch=0,

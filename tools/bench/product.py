@@ -103,8 +103,9 @@ class Multiplier:
 
     def __init__(self, threads: int):
         """Raises mxsimmim's NotBuilt where there is no library."""
-        from mxsimmim import config as cfg, runtime
-        runtime.prepare(cfg.RuntimeConfig(threads=threads))
+        from mxsimmim import config as cfg
+        from mxsimmim.runtime import environment
+        environment.prepare(cfg.RuntimeConfig(threads=threads))
         from mxsimmim.ops import library
         opened = library.open_library()
         self.isa = opened.isa
@@ -160,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_options(parser)
     args = parser.parse_args()
-    from mxsimmim import facts
+    from mxsimmim.runtime import facts
     machine = facts.collect()
     threads = args.threads or machine.cores
     rates = measured_rates(args, threads)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Se
 from common import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, require_torch
 
 if TYPE_CHECKING:
-    from mxsimmim.world import World
+    from mxsimmim.runtime.process import ProcessInfo
 
 LAUNCH = Path(__file__).resolve().parents[1] / 'launch.py'
 MODES = {  # title, the launcher's options, the store's name
@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args)
-    from mxsimmim import facts
+    from mxsimmim.runtime import facts
     cores = one_cpu_a_core()
     if len(cores) < 2:
         sys.exit('one core: two workers would only share it')
@@ -85,7 +85,7 @@ def main() -> None:
 
 def one_cpu_a_core() -> List[int]:
     """One of the CPUs of each physical core that this process may use."""
-    from mxsimmim.runtime import contents
+    from mxsimmim.runtime.environment import contents
     siblings = '/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list'
     return sorted({contents(Path(siblings.format(cpu))) or cpu: cpu for cpu in os.sched_getaffinity(0)}.values())
 
@@ -146,11 +146,12 @@ def clock(function: Callable[[], None], worker: Worker, times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def join(threads: int) -> 'World':
+def join(threads: int) -> 'ProcessInfo':
     """This process's place in its job, MXNet's environment being prepared; a server or scheduler ends in here."""
-    from mxsimmim import config as cfg, runtime
-    from mxsimmim.world import world
-    runtime.prepare(cfg.RuntimeConfig(threads=threads))
+    from mxsimmim import config as cfg
+    from mxsimmim.runtime import environment
+    from mxsimmim.runtime.process import world
+    environment.prepare(cfg.RuntimeConfig(threads=threads))
     place = world(os.environ)
     if place.role != 'worker':
         from mxsimmim.parallel.server import serve
@@ -181,13 +182,13 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     from mxsimmim.data.loader import Batch
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
-    from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.control import connect
-    from mxsimmim.parallel.modes import horovod_settings
+    from mxsimmim.parallel.strategies import horovod_settings
     from mxsimmim.parallel.placement import Replicated
-    from mxsimmim.parallel.stores import make_store
-    from mxsimmim.plan import expected_step
-    from mxsimmim.world import ALONE
+    from mxsimmim.parallel.communicators import make_communicator
+    from mxsimmim.training.timetable import expected_step
+    from mxsimmim.runtime.process import ALONE
 
     model, data, optim = cfg.ModelConfig(**keys), cfg.DataConfig(), cfg.OptimConfig()
     ops.choose(precision, [mx.cpu()])
@@ -197,12 +198,12 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     optimizer = AdamW(parameters, weight_decays(parameters, optim.recipe, model.type, DECAY), optim)
     total = batch * place.size
     train = cfg.TrainConfig(batch_size=total)
-    local = make_store('local', ALONE)
+    local = make_communicator('local', ALONE)
     step_time = expected_step(cfg.Config(model=model, train=train), place)
-    os.environ.update({**horovod_settings(step_time), **os.environ})  # as mxsimmim.train does
+    os.environ.update({**horovod_settings(step_time), **os.environ})  # as mxsimmim.training.trainer does
     control = connect(place, os.environ)
-    store = make_store(MODES[mode][2], place, control) if place.size > 1 else local
-    alone, together = (SyncGradients(parameters, optimizer, s, train, CLIP) for s in (local, store))
+    store = make_communicator(MODES[mode][2], place, control) if place.size > 1 else local
+    alone, together = (SynchronousUpdate(parameters, optimizer, s, train, CLIP) for s in (local, store))
     gradients = together.gradients()
     keys = store.keys(gradients)
     rng = np.random.default_rng(place.rank)
@@ -211,10 +212,10 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
                    uniform=np.empty((batch, 0), np.float32), epoch=0, index=np.arange(batch))
     updates = iter(range(sys.maxsize))
 
-    def step(aggregation: SyncGradients) -> None:
+    def step(aggregation: SynchronousUpdate) -> None:
         update = next(updates)
         aggregation.step(update, RATE, placement.forward_backward(images, total))
-        aggregation.agree(update + 1, False)
+        aggregation.poll_stop(update + 1, False)
 
     return Worker(lambda: step(together), lambda: step(alone), lambda: store.sum(keys, gradients), mx.nd.waitall,
                   lambda: control.barrier('round'), place.rank, place.size)

@@ -24,8 +24,10 @@ COMMAND = [sys.executable, '-m', 'mxsimmim']
 # The command itself, except that the first step ends the process instead of beginning.
 UNTIL_FIRST_STEP = """
 import os, sys
-from mxsimmim import cli, configfile, runtime
-runtime.prepare(configfile.load(sys.argv[2], sys.argv[3:]).runtime)
+from mxsimmim import cli
+from mxsimmim.config import configfile
+from mxsimmim.runtime import environment
+environment.prepare(configfile.load(sys.argv[2], sys.argv[3:]).runtime)
 from mxsimmim.parallel.placement import Replicated
 Replicated.forward_backward = lambda *_: os._exit(42)
 sys.exit(cli.main())

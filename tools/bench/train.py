@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return serve(args.worker, json.loads(sys.stdin.readline()))
-    from mxsimmim import facts
+    from mxsimmim.runtime import facts
     require_torch(args.torch_python)
     machine = facts.collect()
     args.threads = args.threads or machine.cores

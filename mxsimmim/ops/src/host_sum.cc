@@ -1,4 +1,4 @@
-// Sums over the workers of a host, in memory that all of them see; parallel/host.py lays it out and calls.
+// Sums over the workers of a host, in memory that all of them see; parallel/shared_memory.py lays it out and calls.
 //
 // A worker's arrays lie where the others can read and write them. Each worker adds up its part of an array, of all
 // workers' arrays, and writes it into them: nothing is sent, and no copy is made. They wait for each other in the kernel,
@@ -30,7 +30,7 @@ constexpr timespec PATIENCE = {1, 0};  // before looking whether the others are 
 
 std::atomic<int32_t> lost{0};  // the worker that ended while this one waited for it
 
-// One array of the workers, and what is done with it each time. As `Task` of parallel/host.py.
+// One array of the workers, and what is done with it each time. As `Task` of parallel/shared_memory.py.
 struct Task {
   Counter* arrived;  // two of them, shared
   float* const* arrays;

@@ -5,12 +5,12 @@ import sys
 import mxnet as mx
 
 from mxsimmim.parallel.control import connect
-from mxsimmim.parallel.stores import make_store
-from mxsimmim.world import world
+from mxsimmim.parallel.communicators import make_communicator
+from mxsimmim.runtime.process import world
 
 place = world(os.environ)
 control = connect(place, os.environ)
-store = make_store(sys.argv[1], place, control)
+store = make_communicator(sys.argv[1], place, control)
 sizes = (10, 300, 70_000, 1_500_000)  # the last is spread over servers
 keys = store.keys([[mx.nd.zeros((size,))] for size in sizes])
 for _ in range(10):

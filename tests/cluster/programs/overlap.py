@@ -12,8 +12,8 @@ import sys
 import time
 
 from mxsimmim.config import Config, DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
-from mxsimmim.runtime import prepare
-from mxsimmim.world import ALONE, world
+from mxsimmim.runtime.environment import prepare
+from mxsimmim.runtime.process import ALONE, world
 
 MODEL = ModelConfig(img_size=64, patch_size=8, embed_dim=384, depth=8, num_heads=6)  # 14 million parameters
 IMAGES, STEPS = 16, 3  # of a worker; images make the pass about as long as the exchange
@@ -32,12 +32,12 @@ def main():
     from mxsimmim.data.loader import Batch
     from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.optim import AdamW, weight_decays
-    from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.control import connect
-    from mxsimmim.parallel.modes import horovod_settings
+    from mxsimmim.parallel.strategies import horovod_settings
     from mxsimmim.parallel.placement import Replicated
-    from mxsimmim.parallel.stores import make_store
-    from mxsimmim.plan import expected_step
+    from mxsimmim.parallel.communicators import make_communicator
+    from mxsimmim.training.timetable import expected_step
 
     ops.choose('float32', [mx.cpu()])
     net, data = build_simmim(MODEL, seed=0), DataConfig()
@@ -47,8 +47,9 @@ def main():
     train = TrainConfig(batch_size=IMAGES * place.size)
     os.environ.update(horovod_settings(expected_step(Config(model=MODEL, train=train), place)))
     control = connect(place, os.environ)
-    store = make_store(sys.argv[1], place, control)
-    alone, together = (SyncGradients(parameters, adamw, s, train, 5.0) for s in (make_store('local', ALONE), store))
+    store = make_communicator(sys.argv[1], place, control)
+    alone, together = (SynchronousUpdate(parameters, adamw, s, train, 5.0)
+                       for s in (make_communicator('local', ALONE), store))
     arrays = together.gradients()
     keys = store.keys(arrays)
     rng = np.random.default_rng(0)

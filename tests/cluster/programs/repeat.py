@@ -17,12 +17,12 @@ from mxsimmim.data.sampling import split
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import AdamW, weight_decays
-from mxsimmim.parallel.aggregate import SyncGradients
+from mxsimmim.parallel.updates import SynchronousUpdate
 from mxsimmim.parallel.control import connect
 from mxsimmim.parallel.placement import Replicated
 from mxsimmim.parallel.replicas import compare
-from mxsimmim.parallel.stores import make_store
-from mxsimmim.world import ALONE, world
+from mxsimmim.parallel.communicators import make_communicator
+from mxsimmim.runtime.process import ALONE, world
 
 # Squared error: the gradient of the absolute one jumps where a rounding changes the sign of a difference.
 MODEL = ModelConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, loss='mse')
@@ -43,11 +43,11 @@ def trained(seed, store, devices, part):
     placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std)
     parameters = named_parameters(net)
     adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
-    aggregation = SyncGradients(parameters, adamw, store, TrainConfig(batch_size=IMAGES), 0.5)
+    aggregation = SynchronousUpdate(parameters, adamw, store, TrainConfig(batch_size=IMAGES), 0.5)
     for step, batch in enumerate(batches(seed, part)):
         aggregation.step(step, 1e-2, placement.forward_backward(batch, IMAGES))
     compare(parameters, store.control, STEPS)
-    weights = official.extract(net)
+    weights = official.export_weights(net)
     return np.concatenate([weights[name].ravel() for name in sorted(weights)])
 
 
@@ -55,10 +55,10 @@ def main():
     name, times, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     place = world(os.environ)
     ops.choose('float32', [mx.cpu()])
-    store = make_store(name, place, connect(place, os.environ))
+    store = make_communicator(name, place, connect(place, os.environ))
     for seed in range(times):
         ours = trained(seed, store, devices, split(IMAGES, place.size)[place.rank])
-        alone = trained(seed, make_store('local', ALONE), 1, slice(0, IMAGES))
+        alone = trained(seed, make_communicator('local', ALONE), 1, slice(0, IMAGES))
         difference = np.linalg.norm(ours - alone) / np.linalg.norm(alone)
         assert difference < 1e-5, f'rank {place.rank}, seed {seed}: {difference}'
     print('ok', times, flush=True)

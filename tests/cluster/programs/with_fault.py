@@ -11,18 +11,18 @@ import time
 
 import mxsimmim.cli
 from mxsimmim.config import RuntimeConfig
-from mxsimmim.world import world
+from mxsimmim.runtime.process import world
 
 fault, *arguments = sys.argv[1:]
 place = world(os.environ)
 if place.role == 'worker' and place.rank == 1:
-    from mxsimmim import runtime
-    runtime.prepare(RuntimeConfig(threads=1))
+    from mxsimmim.runtime import environment
+    environment.prepare(RuntimeConfig(threads=1))
     import mxnet as mx
 
-    from mxsimmim.parallel.aggregate import SyncGradients
+    from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.placement import Replicated
-    step, forward_backward = SyncGradients.step, Replicated.forward_backward
+    step, forward_backward = SynchronousUpdate.step, Replicated.forward_backward
 
     def changed(self, update, *others):
         stats = step(self, update, *others)
@@ -39,7 +39,7 @@ if place.role == 'worker' and place.rank == 1:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     if fault == 'changed-weight':
-        SyncGradients.step = changed
+        SynchronousUpdate.step = changed
     elif fault == 'slow':
         Replicated.forward_backward = slow
     elif fault == 'no-memory':

@@ -1,0 +1,405 @@
+"""Typed, frozen configuration: every key, its type, default, meaning and checks.
+
+The field descriptions are the documentation of the keys; `configfile` reads files, and writes conf/base.yaml from
+them. Nothing here imports mxnet, so a wrong key is reported in a fraction of a second.
+"""
+import math
+import re
+from typing import Any, NamedTuple, Optional, Tuple, Union
+
+from pydantic import (AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer,
+                      ValidationInfo, field_validator, model_validator)
+from typing_extensions import Annotated, Literal
+
+from ..system.text import drawn
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its text is for the user."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(drawn(message))  # pydantic takes no surrogates there
+
+
+def _list(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+# Marks keys whose value is a path of this machine, in which `~` and variables are replaced.
+PATH = 'a path of this machine'
+
+
+def _not_empty(value: str) -> str:  # not by min_length, for which pydantic wants a path to be UTF-8
+    _require(value != '', 'should have at least 1 character')
+    return value
+
+
+Place = Annotated[str, PATH]
+GivenPlace = Annotated[str, PATH, AfterValidator(_not_empty)]
+LONGEST, LARGEST = 1e12, 2 ** 53  # steps or epochs of a run; any whole number: what float64 and int64 both hold
+
+
+class Duration(NamedTuple):
+    """A point or span of training, as the user wrote it: ``500`` or ``500 steps``, ``10 epochs``, ``5%`` of the run."""
+    value: float
+    unit: str  # 'steps', 'epochs' or '%'
+
+    def steps(self, per_epoch: int, total: int = 0) -> int:
+        """In steps, the only unit of time inside the program; `total` is the length of the run in steps."""
+        scale = {'steps': 1, 'epochs': per_epoch, '%': total / 100}[self.unit]
+        return int(round(self.value * scale))
+
+    def __str__(self) -> str:
+        value = int(self.value) if self.value == int(self.value) else self.value
+        return f'{value}%' if self.unit == '%' else f'{value} {self.unit}'
+
+
+def parse_duration(value: Any) -> Duration:
+    """The length of time that a user wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, Duration):
+        return value
+    text = str(value) if isinstance(value, (str, int, float)) and not _huge(value) else type(value).__name__
+    match = re.fullmatch(r'\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(|%|(?:step|epoch)s?)\s*', text, re.ASCII)
+    if not match or isinstance(value, bool):
+        raise ValueError(f"'{text}' is not a length of time: write steps as 500, or '10 epochs', or '5%' of the run")
+    unit = {'': 'steps', 'step': 'steps', 'epoch': 'epochs'}.get(match[2], match[2])
+    number = float(match[1])
+    _require(number <= LONGEST, f"'{text}' is longer than any run: at most {LONGEST:.0e} steps, epochs or per cent")
+    return Duration(number, unit)
+
+
+def _huge(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > LARGEST
+
+
+Time = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(str, return_type=str)]
+
+
+class Section(BaseModel):
+    """What all parts of the configuration share: no unknown key, no change after the checks."""
+    model_config = ConfigDict(frozen=True, extra='forbid', populate_by_name=True, protected_namespaces=(),
+                              allow_inf_nan=False)
+
+    @field_validator('*', mode='before')
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what the conversions of pydantic would let pass: true as a number, numbers that no machine holds."""
+        _require(not isinstance(value, bool) or cls.model_fields[info.field_name].annotation in (bool, Optional[bool]),
+                 f"{str(value).lower()} is no value for it")
+        _require(not isinstance(value, str) or '\0' not in value, 'a NUL character is no part of any value')
+        return value
+
+    @field_validator('*')
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        _require(not any(map(_huge, value if isinstance(value, tuple) else (value,))),
+                 f'larger than {LARGEST:,}, the largest whole number of a configuration')
+        return value
+
+
+class ModelConfig(Section):
+    """The network. Its keys carry the reference implementation's names."""
+    type: Literal['vit', 'swin'] = Field('vit', description='vit or swin')
+    img_size: int = Field(224, gt=0, description='height and width of the input, pixels')
+    patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
+    embed_dim: int = Field(768, gt=0, description='width of the tokens; of the first stage in Swin')
+    depth: int = Field(12, gt=0, description='ViT: number of blocks')
+    depths: Tuple[int, ...] = Field((), description='Swin: blocks of each stage, e.g. [2, 2, 18, 2]')
+    num_heads: Union[int, Tuple[int, ...]] = Field(12, description='attention heads; a list, one a stage, in Swin')
+    window_size: int = Field(7, gt=0, description='Swin: side of an attention window, tokens')
+    mlp_ratio: float = Field(4.0, gt=0, description='hidden width of the MLP over embed_dim')
+    init_values: Optional[float] = Field(0.1, description='ViT: initial layer scale; null for none')
+    use_ape: bool = Field(False, validation_alias=AliasChoices('use_ape', 'ape'),
+                          description='learned absolute positions (also spelt ape)')
+    use_rpb: bool = Field(False, description='ViT: a relative position table in each block')
+    use_shared_rpb: bool = Field(True, description='ViT: one relative position table shared by all blocks')
+    use_mean_pooling: bool = Field(False, description='ViT: no final norm (fine-tuning normalises the mean token)')
+    drop_path: float = Field(0.0, ge=0, lt=1, description='stochastic depth of the last block; grows linearly from 0')
+    loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
+    norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
+    recompute: bool = Field(False, description='keep half of a block\'s input only and compute the rest again in the '
+                            'backward pass: less memory, a third more time; CPUs with native operators only')
+    pretrained: Place = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
+                              '.safetensors file, or FILE:KEY (such as a.pth:teacher) for one of several networks in '
+                              'it; empty: random weights')
+
+    @property
+    def stages(self) -> int:
+        """Number of resolutions the encoder passes through; 1 for ViT."""
+        return len(self.depths) if self.type == 'swin' else 1
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side that one final token stands for: the decoder's cell."""
+        return self.patch_size * 2 ** (self.stages - 1)
+
+    @property
+    def grid(self) -> int:
+        """Patches a side at the input."""
+        return self.img_size // self.patch_size
+
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks in all."""
+        return sum(self.depths) if self.type == 'swin' else self.depth
+
+    @model_validator(mode='after')
+    def _check(self) -> 'ModelConfig':
+        if self.type == 'vit':
+            heads = self.num_heads
+            _require(isinstance(heads, int), f'num_heads={_list(heads)} is a list; a ViT has one number of heads')
+            _require(heads > 0 and self.embed_dim % heads == 0,
+                     f'embed_dim={self.embed_dim} is not a multiple of num_heads={heads}')
+        else:
+            self._check_swin()
+        _require(self.img_size % self.stride == 0,
+                 f'img_size={self.img_size} is not a multiple of {self.stride}, the side of one final token'
+                 + (f' (patch_size {self.patch_size} x 2^{self.stages - 1})' if self.stages > 1 else ' (patch_size)'))
+        for stage in range(self.stages if self.type == 'swin' else 0):
+            side = self.grid >> stage
+            _require(side <= self.window_size or side % self.window_size == 0,
+                     f'window_size={self.window_size} does not divide the {side}x{side} tokens of stage {stage}: '
+                     f'change window_size or img_size={self.img_size}')
+        return self
+
+    def _check_swin(self) -> None:
+        heads, depths = self.num_heads, self.depths
+        _require(len(depths) > 0, 'depths is empty: a Swin needs its blocks a stage, e.g. depths=[2,2,18,2]')
+        _require(len(depths) <= 32, f'depths lists {len(depths)} stages; each halves the image, so 32 are too many')
+        _require(all(d > 0 for d in depths), f'depths={_list(depths)} has a stage without blocks')
+        _require(isinstance(heads, tuple) and len(heads) == len(depths),
+                 f'num_heads={_list(heads)} must list one number for each of the {len(depths)} stages of '
+                 f'depths={_list(depths)}')
+        for stage, h in enumerate(heads):
+            width = self.embed_dim * 2 ** stage
+            _require(h > 0 and width % h == 0, f'the width {width} of stage {stage} (embed_dim {self.embed_dim} x '
+                     f'2^{stage}) is not a multiple of its num_heads={h}')
+
+
+class MaskConfig(Section):
+    """What is hidden from the encoder."""
+    patch_size: int = Field(32, gt=0, description='side of a masked cell, pixels')
+    ratio: float = Field(0.6, gt=0, lt=1, description='share of the cells that is masked')
+
+
+class DataConfig(Section):
+    """Where the images are and what is done to each."""
+    path: Place = Field('', description="a folder of images (class folders or flat), a RecordIO file (.rec), several "
+                        "('a.rec;b.rec', or a folder of them), or digits")
+    val_path: Place = Field('', description='held-out images, same kinds; empty: val_fraction of path is held out')
+    val_fraction: float = Field(0.0, ge=0, lt=1, description='share of path held out for validation')
+    threads: int = Field(0, ge=0, description='loader threads; 0: one a core')
+    prefetch: int = Field(3, gt=0, description='batches prepared ahead')
+    max_broken: int = Field(100, ge=0, description='unreadable images tolerated before the run ends')
+    labels: Place = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
+                          "images of path, or a list: Swin's train_map.txt, Caffe's, MXNet's .lst; empty: class "
+                          "folders, or a RecordIO file's own labels")
+    val_labels: Place = Field('', description='classify: the same for the images of val_path; numbers stand for the '
+                              'classes in their order')
+    classes: Place = Field('', description='classify: a file of class names, one a line, in the order of their '
+                           "numbers; empty: the folders' names sorted, or numbers")
+    labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
+                                  'all')
+    crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
+    crop_ratio: Tuple[float, float] = Field((0.75, 1.3333333333333333), description='width over height of a crop')
+    interpolation: Literal['bilinear', 'bicubic'] = Field('bilinear', description='of random crops: bilinear, bicubic')
+    flip: float = Field(0.5, ge=0, le=1, description='probability of a horizontal flip')
+    eval_crop: float = Field(0.875, gt=0, le=1, description='classify: side of the square cut from the middle for '
+                             'evaluation over the short side')
+    exif_orientation: Optional[bool] = Field(
+        None, description='turn images upright as their EXIF orientation says: true, false, or null: in predict, '
+        'serve, reconstruct and features, but not in training and evaluation, as the reference')
+    mean: Tuple[float, float, float] = Field((0.485, 0.456, 0.406), description='subtracted, per channel of [0, 1]')
+    std: Tuple[float, float, float] = Field((0.229, 0.224, 0.225), description='divided by, per channel of [0, 1]')
+    shares: Union[Literal['equal', 'auto'], Tuple[float, ...]] = Field(
+        'equal', description="each worker's part of the batch: equal, auto (by measured speed, anew every epoch), or "
+        'weights such as [3, 1]')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'DataConfig':
+        for key, (low, high) in (('crop_scale', self.crop_scale), ('crop_ratio', self.crop_ratio)):
+            _require(0 < low <= high, f'{key}=[{low}, {high}] must be two positive numbers, the smaller first')
+        _require(self.crop_scale[1] <= 1, f'crop_scale={_list(self.crop_scale)} asks for more than the image')
+        _require(min(self.std) > 0, f'std={_list(self.std)} must be positive')
+        if not isinstance(self.shares, str):
+            _require(len(self.shares) > 0 and min(self.shares) > 0, f'shares={_list(self.shares)} must be positive')
+        return self
+
+    def in_use(self) -> 'DataConfig':
+        """The same for what users give to a trained network: upright, unless that was ruled out."""
+        return self.model_copy(update={'exif_orientation': self.exif_orientation is not False})
+
+
+class AugmentConfig(Section):
+    """What else is done to the images and labels a classifier is trained on."""
+    rand_ops: int = Field(2, ge=0, description='RandAugment: operations an image; 0: none')
+    rand_magnitude: float = Field(9.0, ge=0, le=10, description='RandAugment: mean strength, of 10')
+    rand_std: float = Field(0.5, ge=0, description="RandAugment: the strength's standard deviation")
+    erasing: float = Field(0.25, ge=0, le=1, description='probability that a rectangle is overwritten with noise')
+    mixup: float = Field(0.8, ge=0, description='pairs of images are blended, in shares from Beta(mixup, mixup); 0: '
+                         'none')
+    cutmix: float = Field(1.0, ge=0, description='a rectangle of each image of a pair goes into the other, of a share '
+                          'from Beta(cutmix, cutmix); 0: none')
+    mix_switch: float = Field(0.5, ge=0, le=1, description='probability of cutmix, where mixup is on, too')
+    mix_prob: float = Field(1.0, ge=0, le=1, description='probability that a pair is mixed')
+    smoothing: float = Field(0.1, ge=0, lt=1, description='share of the target spread evenly over all classes')
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule. The three rates are for 512 images a step and scale with train.batch_size."""
+    type: Literal['adamw', 'sgd'] = Field('adamw', description='adamw, or sgd without momentum (for comparisons)')
+    recipe: Literal['reference', 'fixed'] = Field(
+        'reference', description="reference: every quirk of the paper's code; fixed: cosine counted from the end of "
+        'the warm-up, no decay on tokens and position tables, accumulated gradients clipped once')
+    base_lr: float = Field(1e-4, ge=0, description='learning rate after the warm-up, at batch 512')
+    warmup_lr: float = Field(5e-7, ge=0, description='learning rate the warm-up starts from, at batch 512')
+    min_lr: float = Field(5e-6, ge=0, description='learning rate the cosine ends at, at batch 512')
+    warmup: Time = Field(Duration(10, 'epochs'), description='length of the linear warm-up')
+    schedule: Literal['cosine', 'multistep', 'constant'] = Field('multistep', description='cosine, multistep, constant')
+    milestones: Tuple[Time, ...] = Field((Duration(700, 'epochs'),), description='multistep: when the rate drops')
+    gamma: float = Field(0.1, gt=0, le=1, description='multistep: factor of a drop')
+    weight_decay: float = Field(0.05, ge=0, description='decoupled weight decay')
+    layer_decay: float = Field(1.0, gt=0, le=1, description="classify: a block's learning rate over that of the next")
+    betas: Tuple[float, float] = Field((0.9, 0.999), description='decay of the two moments')
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment, as in PyTorch's AdamW")
+    clip_grad: Optional[float] = Field(5.0, gt=0, description='largest global L2 norm of the gradient; null: no limit')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'OptimConfig':
+        _require(all(0 <= beta < 1 for beta in self.betas), f'betas={_list(self.betas)} must lie in [0, 1)')
+        _require(max(self.betas) <= 1 - 2 ** -24, f'betas={_list(self.betas)}: in float32, one of them is 1: lower it')
+        _require(self.schedule != 'multistep' or self.milestones, 'schedule=multistep needs milestones')
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+    length: Time = Field(Duration(800, 'epochs'), description="length of the run: '800 epochs' or a number of steps")
+    batch_size: int = Field(2048, gt=0, description='images an update, over all devices and accumulated parts')
+    accumulate: int = Field(1, gt=0, description='parts a batch is computed in, one after another, to save memory')
+    store: Literal['auto', 'local', 'device', 'nccl', 'dist_sync', 'dist_device_sync', 'dist_async', 'horovod'] = Field(
+        'auto', description='where gradients meet: auto (device, dist_sync or horovod, as the job was launched), '
+        'local, device, nccl, dist_sync, dist_device_sync, dist_async, horovod')
+    aggregation: Literal['auto', 'sync', 'async', 'local_sgd', 'elastic'] = Field(
+        'auto', description='how workers agree: auto (async with dist_async, else sync), sync, async, local_sgd, '
+        'elastic')
+    local_steps: int = Field(8, gt=0, description='local_sgd, elastic: steps between two meetings')
+    average_moments: bool = Field(True, description="local_sgd: average the optimiser's moments, too")
+    elastic: float = Field(0.9, gt=0, le=1, description='elastic: how far a meeting closes the gap between the workers '
+                           'and their centre')
+    compression: Literal['none', 'fp16', '2bit'] = Field(
+        'none', description='gradients on the wire: none, fp16 (horovod), 2bit (with error feedback)')
+    threshold: float = Field(1e-3, gt=0, description="2bit: the size of what is sent; about the gradient's largest "
+                             'elements')
+    check_replicas: int = Field(100, ge=0, description="steps between comparisons of all replicas' weights; 0: none")
+    ema: float = Field(0.0, ge=0, lt=1, description='decay of an average of the weights, which is then validated and '
+                       'used, too; 0: none')
+    lr_on_plateau: float = Field(1.0, gt=0, le=1, description='the rate is multiplied by this after train.patience '
+                                 'validations without a new best; 1: never')
+    patience: int = Field(5, gt=0, description='lr_on_plateau: validations')
+    stop_early: int = Field(0, ge=0, description='validations without a new best that end the run; 0: none do')
+    max_bad_steps: int = Field(10, gt=0, description='non-finite steps in a row that end the run; each is skipped')
+
+
+class ValidationConfig(Section):
+    """Masked loss on held-out images, with masks that never change."""
+    every: Time = Field(Duration(1, 'epochs'), description='time between validations; the last step always validates')
+    at_start: bool = Field(False, description='also before the first step')
+    images: int = Field(1024, gt=0, description='held-out images used at most')
+    pictures: int = Field(8, ge=0, description='rows of original, masked, reconstruction drawn each time')
+
+
+class CheckpointConfig(Section):
+    """What survives a failing machine. A classifier's best checkpoint so far is kept besides, in RUN/best."""
+    every: Time = Field(Duration(1, 'epochs'), description='time between checkpoints; the last step always saves')
+    keep: int = Field(2, gt=0, description='newest checkpoints kept')
+    keep_every: Optional[Time] = Field(None, description='checkpoints at multiples of this stay for ever; null: none')
+
+
+class LogConfig(Section):
+    """What is written down."""
+    every: int = Field(10, gt=0, description='steps between two records')
+
+
+class RuntimeConfig(Section):
+    """How it is computed. The environment variable of the same effect wins over `auto`."""
+    threads: int = Field(0, ge=0, description='threads of one operator (OMP_NUM_THREADS); 0: one a core')
+    blas_core: str = Field('auto', description='OPENBLAS_CORETYPE: auto, none, or a name such as HASWELL')
+    precision: Literal['float32', 'bf16', 'auto'] = Field(
+        'float32', description='of matrix products and the activations between them, on CPUs: float32, bf16, or auto '
+        '(bf16 where the CPU multiplies it faster); weights and their updates stay float32')
+
+
+class Config(Section):
+    """A whole run, pre-training or fine-tuning."""
+    name: str = Field('', description='the run is written to output/name; empty: the name of '
+                      'the configuration file')
+    output: GivenPlace = Field('runs', description='folder of the runs')
+    seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
+    resume: GivenPlace = Field('auto', description='auto: go on from the newest whole checkpoint; none: start '
+                        'anew in an empty folder; or the path of a checkpoint')
+    task: Literal['pretrain', 'classify'] = Field('pretrain', description='pretrain, or classify: what `mxsimmim '
+                                                  'finetune` trains')
+    devices: Union[Literal['auto'], Tuple[str, ...]] = Field(
+        'auto', description='auto (every GPU, else cpu(0)), or a list: [gpu(0), gpu(1)]')
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode='after')
+    def _check(self) -> 'Config':
+        _require(re.fullmatch(r'[\w.+-]*', self.name) is not None and self.name not in ('.', '..'),
+                 f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
+        if self.task == 'pretrain':
+            self._check_masks()
+            self._check_nothing_of_fine_tuning()
+        if self.devices != 'auto':
+            _require(len(self.devices) > 0, 'devices is empty: write devices=auto or devices=[cpu(0)]')
+            for device in self.devices:
+                _require(re.fullmatch(r'(cpu|gpu)\(\d+\)', device) is not None,
+                         f"devices: '{device}' is not a device: write cpu(0), gpu(0), gpu(1), …")
+            _require(len(set(self.devices)) == len(self.devices), f'devices={_list(self.devices)} names one twice')
+            _require(len({device[:3] for device in self.devices}) == 1,
+                     f'devices={_list(self.devices)} mixes CPU and GPU')
+            parts = len(self.devices) * self.train.accumulate
+            _require(parts <= self.train.batch_size,
+                     f'train.batch_size={self.train.batch_size} is less than {len(self.devices)} devices x '
+                     f'train.accumulate={self.train.accumulate}')
+        _require(self.train.accumulate <= self.train.batch_size,
+                 f'train.accumulate={self.train.accumulate} exceeds train.batch_size={self.train.batch_size}')
+        _require(self.train.length.unit != '%' and self.train.length.value > 0,
+                 f'train.length={self.train.length} must be a positive number of steps or epochs')
+        for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
+                            ('checkpoint.keep_every', self.checkpoint.keep_every)):
+            _require(period is None or period.value > 0, f'{key}={period} must be positive')
+        return self
+
+    def _check_nothing_of_fine_tuning(self) -> None:
+        keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),
+                ('data', 'classes'), ('data', 'labels_per_class')]
+        keys += [('augment', key) for key in AugmentConfig.model_fields]
+        for section, key in keys:
+            own = getattr(self, section)
+            _require(getattr(own, key) == type(own).model_fields[key].default,
+                     f'{section}.{key} is for fine-tuning: mxsimmim finetune')
+
+    def _check_masks(self) -> None:
+        img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size
+        _require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
+        _require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
+        cells = (img // cell) ** 2
+        _require(math.ceil(self.mask.ratio * cells) < cells,
+                 f'mask.ratio={self.mask.ratio} hides all {cells} cells: lower it or mask.patch_size={cell}')

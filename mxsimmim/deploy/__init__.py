@@ -1,1 +1,0 @@
-"""A trained network outside of training: as files for other programs, on the command line, as a service."""

@@ -1,0 +1,52 @@
+"""`mxsimmim finetune --eval`: measures a trained classifier on held-out images, on all workers of a job."""
+import contextlib
+import os
+from typing import List
+
+import mxnet as mx
+
+from ..config import Config, configfile
+from ..data.sources import notes_of, tell
+from ..parallel.communicators import Communicator
+from ..parallel.placement import Replicated, contexts_of
+from ..parallel.strategies import strategy_of
+from ..runtime.process import world
+from ..system import files
+from ..tasks.classes import check_classes
+from ..tasks.registry import TASKS, Task, check_same_job
+from ..training.run_folder import folder_of
+from ..training.run_logger import Quiet
+from ..training.trainer import joined, operators
+from .trained import load_run
+
+
+def evaluate(config: Config) -> int:
+    """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; 0."""
+    place = world(os.environ)
+    contexts, mode = contexts_of(config.devices, place), strategy_of(config, place)
+    if place.rank == 0 and folder_of(config).is_dir():
+        files.try_place(folder_of(config))  # for the evaluation at the end
+    task = TASKS[config.task](config)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(joined(config, mode, place))
+        stack.enter_context(operators(config, contexts, store.control, Quiet().message))
+        return _evaluate(config, task, contexts, store)
+
+
+def _evaluate(config: Config, task: Task, contexts: List[mx.Context], store: Communicator) -> int:
+    folder = folder_of(config)
+    check_same_job(config, task, store.control)
+    validation = task.validation(store.control)
+    if validation is None:
+        raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
+    if store.rank == 0:
+        tell(notes_of(task.source, task.held_out))
+    trained = load_run(folder)
+    check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')
+    for key, old, new in configfile.differences(trained.config, config):
+        if key.startswith('model.') and key != 'model.drop_path':
+            raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
+    report = validation.report(Replicated(trained.net, contexts, config.data.mean, config.data.std), folder)
+    if store.rank == 0:
+        print(f'{folder}, step {trained.step}\n{report}', flush=True)
+    return 0

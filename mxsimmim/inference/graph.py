@@ -1,0 +1,99 @@
+"""A trained network as a graph of operators, and MXNet's files of it."""
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import SymbolBlock
+
+from .. import ops
+from .trained import Trained
+
+BATCH = 3  # images a written model is compared on
+SEED = 0
+
+
+class Graph(NamedTuple):
+    """What infers: images to logits, or images and masks to reconstructions. The batch may have any size."""
+    symbol: mx.sym.Symbol
+    arrays: Dict[str, mx.nd.NDArray]  # by the reference's names
+    inputs: Dict[str, Tuple[int, ...]]  # name -> shape without the batch, float32
+    output: str
+
+
+def trace(trained: Trained) -> Graph:
+    """What a classifier computes, image (B, 3, S, S) to logits (B, K); after pre-training, image and mask (B, h, w) to
+    reconstruction (B, 3, S, S). Images are normalised; 1 in a mask is hidden.
+    """
+    model = trained.config.model
+    inputs = {'image': (3, model.img_size, model.img_size)}
+    if trained.classes:
+        output, call, given = 'logits', trained.net, ['image']
+    else:
+        inputs['mask'] = (model.grid, model.grid)
+        output, call, given = 'reconstruction', trained.net.reconstruct, ['image', 'mask']
+    with ops.using('reference'):  # for programs that do not have our library
+        symbol = call(*map(mx.sym.var, given))
+    parameters = trained.net._collect_params_with_prefix()
+    names = {p.name: name for name, p in parameters.items()}
+    content = json.loads(symbol.tojson())
+    for node in content['nodes']:
+        # Copies are for gradients; oneDNN's partitioning for int8 loses the input of the third copy of one array.
+        node['inputs'] = [_uncopied(content['nodes'], source) for source in node['inputs']]
+        if node['op'] == 'null':
+            node['name'] = names.get(node['name'], node['name'])
+    content['nodes'][content['heads'][0][0]]['name'] = output
+    symbol = mx.sym.load_json(json.dumps(content))
+    used = set(symbol.list_inputs())
+    return Graph(symbol, {name: p.data() for name, p in parameters.items() if name in used}, inputs, output)
+
+
+def _uncopied(nodes: List[Dict[str, Any]], source: List[int]) -> List[int]:
+    """What a node's input [node, output, …] is a copy of; itself, where it is none. Earlier nodes must be done."""
+    return nodes[source[0]]['inputs'][0] if nodes[source[0]]['op'] == '_copy' else source
+
+
+def random_inputs(trained: Trained) -> List[np.ndarray]:
+    """A few normalised images, and masks for them after pre-training."""
+    rng, model = np.random.default_rng(SEED), trained.config.model
+    image = rng.standard_normal((BATCH, 3, model.img_size, model.img_size)).astype('float32')
+    mask = (rng.random((BATCH, model.grid, model.grid)) < trained.config.mask.ratio).astype('float32')
+    return [image] if trained.classes else [image, mask]
+
+
+def answer(trained: Trained, inputs: List[np.ndarray]) -> np.ndarray:
+    """What the network itself makes of them."""
+    call = trained.net if trained.classes else trained.net.reconstruct
+    with ops.using('reference'):
+        return call(*map(mx.nd.array, inputs)).asnumpy()
+
+
+def compare(expected: np.ndarray, found: np.ndarray, tolerance: float, what: str) -> None:
+    """Raises ValueError if they differ by more than `tolerance` of the largest value, or of 1."""
+    difference = float(np.abs(expected - found).max())
+    limit = tolerance * max(1.0, float(np.abs(expected).max()))
+    if not difference <= limit:
+        raise ValueError(f'{what} differs from the network by {difference:.2g} on random images, more than '
+                         f'{limit:.2g}: nothing was written; `mxsimmim doctor` shows what to put into a bug report')
+
+
+def save_symbol(graph: Graph, prefix: Path) -> List[Path]:
+    """Writes PREFIX-symbol.json and PREFIX-0000.params."""
+    files = [Path(f'{prefix}-symbol.json'), Path(f'{prefix}-0000.params')]
+    graph.symbol.save(str(files[0]))
+    auxiliary = set(graph.symbol.list_auxiliary_states())
+    mx.nd.save(str(files[1]), {('aux:' if name in auxiliary else 'arg:') + name: array
+                               for name, array in graph.arrays.items()})
+    return files
+
+
+def load_symbol(files: List[Path], graph: Graph) -> SymbolBlock:
+    """The network that the two files describe, as any MXNet program loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # that it cannot tell the inputs' type: float32, its default
+        net = SymbolBlock.imports(str(files[0]), list(graph.inputs), str(files[1]))
+    # Without static_shape int8 quantises its weights anew in each call: 94 ms instead of 45 for an image through ViT-S.
+    net.hybridize(static_alloc=True, static_shape=True)
+    return net

@@ -1,0 +1,273 @@
+"""A small HTTP service: an image in, its classes or its reconstruction out."""
+import asyncio
+import errno
+import io
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Awaitable, Callable, Dict
+
+from ..system.guards import unusable
+
+try:
+    import prometheus_client
+    from aiohttp import ClientError, web
+    from aiohttp.http_exceptions import HttpProcessingError
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+except Exception as _error:  # a broken package raises anything
+    raise unusable('serving', _error) from None
+
+from ..data.transforms import BrokenImage
+from ..runtime.memory import ran_out
+from .trained import load_run
+from .batching import Batcher
+from .predictor import Predictor, Prepared
+
+QUEUE = 4  # batches' worth of requests that may be under way; more are turned away
+DECODERS = 4  # threads; what they hold together is bounded by predictor.ROOM
+UPLOAD_SECONDS = 30  # an upload may take
+SHUTDOWN_SECONDS = 60  # uploads under way may take at the end
+PATHS = ('/predict', '/reconstruct', '/healthz', '/metrics')
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """The routes and what they share. Threads decode, one computes, the event loop only passes on."""
+
+    def __init__(self, predictor: Predictor, max_batch: int, max_bytes: int):
+        """
+        Args:
+            predictor: the network; see `Predictor`.
+            max_batch: images computed at once at most.
+            max_bytes: of the body of a request.
+        """
+        self._predictor, self._max_bytes, self._limit = predictor, max_bytes, QUEUE * max_batch
+        self._open, self._ending = 0, False  # uploads under way; whether new ones are turned away
+        self._threads = ThreadPoolExecutor(min(DECODERS, len(os.sched_getaffinity(0))), 'decoder')
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter('mxsimmim_requests', 'Requests answered.', ['path', 'status'], registry=registry)
+        self._seconds = Histogram('mxsimmim_request_seconds', 'Time from headers to answer.', ['path'],
+                                  registry=registry)
+        batches = Histogram('mxsimmim_batch_size', 'Images computed at once.', registry=registry,
+                            buckets=sorted({2 ** k for k in range(max_batch.bit_length())} | {max_batch}))
+        self._batcher = Batcher(predictor.answer, max_batch, batches.observe)
+        Gauge('mxsimmim_queue_length', 'Images that wait.', registry=registry).set_function(self._batcher.__len__)
+
+    def app(self) -> web.Application:
+        """The application, for a server or a test."""
+        app = web.Application(middlewares=[self._count])
+        app.add_routes([web.post('/predict', self._predict), web.post('/reconstruct', self._reconstruct),
+                        web.get('/healthz', self._healthy), web.get('/metrics', self._metrics)])
+        app.on_cleanup.append(self._close)
+        return app
+
+    async def finish(self) -> None:
+        """Takes nothing new and waits for the uploads under way."""
+        self._ending, deadline = True, time.monotonic() + SHUTDOWN_SECONDS
+        while self._open and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    async def _close(self, _: web.Application) -> None:
+        self._batcher.close()
+        self._threads.shutdown()
+
+    @web.middleware
+    async def _count(self, request: web.Request, handler: Callable[..., Awaitable[Any]]) -> web.StreamResponse:
+        """Counts, times, and says errors in JSON."""
+        began, path = time.perf_counter(), request.path if request.path in PATHS else 'other'
+        try:
+            response = await handler(request)
+        except web.HTTPNotFound:
+            response = _problem(404, f'there is no {request.path} here, only {", ".join(PATHS)}')
+        except web.HTTPMethodNotAllowed as error:
+            response = _problem(405, f'{request.path} takes {", ".join(sorted(error.allowed_methods))}, not '
+                                f'{request.method}', error.headers)
+        except web.HTTPException as error:
+            response = _problem(error.status, error.text or error.reason, error.headers)
+        except Exception:
+            log.exception('%s %s failed', request.method, request.path)
+            response = _problem(500, 'the service failed; its log says how')
+        self._requests.labels(path, response.status).inc()
+        self._seconds.labels(path).observe(time.perf_counter() - began)
+        return response
+
+    async def _predict(self, request: web.Request) -> web.Response:
+        if not self._predictor.classes:
+            raise web.HTTPConflict(text='this run is a pre-training, which knows no classes: POST to /reconstruct')
+        _, probabilities = await self._answer(request)
+        return web.json_response({'classes': [{'name': name, 'probability': value}
+                                              for name, value in self._predictor.ranked(probabilities)]})
+
+    async def _reconstruct(self, request: web.Request) -> web.Response:
+        if self._predictor.classes:
+            raise web.HTTPConflict(text='this run is a classifier, which reconstructs nothing: POST to /predict')
+        item, reconstruction = await self._answer(request)
+        body = await asyncio.get_running_loop().run_in_executor(self._threads, self._png, item, reconstruction)
+        return web.Response(body=body, content_type='image/png')
+
+    def _png(self, item: Prepared, reconstruction: Any) -> bytes:
+        from PIL import Image
+        file = io.BytesIO()
+        Image.fromarray(self._predictor.picture(item, reconstruction)).save(file, 'PNG')
+        return file.getvalue()
+
+    async def _answer(self, request: web.Request) -> Any:
+        """(the prepared upload, the network's answer)."""
+        if self._ending:
+            raise web.HTTPServiceUnavailable(text='the service is ending: try again later')
+        if self._open >= self._limit:
+            raise web.HTTPServiceUnavailable(text=f'{self._limit} images are in work already: try again in a moment',
+                                             headers={'Retry-After': '1'})
+        self._open += 1
+        try:
+            try:
+                data = await asyncio.wait_for(self._upload(request), UPLOAD_SECONDS)
+            except asyncio.TimeoutError:
+                raise web.HTTPRequestTimeout(text=f'the upload took more than {UPLOAD_SECONDS} seconds') from None
+            except (ConnectionError, ClientError, HttpProcessingError):  # nobody may be there to read this
+                raise web.HTTPBadRequest(text='the upload broke off') from None
+            loop = asyncio.get_running_loop()
+            try:
+                item = await loop.run_in_executor(self._threads, self._predictor.prepare, data, 'the upload')
+            except (BrokenImage, MemoryError) as error:
+                if ran_out(error):
+                    raise web.HTTPServiceUnavailable(text='the service has no memory for this image now: send a '
+                                                     'smaller one') from error
+                raise web.HTTPBadRequest(text=str(error)) from None
+            return item, await asyncio.wrap_future(self._batcher.put(item))
+        finally:
+            self._open -= 1
+
+    async def _upload(self, request: web.Request) -> bytes:
+        """The image: the body, or the part called image of a multipart body."""
+        self._check_size(request.content_length or 0)
+        if not request.content_type.startswith('multipart/'):
+            return await self._read(request.content.readany)
+        try:
+            reader = await request.multipart()
+            part: Any = await reader.next()
+            while part is not None and getattr(part, 'name', None) != 'image':
+                await self._read(part.read_chunk)
+                part = await reader.next()
+            if part is not None:
+                return await self._read(part.read_chunk)
+        except (ValueError, AssertionError, AttributeError) as error:  # aiohttp's reader, of what is not multipart
+            raise web.HTTPBadRequest(text=f'the body is not the multipart it says it is: {error}') from None
+        raise web.HTTPBadRequest(text="the multipart body has no part called 'image'")
+
+    async def _read(self, chunk: Callable[[], Awaitable[bytes]]) -> bytes:
+        data = bytearray()
+        while True:
+            part = await chunk()
+            if not part:
+                return bytes(data)
+            data += part
+            self._check_size(len(data))
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise web.HTTPRequestEntityTooLarge(self._max_bytes, size, text='the upload is larger than the '
+                                                f'{self._max_bytes:,} bytes that this service takes')
+
+    async def _healthy(self, _: web.Request) -> web.Response:
+        return web.json_response({'status': 'ok'})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=prometheus_client.generate_latest(self._registry),
+                            headers={'Content-Type': prometheus_client.CONTENT_TYPE_LATEST})
+
+
+def _problem(status: int, text: str, headers: Any = ()) -> web.Response:
+    kept: Dict[str, str] = {key: value for key, value in dict(headers).items() if key in ('Allow', 'Retry-After')}
+    return web.json_response({'error': text}, status=status, headers=kept)
+
+
+def serve(run: Path, host: str, port: int, max_batch: int, max_bytes: int) -> None:
+    """Serves a run's network until SIGTERM or SIGINT; then answers what is under way.
+
+    Args:
+        run: folder of a run; a classifier answers /predict, a pre-training /reconstruct.
+        host, port: where to listen; port 0 takes a free one.
+        max_batch: images computed at once at most.
+        max_bytes: of an upload.
+
+    Raises:
+        ValueError: no such run, an address that cannot be had.
+    """
+    if max_batch < 1 or max_bytes < 1 or not 0 <= port < 65536:
+        raise ValueError(f'--max-batch={max_batch} and --max-bytes={max_bytes} must be positive, --port={port} in 0 to '
+                         '65535')
+    trained = load_run(run)
+    listener = _listen(host, port)
+    predictor = Predictor(trained)
+    for count in (1, max_batch):  # the first of a shape is slow
+        predictor.answer([_blank(predictor)] * count)
+    service = Service(predictor, max_batch, max_bytes)
+    what = f'{len(trained.classes)} classes, POST /predict' if trained.classes else 'pre-training, POST /reconstruct'
+    if not _is_loopback(listener):
+        print(f'mxsimmim: warning: whoever reaches {host} can use this service, without password or encryption: put a '
+              'proxy with both before it, or leave --host out', file=sys.stderr, flush=True)
+    print(f'{run}, step {trained.step}: {what}, on {_address(listener)}', flush=True)
+    asyncio.run(_run(service, listener))
+
+
+async def _run(service: Service, listener: socket.socket) -> None:
+    logging.getLogger('aiohttp.server').setLevel(logging.CRITICAL)  # else a traceback for each stranger's nonsense
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    # Compressed uploads stay as they are, which is no image: unpacking them could fill the memory.
+    runner = web.AppRunner(service.app(), handle_signals=False, access_log=None, auto_decompress=False,
+                           lingering_time=1, shutdown_timeout=1)
+    await runner.setup()
+    site = web.SockSite(runner, listener)
+    await site.start()
+    await stop.wait()
+    loop.remove_reader(listener)
+    await asyncio.sleep(0)  # what was accepted last is attached now; closed before, it would be neither read nor ended
+    await site.stop()
+    await service.finish()  # before aiohttp's own end, which reads no more of an upload that has begun
+    await runner.cleanup()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        ValueError: the address is taken, forbidden or not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                                                flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)  # now, so that two services on one port cannot both believe that they have it
+    except OSError as error:
+        hint = {errno.EADDRINUSE: f'port {port} is taken, choose another with --port',
+                errno.EACCES: f'port {port} is not for ordinary users, choose one from 1024 with --port'}
+        raise ValueError(f'cannot listen on {host}:{port}: {hint.get(error.errno or 0, error.strerror)}') from None
+    return listener
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
+
+
+def _blank(predictor: Predictor) -> Prepared:
+    file = io.BytesIO()
+    from PIL import Image
+    Image.new('RGB', (8, 8)).save(file, 'PNG')
+    return predictor.prepare(file.getvalue(), 'blank')

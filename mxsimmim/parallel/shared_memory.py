@@ -1,0 +1,132 @@
+"""Memory that all workers of a host see, in which they add up their arrays without sending them to each other.
+
+Its file has no name (memfd_create(2)): nothing can be left of it when the last process ends, and no file system limits
+it, as containers limit /dev/shm.
+"""
+import ctypes
+import mmap
+import os
+from typing import Any, Mapping, Sequence
+
+import mxnet as mx
+import numpy as np
+from mxnet.base import _LIB, check_call
+
+from ..ops import chosen, library
+from .control import ControlPlane
+
+LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
+CPU = (ctypes.c_int * 2)(1, 0)  # mx.cpu(), as MXNet's Context
+PRIORITIZED = ctypes.c_int(3)  # FnProperty::kCPUPrioritized: threads that do not compute
+THREADS = 2  # of these wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening
+
+
+def usable(context: mx.Context, environ: Mapping[str, str]) -> bool:
+    """Whether a worker can add up in its host's memory what it computes on this device."""
+    return (context.device_type == 'cpu' and chosen().form == 'native' and hasattr(os, 'memfd_create')
+            and int(environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
+
+
+class Task(ctypes.Structure):
+    """As in ops/src/host_sum.cc."""
+    _fields_ = [('arrived', ctypes.c_void_p), ('arrays', ctypes.c_void_p), ('processes', ctypes.c_void_p),
+                ('workers', ctypes.c_int32), ('me', ctypes.c_int32), ('size', ctypes.c_int64),
+                ('targets', ctypes.c_int32), ('times', ctypes.c_uint32)]
+
+
+class SharedMemoryGroup:
+    """float32 arrays, of which each worker of a host has its own and sees those of the others."""
+
+    def __init__(self, sizes: Sequence[int], ranks: Sequence[int], rank: int, control: ControlPlane, everybody: bool):
+        """All workers of the job do this at once.
+
+        sizes: elements of each array. ranks: this host's workers, `rank` among them. everybody: the job has no others.
+
+        Raises:
+            OSError: in all workers, if one of them could not have the memory.
+        """
+        workers, me = len(ranks), ranks.index(rank)
+        self.first = me == 0
+        offsets = np.cumsum([0] + [-(-4 * size // LINE) * LINE for size in sizes])
+        # Each worker's part begins a page: pages lie near the worker that touches them first.
+        head, part = (-(-int(size) // mmap.PAGESIZE) * mmap.PAGESIZE
+                      for size in (2 * len(sizes) * LINE, offsets[-1]))
+        self._processes = np.array(control.all_gather('process numbers', os.getpid()), 'int32')[ranks]
+        own = range(0 if self.first else head + me * part, head + (me + 1) * part)
+        self._memory = mapped(head + workers * part, own, self.first, ranks[0], self._processes[0], control)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._places = begin + head + np.arange(workers) * part + offsets[:-1, None]  # (arrays, workers) addresses
+        self.arrays = [mx.nd.from_numpy(np.frombuffer(self._memory, 'float32', size, int(place) - begin))
+                       for size, place in zip(sizes, self._places[:, me])]
+
+        def task(number: int, array: int, targets: int) -> Task:
+            return Task(begin + number * LINE, self._places[array].ctypes.data, self._processes.ctypes.data,
+                        workers, me, sizes[array], targets, 0)
+
+        self._sums = [task(2 * i, i, workers if everybody else 1) for i in range(len(sizes))]
+        self._copies = [task(2 * i + 1, i, 0) for i in range(len(sizes))]
+        # Workers that wait for each other must do so in the same order; copies, which also wait for other hosts, apart.
+        self._order = mx.nd.zeros((1,)), mx.nd.zeros((1,))
+        self._sum, self._copy, self._lost = (library.function(f'mxsimmim_host_{name}')
+                                             for name in ('sum', 'copy', 'lost'))
+
+    def sum(self, i: int) -> None:
+        """The sum of all workers' arrays `i`, in all of them, or, if the job has more hosts, in the first worker's.
+
+        As `copy`, this waits for nothing, and MXNet orders it among what else is done with the array. All workers call
+        them for the same arrays in the same order.
+        """
+        self._push(self._sum, self._sums[i], self.arrays[i], self._order[0])
+
+    def copy(self, i: int) -> None:
+        """The first worker's array `i` into all others."""
+        self._push(self._copy, self._copies[i], self.arrays[i], self._order[1])
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: another worker has ended; since then all sums are NaN.
+        """
+        process = self._lost()
+        if process:
+            raise RuntimeError(f'process {process}, a worker of this host, has ended before its job: its log says why')
+
+    @staticmethod
+    def _push(function: Any, task: Task, *written: mx.nd.NDArray) -> None:
+        handles = (ctypes.c_void_p * len(written))(*(array.handle for array in written))
+        check_call(_LIB.MXEnginePushSyncND(function, ctypes.byref(task), None, CPU, None, 0, handles, len(written),
+                                           ctypes.byref(PRIORITIZED), 0, b'host memory'))
+
+
+def mapped(size: int, own: range, first: bool, rank: int, process: int, control: ControlPlane) -> mmap.mmap:
+    """Memory of `size` bytes, zeros, that the worker called `rank`, its `process`, makes and the others open.
+
+    Each worker takes the pages of its `own` bytes now: a page for which there is no room when it is first written to is
+    SIGBUS.
+
+    Raises:
+        OSError: in all workers, if one of them could not have the memory.
+    """
+    file, error = -1, ''
+    try:
+        if first:
+            file = os.memfd_create('mxsimmim')
+            os.ftruncate(file, size)
+    except OSError as failure:
+        error = str(failure)
+    number = control.all_gather('shared memory', file)[rank]
+    try:
+        if not first:
+            file = os.open(f'/proc/{process}/fd/{number}', os.O_RDWR | os.O_CLOEXEC)
+        if not error:
+            os.posix_fallocate(file, own.start, len(own))
+        memory = mmap.mmap(file, size) if not error else None
+    except OSError as failure:
+        error = str(failure)
+    errors = control.all_gather('shared memory is open', error)  # now all have it, or some have not
+    if file >= 0:
+        os.close(file)
+    failed = next((rank for rank, text in enumerate(errors) if text), None)
+    if failed is not None:
+        raise OSError(f'rank {failed} cannot share memory on its host: {errors[failed]}')
+    return memory

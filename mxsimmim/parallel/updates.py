@@ -1,0 +1,259 @@
+"""Aggregations: how replicas agree on an update.
+
+All have the same methods: `step` turns gradients into an update, `loss_divisor` says which mean those gradients are,
+`poll_stop` lets all workers stop at the same step, `consolidated_weights` shows the one model that the job has
+trained so far, `combine` and `observed` reduce per-worker statistics to job-wide values.
+"""
+import contextlib
+from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import Parameter
+
+from ..config import TrainConfig
+from ..ops import adamw
+from ..optim import Optimizer
+from .clock import Clock
+from .compression import TRANSPORTS
+from .control import Pending
+from .gradients import exchanged
+from .communicators import Copies, Communicator
+
+
+def global_norm(arrays: Sequence[Copies]) -> mx.nd.NDArray:
+    """L2 norm (1,) of all first copies."""
+    return mx.nd.sqrt(adamw.square_sum([first for first, *_ in arrays]))
+
+
+class SynchronousUpdate:
+    """Sums gradients over all devices and workers, clips their global norm, and updates every replica alike.
+
+    Nothing here waits for the device: a non-finite step is recognised and skipped there, by all replicas.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+                 train: TrainConfig, clip: Optional[float]):
+        self.store = self.workers = store
+        self._optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
+        self._parameters = list(parameters.values())
+        self._contexts = self._parameters[0].list_ctx()
+        # What leaves compressed leaves from other arrays: the store's own memory would be of no use.
+        home = store if train.compression == 'none' else Communicator('device')
+        self._exchanged = exchanged(self._parameters, home) if store.size > 1 or len(self._contexts) > 1 else None
+        self._transport = TRANSPORTS[train.compression](store, self.gradients(), train.threshold)
+        self._votes: Optional[Pending] = None  # of the last step
+
+    def loss_divisor(self, _images: int) -> int:
+        """Images over which the gradient is a mean; a worker's own `_images` are a part of them."""
+        return self._batch
+
+    def gradients(self) -> List[Copies]:
+        """What is summed over devices and workers."""
+        return self._exchanged or [p.list_grad() for p in self._parameters]
+
+    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
+             floor: float = 0.0) -> mx.nd.NDArray:
+        """Applies the gradients; returns (3,) on the first device: loss, gradient norm before clipping, 1 if applied.
+
+        The update is skipped where loss or norm is not finite. With `clock` this waits, and tells it when the gradients
+        were computed and when everybody's had arrived.
+        """
+        if self.store.size > 1:  # the others do not see this loss: let it spoil the gradient that they do see
+            smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
+            mx.nd.broadcast_add(smallest, loss * 0, out=smallest)
+        self._transport.sum(self.gradients(), clock and clock.computed)
+        if clock:
+            clock.communicated()
+        norm = global_norm(self.gradients())
+        applied = mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss)
+        scale = mx.nd.where(applied, self._scale(norm), mx.nd.zeros_like(norm))
+        self._optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts], floor)
+        return mx.nd.concat(loss, norm, applied, dim=0)
+
+    def clip_partial(self) -> None:
+        """Clips what has been accumulated so far, as the reference does after each part but the last.
+
+        The clipped sum stays on rank 0's first device; all others start the next part from zero.
+        """
+        self._transport.sum(self.gradients())
+        scale = self._scale(global_norm(self.gradients()))
+        for first, *others in self.gradients():
+            mx.nd.broadcast_mul(first.reshape((-1,)), scale, out=first.reshape((-1,)))
+            for other in others + ([first] if self.store.rank else []):
+                other[:] = 0
+
+    def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
+        """After `step` updates: the step to stop at, the same in all workers, once any of them is `stopping`.
+
+        Reads the votes of the step before, for which nobody has to wait.
+        """
+        if self.store.size == 1:
+            return step if stopping else None
+        votes, self._votes = self._votes, self.store.control.start_gather('votes to stop', stopping)
+        return step if votes and any(votes.result()) else None
+
+    def consolidated_weights(self) -> ContextManager[None]:
+        """While entered, the parameters hold the model that the job has trained so far."""
+        return contextlib.nullcontext()
+
+    def in_sync(self, _step: int) -> bool:
+        """Whether all workers' parameters must be equal after `_step` updates."""
+        return True
+
+    def combine(self, rows: np.ndarray) -> np.ndarray:
+        """The job's (k, 3) losses, norms and whether applied, of this worker's, for the k steps since the last call."""
+        if self.store.size > 1:
+            rows[:, 0] = np.sum(self.store.control.all_gather('losses', rows[:, 0]), axis=0)
+        return rows
+
+    def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
+        """Means of some numbers over the workers, and further values for the log."""
+        return list(np.mean(self.workers.control.all_gather('figures for the log', noted), axis=0)), {}
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The optimiser's state, for a checkpoint."""
+        return self._optimizer.arrays()
+
+    def load_state_dict(self, moments: Optional[Mapping[str, Any]], _update: int) -> None:
+        """Goes on from rank 0's parameters and, unless None, the moments of its checkpoint."""
+        if moments:
+            self._optimizer.load(moments)
+        arrays = [p.list_data() for p in self._parameters]
+        keys = self.workers.keys(arrays)
+        for these in [arrays] + self._moments():
+            self.workers.broadcast(keys, these)
+
+    def _moments(self) -> List[List[Copies]]:
+        """For each kind of moments, one for each parameter."""
+        copies, count = list(self._optimizer.moments.values()), len(self._parameters)
+        return [copies[first:first + count] for first in range(0, len(copies), count)]
+
+    def _scale(self, norm: mx.nd.NDArray) -> mx.nd.NDArray:
+        """What clipping multiplies gradients with, as PyTorch's clip_grad_norm_."""
+        if self._clip is None:
+            return mx.nd.ones_like(norm)
+        return mx.nd.minimum(self._clip / (norm + 1e-6), 1)
+
+
+class PeriodicAveraging(SynchronousUpdate):
+    """Workers that go alone for some steps and meet after every `train.local_steps`-th and after the last.
+
+    Within a worker all is as ever: its devices' gradients are added up, and the norm that is clipped is the worker's.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+                 train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
+        super().__init__(parameters, optimizer, Communicator('device'), train, clip)
+        self.workers = store
+        self._images, self._every, self._last = images, train.local_steps, last
+        self._keys = store.keys([p.list_data() for p in self._parameters])
+
+    def loss_divisor(self, images: int) -> int:
+        return images
+
+    def in_sync(self, step: int) -> bool:
+        return step % self._every == 0 or step == self._last
+
+    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
+             floor: float = 0.0) -> mx.nd.NDArray:
+        stats = super().step(update, lr, loss, clock, floor)
+        if self.in_sync(update + 1):
+            if clock:
+                mx.nd.waitall()
+                clock.computed()
+            self._meet()
+            if clock:
+                clock.communicated()
+        return stats
+
+    def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
+        return step if self.in_sync(step) and any(self.workers.control.all_gather('votes to stop', stopping)) else None
+
+    def combine(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.array(self.workers.control.all_gather('losses', rows))  # (workers, k, 3)
+        weights = np.array(self._images)[:, None] / sum(self._images)
+        return np.stack([(rows[:, :, 0] * weights).sum(0), (rows[:, :, 1] * weights).sum(0), rows[:, :, 2].min(0)], 1)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Their mean over the workers; it is what all of them go on with after a resumption."""
+        means = []
+        for moments in self._moments():
+            mean = [[first.copy()] for first, *_ in moments]
+            self._average(mean)
+            means += [first.asnumpy() for first, in mean]
+        return dict(zip(self._optimizer.moments, means))
+
+    def _share(self) -> float:
+        return self._images[self.workers.rank] / sum(self._images)
+
+    def _average(self, arrays: Sequence[Copies]) -> None:
+        """Replaces arrays shaped like the parameters by their mean over the workers, weighted with their images."""
+        for first, *others in arrays:
+            first *= self._share()
+            for other in others:
+                other[:] = 0
+        self.workers.sum(self._keys, arrays)
+
+    def _meet(self) -> None:
+        raise NotImplementedError
+
+
+class LocalSGD(PeriodicAveraging):
+    """Averages the parameters, and with `train.average_moments` the optimiser's moments, of all workers.
+
+    McMahan et al. 2017 (arXiv:1602.05629), Stich 2019 (arXiv:1805.09767): w <- sum_i (n_i / n) w_i.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+                 train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
+        super().__init__(parameters, optimizer, store, train, clip, images, last)
+        self._with_moments = train.average_moments
+
+    def _meet(self) -> None:
+        self._average([p.list_data() for p in self._parameters])
+        for moments in self._moments() if self._with_moments else []:
+            self._average(moments)
+
+
+class ElasticAverage(PeriodicAveraging):
+    """Ties each worker's parameters to a common centre by a spring (Zhang et al. 2015, arXiv:1412.6651, synchronous).
+
+    With d_i = b w_i (theta_i - centre), where w_i is the worker's share of the images and b is train.elastic, each
+    worker moves by -d_i and the centre by the sum of all d_i. That is one gradient step on (b / 2) sum_i w_i
+    |theta_i - centre|^2 for all of them. Some texts write the worker's pull as + w_i (centre - theta_i) and the
+    centre's as sum_i w_i (centre - theta_i); added as signed, the latter drives the centre away from its workers. It
+    must be subtracted, as here.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+                 train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
+        super().__init__(parameters, optimizer, store, train, clip, images, last)
+        self._strength = train.elastic
+        self._centre = [p.list_data()[0].copy() for p in self._parameters]
+
+    def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
+        super().load_state_dict(moments, update)
+        self._centre = [p.list_data()[0].copy() for p in self._parameters]
+
+    def _meet(self) -> None:
+        pulls = [[(p.list_data()[0] - centre) * (self._strength * self._share())]
+                 for p, centre in zip(self._parameters, self._centre)]
+        for p, (pull,) in zip(self._parameters, pulls):
+            for copy in p.list_data():
+                copy -= pull.as_in_context(copy.context)
+        self.workers.sum(self._keys, pulls)
+        for centre, (pull,) in zip(self._centre, pulls):
+            centre += pull
+
+    @contextlib.contextmanager
+    def consolidated_weights(self) -> Iterator[None]:
+        own = [p.list_data()[0].copy() for p in self._parameters]
+        self._set(self._centre)
+        yield
+        self._set(own)
+
+    def _set(self, values: Sequence[mx.nd.NDArray]) -> None:
+        for p, value in zip(self._parameters, values):
+            for copy in p.list_data():
+                value.copyto(copy)

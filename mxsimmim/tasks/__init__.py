@@ -1,0 +1,1 @@
+"""What is trained: data, network, evaluation of each task."""

@@ -1,0 +1,1 @@
+"""The trainer, its timetable, checkpoints and run folder, metrics and plots."""

@@ -1,0 +1,178 @@
+"""`mxsimmim pretrain --check` and `finetune --check`: tries all that a run needs, trains nothing and leaves nothing."""
+import os
+from pathlib import Path
+from typing import Any, Callable, List, Mapping, Optional, Tuple
+
+import mxnet as mx
+import numpy as np
+
+from ..runtime import facts
+from ..system import files
+from .. import ops
+from ..config import Config, Duration
+from ..data.loader import Batch, Loader
+from ..data.sampling import steps_per_epoch
+from ..data.transforms import decode
+from ..models import named_parameters
+from ..models.cost import multiply_adds
+from ..ops.library import describe
+from ..parallel.control import ControlPlane
+from ..parallel.strategies import strategy_of
+from ..parallel.placement import Replicated, contexts_of
+from .timetable import split_batch, timetable_of
+from .run_folder import checkpoint_to_resume, folder_of
+from ..config.schedule import fitted
+from ..tasks.registry import TASKS, Task
+from .pretrained import load_encoder
+from .room import check_room, checkpoint_bytes
+from .trainer import operators
+from ..runtime.process import ProcessInfo, world
+
+IMAGES = 8  # of each source that are read
+
+
+def check(config: Config, written: Mapping[str, Duration]) -> int:
+    """Prints a line for each part of a run, and what is wrong with it; returns 1 if anything is, else 0.
+
+    Args:
+        written: as for `schedule.fitted`.
+    """
+    place, failed = world(os.environ), []
+
+    def part(name: str, function: Callable[..., Tuple[str, Any]], *needed: Any) -> Any:
+        """What a part makes, None if it fails or something that it needs has."""
+        if any(item is None for item in needed):
+            return None
+        try:
+            text, made = function(*needed)
+        except (ValueError, OSError, MemoryError, mx.MXNetError) as error:
+            line = next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+            failed.append(name)
+            text, made = f'NOT GOOD: {line}', None
+        print(f'{name:<10} {text}', flush=True)
+        return made
+
+    contexts = part('devices', _devices, config, place)
+    task = part('data', _data, config)
+    planned = part('schedule', _schedule, config, written, place, task, contexts)
+    config = planned or config
+    net = part('model', _model, config, task, contexts)
+    placement = part('forward', _forward, config, task, net, contexts)
+    part('memory', _memory, config, task, place, placement)
+    part('places', lambda: _places(config, place, task, planned))
+    print(f'not good: {", ".join(failed)}' if failed else 'all good: without --check, the same command trains')
+    return 1 if failed else 0
+
+
+def _devices(config: Config, place: ProcessInfo) -> Tuple[str, List[mx.Context]]:
+    contexts, mode = contexts_of(config.devices, place), strategy_of(config, place)
+    operators(config, contexts, ControlPlane(), print)
+    return f'{", ".join(map(str, contexts))}; {mode.aggregation} over {mode.store}; {describe(*ops.chosen())}', contexts
+
+
+def _data(config: Config) -> Tuple[str, Task]:
+    task = TASKS[config.task](config)
+    text = f'{len(task.source):,} training images, {len(task.held_out or ()):,} held out'
+    if task.classes:
+        text += f', {len(task.classes):,} classes'
+    read, broken = 0, []
+    for source in filter(None, (task.source, task.held_out)):
+        for index in np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(int)).tolist():
+            try:
+                decode(source.read(index), source.name(index))
+                read += 1
+            except (ValueError, OSError) as error:
+                broken.append(str(error))
+    if not read or len(broken) > config.data.max_broken:
+        raise ValueError(f'{len(broken)} of {read + len(broken)} images cannot be read; the last: {broken[-1]}')
+    return text + f'; {read} read' + (f', {len(broken)} cannot be: {broken[-1]}' if broken else ''), task
+
+
+def _schedule(config: Config, written: Mapping[str, Duration], place: ProcessInfo, task: Task,
+              contexts: List[mx.Context]) -> Tuple[str, Config]:
+    config, notes = fitted(config, written, steps_per_epoch(len(task.source), config.train.batch_size))
+    plan = timetable_of(config, len(task.source), strategy_of(config, place))
+    least = np.full(place.size, len(contexts) * config.train.accumulate)
+    split_batch(task, config.train.batch_size, [1] * place.size, least)
+    text = (f'{plan.total:,} steps of {config.train.batch_size:,} images, {plan.per_epoch:,} an epoch; warm-up '
+            f'{config.optim.warmup.steps(plan.per_epoch, plan.total):,}; every {plan.save:,} a checkpoint')
+    return '; '.join([text] + notes), config
+
+
+def _model(config: Config, task: Task, contexts: List[mx.Context]) -> Tuple[str, Any]:
+    net = task.network(initial=True)
+    told = load_encoder(net, config.model.pretrained) if task.takes_encoder and config.model.pretrained else ''
+    text = f'{config.model.type}, {_count(net):,} parameters, '
+    text += f'{multiply_adds(config.model, decoder=config.task == "pretrain") / 1e9:.2f} GFLOPs an image'
+    return text + (f'; {told}' if told else ''), net
+
+
+def _count(net: mx.gluon.Block) -> int:
+    return sum(int(np.prod(parameter.shape)) for parameter in named_parameters(net).values())
+
+
+def _batch(config: Config, task: Task, images: int) -> Batch:
+    """The first training images, repeated where there are fewer."""
+    index = np.arange(images) % len(task.source)
+    loader = Loader(task.source, task.transform(), lambda step: (0, index), config.seed, 2, 1, len(task.source),
+                    lambda text: None)
+    return next(batch for _, batch in list(loader.iterate(0, 1)))
+
+
+def _forward(config: Config, task: Task, net: mx.gluon.Block, contexts: List[mx.Context]) -> Tuple[str, Replicated]:
+    placement = Replicated(net, contexts, config.data.mean, config.data.std)
+    images = 2 * len(contexts)
+    loss = float(placement.loss(_batch(config, task, images)).asscalar()) / images
+    if not np.isfinite(loss):
+        raise ValueError(f'the loss of {images} images is {loss}: are the weights of model.pretrained whole?')
+    return f'loss {loss:.4f} of {images} images', placement
+
+
+def _memory(config: Config, task: Task, place: ProcessInfo, placement: Replicated) -> Tuple[str, float]:
+    """Compares what a step needs, by what steps of few images take, with what there is, on CPUs."""
+    devices = len(placement.contexts)
+    part = -(-config.train.batch_size // place.size // config.train.accumulate)  # images computed at once
+    few, more = (min(part, n * devices) for n in (2, 6))
+    taken = []
+    for images in (few, more):
+        placement.forward_backward(_batch(config, task, images), images)
+        mx.nd.waitall()
+        taken.append(_resident())
+    each = max(0, taken[1] - taken[0]) / max(1, more - few)
+    weights = 4 * _count(placement.net)
+    moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * devices + (1 if config.train.ema else 0)
+    pixels = (4 if task.classes else 1) * 3 * config.model.img_size ** 2
+    loaded = (config.data.prefetch + 2) * config.train.batch_size / place.size * pixels
+    needed = taken[1] + each * max(0, part - more) + weights * moments + loaded
+    total, free = (gib * facts.GIB for gib in facts._memory())
+    there = (free + _resident()) / place.local_size
+    text = (f'about {needed / facts.GIB:.1f} GiB for {part:,} images at once, {each / 2 ** 20:.1f} MiB each; '
+            f'{there / facts.GIB:.1f} GiB are there')
+    if placement.contexts[0].device_type == 'gpu':
+        return 'of GPUs is not estimated: if it is too small, raise train.accumulate', 0.0
+    if needed > there:
+        raise ValueError(f'{text}: raise train.accumulate={config.train.accumulate}, or lower train.batch_size='
+                         f'{config.train.batch_size}')
+    return text, needed
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has touched."""
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def _places(config: Config, place: ProcessInfo, task: Optional[Task], planned: Optional[Config]) -> Tuple[str, Path]:
+    """`planned` is the configuration whose schedule is good, if it is."""
+    folder = folder_of(config)
+    notes = files.try_place(folder)
+    said = [f'{folder}: can be written to']
+    if task and planned:
+        check_room(config, task, folder, timetable_of(planned, len(task.source), strategy_of(config, place)).total)
+        size, free = checkpoint_bytes(config, len(task.classes)), files.free(folder)
+        said[0] += f', checkpoints of {size / facts.GIB:.2f} GiB' + (
+            '' if free is None else f', {free / facts.GIB:.1f} GiB free')
+        if (folder / 'checkpoints').is_dir():
+            saved = checkpoint_to_resume(config, len(task.source), task.classes, notes.append)
+            said += [f'goes on from step {saved.step:,}'] if saved else []
+    return '; '.join(said + notes), folder

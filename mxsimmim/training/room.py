@@ -1,0 +1,28 @@
+"""Room for the checkpoints of a run, looked at before it starts."""
+from pathlib import Path
+
+import numpy as np
+
+from ..config import Config
+from ..models import Classifier, SimMIM, named_parameters
+from ..optim import OPTIMIZERS
+from ..system import files
+from ..tasks.registry import Task
+from . import checkpoint
+
+
+def checkpoint_bytes(config: Config, classes: int) -> int:
+    """Bytes of the arrays in a checkpoint: weights, moments of the optimizer, averaged weights."""
+    net = Classifier(config.model, classes) if classes else SimMIM(config.model)
+    weights = sum(int(np.prod(parameter.shape)) for parameter in named_parameters(net).values())
+    return 4 * weights * (1 + len(OPTIMIZERS[config.optim.type].MOMENTS) + bool(config.train.ema))
+
+
+def check_room(config: Config, task: Task, folder: Path, last: int) -> None:
+    """
+    Raises:
+        ValueError: there is no room in the folder of a run for the checkpoints up to step `last`.
+    """
+    saved = checkpoint.saved_steps(folder / 'checkpoints')
+    if not saved or saved[-1] < last:
+        files.check_room(folder, checkpoint_bytes(config, len(task.classes)), len(saved))

@@ -1,0 +1,106 @@
+"""What each step reported, kept until somebody reads it: the only place where the loop waits for the device."""
+import math
+import time
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import mxnet as mx
+import numpy as np
+
+from ..parallel.clock import Clock
+
+
+class Row(NamedTuple):
+    """One update: its number counted from 1, its rate, what the device says of it."""
+    step: int
+    lr: float
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+class TooManyBadSteps(ValueError):
+    """Nothing but non-finite steps."""
+
+
+class StepMetrics:
+    """Collects steps, sums them up for the log, and ends a run that only skips.
+
+    `combine` makes the job's (k, 3) losses, norms and whether applied of this worker's k steps. `state` is what an
+    earlier process's `state()` returned, so that a log window cut in two by an interruption is summed up as if it had
+    not been.
+    """
+
+    def __init__(self, max_bad_steps: int, describe: Callable[[int], str],
+                 state: Optional[Dict[str, Any]] = None,
+                 combine: Callable[[np.ndarray], np.ndarray] = lambda rows: rows):
+        self._max_bad_steps, self._describe, self._combine = max_bad_steps, describe, combine
+        self.clock = Clock()
+        self._waiting: List[Any] = []  # (step, lr, device array of loss, norm, applied)
+        self._rows: List[Row] = []
+        self.skipped = self._bad_in_a_row = 0
+        self._since, self._counted = time.monotonic(), 0
+        if state:
+            self.skipped, self._bad_in_a_row = state['skipped'], state['bad_in_a_row']
+            self._rows = [Row(step, lr, *(float('nan') if x is None else x for x in numbers), applied)
+                          for step, lr, *numbers, applied in state['rows']]
+
+    def add(self, step: int, lr: float, stats: mx.nd.NDArray) -> None:
+        """Notes an update without reading it: stats (3,) as `SynchronousUpdate.step` returns it."""
+        self._waiting.append((step, lr, stats))
+        self._counted += 1
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are updates since the last summary."""
+        return bool(self._rows or self._waiting)
+
+    def read(self) -> None:
+        """Waits for the device and reads all noted updates.
+
+        Raises:
+            TooManyBadSteps: max_bad_steps in a row were not finite.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:  # in all workers alike
+            return
+        combined = self._combine(np.stack([stats.asnumpy().astype('float64') for *_, stats in waiting]))
+        for (step, lr, _), (loss, norm, applied) in zip(waiting, combined.tolist()):
+            self._rows.append(Row(step, lr, loss, norm, bool(applied)))
+            self.skipped += not applied
+            self._bad_in_a_row = 0 if applied else self._bad_in_a_row + 1
+            if self._bad_in_a_row >= self._max_bad_steps:
+                raise TooManyBadSteps(
+                    f'loss or gradient was not finite in {self._bad_in_a_row} steps in a row '
+                    f'(train.max_bad_steps={self._max_bad_steps}), the last one step {step} with learning rate {lr:g}, '
+                    f'loss {loss:g}, gradient norm {norm:g}. Lower optim.base_lr or lengthen optim.warmup; the weights '
+                    f'are those of before. Samples of step {step}: {self._describe(step)}')
+
+    def summary(self) -> Dict[str, float]:
+        """Means over the rows since the last summary, which this ends; loss and norm over applied updates only."""
+        self.read()
+        rows, self._rows = self._rows, []
+        good = [row for row in rows if row.applied]
+        now = time.monotonic()
+        speed = self._counted / max(now - self._since, 1e-9)
+        clock, timed = self.clock, self.clock.timed or float('nan')
+        times = {'data_seconds': clock.data / max(self._counted, 1), 'compute_seconds': clock.compute / timed,
+                 'communication_seconds': clock.communication / timed}
+        self._since, self._counted = now, 0
+        self.clock.reset()
+        return {'loss': _mean([row.loss for row in good]), 'grad_norm': _mean([row.grad_norm for row in good]),
+                'lr': rows[-1].lr, 'steps_per_second': speed, 'skipped': self.skipped, **times}
+
+    def pause(self, seconds: float) -> None:
+        """Takes time spent on other things than training out of the speed."""
+        self._since += seconds
+
+    def state(self) -> Dict[str, Any]:
+        """JSON-ready; non-finite numbers, which JSON does not have, become null."""
+        self.read()
+        return {'skipped': self.skipped, 'bad_in_a_row': self._bad_in_a_row,
+                'rows': [[x if not isinstance(x, float) or math.isfinite(x) else None for x in row]
+                         for row in self._rows]}
+
+
+def _mean(values: List[float]) -> float:
+    return math.fsum(values) / len(values) if values else float('nan')
