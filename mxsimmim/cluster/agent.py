@@ -21,7 +21,7 @@ from mxsimmim.system import guards
 from mxsimmim.runtime import environment
 from mxsimmim.runtime import fault
 from mxsimmim.cluster import probe
-from mxsimmim.cluster.channel import OPENING, Channel, Message
+from mxsimmim.cluster.messages import OPENING, Message, MessageStream
 from mxsimmim.cluster.rendezvous import Rendezvous
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's linux/prctl.h
@@ -50,23 +50,23 @@ class Agent:
         self.done = loop.create_future()
         self.abandoned, self.missed = False, 0
         self.heard = time.monotonic()
-        self.channel = Channel(loop, reader, writer, self.obey, self.abandon, secret, launcher=False)
-        self.channel.write(b'' if secret else OPENING)
+        self.messages = MessageStream(loop, reader, writer, self.obey, self.abandon, secret, launcher=False)
+        self.messages.write(b'' if secret else OPENING)
         loop.add_signal_handler(signal.SIGCHLD, self.reap)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self.abandon)
         loop.call_later(SILENCE, self.watch)
-        self.channel.send(event='hello', rank=int(os.environ.get('OMPI_COMM_WORLD_RANK', -1)))
+        self.messages.send(event='hello', rank=int(os.environ.get('OMPI_COMM_WORLD_RANK', -1)))
 
     def obey(self, message: Message) -> None:
         self.heard = time.monotonic()
         try:
             getattr(self, 'do_' + message.pop('do'))(**message)
         except (OSError, ValueError) as error:
-            self.channel.send(event='problem', text=str(error))
+            self.messages.send(event='problem', text=str(error))
 
     def do_ping(self) -> None:
-        self.channel.send(event='pong', time=time.time())
+        self.messages.send(event='pong', time=time.time())
 
     def do_probe(self, directory: str, environ: Dict[str, Optional[str]], needs: Dict[str, Any]) -> None:
         """Prepares the processes' surroundings and tells the launcher about the host."""
@@ -78,7 +78,7 @@ class Agent:
             raise ValueError(f"working directory '{directory}' cannot be entered ({error.strerror}): make it there, "
                              'or let --sync-dst-dir copy it') from None
         needs['near'] = needs['near'] or self.address
-        self.channel.send(event='facts', facts=probe.facts(needs, self.environ))
+        self.messages.send(event='facts', facts=probe.facts(needs, self.environ))
 
     def do_reserve(self, address: str) -> None:
         """A port for ps-lite's scheduler, which binds it itself.
@@ -90,14 +90,14 @@ class Agent:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind((address, 0))
         self.held.append(held)
-        self.channel.send(event='reserved', port=held.getsockname()[1])
+        self.messages.send(event='reserved', port=held.getsockname()[1])
 
     def do_rendezvous(self, address: str) -> None:
         """Starts the store that Horovod's ranks meet at."""
         listener = socket.socket()
         listener.bind((address, 0))
         self.loop.create_task(asyncio.start_server(Rendezvous().serve, sock=listener))
-        self.channel.send(event='reserved', port=listener.getsockname()[1])
+        self.messages.send(event='reserved', port=listener.getsockname()[1])
 
     def do_reach(self, address: str, port: int) -> None:
         """Whether this host gets through to the scheduler's: nobody listens there yet, so a refusal is good news."""
@@ -108,7 +108,7 @@ class Agent:
         except OSError as error:
             raise ValueError(f'cannot reach {address}:{port}, where the job meets ({error}): open the firewall between '
                              'the hosts for it, or choose another network with --interface') from None
-        self.channel.send(event='reached')
+        self.messages.send(event='reached')
 
     def do_start(self, processes: List[Message], logs: str, key: str) -> None:
         path = os.path.join(self.private, 'key')
@@ -124,7 +124,7 @@ class Agent:
         for process in processes:
             process['environ']['MXSIMMIM_KEY_FILE'] = path
             self.spawn(logs=logs, **process)
-        self.channel.send(event='started')
+        self.messages.send(event='started')
 
     def spawn(self, logs: str, role: str, index: int, argv: List[str], environ: Dict[str, Optional[str]],
               part: List[int], live: bool) -> None:
@@ -168,10 +168,10 @@ class Agent:
                 return os.close(reader)
             with contextlib.suppress(OSError):  # a full disk: the terminal still shows it
                 os.write(log, data)
-            if len(self.channel.outgoing) > BACKLOG:
+            if len(self.messages.outgoing) > BACKLOG:
                 self.missed += 1
                 continue
-            self.channel.send(event='output', stream=stream, data=data.decode('latin-1'), missed=self.missed)
+            self.messages.send(event='output', stream=stream, data=data.decode('latin-1'), missed=self.missed)
             self.missed = 0
 
     def reap(self) -> None:
@@ -194,7 +194,7 @@ class Agent:
             copy()
         lines = tail(child.log)
         shown = '\n'.join(fault.split(lines)[0])[-SHOWN:].splitlines()[-TAIL:]
-        self.channel.send(event='exit', role=child.role, index=child.index, code=code, time=time.time(),
+        self.messages.send(event='exit', role=child.role, index=child.index, code=code, time=time.time(),
                           tail=shown, crash=fault.place(lines) if code else '')
 
     def do_signal(self, roles: List[str], number: int) -> None:
@@ -206,11 +206,11 @@ class Agent:
         """Ends whatever is left, hands over the logs and goes."""
         self.sweep()
         for child in self.children if fetch else ():
-            self.channel.send(event='log', role=child.role, index=child.index, data='')  # an empty one is a log, too
+            self.messages.send(event='log', role=child.role, index=child.index, data='')  # an empty one is a log, too
             with contextlib.suppress(OSError), open(child.log, 'rb') as file:
                 for data in iter(lambda: file.read(1 << 20), b''):
-                    self.channel.send(event='log', role=child.role, index=child.index, data=data.decode('latin-1'))
-        self.channel.send(event='bye')
+                    self.messages.send(event='log', role=child.role, index=child.index, data=data.decode('latin-1'))
+        self.messages.send(event='bye')
         self.leave()
 
     def sweep(self) -> None:
@@ -219,7 +219,7 @@ class Agent:
     def watch(self) -> None:
         """Gives up on a launcher whose machine has vanished: a connection may stay open for hours then."""
         if time.monotonic() - self.heard > SILENCE:
-            self.channel.close()
+            self.messages.close()
         self.loop.call_later(2, self.watch)
 
     def abandon(self) -> None:
@@ -325,7 +325,7 @@ async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writ
     agent.address = address or (os.environ.get('SSH_CONNECTION', '').split() + [''] * 4)[2]
     await agent.done
     deadline = time.monotonic() + 60  # for logs on their way through a slow network
-    while agent.channel.open and agent.channel.outgoing and time.monotonic() < deadline:
+    while agent.messages.open and agent.messages.outgoing and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
 
 

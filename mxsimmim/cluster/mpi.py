@@ -17,18 +17,18 @@ import hashlib, hmac, os, socket, sys
 addresses, port, key = os.environ.pop('MXSIMMIM_LAUNCH').split()
 for address in addresses.split(','):
     try:
-        channel = socket.create_connection((address, int(port)), 5)
+        connection = socket.create_connection((address, int(port)), 5)
     except OSError as error:
         print(f'{socket.gethostname()} cannot reach the launcher at {address}:{port}: {error}', file=sys.stderr)
         continue
-    file = channel.makefile('rb')
+    file = connection.makefile('rb')
     size, nonce, proof = file.readline().split()
     text = file.read(int(size))
     if hmac.compare_digest(proof.decode(), hmac.new(bytes.fromhex(key), nonce + text, hashlib.sha256).hexdigest()):
         secret = hmac.new(bytes.fromhex(key), nonce, hashlib.sha256).digest()
         exec(text)
 """
-CALL = "main(channel.fileno(), channel.fileno(), secret, channel.getsockname()[0])"
+CALL = "main(connection.fileno(), connection.fileno(), secret, connection.getsockname()[0])"
 
 
 def command(processes: Sequence[Process], hosts: Sequence[Host], python: str, interface: str) -> List[str]:
@@ -64,8 +64,3 @@ def greeting(key: bytes, nonce: bytes, text: bytes) -> bytes:
     """What an agent gets when it calls: the program, with the proof that it is ours."""
     proof = hmac.new(key, nonce + text, hashlib.sha256).hexdigest()
     return b'%d %s %s\n' % (len(text), nonce, proof.encode()) + text
-
-
-def secret(key: bytes, nonce: bytes) -> bytes:
-    """The key that signs the messages of one connection."""
-    return hmac.new(key, nonce, hashlib.sha256).digest()

@@ -10,10 +10,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from mxsimmim.runtime import fault
 from mxsimmim.cluster import mpi
-from mxsimmim.cluster.channel import OPENING, Channel, Message
+from mxsimmim.cluster.messages import OPENING, Message, MessageStream, secret
 
 PACKAGE = Path(__file__).parents[1]
-SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault', 'cluster.channel',
+SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault', 'cluster.messages',
         'cluster.rendezvous', 'cluster.probe', 'cluster.agent')
 # What an agent's Python runs: it reads the agent's program from its standard input.
 BOOTSTRAP = 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'
@@ -41,7 +41,7 @@ class Seat:
                  notice: Callable[['Seat', Message], None]) -> None:
         self.loop, self.name, self.host, self.notice = loop, name, host, notice
         self.process: Optional[subprocess.Popen] = None
-        self.channel: Optional[Channel] = None
+        self.channel: Optional[MessageStream] = None
         self.facts: Dict[str, Any] = {}
         self.offset = 0.0  # seconds that the host's clock is ahead of ours
         self.heard = time.monotonic()
@@ -67,7 +67,7 @@ class Seat:
     def open(self, argv: Sequence[str]) -> None:
         """Starts the agent by a command whose standard input and output are the channel."""
         self.start(argv)
-        self.channel = Channel(self.loop, self.process.stdout.fileno(), self.process.stdin.fileno(), self.receive,
+        self.channel = MessageStream(self.loop, self.process.stdout.fileno(), self.process.stdin.fileno(), self.receive,
                                self.close, opening=OPENING)
         text = program()
         self.channel.write(b'%d\n' % len(text) + text)
@@ -168,7 +168,7 @@ def answer_calls(loop: asyncio.AbstractEventLoop, listener: socket.socket, key: 
             seat.channel, channel.received = channel, seat.receive
             channel.closed = lambda: (connection.close(), seat.close())
             seat.receive(message)
-        channel = Channel(loop, connection.fileno(), connection.fileno(), hello, connection.close,
-                          mpi.secret(key, nonce))
+        channel = MessageStream(loop, connection.fileno(), connection.fileno(), hello, connection.close,
+                          secret(key, nonce))
         channel.write(mpi.greeting(key, nonce, text))
     loop.add_reader(listener.fileno(), accept)

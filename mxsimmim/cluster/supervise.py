@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from mxsimmim.system import guards, text
 from mxsimmim.cluster import job, options as command_line, prepare
-from mxsimmim.cluster.channel import Message
+from mxsimmim.cluster.messages import Message
 from mxsimmim.cluster.job import Process
 from mxsimmim.cluster.seats import Seat
 from mxsimmim.cluster.terminal import Terminal

@@ -16,8 +16,7 @@ from collections import deque
 from concurrent.futures import Future, TimeoutError as NotYet
 from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from ..cluster.channel import Channel, Message
-from ..cluster.mpi import secret
+from ..cluster.messages import Message, MessageStream, secret
 from ..cluster.probe import interfaces
 from ..runtime.process import ProcessInfo
 from .protocol import job_key
@@ -129,7 +128,7 @@ class ControlPlane:
             self.close()
 
     def _open(self, key: bytes) -> None:
-        self._channel = Channel(self._loop, *2 * [self._connection.fileno()], self._answered,
+        self._channel = MessageStream(self._loop, *2 * [self._connection.fileno()], self._answered,
                                 lambda: self._lose('rank 0 has ended, or knows another key'), key, launcher=False)
 
     def _post(self, call: str, name: str, value: Any) -> Pending:
@@ -169,7 +168,7 @@ class _Hub:
         self._loop, self._listener, self._key = loop, listener, key
         self._connections: List[socket.socket] = []
         self._calls: List[Deque[Message]] = [deque() for _ in range(size)]  # not yet answered, by rank
-        self._channels: Dict[int, Channel] = {}
+        self._channels: Dict[int, MessageStream] = {}
         self._leaving, self._lost = False, ''
         loop.add_reader(listener.fileno(), self._accept)
 
@@ -197,7 +196,7 @@ class _Hub:
             connection.close()
             if rank and not self._leaving:
                 self._lose(f'rank {rank[0]} has ended: its log says why')
-        channel = Channel(self._loop, *2 * [connection.fileno()], received, closed, secret(self._key, nonce))
+        channel = MessageStream(self._loop, *2 * [connection.fileno()], received, closed, secret(self._key, nonce))
         channel.write(nonce + b'\n')
         if self._lost:
             channel.send(lost=self._lost)

@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 
 from mxsimmim.cluster import job, mpi, options, preflight, probe, seats, ssh
-from mxsimmim.cluster.channel import Channel
+from mxsimmim.cluster.messages import MessageStream
 from mxsimmim.cluster.job import Host, Process, Site
 from mxsimmim.cluster.rendezvous import Rendezvous
 
@@ -290,11 +290,11 @@ async def talk(secrets, tamper=None, opening=b''):
     """Messages that the launcher gets when an agent sends two, through sockets that are each other's ends."""
     loop, ends, got, closed = asyncio.get_event_loop(), socket.socketpair(), [], []
     wire = socket.socketpair()
-    channels = [Channel(loop, ends[0].fileno(), ends[0].fileno(), got.append, lambda: closed.append(0), secrets[0],
-                        opening=opening),
-                Channel(loop, wire[0].fileno(), wire[0].fileno(), got.append, lambda: None, secrets[1], launcher=False)]
-    channels[1].send(event='one', text='ü' * 100_000)
-    channels[1].send(event='two')
+    streams = [MessageStream(loop, *2 * [ends[0].fileno()], got.append, lambda: closed.append(0), secrets[0],
+                             opening=opening),
+               MessageStream(loop, *2 * [wire[0].fileno()], got.append, lambda: None, secrets[1], launcher=False)]
+    streams[1].send(event='one', text='ü' * 100_000)
+    streams[1].send(event='two')
     data = b''
     wire[1].setblocking(False)
     while not data.endswith(b'"two"}'):
@@ -305,8 +305,8 @@ async def talk(secrets, tamper=None, opening=b''):
         if closed or len(got) == 2:
             break
         await asyncio.sleep(0.01)
-    for channel in channels:
-        channel.close()
+    for stream in streams:
+        stream.close()
     return [message['event'] for message in got]
 
 

@@ -1,4 +1,4 @@
-"""Messages between the launcher and an agent: length, optional signature, JSON. Part of what is sent to every host."""
+"""Exchange messages between two processes: length, optional signature, JSON. Sent to every host."""
 import asyncio
 import hashlib
 import hmac
@@ -13,11 +13,16 @@ OPENING = b'\n<mxsimmim>\n'  # where an agent's words begin: a login shell may h
 Message = Dict[str, Any]
 
 
-class Channel:
-    """Sends and receives messages over two descriptors (or one socket, given twice) without ever blocking.
+def secret(key: bytes, nonce: bytes) -> bytes:
+    """Derive the key that signs the messages of one connection."""
+    return hmac.new(key, nonce, hashlib.sha256).digest()
+
+
+class MessageStream:
+    """Send and receive messages over two descriptors (or one socket, given twice) without ever blocking.
 
     With a `secret`, every message is signed together with its direction and number: over a network, a stranger can
-    neither forge, repeat nor reorder one. A channel that breaks or is closed by the peer calls `closed` once. Whatever
+    neither forge, repeat nor reorder one. A stream that breaks or is closed by the peer calls `closed` once. Whatever
     arrives before `opening` is skipped.
     """
 
@@ -32,19 +37,19 @@ class Channel:
         loop.add_reader(reader, self._read)
 
     def send(self, **message: Any) -> None:
-        """Queues a message; silently nothing once the channel is closed."""
+        """Queue a message; once nothing can be sent any more, do nothing."""
         if self.open:
             body = json.dumps(message, ensure_ascii=False).encode(errors='surrogateescape')  # any bytes in words
             signed = self._sign(0, body) + body
             self.write(len(signed).to_bytes(4, 'big') + signed)
 
     def write(self, data: bytes) -> None:
-        """Queues bytes that are no message."""
+        """Queue bytes that are no message."""
         self.outgoing += data
         self._flush()
 
     def close(self) -> None:
-        """Stops sending and receiving, and tells the owner; the descriptors stay the owner's to close."""
+        """Stop sending and receiving, and tell the owner; the descriptors stay the owner's to close."""
         if self.open:
             self.open = False
             self.loop.remove_reader(self.reader)
