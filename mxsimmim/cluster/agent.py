@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, List, Optional
 from mxsimmim.system import guards
 from mxsimmim.runtime import environment
 from mxsimmim.runtime import fault
-from mxsimmim.cluster import probe
+from mxsimmim.cluster import inspection
 from mxsimmim.cluster.messages import OPENING, Message, MessageStream
 from mxsimmim.cluster.rendezvous import Rendezvous
 
@@ -68,7 +68,7 @@ class Agent:
     def do_ping(self) -> None:
         self.messages.send(event='pong', time=time.time())
 
-    def do_probe(self, directory: str, environ: Dict[str, Optional[str]], needs: Dict[str, Any]) -> None:
+    def do_inspect(self, directory: str, environ: Dict[str, Optional[str]], needs: Dict[str, Any]) -> None:
         """Prepares the processes' surroundings and tells the launcher about the host."""
         self.environ = changed(os.environ, {'PATH': os.path.dirname(sys.executable) + os.pathsep
                                             + os.environ.get('PATH', os.defpath), **environ})
@@ -78,7 +78,7 @@ class Agent:
             raise ValueError(f"working directory '{directory}' cannot be entered ({error.strerror}): make it there, "
                              'or let --sync-dst-dir copy it') from None
         needs['near'] = needs['near'] or self.address
-        self.messages.send(event='facts', facts=probe.facts(needs, self.environ))
+        self.messages.send(event='facts', facts=inspection.collect_facts(needs, self.environ))
 
     def do_reserve(self, address: str) -> None:
         """A port for ps-lite's scheduler, which binds it itself.

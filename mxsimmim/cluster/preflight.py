@@ -18,7 +18,7 @@ def problems(sites: Sequence[Site], facts: Sequence[Dict[str, Any]], options: ar
     """One line a problem, each with the name of its host and the way out; empty if the job can start.
 
     Args:
-        facts: what `probe.facts` found on each host, and `offset`, the seconds that its clock is ahead of ours.
+        facts: what `inspection.collect_facts` found on each host, and `offset`, the seconds that its clock is ahead of ours.
     """
     lines = []
     for site, fact in zip(sites, facts):

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from mxsimmim.cluster import job as plan, mpi, options as command_line, preflight, probe, seats, ssh
+from mxsimmim.cluster import job as plan, mpi, options as command_line, inspection, preflight, seats, ssh
 from mxsimmim.cluster.job import Host, Site
 from mxsimmim.cluster.seats import Lost, Seat
 
@@ -109,7 +109,7 @@ def open_seats(job: 'Job') -> None:
 
 def call_for_agents(job: 'Job') -> None:
     """Has mpirun start an agent for each process."""
-    known = probe.interfaces()
+    known = inspection.interfaces()
     if job.options.interface in known:
         addresses = [known[job.options.interface]]
     elif job.options.hostfile or any(os.environ.get(name) for name in mpi.ALLOCATIONS):
@@ -152,7 +152,7 @@ async def look(job: 'Job', seat: Seat) -> None:
                  gpus=options.devices == 'gpu', horovod=options.horovod, trial=trial(job, seat))
     folder = ssh.directory(options.sync_dst_dir) if options.sync_dst_dir else os.getcwd()
     environ = {name: value for name, value in options.given['worker'].items() if name == 'PATH'}
-    answer = await seat.ask('facts', PROBE, do='probe', directory=folder, environ=environ, needs=needs)
+    answer = await seat.ask('facts', PROBE, do='inspect', directory=folder, environ=environ, needs=needs)
     seat.facts = answer['facts']
     asked = time.time()
     answer = await seat.ask('pong', PROBE, do='ping')

@@ -14,7 +14,7 @@ from mxsimmim.cluster.messages import OPENING, Message, MessageStream, secret
 
 PACKAGE = Path(__file__).parents[1]
 SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault', 'cluster.messages',
-        'cluster.rendezvous', 'cluster.probe', 'cluster.agent')
+        'cluster.rendezvous', 'cluster.inspection', 'cluster.agent')
 # What an agent's Python runs: it reads the agent's program from its standard input.
 BOOTSTRAP = 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, TimeoutError as NotYet
 from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..cluster.messages import Message, MessageStream, secret
-from ..cluster.probe import interfaces
+from ..cluster.inspection import interfaces
 from ..runtime.process import ProcessInfo
 from .protocol import job_key
 

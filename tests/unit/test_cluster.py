@@ -9,7 +9,7 @@ from argparse import Namespace
 
 import pytest
 
-from mxsimmim.cluster import job, mpi, options, preflight, probe, seats, ssh
+from mxsimmim.cluster import inspection, job, mpi, options, preflight, seats, ssh
 from mxsimmim.cluster.messages import MessageStream
 from mxsimmim.cluster.job import Host, Process, Site
 from mxsimmim.cluster.rendezvous import Rendezvous
@@ -255,14 +255,14 @@ def test_a_loopback_address_does_not_serve_several_hosts():
 
 def test_the_interface():
     known = {'lo': '127.0.0.1', 'eth0': '10.0.0.1', 'eth1': '10.1.0.1'}
-    assert probe.choose(known, '', '10.1.0.1') == ('eth1', '10.1.0.1')
-    assert probe.choose(known, 'eth0', '10.1.0.1') == ('eth0', '10.0.0.1')
-    assert probe.choose(known, '', '::ffff:10.0.0.1') == ('eth0', '10.0.0.1')
-    assert probe.interfaces()['lo'] == '127.0.0.1'
+    assert inspection.choose_interface(known, '', '10.1.0.1') == ('eth1', '10.1.0.1')
+    assert inspection.choose_interface(known, 'eth0', '10.1.0.1') == ('eth0', '10.0.0.1')
+    assert inspection.choose_interface(known, '', '::ffff:10.0.0.1') == ('eth0', '10.0.0.1')
+    assert inspection.interfaces()['lo'] == '127.0.0.1'
     with pytest.raises(ValueError, match="no interface 'ib0'.*lo 127.0.0.1, eth0 10.0.0.1, eth1 10.1.0.1"):
-        probe.choose(known, 'ib0', '')
+        inspection.choose_interface(known, 'ib0', '')
     with pytest.raises(ValueError, match='holds 10.9.9.9 where'):
-        probe.choose(known, '', '10.9.9.9')
+        inspection.choose_interface(known, '', '10.9.9.9')
 
 
 def test_versions_are_found_without_importing(tmp_path, monkeypatch):
@@ -270,13 +270,13 @@ def test_versions_are_found_without_importing(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / '__init__.py').write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    assert (probe.version('one'), probe.version('two'), probe.version('three')) == ('1.2', 'unknown', None)
-    assert probe.version('mxnet') == '1.9.1' and probe.version('mxsimmim') == '0.1.0'
+    assert (inspection.version('one'), inspection.version('two'), inspection.version('three')) == ('1.2', 'unknown', None)
+    assert inspection.version('mxnet') == '1.9.1' and inspection.version('mxsimmim') == '0.1.0'
 
 
 def test_gpus_of_a_user_who_restricts_them():
-    assert probe.gpus({'CUDA_VISIBLE_DEVICES': '3,GPU-5'}) == ['3', 'GPU-5']
-    assert probe.gpus({'CUDA_VISIBLE_DEVICES': ''}) == probe.gpus({'CUDA_VISIBLE_DEVICES': '-1'}) == []
+    assert inspection.gpus({'CUDA_VISIBLE_DEVICES': '3,GPU-5'}) == ['3', 'GPU-5']
+    assert inspection.gpus({'CUDA_VISIBLE_DEVICES': ''}) == inspection.gpus({'CUDA_VISIBLE_DEVICES': '-1'}) == []
 
 
 def test_what_is_sent_to_a_host_is_all_it_needs():

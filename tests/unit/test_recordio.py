@@ -13,7 +13,7 @@ from mxnet import recordio
 from PIL import Image
 
 from mxsimmim.inference import features
-from mxsimmim.cluster.probe import unreadable
+from mxsimmim.cluster.inspection import unreadable
 from mxsimmim.config import DataConfig
 from mxsimmim.data import recordio as ours
 from mxsimmim.data.labels import labelled_source, open_labelled

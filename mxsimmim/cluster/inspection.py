@@ -1,4 +1,4 @@
-"""What an agent finds out about its host before anything starts. Part of what is sent to every host.
+"""Find out what a host is like before anything starts on it. Sent to every host.
 
 Nothing is imported to learn its version: `import mxnet` takes a second, and would start a server in a server's
 environment.
@@ -23,8 +23,8 @@ SIOCGIFADDR = 0x8915  # of Linux's bits/ioctls.h
 TRIAL = 10.0  # seconds after which the job begins without having heard of its configuration
 
 
-def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
-    """The host's versions, cores, GPUs, clock and network, and what is wrong with it.
+def collect_facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
+    """Collect the host's versions, cores, GPUs and network, and what is wrong with it.
 
     Args:
         needs: `command` (its first word), `paths` (of data), `interface` (a name, or empty), `near` (an address of this
@@ -43,21 +43,21 @@ def facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, Any]:
             problems.append(problem)
     interface, address = '', ''
     try:
-        interface, address = choose(interfaces(), needs['interface'], needs['near'])
+        interface, address = choose_interface(interfaces(), needs['interface'], needs['near'])
     except ValueError as error:
         problems.append(str(error))
     return {'host': platform.node(), 'python': '{}.{}'.format(*sys.version_info), 'executable': sys.executable,
             'packages': {name: version(name) for name in ('mxnet', 'mxsimmim', 'horovod')},
             'mpi': needs['horovod'] and horovod_has_mpi(), 'cores': environment.cores(),
             'gpus': gpus(environ) if needs['gpus'] else [], 'interface': interface, 'address': address,
-            'named': named() if needs['horovod'] else '', 'problems': problems, 'refusal': refusal()}
+            'named': named_address() if needs['horovod'] else '', 'problems': problems, 'refusal': refusal()}
 
 
 def start_trial(words: List[str], changes: Dict[str, Optional[str]], environ: Dict[str, str]
                 ) -> Callable[[], List[str]]:
-    """Starts a check of the job's configuration; the function that waits for it returns what is wrong, line by line.
+    """Start a check of the job's configuration; the returned function waits for it, and returns its errors as lines.
 
-    Nothing is, where it cannot be checked: the processes themselves will say.
+    There are none where it cannot be checked: the processes themselves will say.
     """
     def is_pipe(word: str) -> bool:  # which has to be left to the one that needs it
         try:
@@ -87,7 +87,7 @@ def start_trial(words: List[str], changes: Dict[str, Optional[str]], environ: Di
 
 
 def unreadable(path: str) -> str:
-    """What is wrong with a data path; empty if it can be read."""
+    """Say what is wrong with a data path; empty if it can be read."""
     try:
         path = paths.expand(path)
     except ValueError:  # a variable that is not set here, and may be with --env: the workers will say
@@ -105,7 +105,7 @@ def unreadable(path: str) -> str:
 
 
 def folder(package: str) -> Optional[str]:
-    """Where a package would be imported from; None if it is not installed."""
+    """Find the folder a package would be imported from; None if it is not installed."""
     for finder in sys.meta_path:
         spec = finder.find_spec(package, None) if hasattr(finder, 'find_spec') else None
         if spec and spec.origin:
@@ -114,7 +114,7 @@ def folder(package: str) -> Optional[str]:
 
 
 def version(package: str) -> Optional[str]:
-    """The version of a package that `import` would find; None if it is not installed."""
+    """Read the version of a package without importing it; None if it is not installed."""
     where = folder(package)
     for name in ('libinfo.py', '__init__.py') if where else ():
         found = re.search(r'^__version__ = [\'"](.*)[\'"]', environment.contents(environment.Path(where, name)),
@@ -125,7 +125,7 @@ def version(package: str) -> Optional[str]:
 
 
 def horovod_has_mpi() -> bool:
-    """Whether Horovod's library for MXNet was linked with MPI."""
+    """Tell whether Horovod's library for MXNet was linked with MPI."""
     for path in glob.glob(os.path.join(glob.escape(folder('horovod') or '/nowhere'), 'mxnet', 'mpi_lib*.so')):
         with open(path, 'rb') as file:
             return b'\0libmpi.so' in file.read()
@@ -133,7 +133,7 @@ def horovod_has_mpi() -> bool:
 
 
 def gpus(environ: Dict[str, str]) -> List[str]:
-    """The GPUs of this host, as CUDA_VISIBLE_DEVICES names them."""
+    """List the GPUs of this host, as CUDA_VISIBLE_DEVICES names them."""
     if environ.get('CUDA_VISIBLE_DEVICES') is not None:
         return [name for name in environ['CUDA_VISIBLE_DEVICES'].split(',') if name.strip() not in ('', '-1')]
     try:
@@ -145,8 +145,8 @@ def gpus(environ: Dict[str, str]) -> List[str]:
     return [str(number) for number in range(count or len(glob.glob('/proc/driver/nvidia/gpus/*')))]
 
 
-def named() -> str:
-    """The address that this host's own name stands for; empty if none."""
+def named_address() -> str:
+    """Look up the address of this host's own name; empty if it has none."""
     try:
         return socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError:
@@ -154,12 +154,15 @@ def named() -> str:
 
 
 def interfaces() -> Dict[str, str]:
-    """IPv4 address of each network interface that has one (ps-lite and Gloo's rendezvous speak IPv4)."""
+    """Map the name of each network interface to its IPv4 address, where it has one.
+
+    IPv4 alone: ps-lite and Gloo's rendezvous speak nothing else.
+    """
     result = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             try:
-                reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack('256s', name.encode()))
+                reply = fcntl.ioctl(any_socket.fileno(), SIOCGIFADDR, struct.pack('256s', name.encode()))
                 result[name] = socket.inet_ntoa(reply[20:24])
             except OSError:
                 pass  # no IPv4 address
@@ -167,13 +170,16 @@ def interfaces() -> Dict[str, str]:
 
 
 def inet6() -> Dict[str, str]:
-    """The interface of each IPv6 address."""
+    """Map each IPv6 address to the name of its interface."""
     rows = [line.split() for line in environment.contents(environment.Path('/proc/net/if_inet6')).splitlines()]
     return {socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])): row[5] for row in rows}
 
 
-def choose(known: Dict[str, str], wanted: str, near: str) -> Tuple[str, str]:
-    """The interface to use and its address: the one that is `wanted`, else the one that holds the address `near`.
+def choose_interface(known: Dict[str, str], wanted: str, near: str) -> Tuple[str, str]:
+    """Choose the interface to use: the one named `wanted`, else the one that holds the address `near`.
+
+    Returns:
+        its name and its address.
 
     Raises:
         ValueError: there is none.
