@@ -17,5 +17,5 @@ if __name__ == '__main__':
     sys.path.insert(0, ROOT)
     from mxsimmim.system import text
     text.restart_in_utf8()
-    from mxsimmim.cluster import supervise
-    sys.exit(supervise.main(sys.argv[1:]))
+    from mxsimmim.cluster.launch import main
+    sys.exit(main(sys.argv[1:]))

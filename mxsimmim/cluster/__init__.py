@@ -1,7 +1,17 @@
-"""Launching a job on this machine, over ssh or with mpirun. Standard library only, here and on every host.
+"""Launch a job on this machine, over ssh or with mpirun. Standard library only, here and on every host.
 
-Pure: `options` (the command line), `job` (what runs where, with which environment), `ssh` and `mpi` (commands),
-`preflight` (what is wrong with the hosts), `fault` (where a process crashed). On the launching machine: `supervise`
-(the job from beginning to end), `prepare` (its beginning), `seats` (agents as seen from there), `terminal`. Sent to
-every host: `agent`, `probe`, `rendezvous`, `channel`, `fault`.
+On the launching machine, each module knows those before it alone:
+
+| module | what it does |
+|---|---|
+| `hostfile`, `spec`, `environment` | say what the job is, what runs where, and with which environment (pure) |
+| `connections`, `callback` | start agents and speak to them |
+| `backends` | know the kinds of clusters: a file each, listed in `BACKENDS` |
+| `options`, `preflight` | read the command line; say what keeps a job from starting (pure) |
+| `logs`, `terminal`, `outcome` | keep logs, show output, say how an attempt ended |
+| `prepare`, `attempt`, `supervisor` | begin one start of a job; follow it to its end; run the job |
+| `launch` | the command |
+
+Sent to every host: `agent`, which starts processes and reports their ends, and what it needs: `messages` (to and from
+the launcher), `inspection` (of the host), `rendezvous` (of Horovod's ranks), `fault` (where a process crashed).
 """

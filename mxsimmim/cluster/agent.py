@@ -1,7 +1,7 @@
-"""The launcher's hand on one host: starts processes, reports what becomes of them, and leaves none behind.
+"""Start processes on one host for the launcher, report what becomes of them, and leave none behind.
 
-It is sent to the host, together with the modules it imports, by the launcher that it then obeys, so the two never
-differ. Its own parent, the guardian, does nothing but wait: should the agent be killed, orphans fall to the guardian,
+The launcher sends the agent to the host, together with the modules it imports, and so the two never differ. The agent's
+parent, the guardian, does nothing but wait: should the agent be killed, orphans fall to the guardian,
 which kills them. Neither has threads, so that code may run safely between fork and exec.
 """
 import asyncio
@@ -32,14 +32,14 @@ libc = ctypes.CDLL(None)
 
 
 class Child:
-    """A process of the job, the leader of its own session and process group."""
+    """Hold a process of the job, the leader of its own session and process group."""
 
     def __init__(self, role: str, index: int, process: Any, log: str) -> None:
         self.role, self.index, self.process, self.log, self.ended = role, index, process, log, False
 
 
 class Agent:
-    """Obeys messages: each `do` names a method, its other entries are the arguments."""
+    """Obey messages: each `do` names a method, its other entries are the arguments."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes) -> None:
         self.loop, self.private, self.address = loop, private, ''
@@ -69,7 +69,7 @@ class Agent:
         self.messages.send(event='pong', time=time.time())
 
     def do_inspect(self, directory: str, environ: Dict[str, Optional[str]], needs: Dict[str, Any]) -> None:
-        """Prepares the processes' surroundings and tells the launcher about the host."""
+        """Enter the working directory, and tell the launcher about the host."""
         self.environ = changed(os.environ, {'PATH': os.path.dirname(sys.executable) + os.pathsep
                                             + os.environ.get('PATH', os.defpath), **environ})
         try:
@@ -81,7 +81,7 @@ class Agent:
         self.messages.send(event='facts', facts=inspection.collect_facts(needs, self.environ))
 
     def do_reserve(self, address: str) -> None:
-        """A port for ps-lite's scheduler, which binds it itself.
+        """Reserve a port for ps-lite's scheduler, which binds it itself.
 
         A bound socket that never listens keeps it: the kernel gives the port to nobody who asks for any, and ZeroMQ can
         bind it too and listen, since both set SO_REUSEADDR.
@@ -93,14 +93,14 @@ class Agent:
         self.messages.send(event='reserved', port=held.getsockname()[1])
 
     def do_rendezvous(self, address: str) -> None:
-        """Starts the store that Horovod's ranks meet at."""
+        """Start the store that Horovod's ranks meet at."""
         listener = socket.socket()
         listener.bind((address, 0))
         self.loop.create_task(asyncio.start_server(Rendezvous().serve, sock=listener))
         self.messages.send(event='reserved', port=listener.getsockname()[1])
 
     def do_reach(self, address: str, port: int) -> None:
-        """Whether this host gets through to the scheduler's: nobody listens there yet, so a refusal is good news."""
+        """Check that this host gets through to the scheduler's: nobody listens there yet, so a refusal is good news."""
         try:
             socket.create_connection((address, port), timeout=3).close()
         except ConnectionRefusedError:
@@ -111,6 +111,7 @@ class Agent:
         self.messages.send(event='reached')
 
     def do_start(self, processes: List[Message], logs: str, key: str) -> None:
+        """Start processes, whose servers and control plane sign with `key`; their logs go to the folder `logs`."""
         path = os.path.join(self.private, 'key')
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
             file.write(key)
@@ -128,7 +129,7 @@ class Agent:
 
     def spawn(self, logs: str, role: str, index: int, argv: List[str], environ: Dict[str, Optional[str]],
               part: List[int], live: bool) -> None:
-        """Starts one process on its part of the cores; output goes to its log and, if `live`, to the launcher too."""
+        """Start one process on its part of the cores; output goes to its log and, if `live`, to the launcher too."""
         path = log_of(logs, role, index)
         me, log = os.getpid(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         pipes = [os.pipe(), os.pipe()] if live else []
@@ -156,7 +157,7 @@ class Agent:
         self.children.append(Child(role, index, process, path))
 
     def copy(self, reader: int, log: int, stream: int) -> None:
-        """Moves what a live process has written, not more than a pipe can hold at a time."""
+        """Move what a live process has written, not more than a pipe can hold at a time."""
         for _ in range(16):
             try:
                 data = os.read(reader, 1 << 16)
@@ -175,7 +176,7 @@ class Agent:
             self.missed = 0
 
     def reap(self) -> None:
-        """Reports children that ended. Orphans of theirs, which the kernel hands to this process, end unmentioned."""
+        """Report children that ended. Orphans of theirs, which the kernel hands to this process, end unmentioned."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -203,7 +204,7 @@ class Agent:
                 send(os.killpg, child.process.pid, number)
 
     def do_finish(self, fetch: bool) -> None:
-        """Ends whatever is left, hands over the logs and goes."""
+        """End whatever is left, hand over the logs and go."""
         self.sweep()
         for child in self.children if fetch else ():
             self.messages.send(event='log', role=child.role, index=child.index, data='')  # an empty one is a log, too
@@ -217,13 +218,13 @@ class Agent:
         kill_descendants(self.reap)
 
     def watch(self) -> None:
-        """Gives up on a launcher whose machine has vanished: a connection may stay open for hours then."""
+        """Give up on a launcher whose machine has vanished: a connection may stay open for hours then."""
         if time.monotonic() - self.heard > SILENCE:
             self.messages.close()
         self.loop.call_later(2, self.watch)
 
     def abandon(self) -> None:
-        """The launcher is gone: workers may save a checkpoint, for which they need the servers; all end in 8 s."""
+        """End all in 8 s, without a launcher: workers may save a checkpoint, for which they need the servers."""
         if self.abandoned or self.done.done():
             return
         self.abandoned = True
@@ -245,7 +246,7 @@ class Agent:
 
 
 def changed(environ: Any, changes: Dict[str, Optional[str]]) -> Dict[str, str]:
-    """An environment with some variables set, and those that are None removed."""
+    """Copy an environment with some variables set, and those that are None removed."""
     return {name: value for name, value in {**environ, **changes}.items() if value is not None}
 
 
@@ -255,7 +256,7 @@ def send(how: Callable[[int, int], None], pid: int, number: int) -> None:
 
 
 def die_with(parent: int, number: int) -> None:
-    """Between fork and exec: this process gets signal `number` when its parent dies, and starts with no handlers."""
+    """Between fork and exec: let this process get signal `number` when its parent dies, and start with no handlers."""
     libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     for handled in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(handled, signal.SIG_DFL)
@@ -264,12 +265,12 @@ def die_with(parent: int, number: int) -> None:
 
 
 def log_of(logs: str, role: str, index: int) -> str:
-    """Where a process's log is."""
+    """Name the log of a process."""
     return os.path.join(logs, f'{role}-{index}.log')
 
 
 def tail(path: str) -> List[str]:
-    """The last lines of a log; none if it is gone."""
+    """Read the last lines of a log; none if it is gone."""
     try:
         with open(path, 'rb') as file:
             file.seek(max(0, os.path.getsize(path) - fault.WINDOW))
@@ -279,7 +280,7 @@ def tail(path: str) -> List[str]:
 
 
 def descendants(root: int) -> List[int]:
-    """All processes below one, from /proc."""
+    """List all processes below one, from /proc."""
     below: Dict[int, List[int]] = {}
     for name in filter(str.isdigit, os.listdir('/proc')):
         try:
@@ -295,7 +296,7 @@ def descendants(root: int) -> List[int]:
 
 
 def kill_descendants(collect: Callable[[], None], deadline: float = 2.0) -> None:
-    """Kills every process below this one, also those that are forked meanwhile; `collect` takes their exit statuses."""
+    """Kill every process below this one, also those that are forked meanwhile; `collect` takes their exit statuses."""
     end = time.monotonic() + deadline
     while time.monotonic() < end:
         collect()
@@ -308,7 +309,7 @@ def kill_descendants(collect: Callable[[], None], deadline: float = 2.0) -> None
 
 
 def guard(agent: int, private: str) -> None:
-    """The guardian's whole life: waits for the agent, kills what it may have left, and clears up."""
+    """Be the guardian: wait for the agent, kill what it may have left, and clear up."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: send(os.kill, agent, number))
     while os.waitpid(-1, 0)[0] != agent:
@@ -330,7 +331,7 @@ async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writ
 
 
 def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '') -> None:
-    """Runs an agent that talks through two descriptors; `address` is where others reach this host, if it is known."""
+    """Run an agent that talks through two descriptors; `address` is where others reach this host, if it is known."""
     guards.name_crashes()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     private = tempfile.mkdtemp(prefix='mxsimmim-')  # mode 0700

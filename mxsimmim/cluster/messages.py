@@ -31,14 +31,14 @@ class MessageStream:
         self.loop, self.reader, self.writer, self.received, self.closed = loop, reader, writer, received, closed
         self.secret, self.names = secret, (b'launcher', b'agent') if launcher else (b'agent', b'launcher')
         self.incoming, self.outgoing, self.counts, self.open = bytearray(), bytearray(), [0, 0], True
-        self.opening = opening
+        self.opening, self.sending = opening, True
         for descriptor in {reader, writer}:
             os.set_blocking(descriptor, False)
         loop.add_reader(reader, self._read)
 
     def send(self, **message: Any) -> None:
         """Queue a message; once nothing can be sent any more, do nothing."""
-        if self.open:
+        if self.open and self.sending:
             body = json.dumps(message, ensure_ascii=False).encode(errors='surrogateescape')  # any bytes in words
             signed = self._sign(0, body) + body
             self.write(len(signed).to_bytes(4, 'big') + signed)
@@ -48,12 +48,19 @@ class MessageStream:
         self.outgoing += data
         self._flush()
 
+    def end_sending(self) -> None:
+        """Forget what is queued and send nothing more, since `writer` is about to be closed; still receive."""
+        self.sending = False
+        self.outgoing.clear()
+        self.loop.remove_writer(self.writer)
+
     def close(self) -> None:
         """Stop sending and receiving, and tell the owner; the descriptors stay the owner's to close."""
         if self.open:
             self.open = False
             self.loop.remove_reader(self.reader)
-            self.loop.remove_writer(self.writer)
+            if self.sending:
+                self.loop.remove_writer(self.writer)
             self.closed()
 
     def _sign(self, side: int, body: bytes) -> bytes:

@@ -1,11 +1,15 @@
-"""The launcher's command line. What follows the options is the command, and is never looked into."""
+"""Read the launcher's command line into a job. What follows the options is the command, whose words are its own."""
 import argparse
 import difflib
 import os
 import re
+from types import MappingProxyType
 from typing import Dict, List, Mapping, Sequence, Tuple
 
 from mxsimmim.system import paths
+from mxsimmim.cluster.backends import BACKENDS
+from mxsimmim.cluster.hostfile import read_hostfile
+from mxsimmim.cluster.spec import JobSpec
 
 HELP = """\
 Starts a training command as many processes, here or on many hosts, and ends them together.
@@ -30,7 +34,7 @@ OPTIONS: Tuple = (
     (('-n', '--num-workers'), dict(type=int, metavar='N', help='workers, or ranks with --horovod')),
     (('-s', '--num-servers'), dict(type=int, metavar='N', help='parameter servers (default: as many as workers)')),
     (('-H', '--hostfile'), dict(metavar='FILE', help='hosts, one a line: host[:port] [slots=N]; default: this one')),
-    (('--launcher',), dict(choices=('local', 'ssh', 'mpi'), help='default: ssh with a hostfile, else local')),
+    (('--launcher',), dict(choices=tuple(BACKENDS), help='default: ssh with a hostfile, else local')),
     (('--horovod',), dict(action='store_true', help='start Horovod ranks instead of parameter servers')),
     (('--devices',), dict(choices=('cpu', 'gpu'), default='cpu', help="divide each host's cores (cpu, the default) or "
                           'GPUs as well (gpu) among its workers')),
@@ -79,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options, with `command` (a list of words), `given` (variables by role) and defaults filled in.
+    """Read the options, with `command` (a list of words) and `given` (variables by role); fill in defaults.
 
     Raises:
         ValueError: an option or a value that cannot be used, for the user.
@@ -98,8 +102,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def job_spec(options: argparse.Namespace) -> JobSpec:
+    """Make the job of parsed options, reading its hostfile.
+
+    Raises:
+        ValueError: the hostfile cannot be read, or has a bad line.
+    """
+    hosts = read_hostfile(contents(options.hostfile), options.hostfile) if options.hostfile else ()
+    given = options.given
+    if options.launcher == 'local' and 'OMP_NUM_THREADS' in os.environ:
+        given = {role: {'OMP_NUM_THREADS': os.environ['OMP_NUM_THREADS'], **given[role]} for role in given}
+    directory = options.sync_dst_dir or os.getcwd()
+    return JobSpec(
+        command=tuple(options.command), workers=options.num_workers, servers=options.num_servers, hosts=tuple(hosts),
+        # ssh begins in the home directory
+        directory=directory[2:] or '.' if directory.startswith('~/') else directory, copy=bool(options.sync_dst_dir),
+        horovod=options.horovod, gpus=options.devices == 'gpu', interface=options.interface, p3=options.p3,
+        worker_variables=MappingProxyType(given['worker']), server_variables=MappingProxyType(given['server']))
+
+
 def split(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """(the launcher's words, the command's words).
+    """Split the words into the launcher's and the command's.
 
     Raises:
         ValueError: an option that the launcher does not have.
@@ -127,7 +150,7 @@ def split(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Fills in what depends on other options, and refuses what does not go together."""
+    """Fill in what depends on other options, and refuse what does not go together."""
     def need(condition: object, text: str) -> None:
         if not condition:
             raise ValueError(text)
@@ -152,7 +175,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def variables(words: Sequence[str], environ: Mapping[str, str]) -> Dict[str, str]:
-    """Variables from NAME (as it is here), NAME=VALUE, or NAME:VALUE as MXNet's launcher wrote it.
+    """Read variables from NAME (as it is here), NAME=VALUE, or NAME:VALUE as MXNet's launcher wrote it.
 
     Raises:
         ValueError: not of this form, or NAME is not set here.
@@ -169,27 +192,8 @@ def variables(words: Sequence[str], environ: Mapping[str, str]) -> Dict[str, str
     return result
 
 
-def trial(command: Sequence[str]) -> List[str]:
-    """The command that checks a training command's configuration alone; empty where it is none of ours."""
-    words = list(command)
-    if os.path.basename(words[0]) == 'mxsimmim':
-        words = words[1:]
-    elif os.path.basename(words[0]).startswith('python') and 'mxsimmim' in words and words[:6].count('-m'):
-        place = words.index('mxsimmim')
-        words = words[place + 1:] if words[place - 1] == '-m' else []
-    else:
-        return []
-    return list(command) + ['--check-config'] if words[:1] in (['pretrain'], ['finetune']) else []
-
-
-def data_paths(command: Sequence[str]) -> List[str]:
-    """Data that the command will read on every host, by its words data.path=… and data.val_path=…."""
-    found = [word.partition('=')[2] for word in command if word.startswith(('data.path=', 'data.val_path='))]
-    return [path for path in found if path not in ('', 'digits')]
-
-
 def contents(hostfile: str) -> str:
-    """The text of a hostfile.
+    """Read the text of a hostfile.
 
     Raises:
         ValueError: it cannot be read.

@@ -1,55 +1,87 @@
-"""What keeps a job from starting: each host by itself, and compared with the others. Pure functions."""
-import argparse
+"""Say what keeps a job from starting: each host by itself, and compared with the others. Pure functions."""
 import os
 from typing import Any, Dict, List, Sequence
 
-from mxsimmim.cluster.job import Site
+from mxsimmim.cluster.environment import check_environment
+from mxsimmim.cluster.spec import HostInfo, JobSpec
 
 CLOCKS = 30.0  # seconds that a host's clock may differ from the launcher's
 
 
-def needed(options: argparse.Namespace) -> List[str]:
-    """Packages that every host must have."""
-    own = any(word == 'mxsimmim' or os.path.basename(word) == 'mxsimmim' for word in options.command[:4])
-    return ['mxnet'] + ['mxsimmim'] * own + ['horovod'] * options.horovod
-
-
-def problems(sites: Sequence[Site], facts: Sequence[Dict[str, Any]], options: argparse.Namespace) -> List[str]:
-    """One line a problem, each with the name of its host and the way out; empty if the job can start.
+def needs(spec: JobSpec, address: str, checks: bool) -> Dict[str, Any]:
+    """Say what an agent is to look for on its host, as the `needs` of `inspection.collect_facts`.
 
     Args:
-        facts: what `inspection.collect_facts` found on each host, and `offset`, the seconds that its clock is ahead of ours.
+        address: where others reach the host, if that is known.
+        checks: whether this host checks the job's configuration.
+    """
+    return dict(command=spec.command[0], paths=data_paths(spec.command), interface=spec.interface, near=address,
+                gpus=spec.gpus, horovod=spec.horovod,
+                trial=(check_command(spec.command) if checks else [], check_environment(spec)))
+
+
+def check_command(command: Sequence[str]) -> List[str]:
+    """Build the command that checks a training command's configuration alone; empty where it is none of ours."""
+    words = list(command)
+    if os.path.basename(words[0]) == 'mxsimmim':
+        words = words[1:]
+    elif os.path.basename(words[0]).startswith('python') and 'mxsimmim' in words and words[:6].count('-m'):
+        place = words.index('mxsimmim')
+        words = words[place + 1:] if words[place - 1] == '-m' else []
+    else:
+        return []
+    return list(command) + ['--check-config'] if words[:1] in (['pretrain'], ['finetune']) else []
+
+
+def data_paths(command: Sequence[str]) -> List[str]:
+    """List the data that a command will read on every host, by its words data.path=… and data.val_path=…."""
+    found = [word.partition('=')[2] for word in command if word.startswith(('data.path=', 'data.val_path='))]
+    return [path for path in found if path not in ('', 'digits')]
+
+
+def packages(spec: JobSpec) -> List[str]:
+    """List the packages that every host must have."""
+    own = any(word == 'mxsimmim' or os.path.basename(word) == 'mxsimmim' for word in spec.command[:4])
+    return ['mxnet'] + ['mxsimmim'] * own + ['horovod'] * spec.horovod
+
+
+def problems(spec: JobSpec, infos: Sequence[HostInfo], facts: Sequence[Dict[str, Any]], other_python: str
+             ) -> List[str]:
+    """List what is wrong, a line a problem, with the name of its host and the way out; empty if the job can start.
+
+    Args:
+        facts: from `inspection.collect_facts` on each host, and `offset`, the seconds that its clock is ahead of ours.
+        other_python: how the user says that agents run with another Python.
     """
     lines = []
-    for site, fact in zip(sites, facts):
+    for info, fact in zip(infos, facts):
         found = list(fact['problems'])
-        for package in needed(options):
+        for package in packages(spec):
             if not fact['packages'][package]:
-                other = ('start this launcher with' if options.launcher == 'local' else
-                         'put first into --env PATH=... the folder of')
-                found.append(f"no {package} in {fact['executable']}: install it there, or {other} a Python that has it")
+                found.append(f"no {package} in {fact['executable']}: install it there, or {other_python} a Python that "
+                             'has it')
         if abs(fact['offset']) > CLOCKS:
             found.append(f"its clock is {abs(fact['offset']):.0f} s {'ahead' if fact['offset'] > 0 else 'behind'}, "
                          f'more than {CLOCKS:.0f} s: set it (timedatectl set-ntp true)')
-        if len(sites) > 1 and site.address.startswith('127.'):
-            found.append(f'other hosts cannot reach it at {site.address}: write its name or address in the network '
+        if len(infos) > 1 and info.address.startswith('127.'):
+            found.append(f'other hosts cannot reach it at {info.address}: write its name or address in the network '
                          'into the hostfile, or choose with --interface')
-        if options.horovod and len(sites) > 1 and not fact['mpi'] and fact['named'] != site.address:
+        if spec.horovod and len(infos) > 1 and not fact['mpi'] and fact['named'] != info.address:
             # Its process sets, the global one too, forget HOROVOD_GLOO_IFACE (gloo_context.cc of 0.28.1).
             found.append(f"its own name, {fact['host']}, stands for {fact['named'] or 'no address'} there, and Horovod "
-                         f"would use that: write '{site.address} {fact['host']}' into its /etc/hosts")
-        lines += [f'host {site.name}: {problem}' for problem in found]
-    lines += unequal('Python', [site.name for site in sites], [fact['python'] for fact in facts])
+                         f"would use that: write '{info.address} {fact['host']}' into its /etc/hosts")
+        lines += [f'host {info.name}: {problem}' for problem in found]
+    lines += unequal('Python', [info.name for info in infos], [fact['python'] for fact in facts])
     for package in ('mxnet', 'mxsimmim', 'horovod'):
-        have = [(site.name, fact['packages'][package]) for site, fact in zip(sites, facts)]
-        if package in needed(options) or package == 'mxsimmim':
+        have = [(info.name, fact['packages'][package]) for info, fact in zip(infos, facts)]
+        if package in packages(spec) or package == 'mxsimmim':
             have = [(name, version) for name, version in have if version]
             lines += unequal(package, [name for name, _ in have], [version for _, version in have])
     return lines
 
 
 def unequal(what: str, names: Sequence[str], versions: Sequence[str]) -> List[str]:
-    """A line for each host whose version is not the one that most hosts have (of two, the first host's)."""
+    """List, a line each, the hosts whose version is not the one that most hosts have (of two, the first host's)."""
     if not versions:
         return []
     usual = max(versions, key=list(versions).count)

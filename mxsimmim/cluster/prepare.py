@@ -1,207 +1,168 @@
-"""The beginning of a job: agents on all hosts, a look at each, and only then the processes."""
+"""Begin an attempt: agents on all hosts, an inspection of each, and only then the processes."""
 import asyncio
-import contextlib
-import os
-import re
 import secrets
-import socket
-import sys
 import time
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, List, Sequence, Tuple
 
-from mxsimmim.cluster import job as plan, mpi, options as command_line, inspection, preflight, seats, ssh
-from mxsimmim.cluster.job import Host, Site
-from mxsimmim.cluster.seats import Lost, Seat
+from mxsimmim.cluster import preflight
+from mxsimmim.cluster.backends.base import Backend
+from mxsimmim.cluster.connections import AgentConnection, Command, Lost, for_each, raise_if_any
+from mxsimmim.cluster.environment import environments
+from mxsimmim.cluster.hostfile import Host
+from mxsimmim.cluster.logs import FOLDER, remove_other_logs
+from mxsimmim.cluster.spec import (HostInfo, JobSpec, Process, describe_placement, part_of_cores, place_processes,
+                                   regroup, root)
 
-if TYPE_CHECKING:
-    from mxsimmim.cluster.supervise import Job
-
-CONNECT, PROBE, START = 30.0, 30.0, 15.0  # seconds for each step
-LOGS = 'logs'
-
-
-class Refused(ValueError):
-    """What the command said against its own configuration, in its words."""
+CONNECT, INSPECT, START = 30.0, 30.0, 15.0  # seconds for each step
 
 
-async def prepare(job: 'Job') -> None:
-    """Connects, looks at all hosts, and starts the processes.
+class ConfigurationError(ValueError):
+    """Tell what the job's command said against its own configuration, in its words."""
+
+
+def agents_of(spec: JobSpec, backend: Backend, on_event: Callable[[AgentConnection, dict], None]
+              ) -> List[AgentConnection]:
+    """Make the connections of an attempt, none of them open yet: one a host, or one a process.
 
     Raises:
+        ValueError: a host would get more workers than it takes.
+    """
+    hosts = backend.hosts(spec)
+    processes = place_processes(spec, hosts)
+    if backend.agent_per_process:
+        return [AgentConnection(hosts[process.host], [process], on_event) for process in processes]
+    shares = [[process for process in processes if process.host == number] for number in range(len(hosts))]
+    return [AgentConnection(host, share, on_event) for host, share in zip(hosts, shares) if share]
+
+
+def processes_of(agents: Sequence[AgentConnection]) -> List[Process]:
+    """List the processes of all agents: workers by index, then servers, then the scheduler."""
+    order = ['worker', 'server', 'scheduler']
+    return sorted((process for agent in agents for process in agent.processes),
+                  key=lambda process: (order.index(process.role), process.index))
+
+
+def agent_of(process: Process, agents: Sequence[AgentConnection]) -> AgentConnection:
+    """Find the agent that starts a process."""
+    return next(agent for agent in agents if process in agent.processes)
+
+
+async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnection], say: Callable[..., None]) -> None:
+    """Start the agents, inspect all hosts, and have the agents start the processes.
+
+    Args:
+        say: shows lines to the user.
+
+    Raises:
+        ConfigurationError: the command refuses its own configuration.
         ValueError: something is wrong with the hosts; a line for each problem of each.
     """
-    options = job.options
-    if options.sync_dst_dir:
-        refuse(await each(job, job.hosts, lambda host: sync(job, host)))
-    if options.launcher == 'mpi':
-        call_for_agents(job)
-    else:
-        open_seats(job)
-    problems = await each(job, job.seats, lambda seat: look(job, seat))
-    if job.seats[0].facts.get('refusal'):
-        raise Refused('\n'.join(job.seats[0].facts['refusal'] + [f'launch: error: {line}' for line in problems]))
-    if options.launcher == 'mpi':
-        if job.seats[0].silent.done():  # mpirun failed
-            problems = [f'mpirun: {line}' for line in job.seats[0].said if line.strip(' -')]
-        refuse(problems)
-        sit_down(job)
-    firsts = [next(seat for seat in job.seats if seat.host == place) for place in range(len(job.hosts))]
-    facts = [seat.facts for seat in firsts if seat.facts]
-    sites = [Site(job.name(seat), seat.facts['address'], seat.facts['interface'], seat.facts['cores'],
-                  seat.facts['gpus']) for seat in firsts if seat.facts]
-    refuse(problems + preflight.problems(sites, facts, options))
-    port, control = await meet(job, sites)
-    speaks = 'mpi' if options.launcher == 'mpi' and all(fact['mpi'] for fact in facts) else 'gloo'
-    environs = plan.environments(job.processes, sites, port, options.given, options.p3, options.devices == 'gpu',
-                                 speaks if options.horovod else '', control)
-    introduce(job, sites)
-    remove_logs(job)
+    if spec.copy:
+        targets = list(dict.fromkeys(agent.host for agent in agents))
+        raise_if_any(await for_each(targets, lambda host: copy(host, backend, spec.directory)))
+    backend.start_agents(spec, agents)
+    found = await for_each(agents, lambda agent: inspect_host(agent, spec, backend, checks=agent is agents[0]))
+    refusal = agents[0].facts.get('refusal')
+    if refusal:
+        raise ConfigurationError('\n'.join(refusal + [f'launch: error: {line}' for line in found]))
+    raise_if_any(backend.why_none_came(agents))
+    if backend.agent_per_process:
+        raise_if_any(found)
+        take_places(agents)
+    hosts = range(1 + max(agent.processes[0].host for agent in agents))
+    firsts = [next(agent for agent in agents if agent.processes[0].host == number) for number in hosts]
+    infos = [host_info(agent) for agent in firsts if agent.facts]
+    facts = [agent.facts for agent in firsts if agent.facts]
+    raise_if_any(found + preflight.problems(spec, infos, facts, backend.other_python))
+    port, control = await reserve_ports(spec, agents, infos)
+    processes = processes_of(agents)
+    mpi = backend.speaks_mpi and all(fact['mpi'] for fact in facts)
+    environs = dict(zip(processes, environments(spec, processes, infos, port, control, mpi)))
+    say(*describe_placement(infos, processes))
+    remove_other_logs(processes)
     key = secrets.token_hex(32)
-    start = {seat: [dict(role=p.role, index=p.index, argv=options.command, environ=environ, live=p[:2] == ('worker', 0),
-                         part=plan.part(p, job.processes))
-                    for p, environ in zip(job.processes, environs) if job.seat(p) is seat] for seat in job.seats}
-    refuse(await each(job, job.seats, lambda seat: seat.ask('started', START, do='start', logs=LOGS, key=key,
-                                                            processes=start[seat])))
+
+    async def start(agent: AgentConnection) -> None:
+        starts = [dict(role=process.role, index=process.index, argv=spec.command, environ=environs[process],
+                       part=part_of_cores(process, processes), live=process[:2] == ('worker', 0))
+                  for process in agent.processes]
+        await agent.request('started', START, do='start', logs=FOLDER, key=key, processes=starts)
+    raise_if_any(await for_each(agents, start))
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raises ValueError with all problems, one a line, if there are any."""
-    if problems:
-        raise ValueError('\n'.join(problems))
+async def copy(host: Host, backend: Backend, directory: str) -> None:
+    """Copy the working directory to a host.
 
-
-async def each(job: 'Job', hosts: Sequence[Any], step: Callable[[Any], Any]) -> List[str]:
-    """Does one step for all hosts at once; returns what went wrong, host by host."""
-    results = await asyncio.gather(*map(step, hosts), return_exceptions=True)
-    problems = []
-    for host, result in zip(hosts, results):
-        if isinstance(result, (Lost, ValueError)):
-            problems.append(f'host {job.name(host)}: {result}')
-        elif isinstance(result, BaseException):
-            raise result
-    return list(dict.fromkeys(problems))
-
-
-async def sync(job: 'Job', host: Host) -> None:
-    """Copies the working directory to a host."""
-    rsync = Seat(job.loop, host.name, 0, job.notice)
-    rsync.start(ssh.sync(host, job.options.sync_dst_dir))
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    argv = backend.copy_command(host, directory)
+    if not argv:
+        return
+    command = Command(argv)
     try:
-        while rsync.process.poll() is None:
+        while command.process.poll() is None:
             await asyncio.sleep(0.05)
+        if command.process.returncode:
+            await command.wait_for_last_words()
+            raise ValueError(f'--sync-dst-dir: {backend.explain(host, command.first_line())}')
     finally:
-        await rsync.end(0)
-    if rsync.process.returncode:
-        await asyncio.wait([rsync.silent], timeout=1)
-        raise ValueError(f'--sync-dst-dir: {ssh.remedy(host, rsync.first())}')
+        await command.end(0)
+        command.close()
 
 
-def open_seats(job: 'Job') -> None:
-    """Starts an agent on each host."""
-    for place, host in enumerate(job.hosts):
-        seat = Seat(job.loop, host.name, place, job.notice)
-        job.seats.append(seat)
-        if job.options.launcher == 'local':
-            seat.open([sys.executable, '-X', 'utf8', '-c', seats.BOOTSTRAP])
-        else:
-            seat.open(ssh.agent(host, sys.executable, seats.BOOTSTRAP, job.options.given['worker'].get('PATH')))
+async def inspect_host(agent: AgentConnection, spec: JobSpec, backend: Backend, checks: bool) -> None:
+    """Wait for an agent and have it find out what its host is like; `checks`: the job's configuration as well.
 
-
-def call_for_agents(job: 'Job') -> None:
-    """Has mpirun start an agent for each process."""
-    known = inspection.interfaces()
-    if job.options.interface in known:
-        addresses = [known[job.options.interface]]
-    elif job.options.hostfile or any(os.environ.get(name) for name in mpi.ALLOCATIONS):
-        addresses = sorted(known.values(), key=lambda address: address.startswith('127.'))
-    else:
-        addresses = ['127.0.0.1']
-    listener = socket.socket()
-    listener.bind((addresses[0] if len(addresses) == 1 else '', 0))
-    listener.listen(len(job.processes))
-    key = secrets.token_bytes(32)
-    hosts = job.hosts if job.options.hostfile else []
-    job.seats = [Seat(job.loop, hosts[p.host].name if hosts else '', p.host, job.notice) for p in job.processes]
-    seats.answer_calls(job.loop, listener, key, job.seats)
-    value = f"{','.join(addresses)} {listener.getsockname()[1]} {key.hex()}"
-    starter = job.seats[0]
-    command = mpi.command(job.processes, hosts, sys.executable, job.options.interface)
-    starter.start(command, {**os.environ, mpi.VARIABLE: value})
-    starter.silent.add_done_callback(lambda _: [seat.close() for seat in job.seats if not seat.channel])
-
-
-def sit_down(job: 'Job') -> None:
-    """Takes note of where mpirun has put each process."""
-    names = [seat.facts['host'] for seat in job.seats]
-    found = sorted(set(names), key=names.index)
-    job.hosts = [Host(name) for name in found]
-    job.processes = [p._replace(host=found.index(name)) for p, name in zip(job.processes, names)]
-    for seat, process in zip(job.seats, job.processes):
-        seat.host = process.host
-
-
-async def look(job: 'Job', seat: Seat) -> None:
-    """Learns what a host is like."""
-    options = job.options
+    Raises:
+        Lost: there is no agent, or no answer.
+        ValueError: the job cannot run there.
+    """
     try:
-        await seat.ask('hello', CONNECT)
+        await agent.request('hello', CONNECT)
     except Lost as error:
-        raise Lost(ssh.remedy(job.hosts[seat.host], str(error))) from None
-    needs = dict(command=options.command[0], paths=command_line.data_paths(options.command),
-                 interface=options.interface, near='127.0.0.1' if options.launcher == 'local' else '',
-                 gpus=options.devices == 'gpu', horovod=options.horovod, trial=trial(job, seat))
-    folder = ssh.directory(options.sync_dst_dir) if options.sync_dst_dir else os.getcwd()
-    environ = {name: value for name, value in options.given['worker'].items() if name == 'PATH'}
-    answer = await seat.ask('facts', PROBE, do='inspect', directory=folder, environ=environ, needs=needs)
-    seat.facts = answer['facts']
+        raise Lost(backend.explain(agent.host, str(error))) from None
+    environ = {name: value for name, value in spec.worker_variables.items() if name == 'PATH'}
+    answer = await agent.request('facts', INSPECT, do='inspect', directory=spec.directory, environ=environ,
+                                 needs=preflight.needs(spec, backend.agent_address, checks))
+    agent.facts = answer['facts']
     asked = time.time()
-    answer = await seat.ask('pong', PROBE, do='ping')
-    seat.offset = seat.facts['offset'] = answer['time'] - (asked + time.time()) / 2
+    answer = await agent.request('pong', INSPECT, do='ping')
+    agent.offset = agent.facts['offset'] = answer['time'] - (asked + time.time()) / 2
 
 
-def trial(job: 'Job', seat: Seat) -> Tuple[List[str], Dict[str, Optional[str]]]:
-    """What the host of worker 0, where the job's files are, runs once to check the configuration: words, variables."""
-    options = job.options
-    words = command_line.trial(options.command) if seat is job.seats[0] else []
-    return words, plan.trial_environment(job.processes, options.given, options.p3, options.horovod)
+def take_places(agents: Sequence[AgentConnection]) -> None:
+    """Note on which hosts the backend has put the processes, an agent each."""
+    placed = regroup([agent.processes[0] for agent in agents], [agent.facts['host'] for agent in agents])
+    for agent, process in zip(agents, placed):
+        agent.processes = [process]
 
 
-def remove_logs(job: 'Job') -> None:
-    """Removes logs of an earlier job with more processes, which would look like this one's."""
-    mine = {f'{process.role}-{process.index}.log' for process in job.processes}
-    for name in os.listdir(LOGS) if os.path.isdir(LOGS) else ():
-        if re.fullmatch(r'(worker|server|scheduler)-\d+\.log', name) and name not in mine:
-            with contextlib.suppress(OSError):  # of somebody else
-                os.remove(os.path.join(LOGS, name))
+def host_info(agent: AgentConnection) -> HostInfo:
+    """Describe the host of an agent that has inspected it."""
+    facts = agent.facts
+    return HostInfo(agent.name, facts['address'], facts['interface'], facts['cores'], facts['gpus'])
 
 
-async def meet(job: 'Job', sites: Sequence[Site]) -> Tuple[int, str]:
-    """Settles where the job meets, so that every host gets there: the port of the scheduler or of Horovod's rendezvous,
-    and address:port of the control plane."""
-    async def reserve(process: plan.Process, how: str) -> Tuple[str, int]:
-        address, answers = sites[process.host].address, []
+async def reserve_ports(spec: JobSpec, agents: Sequence[AgentConnection], infos: Sequence[HostInfo]
+                        ) -> Tuple[int, str]:
+    """Reserve the ports where the job's processes meet, and make sure that every host gets through to them.
 
-        async def ask(seat: Seat) -> None:
-            answers.append(await seat.ask('reserved', START, do=how, address=address))
-        refuse(await each(job, [job.seat(process)], ask))
-        port = answers[0]['port']
-        refuse(await each(job, job.seats,
-                          lambda seat: seat.ask('reached', START, do='reach', address=address, port=port)))
-        return address, port
-    root = next((p for p in job.processes if p.role == 'scheduler'), job.processes[0])
-    _, port = await reserve(root, 'rendezvous' if job.options.horovod else 'reserve')
-    return port, '%s:%d' % await reserve(job.processes[0], 'reserve')
+    Returns:
+        the port of the scheduler or of Horovod's rendezvous; address:port of the control plane.
 
+    Raises:
+        ValueError: a host cannot reach them.
+    """
+    async def reserve(process: Process, how: str) -> Tuple[str, int]:
+        address, ports = infos[process.host].address, []
 
-def introduce(job: 'Job', sites: Sequence[Site]) -> None:
-    """Says what runs where, and over which network."""
-    networks: Dict[str, List[str]] = {}
-    for site in sites:
-        networks.setdefault(site.interface, []).append(site.address)
-    job.terminal.say('network: ' + '; '.join(f'{name}, {" ".join(found)}' for name, found in networks.items()))
-    for place, site in enumerate(sites):
-        here = [process for process in job.processes if process.host == place]
-        roles = {process.role: [str(other.index) for other in here if other.role == process.role] for process in here}
-        job.terminal.say(f'{site.name}: ' + ', '.join(
-            role if role == 'scheduler' else ' '.join([role + 's' * (len(indices) > 1)] + indices)
-            for role, indices in roles.items()))
+        async def ask(agent: AgentConnection) -> None:
+            ports.append((await agent.request('reserved', START, do=how, address=address))['port'])
+        raise_if_any(await for_each([agent_of(process, agents)], ask))
+        raise_if_any(await for_each(agents, lambda agent: agent.request('reached', START, do='reach', address=address,
+                                                                        port=ports[0])))
+        return address, ports[0]
+    processes = processes_of(agents)
+    _, port = await reserve(root(processes), 'rendezvous' if spec.horovod else 'reserve')
+    return port, '%s:%d' % await reserve(processes[0], 'reserve')

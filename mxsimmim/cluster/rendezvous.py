@@ -1,4 +1,4 @@
-"""Where Horovod's ranks find one another: a small HTTP store of byte strings. Part of what is sent to every host.
+"""Let Horovod's ranks find one another: a small HTTP store of byte strings. Sent to every host.
 
 Gloo asks for ``/scope/key`` by GET until it is there (404 until then). In each scope, rank 3 PUTs its address as ``3``
 and a word about it as ``rank_3``, and DELETEs ``3`` when it is connected to all. Others may still be reading then, so a
@@ -12,7 +12,7 @@ DEADLINE = 5.0  # seconds for one request, so that a stranger's silence costs no
 
 
 class Rendezvous:
-    """Serves one connection a request, as HTTP/1.0 does."""
+    """Serve one connection a request, as HTTP/1.0 does."""
 
     def __init__(self) -> None:
         self.scopes: Dict[str, Dict[str, bytes]] = {}

@@ -1,4 +1,4 @@
-"""Writing to the terminal without waiting for it."""
+"""Write to the terminal without waiting for it."""
 import os
 import queue
 import threading
@@ -8,7 +8,7 @@ from mxsimmim.system.text import encode, shown
 
 
 class Terminal:
-    """Writes for the job without ever keeping it waiting: a stopped terminal or a slow pipe costs lines, not time.
+    """Write for the job without ever keeping it waiting: a stopped terminal or a slow pipe costs lines, not time.
 
     One daemon thread writes; the process may end while it is stuck.
     """
@@ -19,7 +19,7 @@ class Terminal:
         threading.Thread(target=self._write, daemon=True).start()
 
     def put(self, stream: int, data: bytes, missed: int = 0) -> None:
-        """Output of rank 0, as it came: `stream` is 0 for standard output, 1 for standard error."""
+        """Queue output of rank 0, as it came: `stream` is 0 for standard output, 1 for standard error."""
         self.missed += missed
         try:
             self.queue.put_nowait((stream + 1, data))
@@ -27,11 +27,11 @@ class Terminal:
             self.missed += 1
 
     def say(self, *lines: str) -> None:
-        """Lines of the launcher's own."""
+        """Queue lines of the launcher's own."""
         self.put(1, encode(shown(''.join(f'launch: {line}\n' for line in lines))))
 
     def flush(self, seconds: float = 5.0) -> None:
-        """Waits until all is written, not longer than `seconds`."""
+        """Wait until all is written, not longer than `seconds`."""
         if self.missed:
             self.say(f'{self.missed} blocks of output were not shown here; the logs have them')
         limit = time.monotonic() + seconds

@@ -5,16 +5,35 @@ import shlex
 import socket
 import subprocess
 import sys
-from argparse import Namespace
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from mxsimmim.cluster import inspection, job, mpi, options, preflight, seats, ssh
+from mxsimmim.cluster import connections, environment, inspection, options, preflight
+from mxsimmim.cluster.backends import mpi, ssh
+from mxsimmim.cluster.callback import BOOTSTRAP
+from mxsimmim.cluster.connections import Command
+from mxsimmim.cluster.hostfile import Host, read_hostfile
 from mxsimmim.cluster.messages import MessageStream
-from mxsimmim.cluster.job import Host, Process, Site
 from mxsimmim.cluster.rendezvous import Rendezvous
+from mxsimmim.cluster.spec import (HostInfo, JobSpec, Process, describe_placement, part_of_cores, place_processes,
+                                   regroup)
 
 TWO = [Host('a'), Host('b')]
+
+
+def job(workers, servers=0, command=('x',), **changes):
+    return JobSpec(command, workers, servers, **changes)
+
+
+def test_a_job_does_not_change():
+    parsed = options.job_spec(options.parse(['-n', '1', '--env', 'A=1', 'x', 'y']))
+    assert parsed == job(1, 1, ('x', 'y'), directory=os.getcwd(), worker_variables=parsed.worker_variables,
+                         server_variables=parsed.server_variables)
+    with pytest.raises(FrozenInstanceError):
+        parsed.workers = 2
+    with pytest.raises(TypeError):
+        parsed.worker_variables['A'] = '2'
 
 
 @pytest.mark.parametrize('line, host', [
@@ -26,7 +45,7 @@ TWO = [Host('a'), Host('b')]
     ('[::1]', Host('::1')), ('[fe80::1%eth0]:22 slots=3', Host('fe80::1%eth0', 22, 3)),
     ('me@[::1]:22', Host('me@::1', 22)), ('fe80::1%eth0', Host('fe80::1%eth0'))])
 def test_a_line_of_the_hostfile(line, host):
-    assert job.read_hostfile(f'# hosts\n\n  {line}\r\n', 'hosts') == [host]
+    assert read_hostfile(f'# hosts\n\n  {line}\r\n', 'hosts') == [host]
 
 
 @pytest.mark.parametrize('line, part', [
@@ -39,13 +58,13 @@ def test_a_line_of_the_hostfile(line, host):
     ('-x@a', 'is not a host'), ('first', 'stands in line 1 already'), ('$(reboot)', 'is not a host')])
 def test_a_bad_line_of_the_hostfile_is_named(line, part):
     with pytest.raises(ValueError) as error:
-        job.read_hostfile(f'first\n# two\n{line}\nlast', 'my/hosts')
+        read_hostfile(f'first\n# two\n{line}\nlast', 'my/hosts')
     assert str(error.value).startswith('my/hosts:3: ') and part in str(error.value)
 
 
 def test_an_empty_hostfile():
     with pytest.raises(ValueError, match='^hosts: no host in it'):
-        job.read_hostfile('# none\n\n', 'hosts')
+        read_hostfile('# none\n\n', 'hosts')
 
 
 @pytest.mark.parametrize('workers, slots, horovod, expected', [
@@ -54,29 +73,48 @@ def test_an_empty_hostfile():
     (6, [2, 1], True, [0, 0, 0, 0, 1, 1]), (1, [1, 5], False, [0])])
 def test_workers_go_round_the_hosts_by_slots(workers, slots, horovod, expected):
     hosts = [Host(f'h{n}', None, slot) for n, slot in enumerate(slots)]
-    placed = job.place(workers, 0 if horovod else 3, hosts, horovod)
+    placed = place_processes(job(workers, 0 if horovod else 3, horovod=horovod), hosts)
     assert [p for p in placed if p.role == 'worker'] == [Process('worker', n, host) for n, host in enumerate(expected)]
     others = [] if horovod else [('server', n, n % len(hosts)) for n in range(3)] + [('scheduler', 0, 0)]
     assert placed[workers:] == others
 
 
-SITES = [Site('a', '10.0.0.1', 'eth0', 8, ('0', '1', '2', '3')), Site('b', '10.0.0.2', 'ib0', 3, ('4', '5', '6'))]
-NONE = {'worker': {}, 'server': {}}
+@pytest.mark.parametrize('names, hosts', [('aaa', [0, 0, 0]), ('aba', [0, 1, 0]), ('bab', [0, 1, 0]),
+                                          ('cab', [0, 1, 2])])
+def test_hosts_that_others_have_chosen_are_numbered_as_they_come(names, hosts):
+    processes = place_processes(job(2, 1), TWO)[:3]
+    assert regroup(processes, names) == [process._replace(host=host) for process, host in zip(processes, hosts)]
+
+
+INFOS = [HostInfo('a', '10.0.0.1', 'eth0', 8, ('0', '1', '2', '3')),
+         HostInfo('b', '10.0.0.2', 'ib0', 3, ('4', '5', '6'))]
+
+
+@pytest.mark.parametrize('spec, infos, lines', [
+    (job(3, 1), INFOS,
+     ['network: eth0, 10.0.0.1; ib0, 10.0.0.2', 'a: workers 0 2, server 0, scheduler', 'b: worker 1']),
+    (job(3, horovod=True), [INFOS[0], INFOS[1]._replace(interface='eth0')],
+     ['network: eth0, 10.0.0.1 10.0.0.2', 'a: workers 0 1', 'b: worker 2'])])
+def test_what_runs_where_is_told(spec, infos, lines):
+    assert describe_placement(infos, place_processes(spec, TWO)) == lines
+
+
+def environments(spec, port=9000, **keys):
+    return environment.environments(spec, place_processes(spec, TWO), INFOS, port, **keys)
 
 
 def test_the_environment_of_parameter_servers():
-    processes = job.place(3, 2, TWO)
-    environs = job.environments(processes, SITES, 9000, {'worker': {'A': 'w'}, 'server': {'A': 's'}}, p3=True,
-                                control='10.0.0.1:9001')
+    environs = environments(job(3, 2, p3=True, worker_variables={'A': 'w'}, server_variables={'A': 's'}),
+                            control='10.0.0.1:9001')
     common = {'DMLC_PS_ROOT_URI': '10.0.0.1', 'DMLC_PS_ROOT_PORT': '9000', 'DMLC_NUM_WORKER': '3',
               'DMLC_NUM_SERVER': '2', 'DMLC_PS_VAN_TYPE': 'p3', 'PYTHONUNBUFFERED': '1', 'PYTHONFAULTHANDLER': '1',
               'HOROVOD_RANK': None, 'HOROVOD_SIZE': None, 'OMPI_COMM_WORLD_RANK': None, 'OMPI_COMM_WORLD_SIZE': None,
-              **job.KEPT}
+              **environment.KEPT}
     own = [('worker', 'DMLC_WORKER_ID', '0', 0, '4'), ('worker', 'DMLC_WORKER_ID', '1', 1, '3'),
            ('worker', 'DMLC_WORKER_ID', '2', 0, '4'), ('server', 'DMLC_SERVER_ID', '0', 0, '4'),
            ('server', 'DMLC_SERVER_ID', '1', 1, '3')]
     for environ, (role, name, index, host, threads) in zip(environs, own):
-        assert environ == {**common, 'DMLC_ROLE': role, name: index, 'DMLC_NODE_HOST': SITES[host].address,
+        assert environ == {**common, 'DMLC_ROLE': role, name: index, 'DMLC_NODE_HOST': INFOS[host].address,
                            'MXSIMMIM_CONTROL': '10.0.0.1:9001' if role == 'worker' else None,
                            'OMP_NUM_THREADS': threads, 'A': role[0]}
     assert environs[5] == {**common, 'DMLC_ROLE': 'scheduler', 'DMLC_NODE_HOST': '10.0.0.1', 'OMP_NUM_THREADS': '4',
@@ -84,42 +122,39 @@ def test_the_environment_of_parameter_servers():
 
 
 def test_the_environment_of_horovod():
-    processes = job.place(3, 0, TWO, horovod=True)
-    environs = job.environments(processes, SITES, 9000, {'worker': {'OMP_NUM_THREADS': '7'}, 'server': {}},
-                                horovod='gloo', control='10.0.0.1:9001')
+    spec = job(3, horovod=True, worker_variables={'OMP_NUM_THREADS': '7'})
     names = 'RANK', 'SIZE', 'LOCAL_RANK', 'LOCAL_SIZE', 'CROSS_RANK', 'CROSS_SIZE', 'HOSTNAME', 'GLOO_IFACE'
     table = [('0', '3', '0', '2', '0', '2', 'a', 'eth0'), ('1', '3', '1', '2', '0', '1', 'a', 'eth0'),
              ('2', '3', '0', '1', '1', '2', 'b', 'ib0')]
-    for environ, row in zip(environs, table):
+    for environ, row in zip(environments(spec, control='10.0.0.1:9001'), table):
         assert environ == {**{f'HOROVOD_{name}': value for name, value in zip(names, row)}, 'OMP_NUM_THREADS': '7',
                            'HOROVOD_CONTROLLER': 'gloo', 'HOROVOD_CPU_OPERATIONS': 'gloo', 'PYTHONUNBUFFERED': '1',
                            'PYTHONFAULTHANDLER': '1',
                            'HOROVOD_GLOO_RENDEZVOUS_ADDR': '10.0.0.1', 'HOROVOD_GLOO_RENDEZVOUS_PORT': '9000',
                            'NCCL_SOCKET_IFNAME': row[-1], 'DMLC_ROLE': None, 'MXSIMMIM_FIRST_RANKS': '0,2',
                            'MXSIMMIM_CONTROL': '10.0.0.1:9001'}
-    by_mpi = job.environments(processes, SITES, 9000, NONE, horovod='mpi')[0]
+    by_mpi = environments(spec, mpi=True)[0]
     assert by_mpi['HOROVOD_RANK'] == '0' and not any('GLOO' in name or 'CONTROLLER' in name for name in by_mpi)
-    on_gpus = job.environments(processes, SITES, 9000, NONE, gpus=True, horovod='gloo')[0]
-    assert on_gpus['MXSIMMIM_FIRST_RANKS'] is None
+    assert environments(job(3, horovod=True, gpus=True))[0]['MXSIMMIM_FIRST_RANKS'] is None
 
 
 def test_gpus_are_divided_among_the_workers_of_a_host():
-    environs = job.environments(job.place(3, 1, TWO), SITES, 1, NONE, gpus=True)
+    environs = environments(job(3, 1, gpus=True))
     assert [environ['CUDA_VISIBLE_DEVICES'] for environ in environs] == ['0,1', '4,5,6', '2,3', '', '']
     with pytest.raises(ValueError, match='host b has 3 GPUs for 4 workers'):
-        job.environments(job.place(8, 1, TWO), SITES, 1, NONE, gpus=True)
+        environments(job(8, 1, gpus=True))
 
 
 def test_cores_are_divided_but_never_to_nothing():
-    environs = job.environments(job.place(8, 1, TWO), SITES, 1, NONE)
+    environs = environments(job(8, 1))
     assert [environ['OMP_NUM_THREADS'] for environ in environs] == ['2', '1'] * 4 + ['2', '2']
 
 
 @pytest.mark.parametrize('horovod, expected', [
     (False, [(0, 2), (0, 1), (1, 2), (0, 1), (0, 1)]), (True, [(0, 2), (1, 2), (0, 1)])])
 def test_workers_of_a_host_divide_its_cores(horovod, expected):
-    processes = job.place(3, 1, TWO, horovod)
-    assert [job.part(process, processes) for process in processes] == expected
+    processes = place_processes(job(3, 1, horovod=horovod), TWO)
+    assert [part_of_cores(process, processes) for process in processes] == expected
 
 
 @pytest.mark.parametrize('argv, own, command', [
@@ -158,32 +193,58 @@ def test_options(monkeypatch):
     assert options.parse(['-n', '4', '--horovod', 'x']).num_servers == 0
 
 
+HOSTS = (Host('a'), Host('b', 22))
+
+
+@pytest.mark.parametrize('words, expected', [
+    ('-n 2 x', dict(servers=2)), ('-n 2 --horovod --devices gpu x', dict(horovod=True, gpus=True)),
+    ('-n 2 -H hosts --interface ib0 --p3 x', dict(servers=2, hosts=HOSTS, interface='ib0', p3=True)),
+    ('-n 2 -H hosts --sync-dst-dir ~/x x', dict(servers=2, hosts=HOSTS, directory='x', copy=True)),
+    ('-n 2 -H hosts --sync-dst-dir ~/ x', dict(servers=2, hosts=HOSTS, directory='.', copy=True)),
+    ('-n 2 -H hosts --sync-dst-dir /x x', dict(servers=2, hosts=HOSTS, directory='/x', copy=True))])
+def test_the_job_of_options(words, expected, tmp_path, monkeypatch):
+    (tmp_path / 'hosts').write_text('a\nb:22\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    made = options.job_spec(options.parse(words.split()))
+    assert made == job(2, **{'directory': str(tmp_path), **expected, 'worker_variables': {}, 'server_variables': {}})
+
+
+@pytest.mark.parametrize('words, threads', [('-n 1 x', '5'), ('-n 1 --env OMP_NUM_THREADS=3 x', '3'),
+                                            ('-n 1 --launcher mpi x', None)])
+def test_threads_that_the_user_set_here_hold_for_this_machine_alone(words, threads, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '5')
+    made = options.job_spec(options.parse(words.split()))
+    assert made.worker_variables.get('OMP_NUM_THREADS') == made.server_variables.get('OMP_NUM_THREADS') == threads
+
+
 def test_data_paths():
     words = ['x', 'data.path=/a b', 'data.path=digits', 'data.val_path=v', 'data.threads=2', 'data.path=']
-    assert options.data_paths(words) == ['/a b', 'v']
+    assert preflight.data_paths(words) == ['/a b', 'v']
 
 
 def test_the_ssh_command_runs_python_with_any_shell():
-    command = ssh.agent(Host('me@::1', 2222), '/no/such/python', 'print("it\'s", 1)')
+    command = ssh.agent_command(Host('me@::1', 2222), '/no/such/python', 'print("it\'s", 1)')
     assert command[0] == 'ssh' and command[-3:-1] == ['--', 'me@::1'] and command[-5:-3] == ['-p', '2222']
     assert {'BatchMode=yes', 'ConnectTimeout=10', 'ServerAliveInterval=3'} < set(command)
     for shell in ['sh', 'bash']:
         assert subprocess.check_output([shell, '-c', command[-1]]) == b"it's 1\n"
-    mine = ssh.agent(Host('a'), sys.executable, 'import sys; print(sys.executable)')[-1]
+    mine = ssh.agent_command(Host('a'), sys.executable, 'import sys; print(sys.executable)')[-1]
     assert subprocess.check_output(['sh', '-c', mine]).decode().strip() == sys.executable
 
 
 def test_a_path_of_the_users_finds_python(tmp_path):
     (tmp_path / 'python3').write_text('#!/bin/sh\necho mine\n')
     (tmp_path / 'python3').chmod(0o755)
-    command = ssh.agent(Host('a'), sys.executable, 'x', f'{tmp_path}:/bin')[-1]
+    command = ssh.agent_command(Host('a'), sys.executable, 'x', f'{tmp_path}:/bin')[-1]
     assert subprocess.check_output(['/bin/sh', '-c', command]) == b'mine\n'
-    nothing = subprocess.run(['/bin/sh', '-c', ssh.agent(Host('a'), '/x', 'y', '/nowhere')[-1]], stderr=subprocess.PIPE)
+    command = ssh.agent_command(Host('a'), '/x', 'y', '/nowhere')[-1]
+    nothing = subprocess.run(['/bin/sh', '-c', command], stderr=subprocess.PIPE)
     assert nothing.returncode == 127 and b'no Python: ' in nothing.stderr
 
 
 def test_the_rsync_command():
-    command = ssh.sync(Host('me@::1', 2222), "~/my 'dir'")
+    command = ssh.copy_command(Host('me@::1', 2222), "my 'dir'")
     assert command[0] == 'rsync' and command[-1] == "me@[::1]:my 'dir'/" and command[-4].endswith('-p 2222')
     assert '--rsync-path=mkdir -p ' + shlex.quote("my 'dir'") + ' && rsync' in command
     assert {'--exclude=/runs', '--exclude=/logs', '--exclude=.git', '--exclude=.venv'} < set(command)
@@ -194,20 +255,20 @@ def test_the_rsync_command():
     ('me@a: Permission denied (publickey).', 'ssh-copy-id -p 22 a'), ('Host key verification failed.', 'ssh -p 22 a'),
     ('ssh: connect to host a port 22: Connection refused', 'does sshd run'), ('something new', 'something new')])
 def test_what_ssh_says_and_what_to_do(said, part):
-    assert ssh.remedy(Host('a', 22), said).startswith(said) and part in ssh.remedy(Host('a', 22), said)
+    assert ssh.explain(Host('a', 22), said).startswith(said) and part in ssh.explain(Host('a', 22), said)
 
 
 def test_the_mpirun_command_holds_no_secret():
-    agent = ['-x', 'MXSIMMIM_LAUNCH', 'py', '-X', 'utf8', '-c', mpi.BOOTSTRAP]
+    agent = ['-x', 'MXSIMMIM_LAUNCH', 'py', '-X', 'utf8', '-c', BOOTSTRAP]
     start = ['mpirun', '--oversubscribe', '--bind-to', 'none']
-    assert mpi.command(job.place(2, 1, [Host('')]), [], 'py', '') == start + ['-np', '4'] + agent
+    assert mpi.mpirun(place_processes(job(2, 1), [Host('')]), [], 'py', '') == start + ['-np', '4'] + agent
     network = ['--mca', 'btl_tcp_if_include', 'ib0']
-    processes = job.place(3, 1, [Host('a'), Host('b', None, 2)])  # a b b, a, a
-    assert mpi.command(processes, [Host('a'), Host('b')], 'py', 'ib0') == (
+    processes = place_processes(job(3, 1), [Host('a'), Host('b', None, 2)])  # a b b, a, a
+    assert mpi.mpirun(processes, [Host('a'), Host('b')], 'py', 'ib0') == (
         start + network + ['--host', 'a:1', '-np', '1'] + agent + [':', '--host', 'b:2', '-np', '2'] + agent
         + [':', '--host', 'a:2', '-np', '2'] + agent)
     with pytest.raises(ValueError, match="host 'b': mpirun takes neither"):
-        mpi.command(processes, [Host('a'), Host('b', 2222)], 'py', '')
+        mpi.mpirun(processes, [Host('a'), Host('b', 2222)], 'py', '')
 
 
 def fact(**changes):
@@ -216,8 +277,8 @@ def fact(**changes):
 
 
 def checked(*facts, command='mxsimmim', horovod=False):
-    sites = [Site(name, f'10.0.0.{n}', 'eth0', 1) for n, name in zip(range(1, 9), 'abcdefgh')]
-    return preflight.problems(sites[:len(facts)], facts, Namespace(command=[command], horovod=horovod, launcher='ssh'))
+    infos = [HostInfo(name, f'10.0.0.{n}', 'eth0', 1) for n, name in zip(range(1, 9), 'abcdefgh')]
+    return preflight.problems(job(2, command=(command,), horovod=horovod), infos[:len(facts)], facts, 'take')
 
 
 def test_hosts_that_agree_have_no_problem():
@@ -230,7 +291,8 @@ def test_hosts_that_agree_have_no_problem():
     (dict(problems=['no x']), False, 'no x'), (dict(python='3.8'), False, 'Python 3.8, but a has 3.11'),
     (dict(packages={'mxnet': '2.0', 'mxsimmim': '0.1.0', 'horovod': None}), False, 'mxnet 2.0, but a has 1.9.1'),
     (dict(packages={'mxnet': '1.9.1', 'mxsimmim': '0.2', 'horovod': None}), False, 'mxsimmim 0.2, but a has 0.1.0'),
-    (dict(packages={'mxnet': None, 'mxsimmim': '0.1.0', 'horovod': None}), False, 'no mxnet in /py'),
+    (dict(packages={'mxnet': None, 'mxsimmim': '0.1.0', 'horovod': None}), False,
+     'no mxnet in /py: install it there, or take a Python that has it'),
     (dict(packages={'mxnet': '1.9.1', 'mxsimmim': None, 'horovod': None}), False, 'no mxsimmim in /py'),
     (dict(offset=31.4), False, 'its clock is 31 s ahead'), (dict(offset=-99.0), False, 'its clock is 99 s behind'),
     (dict(named='127.0.1.1', host='hb'), True, "hb, stands for 127.0.1.1 there")])
@@ -248,8 +310,8 @@ def test_all_problems_of_all_hosts_are_told_at_once():
 
 
 def test_a_loopback_address_does_not_serve_several_hosts():
-    sites = [Site('localhost', '127.0.0.1', 'lo', 1), Site('b', '10.0.0.2', 'eth0', 1)]
-    lines = preflight.problems(sites, [fact(), fact()], Namespace(command=['x'], horovod=False, launcher='ssh'))
+    infos = [HostInfo('localhost', '127.0.0.1', 'lo', 1), HostInfo('b', '10.0.0.2', 'eth0', 1)]
+    lines = preflight.problems(job(2), infos, [fact(), fact()], '')
     assert len(lines) == 1 and 'host localhost: other hosts cannot reach it at 127.0.0.1' in lines[0]
 
 
@@ -270,7 +332,8 @@ def test_versions_are_found_without_importing(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / '__init__.py').write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    assert (inspection.version('one'), inspection.version('two'), inspection.version('three')) == ('1.2', 'unknown', None)
+    versions = [inspection.version(name) for name in ('one', 'two', 'three')]
+    assert versions == ['1.2', 'unknown', None]
     assert inspection.version('mxnet') == '1.9.1' and inspection.version('mxsimmim') == '0.1.0'
 
 
@@ -280,7 +343,7 @@ def test_gpus_of_a_user_who_restricts_them():
 
 
 def test_what_is_sent_to_a_host_is_all_it_needs():
-    text = seats.program('tail(sys.argv[1])').decode()
+    text = connections.program('tail(sys.argv[1])').decode()
     call = "sys.modules['mxsimmim.cluster.agent'].tail"
     code = text.replace(call, 'print(' + call)
     subprocess.run([sys.executable, '-I', '-S', '-c', code.rstrip() + ')', os.devnull], check=True, cwd='/')
@@ -353,16 +416,14 @@ def test_the_rendezvous_forgets_a_scope_when_all_ranks_are_through():
 
 def test_a_line_that_comes_in_pieces_is_one():
     """A crashing agent writes its report word by word."""
-    loop, (reader, writer) = asyncio.new_event_loop(), os.pipe()
-    try:
-        seat = seats.Seat(loop, 'a', 0, lambda *_: None)
-        with open(reader, 'rb', buffering=0) as stream:
-            seat.process = Namespace(stderr=stream)
-            for piece in (b'  File "x.py", line 3', b' in ', b'<module>\nlast', b' words\n'):
-                os.write(writer, piece)
-                seat.listen()
-        assert seat.said == ['  File "x.py", line 3 in <module>', 'last words', '']
-        assert (seat.first(), seat.last()) == ('File "x.py", line 3 in <module>', 'last words')
-    finally:
-        os.close(writer)
-        loop.close()
+    pieces = ['  File "x.py", line 3', ' in ', '<module>\\nlast', ' words\\n']
+    script = '; sleep 0.1; '.join(f"printf '{piece}' >&2" for piece in pieces)
+
+    async def hear():
+        command = Command(['sh', '-c', script])
+        await asyncio.wait_for(command.silent, 10)
+        await command.end(0)
+        command.close()
+        return command.lines, command.first_line(), command.last_line()
+    assert asyncio.run(hear()) == (['  File "x.py", line 3 in <module>', 'last words', ''],
+                                   'File "x.py", line 3 in <module>', 'last words')

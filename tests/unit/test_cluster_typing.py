@@ -1,15 +1,17 @@
 """What people type for the launcher who know others: hostfiles and options of mpirun, torchrun, horovodrun."""
 import pytest
 
-from mxsimmim.cluster import job, options, ssh
-from mxsimmim.cluster.job import Host
+from mxsimmim.cluster import options
+from mxsimmim.cluster.backends import ssh
+from mxsimmim.cluster.hostfile import Host, read_hostfile
+from mxsimmim.cluster.spec import JobSpec, place_processes
 
 
 def test_no_more_workers_than_a_host_takes():
     hosts = [Host('a', None, 1, 2), Host('b')]
-    assert [p.host for p in job.place(4, 0, hosts, horovod=True)] == [0, 0, 1, 1]
+    assert [p.host for p in place_processes(JobSpec(('x',), 4, horovod=True), hosts)] == [0, 0, 1, 1]
     with pytest.raises(ValueError) as error:
-        job.place(5, 0, hosts, horovod=True)
+        place_processes(JobSpec(('x',), 5, horovod=True), hosts)
     assert str(error.value) == ('5 workers are 3 for host a, which takes max_slots=2: start fewer, add hosts, or '
                                 'raise it')
 
@@ -21,7 +23,7 @@ def test_a_hostfile_of_another_editor(content, hosts, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     for words in (['-H=~/hosts'], ['-H~/hosts'], ['--hostfile=~/hosts'], ['-H', '~/hosts']):
         given = options.parse(['-n', '1', *words, 'x'])
-        assert job.read_hostfile(options.contents(given.hostfile), 'hosts') == hosts
+        assert read_hostfile(options.contents(given.hostfile), 'hosts') == hosts
 
 
 @pytest.mark.parametrize('name, complaint', [
@@ -54,5 +56,5 @@ def test_none_of_their_options_is_ours():
 
 def test_a_port_that_looks_like_a_number_of_processes():
     said = 'ssh: connect to host a port 4: Connection refused'
-    assert ssh.remedy(Host('a', 4), said).endswith('The hostfile takes host:port; for 4 workers write a slots=4)')
-    assert ssh.remedy(Host('a', 22), said).endswith('The hostfile takes host:port)')
+    assert ssh.explain(Host('a', 4), said).endswith('The hostfile takes host:port; for 4 workers write a slots=4)')
+    assert ssh.explain(Host('a', 22), said).endswith('The hostfile takes host:port)')

@@ -1,13 +1,17 @@
-"""Hosts reached over ssh: the commands that start an agent on each, and that copy the working directory there."""
+"""Run a job on hosts that are reached over ssh: an agent on each, and a copy of the working directory by rsync."""
 import shlex
+import sys
 from typing import List, Optional, Sequence
 
-from mxsimmim.cluster.job import Host
+from mxsimmim.cluster.backends.base import Backend
+from mxsimmim.cluster.connections import BOOTSTRAP, AgentConnection
+from mxsimmim.cluster.hostfile import Host
+from mxsimmim.cluster.spec import JobSpec
 
 # Never a question; a host that vanishes is noticed in some 9 s; a connection of its own, whatever the user shares.
 OPTIONS = ('-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=3', '-o',
            'ServerAliveCountMax=3', '-o', 'ControlPath=none', '-o', 'ClearAllForwardings=yes')
-LEFT_OUT = ('/runs', '/logs', '.git', '.venv', '__pycache__')  # by --sync-dst-dir
+LEFT_OUT = ('/runs', '/logs', '.git', '.venv', '__pycache__')  # of the copy
 REMEDIES = (('not resolve', 'correct the name in the hostfile, or give it a HostName in ~/.ssh/config'),
             ('Permission denied', 'copy your key there: ssh-copy-id {host}; if it has a passphrase: ssh-add'),
             ('Host key verification failed', 'look at its key and accept it, once: ssh {host}'),
@@ -16,8 +20,25 @@ REMEDIES = (('not resolve', 'correct the name in the hostfile, or give it a Host
             ('timed out', 'is the host up, and on this network?'), ('No route', 'is the host up, and on this network?'))
 
 
-def agent(host: Host, python: str, bootstrap: str, path: Optional[str] = None) -> List[str]:
-    """The command whose standard input and output become the channel to the agent on `host`.
+class SshBackend(Backend):
+    """Start an agent on each host of the hostfile, through a connection of ssh that lasts as long as the job."""
+
+    def hosts(self, spec: JobSpec) -> Sequence[Host]:
+        return spec.hosts
+
+    def start_agents(self, spec: JobSpec, agents: Sequence[AgentConnection]) -> None:
+        for agent in agents:
+            agent.open(agent_command(agent.host, sys.executable, BOOTSTRAP, spec.worker_variables.get('PATH')))
+
+    def explain(self, host: Host, said: str) -> str:
+        return explain(host, said)
+
+    def copy_command(self, host: Host, directory: str) -> List[str]:
+        return copy_command(host, directory)
+
+
+def agent_command(host: Host, python: str, bootstrap: str, path: Optional[str] = None) -> List[str]:
+    """Build the command whose standard input and output carry the messages of the agent on `host`.
 
     The agent's Python is `python`, the launcher's own, where the host has it, else ``python3``; with `path`, the PATH
     that the user gives to the job, it is that PATH's ``python3``.
@@ -33,8 +54,8 @@ def agent(host: Host, python: str, bootstrap: str, path: Optional[str] = None) -
     return ['ssh', '-T', *OPTIONS, *port, '--', host.name, 'exec /bin/sh -c ' + shlex.quote(script)]
 
 
-def remedy(host: Host, said: str) -> str:
-    """What ssh said last, and what to do about it."""
+def explain(host: Host, said: str) -> str:
+    """Add to what ssh or rsync said what to do about it."""
     for part, way_out in REMEDIES:
         if part in said:
             port = f'-p {host.port} ' if host.port else ''
@@ -45,16 +66,10 @@ def remedy(host: Host, said: str) -> str:
     return said
 
 
-def directory(folder: str) -> str:
-    """A folder on a host: absolute, or counted from the home directory, where ssh begins."""
-    return folder[2:] or '.' if folder.startswith('~/') else folder
-
-
-def sync(host: Host, folder: str) -> List[str]:
-    """The rsync command that copies the working directory, but for runs, logs and what is made anew, to a host."""
+def copy_command(host: Host, directory: str) -> List[str]:
+    """Build the rsync that copies the working directory to a host, but for runs, logs and what is made anew."""
     words: Sequence[str] = ['ssh', *OPTIONS, *(['-p', str(host.port)] if host.port else [])]
     user, at, name = host.name.rpartition('@')
     name = f'[{name}]' if ':' in name else name
-    folder = directory(folder)
     return ['rsync', '-azs', '--timeout=30', *(f'--exclude={pattern}' for pattern in LEFT_OUT), '-e', ' '.join(words),
-            f'--rsync-path=mkdir -p {shlex.quote(folder)} && rsync', './', f'{user}{at}{name}:{folder}/']
+            f'--rsync-path=mkdir -p {shlex.quote(directory)} && rsync', './', f'{user}{at}{name}:{directory}/']

@@ -1,0 +1,31 @@
+"""The launcher's command: from its words to its exit status."""
+import sys
+from typing import Sequence
+
+from mxsimmim.system import guards, text
+from mxsimmim.cluster import options
+from mxsimmim.cluster.backends import BACKENDS
+from mxsimmim.cluster.prepare import ConfigurationError
+from mxsimmim.cluster.supervisor import Supervisor
+from mxsimmim.cluster.terminal import Terminal
+
+
+def main(argv: Sequence[str]) -> int:
+    """Launch the job of a command line, and return the exit status."""
+    guards.name_crashes()
+    text.open_streams()
+    terminal = Terminal()
+    try:
+        given = options.parse(argv)
+        return Supervisor(BACKENDS[given.launcher], terminal).run(options.job_spec(given))
+    except ConfigurationError as error:
+        terminal.put(1, f'{error}\n'.encode(errors='replace'))
+        return 2
+    except ValueError as error:
+        if isinstance(error, UnicodeError):
+            raise
+        terminal.say(*(f'error: {line}' for line in str(error).splitlines()))
+        return 2
+    finally:
+        terminal.flush()
+        sys.stdout.flush()
