@@ -92,6 +92,8 @@ class Attempt:
         self._ping()
         try:
             self.preparing = self.loop.create_task(prepare(self.spec, self.backend, self.agents, self.terminal.say))
+            if self.signal:  # before it began
+                self.preparing.cancel()
             await self.preparing
             self.running = True
             await self._until(lambda: self.signal or self.failures() or self.lost or not self.left('worker'), None)
@@ -105,7 +107,8 @@ class Attempt:
         finally:
             self.ending = True
             await self._finish()
-        return Outcome(self.signal, self.failed, [(agent.name, agent.last_words()) for agent in self.lost])
+        lost = tuple((agent.name, agent.last_words()) for agent in self.lost)
+        return Outcome(self.signal, tuple(self.failed), lost)
 
     async def _until(self, condition: Callable[[], object], seconds: Optional[float]) -> None:
         """Wait for a condition, a deadline, or the user's impatience."""
