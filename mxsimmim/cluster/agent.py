@@ -7,6 +7,7 @@ which kills them. Neither has threads, so that code may run safely between fork 
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -134,7 +135,7 @@ class Agent:
         me, log = os.getpid(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         pipes = [os.pipe(), os.pipe()] if live else []
         outputs = [writer for _, writer in pipes] or [log, log]
-        cpus = environment.cpus_of_part(*part)
+        cpus = environment.cpus_of_part(part[0], part[1])
 
         def prepare() -> None:
             die_with(me, signal.SIGKILL)
@@ -150,7 +151,7 @@ class Agent:
                 os.close(descriptor)
         for stream, (reader, _) in enumerate(pipes):
             os.set_blocking(reader, False)
-            self.pipes[reader] = lambda reader=reader, stream=stream: self.copy(reader, log, stream)
+            self.pipes[reader] = functools.partial(self.copy, reader, log, stream)
             self.loop.add_reader(reader, self.pipes[reader])
         if not live:
             os.close(log)
@@ -251,6 +252,7 @@ def changed(environ: Any, changes: Dict[str, Optional[str]]) -> Dict[str, str]:
 
 
 def send(how: Callable[[int, int], None], pid: int, number: int) -> None:
+    """Send a signal by `os.kill` or `os.killpg`, if there is still somebody to take it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # ended meanwhile, or has become another user's
         how(pid, number)
 
@@ -322,6 +324,7 @@ def guard(agent: int, private: str) -> None:
 
 async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes,
                 address: str) -> None:
+    """Be the agent until it is done, and until its last messages are on their way."""
     agent = Agent(loop, private, reader, writer, secret)
     agent.address = address or (os.environ.get('SSH_CONNECTION', '').split() + [''] * 4)[2]
     await agent.done

@@ -62,11 +62,14 @@ class Callbacks:
         nonce = secrets.token_hex(16).encode()
 
         def hello(message: Message) -> None:
+            def closed() -> None:
+                connection.close()
+                agent.close()
             agent = self.agents[message['rank']]
             if agent.messages:
                 return messages.close()
             agent.messages, messages.received = messages, agent.receive
-            messages.closed = lambda: (connection.close(), agent.close())
+            messages.closed = closed
             if all(agent.messages for agent in self.agents):
                 self.close()
             agent.receive(message)

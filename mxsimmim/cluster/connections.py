@@ -51,15 +51,17 @@ class Command:
                                             stderr=subprocess.PIPE, start_new_session=True)
         except OSError as error:
             raise ValueError(f"'{argv[0]}' cannot be started ({error.strerror}): install it on this machine") from None
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.stdin, self.stdout, self.stderr = self.process.stdin, self.process.stdout, self.process.stderr
         self.loop = asyncio.get_running_loop()
         self.lines: List[str] = []
-        self.silent = self.loop.create_future()  # done when its standard error has ended
-        os.set_blocking(self.process.stderr.fileno(), False)
-        self.loop.add_reader(self.process.stderr.fileno(), self._read)
+        self.silent: 'asyncio.Future[None]' = self.loop.create_future()  # done when its standard error has ended
+        os.set_blocking(self.stderr.fileno(), False)
+        self.loop.add_reader(self.stderr.fileno(), self._read)
 
     def _read(self) -> None:
         try:
-            data = os.read(self.process.stderr.fileno(), 1 << 16)
+            data = os.read(self.stderr.fileno(), 1 << 16)
         except BlockingIOError:
             return
         if not data:
@@ -69,7 +71,7 @@ class Command:
 
     def _stop_reading(self) -> None:
         if not self.silent.done():
-            self.loop.remove_reader(self.process.stderr.fileno())
+            self.loop.remove_reader(self.stderr.fileno())
             self.silent.set_result(None)
 
     def first_line(self) -> str:
@@ -98,7 +100,7 @@ class Command:
     def close(self) -> None:
         """Let go of its pipes."""
         self._stop_reading()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+        for pipe in (self.stdin, self.stdout, self.stderr):
             pipe.close()
 
 
@@ -138,9 +140,8 @@ class AgentConnection:
             ValueError: there is no such command.
         """
         self.command = Command(argv)
-        process = self.command.process
-        self.messages = MessageStream(self.loop, process.stdout.fileno(), process.stdin.fileno(), self.receive,
-                                      self.close, opening=OPENING)
+        self.messages = MessageStream(self.loop, self.command.stdout.fileno(), self.command.stdin.fileno(),
+                                      self.receive, self.close, opening=OPENING)
         text = program()
         self.messages.write(b'%d\n' % len(text) + text)
 
@@ -171,7 +172,8 @@ class AgentConnection:
         self.reason = reason
         if self.command:
             self.command.lines += [reason, '']
-        self.messages.close()
+        if self.messages:
+            self.messages.close()
 
     def last_words(self) -> str:
         """Return what the command that leads to the agent said last, or why the agent was given up."""
@@ -187,7 +189,7 @@ class AgentConnection:
         future = self.awaited.get(event)
         if message:
             future = self.awaited[event] = self.loop.create_future()
-            if self.is_open:
+            if self.messages and self.messages.open:
                 self.messages.send(**message)
             else:
                 self.close()
@@ -210,15 +212,14 @@ class AgentConnection:
     async def end(self, seconds: float) -> None:
         """Make sure that the command that leads to the agent has ended, after `seconds` by force."""
         if self.command:
-            stdin = self.command.process.stdin
-            if self.messages and self.messages.writer == stdin.fileno():
+            if self.messages and self.messages.writer == self.command.stdin.fileno():
                 self.messages.end_sending()
-            stdin.close()
+            self.command.stdin.close()
             await self.command.end(seconds)
 
     def release(self) -> None:
         """Close what is still open on this machine."""
-        if self.is_open:
+        if self.messages:
             self.messages.close()
         if self.command:
             self.command.close()

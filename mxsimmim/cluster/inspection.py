@@ -10,8 +10,8 @@ import platform
 import re
 import shutil
 import socket
-import struct
 import stat
+import struct
 import subprocess
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -33,7 +33,8 @@ def collect_facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, A
         environ: what the processes will see.
     """
     problems = []
-    refusal = start_trial(*needs['trial'], environ)
+    words, changes = needs['trial']
+    refusal = start_trial(words, changes, environ)
     if not shutil.which(needs['command'], path=environ.get('PATH', '')):
         problems.append(f"no command '{needs['command']}' in {os.getcwd()}, in {os.path.dirname(sys.executable)} or on "
                         'its PATH: install it there, or write its full path')
@@ -116,12 +117,14 @@ def folder(package: str) -> Optional[str]:
 def version(package: str) -> Optional[str]:
     """Read the version of a package without importing it; None if it is not installed."""
     where = folder(package)
-    for name in ('libinfo.py', '__init__.py') if where else ():
+    if where is None:
+        return None
+    for name in ('libinfo.py', '__init__.py'):
         found = re.search(r'^__version__ = [\'"](.*)[\'"]', environment.contents(environment.Path(where, name)),
                           re.MULTILINE)
         if found:
             return found.group(1)
-    return 'unknown' if where else None
+    return 'unknown'
 
 
 def horovod_has_mpi() -> bool:

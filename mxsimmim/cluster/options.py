@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from types import MappingProxyType
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Dict, List, Mapping, NoReturn, Sequence, Tuple
 
 from mxsimmim.system import paths
 from mxsimmim.cluster.backends import BACKENDS
@@ -78,7 +78,7 @@ FOREIGN = {
 class Parser(argparse.ArgumentParser):
     """Errors are the launcher's own, without half a page of usage."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 

@@ -25,7 +25,7 @@ class JobSpec:
 class Process(NamedTuple):
     """Name a process of a job; `host` counts in the list of hosts."""
     role: str
-    index: int
+    index: int  # type: ignore[assignment]  # tuple has a method of that name
     host: int
 
     def __str__(self) -> str:

@@ -11,11 +11,11 @@ class Backend(Protocol):
 
     A new kind of cluster is one file beside this one and a line in `BACKENDS`.
     """
-    agent_per_process = False  # one agent a process, on hosts that the backend chooses; else one agent a host
-    fetches_logs = True  # hosts write logs of their own, which are brought here at the end
-    speaks_mpi = False  # processes find themselves in MPI's world, which Horovod can use
-    agent_address = ''  # where other hosts reach an agent's; empty: the agent knows from the way it was started
-    other_python = 'put first into --env PATH=... the folder of'  # how the user says: run agents with another Python
+    agent_per_process: bool = False  # one agent a process, on hosts that the backend chooses; else one agent a host
+    fetches_logs: bool = True  # hosts write logs of their own, which are brought here at the end
+    speaks_mpi: bool = False  # processes find themselves in MPI's world, which Horovod can use
+    agent_address: str = ''  # where other hosts reach an agent's; empty: the agent knows from the way it was started
+    other_python: str = 'put first into --env PATH=... the folder of'  # how to name another Python
 
     def hosts(self, spec: JobSpec) -> Sequence[Host]:
         """List the hosts that the job may use, the first one for worker 0."""

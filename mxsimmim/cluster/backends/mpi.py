@@ -38,7 +38,9 @@ class MpiBackend(Backend):
 
     def why_none_came(self, agents: Sequence[AgentConnection]) -> List[str]:
         command = agents[0].command
-        return [f'mpirun: {line}' for line in command.lines if line.strip(' -')] if command.silent.done() else []
+        if not command or not command.silent.done():
+            return []
+        return [f'mpirun: {line}' for line in command.lines if line.strip(' -')]
 
     def explain(self, host: Host, said: str) -> str:
         return explain(host, said)
@@ -81,6 +83,6 @@ def mpirun(processes: Sequence[Process], hosts: Sequence[Host], python: str, int
         else:
             groups.append([process.host, 1])
     words: List[str] = []
-    for host, count in groups:
-        words += [':'] * bool(words) + ['--host', f'{hosts[host].name}:{count}', '-np', str(count)] + agent
+    for number, count in groups:
+        words += [':'] * bool(words) + ['--host', f'{hosts[number].name}:{count}', '-np', str(count)] + agent
     return start + words
