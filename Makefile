@@ -10,7 +10,7 @@ HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test soak lint sanitize bench clean
+.PHONY: demo test coverage soak lint sanitize bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 workers and a parameter server; then few labels
@@ -18,8 +18,26 @@ demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 worke
 	@echo '==> Does it help? Classifiers with 10 labels a class, with this encoder and without'
 	$(BIN)/python -W ignore tools/few_labels.py runs/digits
 
-test: $(VENV)/test  # runs every test
-	$(BIN)/python -m pytest
+test: $(VENV)/test  # runs every test: two at a time, then one by one those that measure time or memory
+	$(run_tests)
+
+# `make test`, then each line of mxsimmim/ that it has not run, in any process; fails below 90 %
+coverage: export COVERAGE_PROCESS_START := $(CURDIR)/pyproject.toml
+coverage: export COVERAGE_FILE := $(CURDIR)/build/coverage/data
+coverage: $(VENV)/test
+	@rm -rf build/coverage && mkdir -p build/coverage
+	@echo "import os; 'COVERAGE_PROCESS_START' in os.environ and __import__('coverage').process_startup()" > \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/measured.pth"
+	$(run_tests)
+	@env -u COVERAGE_PROCESS_START $(BIN)/coverage combine -q
+	@env -u COVERAGE_PROCESS_START $(BIN)/coverage report
+
+define run_tests
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone' || status=$$?; \
+	$(BIN)/python -m pytest -m alone || status=$$?; \
+	exit $$status
+endef
 
 soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, commands that fail; 35 minutes
 	$(BIN)/python -m pytest -v tests/*/soak_*.py

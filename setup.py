@@ -99,7 +99,8 @@ setup(
         # Has no wheel and must be compiled against the installed mxnet: the Makefile does.
         'horovod': ['horovod==0.28.1'],
         'deploy': DEPLOY,
-        'test': ['pytest==8.3.5', 'hypothesis==6.113.0', 'ruff==0.17.5'] + DEPLOY,
+        'test': ['pytest==8.3.5', 'pytest-xdist==3.6.1', 'coverage[toml]==7.6.1', 'hypothesis==6.113.0',
+                 'ruff==0.17.5'] + DEPLOY,
         'bench': ['torch==2.13.0; python_version >= "3.10"'],
     },
 )

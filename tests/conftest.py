@@ -1,8 +1,17 @@
-"""For all tests."""
+"""For all tests: their tiers, what beside each other they may use, and what none leaves to the next."""
+import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
+
+# Two workers of pytest-xdist have a core each: with more threads in each they would wait for each other. MXNet reads
+# it when it is imported, and commands that tests start inherit it.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+TIERS = {'unit': 'unit', 'numerics': 'unit', 'e2e': 'integration', 'cluster': 'cluster'}  # of the folders
 
 # What tests start should die of these, also under nohup and in the background of a script, where they are ignored: a
 # child inherits that, but not a function.
@@ -18,3 +27,11 @@ def own_choice_of_operators():
     if 'mxsimmim.ops' in sys.modules:
         ops = sys.modules['mxsimmim.ops']
         ops._chosen = ops.Choice()
+
+
+def pytest_collection_modifyitems(items):
+    """Marks each test with the tier of its folder; `soak_*.py` is slow besides."""
+    for item in items:
+        item.add_marker(TIERS[item.path.relative_to(Path(__file__).parent).parts[0]])
+        if item.path.name.startswith('soak_'):
+            item.add_marker('slow')

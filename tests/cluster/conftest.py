@@ -1,6 +1,6 @@
 """What the tests of this folder share."""
 import pytest
-from launcher import Launcher
+from support.launcher import Launcher
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from test_jobs import assert_close, newest, steps
-from test_transparency import COMMAND, HOROVOD, MESSAGES, SERVERS, TINY
+from support.jobs import HOROVOD, MESSAGES, PRETRAIN, SERVERS, assert_close, newest, steps
+from support.tiny import TEN_STEPS
 
 STEPS, SECONDS, KILLS = 12_000, 1200, 30
-OFTEN = TINY + ['validation.every=500', 'checkpoint.every=500', 'checkpoint.keep=2', 'train.check_replicas=100',
+OFTEN = TEN_STEPS + ['validation.every=500', 'checkpoint.every=500', 'checkpoint.keep=2', 'train.check_replicas=100',
                 'log.every=10', f'train.length={STEPS}']
 
 
@@ -40,7 +40,7 @@ def measured(pid):
 ], ids=lambda value: ' '.join(map(str, value)) if isinstance(value, list) else str(value))
 def test_memory_files_and_threads_do_not_grow(launcher, launch, keys, allowed):
     """No process takes more than some bytes a step, over thousands with validations, checkpoints and comparisons."""
-    job = launcher.start(*launch, '--', *COMMAND, *OFTEN, *keys, 'name=job')
+    job = launcher.start(*launch, '--', *PRETRAIN, *OFTEN, *keys, 'name=job')
     seen = {}  # process -> its measurements, at equal intervals
     deadline = time.monotonic() + SECONDS
     while job.poll() is None:
@@ -68,10 +68,10 @@ def test_killed_thirty_times(launcher, launch):
     seed = random.randrange(1 << 32)
     print('seed', seed)
     chance = random.Random(seed)
-    keys = [*TINY, 'train.length=1200', 'checkpoint.every=10', 'validation.every=100']
+    keys = [*TEN_STEPS, 'train.length=1200', 'checkpoint.every=10', 'validation.every=100']
     run = launcher.folder / 'runs' / 'killed'
     for kill in range(KILLS):
-        job = launcher.start(*launch, '--', *COMMAND, *keys, 'name=killed')
+        job = launcher.start(*launch, '--', *PRETRAIN, *keys, 'name=killed')
         target = (kill + 1) * 1000 // KILLS
         launcher.until(lambda: job.poll() is not None or (run / 'metrics.jsonl').exists()
                        and (steps(run) or [0])[-1] >= target, 60, f'step {target}')
@@ -82,8 +82,8 @@ def test_killed_thirty_times(launcher, launch):
         os.kill(pid, signal.SIGKILL)
         assert job.wait(15) != 0
         launcher.gone(15)
-    launcher.run(*launch, '--', *COMMAND, *keys, 'name=killed')
-    launcher.run(*launch, '--', *COMMAND, *keys, 'name=whole')
+    launcher.run(*launch, '--', *PRETRAIN, *keys, 'name=killed')
+    launcher.run(*launch, '--', *PRETRAIN, *keys, 'name=whole')
     whole = launcher.folder / 'runs' / 'whole'
     (last, ours), (_, expected) = newest(run), newest(whole)
     assert last == 1200 and steps(run) == steps(whole)

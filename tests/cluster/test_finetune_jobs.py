@@ -1,38 +1,26 @@
 """Fine-tuning shared among processes: the weights, their average and the evaluation are those of one process."""
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from support.jobs import HOROVOD, SERVERS, recorded, vector
+from support.running import DIGITS, ROOT, command
+from support.tiny import NETWORK
 
 from mxsimmim.training import checkpoint
 from mxsimmim.config import configfile
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim
 
-ROOT = Path(__file__).parents[2]
 SEED = 31
-COMMAND = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', 'finetune', str(ROOT / 'conf' / 'finetune_digits.yaml')]
+COMMAND = command('finetune', ROOT / 'conf' / 'finetune_digits.yaml')
 # All that is random is on: mixup and CutMix of pairs, RandAugment, erasing, stochastic depth.
-TINY = ['model.img_size=16', 'model.patch_size=8', 'model.embed_dim=16', 'model.depth=2', 'model.num_heads=2',
-        'model.drop_path=0.2', 'augment.rand_ops=2', 'augment.erasing=0.25', 'augment.mixup=0.8', 'augment.cutmix=1',
-        'data.val_fraction=0.1', 'data.labels_per_class=0', 'train.length=10', 'train.batch_size=32',
-        'optim.base_lr=1e-2', 'optim.warmup=0', 'optim.schedule=constant', 'optim.clip_grad=0.5', 'validation.every=5',
-        'checkpoint.every=10', 'log.every=3', 'train.check_replicas=2', 'runtime.threads=1', 'data.threads=1']
-SERVERS, HOROVOD = ['-n', 2, '-s', 1], ['-n', 2, '--horovod']
-
-
-def arrays(run, group='weights'):
-    found = load_file(run / 'checkpoints' / 'step-00000010' / f'{group}.safetensors')
-    return np.concatenate([found[name].ravel() for name in sorted(found)])
-
-
-def recorded(run, name):
-    with open(run / 'metrics.jsonl') as file:
-        return [row[name] for row in map(json.loads, file) if name in row]
+TINY = [*NETWORK, 'model.patch_size=8', 'augment.rand_ops=2', 'augment.erasing=0.25', 'augment.mixup=0.8',
+        'augment.cutmix=1', 'data.val_fraction=0.1', 'data.labels_per_class=0', 'train.length=10',
+        'train.batch_size=32', 'optim.base_lr=1e-2', 'optim.warmup=0', 'optim.schedule=constant',
+        'optim.clip_grad=0.5', 'validation.every=5', 'checkpoint.every=10', 'log.every=3', 'train.check_replicas=2',
+        'runtime.threads=1', 'data.threads=1']
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +28,7 @@ def folder(tmp_path_factory):
     """An encoder in `pre`, and in runs/alone what one process makes of it."""
     print('seed', SEED)
     made = tmp_path_factory.mktemp('alone')
-    pretraining = configfile.load(ROOT / 'conf' / 'digits.yaml', TINY[:5])
+    pretraining = configfile.load(DIGITS, [*NETWORK, 'model.patch_size=8'])
     checkpoint.save(made / 'pre' / 'checkpoints', 1, {'weights': official.export_weights(build_simmim(
         pretraining.model, SEED))}, {}, keep=1)
     subprocess.run(COMMAND + TINY + [f'model.pretrained={made}/pre', 'train.ema=0.5', 'name=alone'], cwd=made,
@@ -59,8 +47,8 @@ def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
     launcher.run(*launch, '--', *COMMAND, *TINY, f'model.pretrained={folder}/pre', *keys, 'name=many')
     many, alone = launcher.folder / 'runs' / 'many', folder / 'runs' / 'alone'
     for group in ['weights'] + ['ema'] * ('train.ema=0.5' in keys):
-        expected = arrays(alone, group)
-        assert np.linalg.norm(arrays(many, group) - expected) / np.linalg.norm(expected) < 1e-5, group
+        expected = vector(alone, 10, group)
+        assert np.linalg.norm(vector(many, 10, group) - expected) / np.linalg.norm(expected) < 1e-5, group
     np.testing.assert_allclose(recorded(many, 'loss'), recorded(alone, 'loss'), rtol=1e-5)
     for name in ('val_loss', 'val_top1', 'val_top5') if 'train.ema=0.5' in keys else ():
         np.testing.assert_allclose(recorded(many, name), recorded(alone, name), rtol=1e-5)

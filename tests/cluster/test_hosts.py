@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import DEADLINE, remove_leftovers, run, three_hosts, wait_for, words_of
+from support.hosts import DEADLINE, remove_leftovers, run, three_hosts, wait_for, words_of
 
 
 @pytest.fixture
@@ -27,6 +27,7 @@ def test_each_host_has_its_own_name_address_and_files(hosts, tmp_path):
     assert list((tmp_path / 'job').iterdir()) == []
 
 
+@pytest.mark.alone
 def test_a_limited_link_is_as_slow_as_it_should_be(hosts):
     hosts.limit('200mbit')
     before, begin = hosts.traffic()[1][0], time.monotonic()
@@ -57,9 +58,9 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
     with three_hosts(tmp_path / 'other'):  # skips, where it must; and lives, so that nothing of it may be removed
         mine = everything().count(f'mx{os.getpid()}-')
-        code = ("import os, hosts, pathlib; hosts.Hosts(pathlib.Path(os.environ['T']) / 'hosts').start(); "
-                "os.kill(os.getpid(), 9)")
-        killed = subprocess.Popen([sys.executable, '-c', code], cwd=Path(__file__).parent,
+        code = ("import os, pathlib; from support.hosts import Hosts; "
+                "Hosts(pathlib.Path(os.environ['T']) / 'hosts').start(); os.kill(os.getpid(), 9)")
+        killed = subprocess.Popen([sys.executable, '-c', code], cwd=Path(__file__).parents[1],
                                   env=dict(os.environ, T=str(tmp_path)))
         assert killed.wait(DEADLINE) == -9
         assert f'mx{killed.pid}-switch' in everything()

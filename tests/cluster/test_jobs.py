@@ -9,29 +9,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
-from test_transparency import COMMAND, HOROVOD, PROGRAMS, ROOT, SERVERS, TINY
+from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, SERVERS, assert_close, newest, steps
+from support.running import ROOT
+from support.tiny import TEN_STEPS
 
-LONG = TINY + ['train.length=200', 'validation.every=100', 'checkpoint.every=50', 'train.check_replicas=40']
+LONG = TEN_STEPS + ['train.length=200', 'validation.every=100', 'checkpoint.every=50', 'train.check_replicas=40']
 FAULT = [sys.executable, '-W', 'ignore', PROGRAMS / 'with_fault.py']
-
-
-def newest(run):
-    """Step and arrays of the newest checkpoint."""
-    path = sorted((run / 'checkpoints').glob('step-*'))[-1]
-    return int(path.name[5:]), {file.stem: load_file(file) for file in path.glob('*.safetensors')}
-
-
-def assert_close(ours, expected):
-    """The arrays of two checkpoints."""
-    for group, arrays in expected.items():
-        for name, array in arrays.items():
-            np.testing.assert_allclose(ours[group][name], array, rtol=1e-4, atol=1e-6, err_msg=f'{group} {name}')
-
-
-def steps(run):
-    with open(run / 'metrics.jsonl') as file:
-        return [row['step'] for row in map(json.loads, file) if 'loss' in row]
 
 
 @pytest.mark.parametrize('launch, keys, exact', [
@@ -43,7 +26,7 @@ def steps(run):
 ], ids=['dist_sync', 'horovod', 'local_sgd', 'elastic', 'dist_async'])
 def test_a_stopped_job_goes_on(launcher, launch, keys, exact):
     """SIGTERM saves; the same command goes on, and ends where a job that nobody stopped ends."""
-    words = [*launch, '--', *COMMAND, *LONG, *keys]
+    words = [*launch, '--', *PRETRAIN, *LONG, *keys]
     run = launcher.folder / 'runs' / 'stopped'
     job = launcher.start(*words, 'name=stopped')
     launcher.until(lambda: (run / 'metrics.jsonl').exists() and (steps(run) or [0])[-1] >= 20, 60, 'step 20')
@@ -66,7 +49,7 @@ def test_a_stopped_job_goes_on(launcher, launch, keys, exact):
 
 
 def test_a_worker_that_is_stopped_stops_all(launcher):
-    job = launcher.start(*SERVERS, '--', *COMMAND, *LONG, 'train.length=5000', 'name=job')
+    job = launcher.start(*SERVERS, '--', *PRETRAIN, *LONG, 'train.length=5000', 'name=job')
     run = launcher.folder / 'runs' / 'job'
     launcher.until(lambda: (run / 'metrics.jsonl').exists() and (steps(run) or [0])[-1] >= 20, 60, 'step 20')
     for pid in launcher.find('DMLC_ROLE=worker', 'DMLC_WORKER_ID=1'):
@@ -78,23 +61,24 @@ def test_a_worker_that_is_stopped_stops_all(launcher):
 
 @pytest.mark.parametrize('launch', [SERVERS, HOROVOD])
 def test_replicas_that_differ_end_the_run(launcher, launch):
-    _, err = launcher.run(*launch, '--', *FAULT, 'changed-weight', *COMMAND[5:], *TINY, 'name=job', status=1)
+    _, err = launcher.run(*launch, '--', *FAULT, 'changed-weight', *PRETRAIN[5:], *TEN_STEPS, 'name=job', status=1)
     assert 'after step 4 the weights of rank 1 differ from those of rank 0' in launcher.text('out') + err
 
 
 @pytest.mark.parametrize('fault', ['no-memory', 'no-room'])
 def test_a_host_without_shared_memory(launcher, fault):
     """What one rank cannot have, none uses; the job goes on."""
-    launcher.run(*HOROVOD, '--', *FAULT, fault, *COMMAND[5:], *TINY, 'name=job')
+    launcher.run(*HOROVOD, '--', *FAULT, fault, *PRETRAIN[5:], *TEN_STEPS, 'name=job')
     told = [line for rank in (0, 1) for line in launcher.log(f'worker-{rank}').splitlines() if 'memory' in line]
     assert len(told) == 2 and all('rank 1 cannot share memory on its host' in line for line in told), told
     assert 'Cannot allocate memory' in told[1] and steps(launcher.folder / 'runs' / 'job')[-1] == 10
 
 
+@pytest.mark.alone
 def test_shares_follow_the_measured_speed(launcher):
     """Rank 1 takes 4 ms more an image, rank 0 hardly 1 ms in all: after an epoch it has a fraction of the images."""
-    out, err = launcher.run(*SERVERS, '--', *FAULT, 'slow', *COMMAND[5:], *TINY, 'data.shares=auto', 'train.length=102',
-                            'validation.every=102', 'checkpoint.every=102', 'name=job')
+    out, err = launcher.run(*SERVERS, '--', *FAULT, 'slow', *PRETRAIN[5:], *TEN_STEPS, 'data.shares=auto',
+                            'train.length=102', 'validation.every=102', 'checkpoint.every=102', 'name=job')
     found = re.findall(r'images a step, by measured speed: \[(\d+), (\d+)\] \(before: \[16, 16\]\)', out + err)
     assert found, out + err
     first, second = map(int, found[0])
@@ -106,7 +90,7 @@ def test_shares_follow_the_measured_speed(launcher):
 
 def test_workers_that_are_configured_differently_are_told(launcher):
     script = launcher.folder / 'worker.sh'
-    command = ' '.join(map(str, COMMAND + TINY))
+    command = ' '.join(map(str, PRETRAIN + TEN_STEPS))
     script.write_text(f'exec {command} name=job seed=${{DMLC_WORKER_ID:-0}}\n')
     out, err = launcher.run(*SERVERS, '--', 'sh', script, status=1)
     assert 'rank 1 is configured differently from rank 0: seed (rank 0 0, here 1)' in out + err
@@ -119,7 +103,7 @@ def test_workers_with_other_images_are_told(launcher):
         for number in range(count):
             Image.new('RGB', (20, 20), (number, 0, 0)).save(folder / f'{number}.png')
     script = launcher.folder / 'worker.sh'
-    command = ' '.join(map(str, COMMAND + TINY))
+    command = ' '.join(map(str, PRETRAIN + TEN_STEPS))
     script.write_text(f'exec {command} name=job data.val_fraction=0 '
                       f'data.path={launcher.folder}/images$DMLC_WORKER_ID\n')
     out, err = launcher.run(*SERVERS, '--', 'sh', script, status=1)
@@ -134,7 +118,7 @@ def test_workers_with_other_images_are_told(launcher):
 ])
 def test_what_cannot_work_is_refused_at_the_start(launcher, launch, keys, message, status):
     """With status 2 before anything is started, where the configuration alone tells."""
-    out, err = launcher.run(*launch, '--', *COMMAND, *TINY, *keys, 'name=job', status=status)
+    out, err = launcher.run(*launch, '--', *PRETRAIN, *TEN_STEPS, *keys, 'name=job', status=status)
     assert message in out + err
 
 

@@ -8,10 +8,11 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from launcher import Launcher
+from support.launcher import Launcher
+from support.running import DIGITS
+from support.tiny import TINY
 
 SLEEP = ['python', '-c', 'import time; print("ready", flush=True); time.sleep(600)']
 SUM = """
@@ -135,12 +136,8 @@ def test_mpirun_leaves_nothing_and_shows_no_secret(launcher, number):
 
 # --- training that loses a process
 
-TRAIN = ['name=tiny', 'model.img_size=16', 'model.patch_size=4', 'model.embed_dim=16', 'model.depth=2',
-         'model.num_heads=2', 'mask.patch_size=4', 'data.path=digits', 'data.val_fraction=0.1', 'train.batch_size=32',
-         'train.length=999999', 'optim.warmup=5', 'optim.milestones=[40]', 'validation.every=999999',
-         'validation.images=16', 'validation.pictures=0', 'checkpoint.every=999999', 'log.every=1',
-         'runtime.threads=1', 'data.threads=1']
-DIGITS = Path(__file__).parents[2] / 'conf' / 'digits.yaml'
+TRAIN = [*TINY, 'name=tiny', 'model.drop_path=0', 'train.length=999999', 'validation.every=999999',
+         'validation.pictures=0', 'checkpoint.every=999999', 'log.every=1', 'data.threads=1']
 
 
 @pytest.mark.parametrize('victim', ['worker', 'server', 'scheduler', 'launcher', 'rank'])

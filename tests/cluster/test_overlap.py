@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts import three_hosts
+from support.hosts import three_hosts
 
 PROGRAM = Path(__file__).parent / 'programs' / 'overlap.py'
 BLOCKS = 8
+
+pytestmark = pytest.mark.alone
 
 
 def measured(out):

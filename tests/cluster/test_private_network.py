@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts import three_hosts, wait_for
+from support.hosts import three_hosts, wait_for
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / 'launch' / 'security'

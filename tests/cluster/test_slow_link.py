@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hosts import Hosts, three_hosts, wait_for
+from support.hosts import Hosts, three_hosts, wait_for
+from support.running import BASE, ROOT, command
+from support.tiny import TINY
 
-ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
-PRETRAIN = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', 'pretrain', str(ROOT / 'conf' / 'base.yaml')]
+PRETRAIN = command('pretrain', BASE)
 RATE = '200mbit'  # of each host's link, in either direction
 FIRST, LAST = 3, 13  # steps between which time and traffic are measured
 PARAMETERS = 4_766_208
 DEADLINE = 120  # seconds for one job
 TURNS = 3  # that the table takes the medians of
 # 4.8 million parameters and a batch that takes a fraction of the time that their gradients take.
-MODEL = ['name=slow', 'model.img_size=16', 'model.patch_size=4', 'model.embed_dim=256', 'model.depth=6',
-         'model.num_heads=4', 'mask.patch_size=4', 'data.path=digits', 'train.batch_size=4', f'train.length={LAST + 3}',
-         'optim.warmup=1', 'optim.milestones=[15]', 'checkpoint.every=1000', 'log.every=1', 'runtime.threads=1',
-         'data.threads=1']
+MODEL = [*TINY, 'name=slow', 'model.embed_dim=256', 'model.depth=6', 'model.num_heads=4', 'model.drop_path=0',
+         'data.val_fraction=0', 'train.batch_size=4', f'train.length={LAST + 3}', 'optim.warmup=1',
+         'optim.milestones=[15]', 'checkpoint.every=1000', 'log.every=1', 'data.threads=1']
 MODES = {  # words of the launcher, keys of the configuration
     'dist_sync': (['-s', '2'], []),
     'dist_sync, 2bit': (['-s', '2'], ['train.compression=2bit']),
@@ -83,6 +83,7 @@ def hosts(tmp_path):
         yield made
 
 
+@pytest.mark.alone
 def test_two_bits_make_a_step_three_times_as_fast(hosts, tmp_path):
     plain, packed = [measure(hosts, tmp_path / str(place), mode)
                      for place, mode in enumerate(('dist_sync', 'dist_sync, 2bit'))]

@@ -9,15 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import three_hosts, wait_for, words_of
+from support import tiny
+from support.hosts import three_hosts, wait_for, words_of
+from support.running import BASE, ROOT, command
 
-ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
-PRETRAIN = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', 'pretrain', str(ROOT / 'conf' / 'base.yaml')]
-TINY = ['name=tiny', 'model.img_size=16', 'model.patch_size=4', 'model.embed_dim=16', 'model.depth=2',
-        'model.num_heads=2', 'mask.patch_size=4', 'data.path=digits', 'data.val_fraction=0.1', 'train.batch_size=32',
-        'train.length=20', 'optim.warmup=5', 'optim.milestones=[15]', 'validation.every=20', 'validation.images=16',
-        'validation.pictures=0', 'checkpoint.every=20', 'log.every=5', 'runtime.threads=1', 'data.threads=1']
+PRETRAIN = command('pretrain', BASE)
+TINY = [*tiny.TINY, 'name=tiny', 'model.drop_path=0', 'train.length=20', 'optim.milestones=[15]',
+        'validation.pictures=0', 'checkpoint.every=20', 'log.every=5', 'data.threads=1']
 ENDLESS = [*TINY, 'train.length=100000', 'validation.every=100000', 'checkpoint.every=100000']
 GRADIENT = 4 * 8360  # bytes of that network's gradients
 JOB = 90  # seconds that a whole job may take
@@ -203,6 +202,7 @@ def test_all_problems_of_all_hosts_at_once(launch, hosts, tmp_path):
 
 def test_hosts_with_other_versions(launch, hosts, tmp_path):
     import mxnet
+
     import mxsimmim
     for n, path, old in ((1, Path(mxnet.__file__).with_name('libinfo.py'), mxnet.__version__),
                          (2, Path(mxsimmim.__file__), mxsimmim.__version__)):

@@ -12,19 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stranger
 from safetensors.numpy import load_file
+from support import stranger, tiny
+from support.jobs import PRETRAIN, vector
 
 from mxsimmim.parallel import protocol
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = [sys.executable, '-W', 'ignore', Path(__file__).parent / 'programs' / 'commands.py']
-PRETRAIN = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', 'pretrain', ROOT / 'conf' / 'digits.yaml']
-TINY = ['model.img_size=16', 'model.patch_size=4', 'model.embed_dim=16', 'model.depth=2', 'model.num_heads=2',
-        'model.drop_path=0.2', 'mask.patch_size=4', 'data.path=digits', 'data.val_fraction=0.1', 'train.batch_size=32',
-        'train.length=60', 'optim.schedule=cosine', 'optim.warmup=5 steps', 'optim.base_lr=1e-2',
-        'optim.clip_grad=null', 'validation.every=60', 'validation.images=51', 'validation.pictures=2',
-        'checkpoint.every=20', 'log.every=3', 'runtime.threads=1', 'data.threads=1']
+TINY = [*tiny.TINY, 'optim.schedule=cosine', 'optim.base_lr=1e-2', 'optim.clip_grad=null', 'validation.every=60',
+        'validation.images=51', 'checkpoint.every=20', 'data.threads=1']
 ASYNC = PRETRAIN + TINY + ['train.store=dist_async', 'name=many']
 DROPPED = 'server: dropped a command (head 0, '
 
@@ -40,15 +36,9 @@ def attack(launcher, bodies, dropped):
     launcher.until(lambda: launcher.log('server-0').count(DROPPED) == dropped, 20, f'{dropped} dropped commands')
 
 
-def arrays(run, name):
-    """One vector of all arrays in a file of the last checkpoint."""
-    found = load_file(run / 'checkpoints' / 'step-00000060' / f'{name}.safetensors')
-    return np.concatenate([found[key].ravel() for key in sorted(found)])
-
-
 def difference(run, other, name):
     """Relative, in the L2 norm."""
-    ours, theirs = arrays(run, name), arrays(other, name)
+    ours, theirs = vector(run, 60, name), vector(other, 60, name)
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
@@ -56,7 +46,7 @@ def difference(run, other, name):
 def alone(tmp_path_factory):
     """The folder of a run of one process, which updates by itself."""
     folder = tmp_path_factory.mktemp('alone')
-    subprocess.run(list(map(str, PRETRAIN + TINY + ['name=one'])), cwd=folder, check=True, timeout=120)
+    subprocess.run(PRETRAIN + TINY + ['name=one'], cwd=folder, check=True, timeout=120)
     return folder / 'runs' / 'one'
 
 

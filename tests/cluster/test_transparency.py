@@ -1,37 +1,20 @@
 """However many processes share the work, and however they agree: the weights are those of one process."""
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hosts import three_hosts
-from safetensors.numpy import load_file
+from support.hosts import three_hosts
+from support.jobs import HOROVOD, MESSAGES, PRETRAIN, PROGRAMS, SERVERS, recorded, vector
+from support.tiny import TEN_STEPS
 
-ROOT = Path(__file__).parents[2]
-PROGRAMS = Path(__file__).parent / 'programs'
-COMMAND = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', 'pretrain', ROOT / 'conf' / 'digits.yaml']
-TINY = ['model.img_size=16', 'model.patch_size=4', 'model.embed_dim=16', 'model.depth=2', 'model.num_heads=2',
-        'model.drop_path=0.2', 'mask.patch_size=4', 'data.path=digits', 'data.val_fraction=0.1', 'train.batch_size=32',
-        'train.length=10', 'optim.schedule=constant', 'optim.warmup=0', 'optim.base_lr=1e-2', 'optim.clip_grad=0.5',
-        'validation.every=10', 'validation.images=51', 'validation.pictures=2', 'checkpoint.every=10', 'log.every=3',
-        'train.check_replicas=2', 'runtime.threads=1', 'data.threads=1']
 SGD = ['optim.type=sgd', 'optim.clip_grad=null', 'optim.base_lr=1']
 WIDE = ['model.embed_dim=320', 'model.num_heads=4', 'optim.base_lr=1e-3']  # has arrays that are exchanged by themselves
-SERVERS, HOROVOD = ['-n', 2, '-s', 1], ['-n', 2, '--horovod']
-MESSAGES = ['--env', 'MXSIMMIM_FIRST_RANKS=']  # as if each of Horovod's ranks had a host for itself
 TWO_DEVICES = 'devices=[cpu(0),cpu(1)]'
 
 
 def weights(run):
-    arrays = load_file(run / 'checkpoints' / 'step-00000010' / 'weights.safetensors')
-    return np.concatenate([arrays[name].ravel() for name in sorted(arrays)])
-
-
-def recorded(run, name):
-    with open(run / 'metrics.jsonl') as file:
-        return [row[name] for row in map(json.loads, file) if name in row]
+    return vector(run, 10)
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +25,7 @@ def alone(tmp_path_factory):
     def run(keys):
         if keys not in made:
             made[keys] = folder / 'runs' / f'run{len(made)}'
-            subprocess.run(list(map(str, COMMAND)) + TINY + list(keys) + [f'name={made[keys].name}'], cwd=folder,
+            subprocess.run(PRETRAIN + TEN_STEPS + list(keys) + [f'name={made[keys].name}'], cwd=folder,
                            check=True, timeout=120)
         return made[keys]
     return run
@@ -70,7 +53,7 @@ def alone(tmp_path_factory):
 ], ids=lambda value: ' '.join(map(str, value)) or '-')
 def test_weights_are_those_of_one_process(launcher, alone, launch, keys, changes):
     """10 steps: weights to 1e-5 in the L2 norm; the training loss, and that of 51 held-out images in uneven parts."""
-    launcher.run(*launch, '--', *COMMAND, *TINY, *keys, *changes, 'name=many')
+    launcher.run(*launch, '--', *PRETRAIN, *TEN_STEPS, *keys, *changes, 'name=many')
     many, one = launcher.folder / 'runs' / 'many', alone(tuple(changes))
     expected = weights(one)
     assert np.linalg.norm(weights(many) - expected) / np.linalg.norm(expected) < 1e-5
@@ -83,7 +66,7 @@ def test_hosts_of_several_horovod_ranks(launcher, alone, tmp_path):
     with three_hosts(tmp_path / 'hosts') as hosts:
         (tmp_path / 'hostfile').write_text('host0 slots=2\nhost1\n')
         before = hosts.traffic()[1][0]
-        launcher.run('-n', 3, '-H', tmp_path / 'hostfile', '--horovod', '--', *COMMAND, *TINY, *WIDE, 'name=many',
+        launcher.run('-n', 3, '-H', tmp_path / 'hostfile', '--horovod', '--', *PRETRAIN, *TEN_STEPS, *WIDE, 'name=many',
                      env=hosts.environ)
         sent = hosts.traffic()[1][0] - before
     many, one = launcher.folder / 'runs' / 'many', alone(tuple(WIDE))
@@ -118,7 +101,7 @@ def test_two_bits_on_the_wire(launcher, launch, store):
 
 def test_half_precision_on_the_wire(launcher, alone):
     """float16 has 11 bits: gradients are off by 2**-12 at most, the weights after 10 steps by hardly more."""
-    launcher.run(*HOROVOD, '--', *COMMAND, *TINY, 'train.compression=fp16', 'name=many')
+    launcher.run(*HOROVOD, '--', *PRETRAIN, *TEN_STEPS, 'train.compression=fp16', 'name=many')
     expected = weights(alone(()))
     difference = np.linalg.norm(weights(launcher.folder / 'runs' / 'many') - expected) / np.linalg.norm(expected)
     assert 1e-8 < difference < 1e-3

@@ -3,7 +3,7 @@ import os
 import subprocess
 
 import pytest
-from running import DEADLINE, command
+from support.running import DEADLINE, command
 
 
 @pytest.fixture

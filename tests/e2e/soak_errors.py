@@ -1,6 +1,6 @@
 """Failing commands, for `make soak`: each must end by itself, every time, also on a busy machine.
 
-    python tests/e2e/soak_errors.py [RUNS [WORD]]    # RUNS of each of them, of those whose words contain WORD
+    PYTHONPATH=tests python tests/e2e/soak_errors.py [RUNS [WORD]]  # RUNS of each, of those whose words contain WORD
 """
 import os
 import shutil
@@ -10,15 +10,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from running import DEADLINE, ROOT, TINY, command
-from test_bad_input import BASE, images
+from support.images import noise
+from support.running import BASE, DATA, DEADLINE, ROOT, command
+from support.tiny import TINY
 
 RUNS, SECONDS = 50, 600  # of each command at most; of all rounds together
 ENDS = 20  # seconds that a command may still be there after its last word
 
 PRETRAIN = ['pretrain', BASE, *TINY, 'train.length=4', 'optim.warmup=1']
 FINETUNE = ['finetune', BASE, *TINY, 'model.use_mean_pooling=true', 'train.length=4', 'optim.warmup=1']
-DATA = ROOT / 'tests' / 'data'
 LAUNCH = [sys.executable, ROOT / 'tools' / 'launch.py', '-n', 2]
 
 # What fails before MXNet is imported, after it, with a network, in loader threads, in the middle of training, in jobs.
@@ -66,8 +66,8 @@ COMMANDS = [
 
 def prepare(folder):
     """Images, a run, and one whose only checkpoint is torn."""
-    images(folder / 'few', 5)
-    for path in images(folder / 'broken', 40).iterdir():
+    noise(folder / 'few', 5)
+    for path in noise(folder / 'broken', 40).iterdir():
         path.write_bytes(path.read_bytes()[:60])
     (folder / 'text.pth').write_text('hello')
     (folder / 'cut.rec').write_bytes(b'\x0a\x23\xd7\xce\xff\xff\x00\x00abc')

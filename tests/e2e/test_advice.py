@@ -3,8 +3,9 @@ import re
 import shutil
 
 import pytest
-from running import ROOT, TINY
-from test_bad_input import images
+from support.images import noise
+from support.running import ROOT
+from support.tiny import TINY
 
 from mxsimmim import cli
 from mxsimmim.config import configfile
@@ -27,11 +28,11 @@ def folder(tmp_path_factory):
         patch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
         assert cli.main([*PRETRAIN, 'name=done']) == 0
         assert cli.main([*FINETUNE, 'name=classes', 'data.val_fraction=0']) == 0
-    images(made / 'few', 5)
-    for number, path in enumerate(sorted(images(made / 'broken', 20).iterdir())):
+    noise(made / 'few', 5)
+    for number, path in enumerate(sorted(noise(made / 'broken', 20).iterdir())):
         path.write_bytes(path.read_bytes()[:60 if number % 2 else None])
     for name in '0123456789':
-        images(made / 'labelled' / name, 4)
+        noise(made / 'labelled' / name, 4)
     (made / 'file').write_text('')
     gone = made / 'runs' / 'gone'  # a run whose devices and images are not here
     shutil.copytree(made / 'runs' / 'classes', gone)

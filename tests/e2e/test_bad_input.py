@@ -1,24 +1,16 @@
 """What users get wrong, each with its message and a status that is not zero. Keys are in unit/test_config.py."""
 import numpy as np
 import pytest
-from running import ROOT, TINY
 from PIL import Image
-
-BASE = ROOT / 'conf' / 'base.yaml'
-
-
-def images(folder, count, side=24):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), 'uint8')
-        Image.fromarray(pixels).save(folder / f'{number:03d}.png')
-    return folder
+from support.images import noise
+from support.running import BASE
+from support.tiny import TINY
 
 
 @pytest.fixture
 def prepared(tmp_path):
-    images(tmp_path / 'few', 5)
-    images(tmp_path / 'many', 60)
+    noise(tmp_path / 'few', 5)
+    noise(tmp_path / 'many', 60)
     for number in range(20):
         (tmp_path / 'many' / f'{number:03d}.png').write_bytes(b'\x89PNG broken')
     (tmp_path / 'empty').mkdir()

@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from running import ROOT, TINY, metrics, weights
-from test_bad_input import images
+from support.images import noise
+from support.running import BASE, ROOT, metrics, weights
+from support.tiny import TINY
 
 from mxsimmim.config import configfile
 
-BASE = ROOT / 'conf' / 'base.yaml'
 PARTS = ['devices', 'data', 'schedule', 'model', 'forward', 'memory', 'places']
 
 
@@ -50,7 +50,7 @@ def test_a_classifier_and_a_run_that_goes_on(mxsimmim, tmp_path):
 
 
 def test_every_part_that_is_not_good(mxsimmim, tmp_path):
-    images(tmp_path / 'few', 40)
+    noise(tmp_path / 'few', 40)
     for number in range(40):
         (tmp_path / 'few' / f'{number:03d}.png').write_bytes(b'\x89PNG broken')
     (tmp_path / 'file').write_text('')

@@ -2,10 +2,10 @@
 import json
 import time
 
+import pytest
 import yaml
-from running import ROOT, TINY, command
-
-BASE = ROOT / 'conf' / 'base.yaml'
+from support.running import BASE, ROOT, command
+from support.tiny import TINY
 
 
 def fastest(run, *arguments, **keys):
@@ -16,6 +16,7 @@ def fastest(run, *arguments, **keys):
     return min(seconds() for _ in range(5))
 
 
+@pytest.mark.alone
 def test_help_and_wrong_keys_answer_at_once(mxsimmim):
     assert fastest(mxsimmim, '--help') < 0.5
     assert fastest(mxsimmim, 'pretrain', BASE, 'optim.base_lrr=1', status=2) < 0.5

@@ -6,14 +6,13 @@ import subprocess
 
 import numpy as np
 import pytest
-from running import DEADLINE, ROOT, TINY, command, metrics, weights
 from safetensors.numpy import load_file
-from test_bad_input import images
-from test_resume import last_step, wait_for
+from support.images import noise
+from support.running import BASE, DEADLINE, ROOT, command, last_step, metrics, wait_for, weights
+from support.tiny import TINY
 
 from mxsimmim import cli
 
-BASE = ROOT / 'conf' / 'base.yaml'
 FINETUNE = [*TINY, 'model.use_mean_pooling=true', 'name=run', 'optim.base_lr=1e-2', 'optim.layer_decay=0.75',
             'train.length=40', 'train.ema=0.8', 'train.lr_on_plateau=0.5', 'train.patience=1', 'validation.every=5',
             'checkpoint.every=5', 'data.val_fraction=0.2']
@@ -162,7 +161,7 @@ def test_a_probe_may_have_few_labels(whole, tmp_path, monkeypatch, capsys):
 def folders(whole, tmp_path):
     """Class folders in various states, a table of labels that lacks an image."""
     for name in ('train/cat', 'train/dog', 'val/cat', 'val/bird', 'gap/cat', 'flat'):
-        images(tmp_path / name, 20)
+        noise(tmp_path / name, 20)
     (tmp_path / 'gap' / 'dog').mkdir()
     (tmp_path / 'labels.csv').write_text(''.join(f'{number:03d}.png,{number % 2}\n' for number in range(19)))
     (tmp_path / 'names.txt').write_text('\n'.join(['0', '1', '2', 'three', '4', '5', '6', '7', '8', '9']))

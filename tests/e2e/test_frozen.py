@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 from PIL import Image
-from running import ROOT, TINY
+from support.running import ROOT
+from support.tiny import TINY
 
 
 @pytest.fixture

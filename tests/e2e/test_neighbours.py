@@ -8,7 +8,8 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-from running import DEADLINE, ROOT, TINY, command, metrics
+from support.running import DEADLINE, ROOT, command, metrics
+from support.tiny import TINY
 
 from mxsimmim.system.guards import OPTIONAL
 
@@ -40,7 +41,8 @@ def neighbours(tmp_path_factory):
     info.mkdir()
     (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: neighbour\nVersion: 1.0\n')
     (info / 'entry_points.txt').write_text(PLUGINS)
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join([str(folder), str(ROOT)]), 'NOTED': str(folder / 'noted')}
+    path = os.pathsep.join(map(str, [folder, ROOT, ROOT / 'tests']))
+    return {**os.environ, 'PYTHONPATH': path, 'NOTED': str(folder / 'noted')}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,7 @@ def test_without_our_guard_they_would_be_imported(neighbours, noted, code):
 
 def test_commands(tmp_path, neighbours):
     """None of the neighbours is imported, and no package that we pin looks for another one."""
-    run(neighbours, tmp_path, sys.executable, '-W', 'ignore', Path(__file__).with_name('every_command.py'))
+    run(neighbours, tmp_path, sys.executable, '-W', 'ignore', '-m', 'support.every_command')
     missed = json.loads((tmp_path / 'missed.json').read_text())
     assert {name for name, by in missed if by in PINNED} <= NO_PACKAGES, 'add it to guards.OPTIONAL'
 

@@ -2,11 +2,11 @@
 import os
 import subprocess
 
-import machine
 import pytest
-from running import DEADLINE, ROOT, TINY, command, metrics, weights
+from support import machine
+from support.running import BASE, DEADLINE, DIGITS, command, metrics, weights
+from support.tiny import TINY
 
-DIGITS, BASE = ROOT / 'conf' / 'digits.yaml', ROOT / 'conf' / 'base.yaml'
 WITHOUT = {**os.environ, 'MXSIMMIM_LIBRARY': '/nowhere/libmxsimmim.so'}
 
 

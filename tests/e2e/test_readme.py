@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from running import DEADLINE, ROOT, TINY
+from support.running import DEADLINE, ROOT
+from support.tiny import TINY
 
 from mxsimmim import cli
 

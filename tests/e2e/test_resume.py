@@ -3,44 +3,22 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
-from running import DEADLINE, ROOT, TINY, metrics, weights
+from support.running import BASE, DEADLINE, command, last_step, metrics, wait_for, weights
+from support.tiny import TINY
 
-BASE = ROOT / 'conf' / 'base.yaml'
 SEED, KILLS = 20261120, 20
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     """An uninterrupted run of 60 steps."""
-    import subprocess
-
-    from running import command
     folder = tmp_path_factory.mktemp('whole')
     subprocess.run(command('pretrain', BASE, *TINY, 'name=run'), cwd=folder, check=True, timeout=DEADLINE)
     return folder / 'runs' / 'run'
-
-
-def wait_for(process, condition):
-    """Until the condition holds or the process has ended; whether it held."""
-    deadline = time.monotonic() + DEADLINE
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        if process.poll() is not None:
-            return False
-        time.sleep(0.002)
-    raise AssertionError('nothing happened in time')
-
-
-def last_step(run):
-    try:
-        lines = (run / 'metrics.jsonl').read_bytes().splitlines()
-        return int(lines[-1].split(b'"step": ')[1].split(b',')[0]) if lines else 0
-    except (FileNotFoundError, IndexError, ValueError):
-        return 0
 
 
 def test_killed_twenty_times(whole, start, mxsimmim, tmp_path):

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from running import DEADLINE, ROOT, TINY, command
+from support.running import BASE, DEADLINE, command
+from support.tiny import TINY
 
 SEED = 21
-BASE = ROOT / 'conf' / 'base.yaml'
 SHORT = TINY + ['train.length=40', 'optim.warmup=1', 'optim.base_lr=0.1', 'validation.every=100', 'model.drop_path=0']
 
 

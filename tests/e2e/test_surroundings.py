@@ -12,7 +12,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from running import DEADLINE, ROOT, TINY, command, metrics, weights
+from support.running import BASE, DEADLINE, ROOT, command, metrics, weights
+from support.tiny import TINY
 
 from mxsimmim import cli
 from mxsimmim.system import files
@@ -20,7 +21,6 @@ from mxsimmim.config import Config
 from mxsimmim.training.room import checkpoint_bytes
 from mxsimmim.training.run_logger import RunLogger
 
-BASE = ROOT / 'conf' / 'base.yaml'
 SHORT = [*TINY, 'train.length=10', 'optim.milestones=[8]', 'validation.every=10', 'log.every=5']
 NAMES = [b'caf\xe9', b'-x', b'a\nb', b'\x1b[31m', 'größe, "q"'.encode(), '\u202eمرحبا'.encode(), b'$x^{$', b'n' * 200]
 CLASSES = [*SHORT, 'data.path=data', 'data.val_fraction=0.25', 'train.batch_size=8', 'name=ft',

@@ -5,11 +5,11 @@ finetune_*.npz is what the reference makes of finetune_*.pth at another resoluti
 import json
 from pathlib import Path
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd
+from support import machine
 
 from mxsimmim import ops
 from mxsimmim.config import ModelConfig

@@ -6,10 +6,10 @@ mathematics written independently in PyTorch 2.13.
 import json
 from pathlib import Path
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
+from support import machine
 
 from mxsimmim import ops
 from mxsimmim.config import Duration, ModelConfig, OptimConfig, TrainConfig

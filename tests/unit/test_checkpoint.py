@@ -12,15 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.checkpoints import arrays_of
 
 from mxsimmim.training import checkpoint
 from mxsimmim.training.checkpoint import CheckpointError
-
-
-def arrays_of(value, size=1000):
-    """Two groups in which every number is `value`, so that a mixture of two checkpoints shows."""
-    return {'weights': {'encoder.w': np.full((10, size // 10), value, 'float32'), 'step': np.array(value, 'int64')},
-            'optimizer': {'mean/encoder.w': np.full(size, value, 'float32')}}
 
 
 def consistent_value(found):
@@ -215,7 +210,7 @@ SAVE_FOR_EVER = '''
 import sys
 from pathlib import Path
 from mxsimmim import checkpoint
-from test_checkpoint import arrays_of
+from support.checkpoints import arrays_of
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 print('ready', flush=True)
 while True:
@@ -227,7 +222,7 @@ while True:
 
 
 def python(program, *arguments, **options):
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[2])])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(checkpoint.__file__).parents[2])])
     return subprocess.Popen([sys.executable, '-c', program, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
                             env={**os.environ, 'PYTHONPATH': path}, **options)
 
@@ -257,7 +252,7 @@ KILL_EVERYWHERE = '''
 import itertools, os, shutil, signal, sys
 from pathlib import Path
 from mxsimmim import checkpoint
-from test_checkpoint import arrays_of
+from support.checkpoints import arrays_of
 folder = Path(sys.argv[1])
 count = 0
 def hook(event, _):

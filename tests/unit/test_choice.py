@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from torch_saves import save, stand_in
+from support.torch_saves import save, stand_in
 
 from mxsimmim.config import configfile
 from mxsimmim.inference import exchange

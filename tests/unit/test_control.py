@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 import pytest
+from support.workers import KEY, each
 
 from mxsimmim.parallel.control import ControlError, _listen, connect
 from mxsimmim.runtime.process import ALONE, ProcessInfo
-from workers import KEY, each
 
 VALUES = [0.1, float('nan'), float('inf'), 2 ** 53 - 1, 5e-324, None, True, 'ä\udce9\n', {'a': [1, {}]}]
 

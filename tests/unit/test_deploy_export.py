@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from mxnet.gluon import SymbolBlock
+from support import tiny
 
 from mxsimmim.training import checkpoint
 from mxsimmim.config import configfile
@@ -20,7 +21,7 @@ from mxsimmim.inference.trained import Trained, load_run
 
 SEED = 11
 CLASSES = [str(digit) for digit in range(10)]
-VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.1)
+VIT = dict(tiny.VIT, drop_path=0.1)
 MODELS = {
     'vit': ModelConfig(**VIT, use_rpb=True, use_shared_rpb=False, use_mean_pooling=True),
     'vit_positions': ModelConfig(**VIT, use_ape=True, init_values=None, norm_targets=True),

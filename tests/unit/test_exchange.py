@@ -18,7 +18,7 @@ from mxsimmim.training.run_folder import read_config
 from mxsimmim.inference.trained import load_run
 
 DATA = Path(__file__).parents[1] / 'data'
-PROGRAM = Path(__file__).with_name('torch_files.py')
+PROGRAM = Path(__file__).parents[1] / 'support' / 'torch_files.py'
 PYTHON = os.environ.get('TORCH_PYTHON', sys.executable)  # may be another one that has PyTorch
 CELL = {'vit': 'mask.patch_size=16', 'swin': 'mask.patch_size=32'}
 BENCH_KEYS = ('type', 'img_size', 'patch_size', 'embed_dim', 'depth', 'depths', 'num_heads', 'window_size')

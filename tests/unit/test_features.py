@@ -5,44 +5,19 @@ import mxnet as mx
 import numpy as np
 import pytest
 from PIL import Image
+from support import tiny
+from support.runs import DATA, awake, stored, trained
 
-from mxsimmim.training import checkpoint
-from mxsimmim.config import configfile
 from mxsimmim.inference import features
-from mxsimmim.config import Config, DataConfig, ModelConfig
+from mxsimmim.config import ModelConfig
 from mxsimmim.data.sources import Digits, ImageFiles
 from mxsimmim.data.transforms import ClassifyEvalTransform
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim
-from mxsimmim.inference.trained import Trained, load_run
+from mxsimmim.inference.trained import load_run
 
-VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, use_ape=True, use_shared_rpb=False)
+VIT = dict(tiny.VIT, depth=3, use_ape=True, use_shared_rpb=False)
 SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)
-DATA = DataConfig(threads=1)
-
-
-def awake(net, seed=0):
-    """With weights large enough for every block to matter."""
-    rng = np.random.default_rng(seed)
-    official.load_weights(net, {name: value + 0.2 * rng.standard_normal(value.shape)
-                          for name, value in official.export_weights(net).items()})
-    return net
-
-
-def trained(net, step=7):
-    task = 'pretrain' if hasattr(net, 'decoder') else 'classify'
-    config = Config(name='tiny', task=task, model=net.config, mask={'patch_size': 8}, data=DATA)
-    return Trained(config, net, () if task == 'pretrain' else ('a', 'b', 'c'), step)
-
-
-def stored(folder, net, step=7):
-    """A run as training leaves it."""
-    done = trained(net, step)
-    (folder / 'run').mkdir(exist_ok=True)
-    (folder / 'run' / 'config.yaml').write_text(configfile.to_yaml(done.config))
-    checkpoint.save(folder / 'run' / 'checkpoints', step, {'weights': official.export_weights(net)},
-                    {'config': configfile.to_dict(done.config), 'classes': done.classes}, keep=1)
-    return folder / 'run'
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Imports go one way: a folder knows those before it in this list, a module its neighbours in the same folder."""
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ WITHOUT_MXNET = ['__init__', 'system', 'config', 'runtime', 'cluster', 'data', '
                  'parallel/__init__', 'inference/__init__',
                  'parallel/strategies', 'parallel/protocol', 'parallel/server']  # servers must be set up before mxnet
 FILES = sorted(PACKAGE.rglob('*.py'))
+TESTS = PACKAGE.with_name('tests')
 
 
 def place(path):
@@ -59,3 +61,10 @@ def test_the_launcher_needs_the_standard_library_only(path):
 
 def test_nothing_imports_tools():
     assert not any(name.split('.')[0] == 'tools' for path in FILES for name in imports(path, everywhere=True))
+
+
+@pytest.mark.parametrize('path', sorted(TESTS.rglob('*.py')), ids=lambda p: str(p.relative_to(TESTS)))
+def test_tests_share_through_support_only(path):
+    """No test imports another, also in the programs that it starts; `support` knows neither tests nor hooks."""
+    named = re.findall(r'^\s*(?:from|import) +((?:test_|soak_|conftest\b)\w*)', path.read_text(), re.MULTILINE)
+    assert set(named) <= {path.stem} - {'conftest'}

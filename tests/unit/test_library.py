@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
+from support import machine
 
 from mxsimmim import ops
 from mxsimmim.ops import build, library

@@ -149,6 +149,7 @@ def test_an_exception_in_a_thread_reaches_the_consumer():
         list(loader(Faulty(8)).iterate(0, 2))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize('exception', [None, KeyboardInterrupt, RuntimeError])
 def test_leaving_early_ends_the_threads(exception):
     source = Pictures(1000)

@@ -17,7 +17,7 @@ from mxsimmim.models import build_classifier, build_simmim, named_parameters
 
 RECORDED = np.load(Path(__file__).parents[1] / 'data' / 'names.npz')
 MODELS = sorted({key.split('/')[0] for key in RECORDED.files})
-PROGRAM = Path(__file__).with_name('libraries.py')
+PROGRAM = Path(__file__).parents[1] / 'support' / 'libraries.py'
 PYTHON = os.environ.get('TORCH_PYTHON', sys.executable)  # may be another one that has PyTorch
 HEADS = {'timm_vit': 2, 'timm_vit_mean': 2, 'hf_vit': 2, 'hf_vit_simmim': 2}  # which these weights do not tell
 

@@ -1,11 +1,11 @@
 """The native operators against their reference form in float64: odd sizes, one row, widths that no vector divides."""
 import json
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd
+from support import machine
 
 from mxsimmim import ops
 from mxsimmim.ops import native, reference

@@ -4,15 +4,15 @@ import sys
 import textwrap
 from typing import NamedTuple
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
+from support import machine
+from support.workers import each
 
 from mxsimmim.ops import Choice
 from mxsimmim.parallel.control import ControlPlane
 from mxsimmim.parallel.shared_memory import SharedMemoryGroup, usable
-from workers import each
 
 SIZES = [1, 5000, 16, 100_003]
 SECONDS = 60

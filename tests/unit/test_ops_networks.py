@@ -1,8 +1,9 @@
 """Networks that compute with native operators: bytes go in as they are, and the numbers are those of plain MXNet."""
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
+from support import machine
+from support.tiny import SWIN, VIT
 
 from mxsimmim import ops
 from mxsimmim.config import DataConfig, ModelConfig
@@ -10,8 +11,6 @@ from mxsimmim.data.loader import Batch
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
 from mxsimmim.parallel.placement import Replicated
 
-VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
-SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
 NETWORKS = [VIT, dict(VIT, norm_targets=True, loss='mse'), SWIN, dict(SWIN, loss='mse')]
 LIMITS = {'float32': (1e-5, 1e-4), 'bf16': (1e-2, 0.1)}  # of the loss and the gradient
 OTHER = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)  # a mean and a deviation that are no default

@@ -1,10 +1,10 @@
 """Patchify and the loss on masked cells, native and in plain MXNet, against NumPy in float64."""
 import itertools
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
+from support import machine
 
 from mxsimmim import ops
 from mxsimmim.config import DataConfig

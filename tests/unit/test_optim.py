@@ -1,11 +1,11 @@
 """Schedules by table, AdamW against its formula in float64."""
 import math
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet.gluon import Parameter
+from support import machine
 
 from mxsimmim import ops
 from mxsimmim.config import OptimConfig, TrainConfig

@@ -4,6 +4,7 @@ from unittest.mock import Mock
 import mxnet as mx
 import numpy as np
 import pytest
+from support import tiny
 
 from mxsimmim import ops
 from mxsimmim.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -17,8 +18,7 @@ from mxsimmim.parallel.placement import Replicated, contexts_of
 from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.runtime.process import ALONE
 
-VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.3)
-SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
+VIT = dict(tiny.VIT, drop_path=0.3)
 SEED = 4
 
 
@@ -66,7 +66,7 @@ def difference(ours, theirs):
 
 @pytest.mark.parametrize('store', ['local', 'device'])
 @pytest.mark.parametrize('devices', [2, 3, 4])
-@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
+@pytest.mark.parametrize('keys', [VIT, tiny.SWIN], ids=['vit', 'swin'])
 def test_devices(keys, devices, store):
     """7 images over 2, 3 and 4 contexts are uneven splits."""
     weights, rows = trained(keys, devices, store=store)

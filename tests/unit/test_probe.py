@@ -2,13 +2,16 @@
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
-from test_features import VIT, stored
+from support import tiny
+from support.runs import stored
 
 from mxsimmim.inference import probe
 from mxsimmim.config import ModelConfig
 from mxsimmim.data.labels import Labelled
 from mxsimmim.models import build_simmim
 from mxsimmim.training.run_folder import read_config
+
+VIT = dict(tiny.VIT, depth=3, use_ape=True, use_shared_rpb=False)
 
 
 def clouds(seed, count, classes=4, width=8, spread=0.3):

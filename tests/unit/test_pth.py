@@ -14,7 +14,7 @@ import pytest
 from mxsimmim.interop import files, pth
 
 DATA = Path(__file__).parents[1] / 'data'
-PROGRAM = Path(__file__).with_name('torch_files.py')
+PROGRAM = Path(__file__).parents[1] / 'support' / 'torch_files.py'
 PYTHON = os.environ.get('TORCH_PYTHON', sys.executable)  # may be another one that has PyTorch
 INTEGERS = np.arange(6).reshape(2, 3) - 2
 TABLE = np.arange(24, dtype='float32').reshape(4, 6)

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import machine
 import pytest
+from support import machine
 
 from mxsimmim.ops import library
 
@@ -15,6 +15,7 @@ LACKING = 77  # of tools/sanitize.py
 SECONDS = 600  # one of them to compile, half a minute to run
 
 
+@pytest.mark.slow
 @machine.natively
 @pytest.mark.skipif(bool(os.environ.get(library.VARIABLE)), reason='these are the tests that it runs')
 def test_operators_under_sanitizers():

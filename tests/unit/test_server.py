@@ -3,11 +3,11 @@ import os
 import subprocess
 import sys
 
-import machine
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet.gluon import Parameter
+from support import machine
 
 from mxsimmim.config import configfile
 from mxsimmim import ops

@@ -1,6 +1,6 @@
 """Small models of timm and Hugging Face, run by a Python that has PyTorch and them, never imported by a test.
 
-    python libraries.py record tests/data/names.npz   writes each one's weights, an image and what it makes of it
+    python libraries.py record ../data/names.npz      writes each one's weights, an image and what it makes of it
     python libraries.py check FOLDER                  loads FOLDER/MODEL.pth or FOLDER/MODEL/ strictly, and prints the
                                                       largest difference between its output and FOLDER/MODEL.npz
 """
@@ -13,9 +13,16 @@ import torch
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from transformers import (BeitConfig, BeitForImageClassification, SwinConfig, SwinForImageClassification,
-                          SwinForMaskedImageModeling, ViTConfig, ViTForImageClassification,
-                          ViTForMaskedImageModeling)
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinForMaskedImageModeling,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+)
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=3)
 SWIN = dict(img_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)

@@ -13,7 +13,8 @@ import time
 from http.client import HTTPConnection
 from pathlib import Path
 
-from running import ROOT, TINY
+from support.running import ROOT
+from support.tiny import TINY
 
 missed = set()
 

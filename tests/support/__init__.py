@@ -1,0 +1,1 @@
+"""What tests share: `from support.tiny import TINY`. A test module imports these, and never another test module."""

@@ -1,0 +1,43 @@
+"""Jobs of several processes: how they are started, and what their runs hold."""
+import json
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from .running import DIGITS, ROOT, command
+
+PROGRAMS = ROOT / 'tests' / 'cluster' / 'programs'
+PRETRAIN = command('pretrain', DIGITS)
+SERVERS, HOROVOD = ['-n', 2, '-s', 1], ['-n', 2, '--horovod']
+MESSAGES = ['--env', 'MXSIMMIM_FIRST_RANKS=']  # as if each of Horovod's ranks had a host for itself
+
+
+def vector(run, step, group='weights'):
+    """All arrays of one kind in the checkpoint of a step, one after another."""
+    arrays = load_file(run / 'checkpoints' / f'step-{step:08d}' / f'{group}.safetensors')
+    return np.concatenate([arrays[name].ravel() for name in sorted(arrays)])
+
+
+def recorded(run, name):
+    """The values of one metric."""
+    with open(run / 'metrics.jsonl') as file:
+        return [row[name] for row in map(json.loads, file) if name in row]
+
+
+def steps(run):
+    """The steps whose loss was logged."""
+    with open(run / 'metrics.jsonl') as file:
+        return [row['step'] for row in map(json.loads, file) if 'loss' in row]
+
+
+def newest(run):
+    """Step and arrays of the newest checkpoint."""
+    path = sorted((run / 'checkpoints').glob('step-*'))[-1]
+    return int(path.name[5:]), {file.stem: load_file(file) for file in path.glob('*.safetensors')}
+
+
+def assert_close(ours, expected):
+    """The arrays of two checkpoints."""
+    for group, arrays in expected.items():
+        for name, array in arrays.items():
+            np.testing.assert_allclose(ours[group][name], array, rtol=1e-4, atol=1e-6, err_msg=f'{group} {name}')
