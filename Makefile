@@ -10,7 +10,7 @@ HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test coverage soak lint sanitize bench clean
+.PHONY: demo test coverage soak lint sanitize bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 workers and a parameter server; then few labels
@@ -56,6 +56,10 @@ bench: $(VENV)/bench  # measures speed beside PyTorch
 	$(BIN)/python tools/bench/startup.py
 	$(BIN)/python tools/bench/scale.py
 	$(BIN)/python tools/bench/allreduce.py allreduce.png
+
+docs: $(VENV)/docs  # builds the documentation into build/site; a broken link or name fails (with -q none would)
+	$(BIN)/mkdocs build --strict
+	@echo '==> build/site/index.html'
 
 clean:  # removes what was installed and built, keeps runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache mxsimmim/ops/libmxsimmim.*
@@ -112,4 +116,9 @@ $(VENV)/horovod-$(HOROVOD): | $(VENV)/base
 $(VENV)/bench: $(VENV)/test
 	@echo '==> Installing PyTorch to compare with'
 	$(call install,--no-build-isolation -e '.[bench]')
+	@touch $@
+
+$(VENV)/docs: $(VENV)/base
+	@echo '==> Installing what builds the documentation'
+	$(call install,--no-build-isolation -e '.[docs]')
 	@touch $@

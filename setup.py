@@ -102,5 +102,19 @@ setup(
         'test': ['pytest==8.3.5', 'pytest-xdist==3.6.1', 'coverage[toml]==7.6.1', 'hypothesis==6.113.0',
                  'ruff==0.17.5'] + DEPLOY,
         'bench': ['torch==2.13.0; python_version >= "3.10"'],
+        # The site: the last versions for Python 3.8, and of what they render with those that fit them.
+        'docs': [
+            'mkdocs==1.6.1',
+            'mkdocs-material==9.6.23',
+            'mkdocstrings==0.26.1',
+            'mkdocstrings-python==1.11.1',
+            'griffe==1.4.0',
+            'mkdocs-autorefs==1.2.0',
+            'markdown==3.7',
+            'pymdown-extensions==10.15',
+            'pygments==2.19.2',
+            'click==8.1.8',
+            'black==24.8.0',  # breaks long signatures into lines
+        ],
     },
 )

@@ -1,4 +1,4 @@
-"""The README's commands, as typed, on a few small images; only lengths are cut."""
+"""The commands of the README and of the documentation, as typed, on a few small images; only lengths are cut."""
 import re
 import shlex
 import shutil
@@ -14,13 +14,16 @@ from support.tiny import TINY
 from mxsimmim import cli
 
 README = (ROOT / 'README.md').read_text()
+PAGES = README + ''.join(path.read_text() for path in sorted(ROOT.glob('docs/*.md')) if path.name != 'LOG.md')
 SHORT = [key for key in TINY if not key.startswith(('data.', 'model.', 'mask.patch'))] + [
     'train.length=2', 'optim.warmup=1', 'train.batch_size=8', 'validation.images=4', 'validation.pictures=2']
 
 
 def shell_lines():
-    blocks = re.findall(r'^```sh\n(.*?)^```', README, re.S | re.M)
-    return [line.partition(' #')[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    """Each command once, however many pages have it."""
+    blocks = re.findall(r'^```sh\n(.*?)^```', PAGES, re.S | re.M)
+    lines = (line.partition(' #')[0].strip() for block in blocks for line in block.splitlines() if line.strip())
+    return list(dict.fromkeys(lines))
 
 
 def small(config):
@@ -44,7 +47,7 @@ def folder(tmp_path):
 
 def test_make_targets_exist():
     makefile = (ROOT / 'Makefile').read_text()
-    targets = set(re.findall(r'make (\w+)', ' '.join(shell_lines()) + README))
+    targets = set(re.findall(r'^make (\w+)$', '\n'.join(shell_lines()), re.M) + re.findall(r'`make (\w+)`', PAGES))
     assert targets >= {'demo', 'test', 'bench'}
     for target in targets:
         assert re.search(rf'^{target}:', makefile, re.M), target
@@ -94,8 +97,3 @@ def test_python_example():
     exec(example, names)
     assert 0 < names['loss'].asscalar() < 5
     assert names['picture'].shape == (2, 3, 224, 224) and 'encoder.cls_token' in names['weights']
-
-
-@pytest.mark.parametrize('path', re.findall(r'\]\(((?!http)[^)]+)\)', README))
-def test_links(path):
-    assert (ROOT / path).exists()
