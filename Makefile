@@ -6,6 +6,8 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 ONEDNN := $(shell grep -o 'onednn-devel[^"]*' pyproject.toml)
+LINT := $(VENV)/lint
+LINTERS := $(shell grep -oE "'(ruff|mypy|clang-format|numpy|pydantic|pillow)==[^']*'" setup.py)
 HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
 comma := ,
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -42,8 +44,10 @@ endef
 soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, commands that fail; 35 minutes
 	$(BIN)/python -m pytest -v tests/*/soak_*.py
 
-lint: $(VENV)/test
-	$(BIN)/ruff check .
+lint: $(LINT)/ready  # checks style and types
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/mypy
+	$(LINT)/bin/clang-format --dry-run -Werror mxsimmim/ops/src/*
 
 sanitize: $(VENV)/test  # runs the tests of the native operators under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(BIN)/python tools/sanitize.py tests/unit/test_ops*.py
@@ -62,7 +66,7 @@ docs: $(VENV)/docs  # builds the documentation into build/site; a broken link or
 	@echo '==> build/site/index.html'
 
 clean:  # removes what was installed and built, keeps runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache mxsimmim/ops/libmxsimmim.*
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache mxsimmim/ops/libmxsimmim.*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Half a package looks whole to the next pip. So `whole`, which names the folder it was installed for, is away while pip
@@ -112,6 +116,13 @@ $(VENV)/horovod-$(HOROVOD): | $(VENV)/base
 		HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 \
 		$(BIN)/python -m pip wheel -q --no-cache-dir --no-build-isolation --no-deps -w $@.part horovod==$(HOROVOD)
 	@mv $@.part $@
+
+# Linters, and what they read types of, apart from everything else: nothing need be compiled before it is checked.
+$(LINT)/ready: setup.py
+	@echo '==> Installing linters (60 MB to download)'
+	@python=$$(tools/find_python.sh); "$$python" -m venv --clear $(LINT)
+	@$(LINT)/bin/python -m pip install -q $(LINTERS)
+	@touch $@
 
 $(VENV)/bench: $(VENV)/test
 	@echo '==> Installing PyTorch to compare with'

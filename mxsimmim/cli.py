@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 from . import __version__
 from .config import configfile, foreign_names, schedule
@@ -163,7 +163,8 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument('--version', action='version', version=f'mxsimmim {__version__}')
     commands = main.add_subparsers(title='commands', metavar='COMMAND', dest='command', required=True)
 
-    def command(function, summary, *arguments):
+    def command(function: Callable[[argparse.Namespace], int], summary: str,
+                *arguments: Tuple[Sequence[str], Mapping[str, Any]]) -> None:
         sub = commands.add_parser(function.__name__.rstrip('_'), help=summary, description=summary)
         sub.set_defaults(function=function)
         for names, options in arguments:
@@ -304,6 +305,7 @@ def speaks_to_the_user(error: Exception) -> bool:
     if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
         return False
     last = error.__traceback__
+    assert last is not None
     while last.tb_next:
         last = last.tb_next
     name, code = last.tb_frame.f_globals.get('__name__', ''), last.tb_frame.f_code.co_code

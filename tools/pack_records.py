@@ -116,14 +116,13 @@ def encode(path: str, size: Optional[int], quality: int) -> Tuple[bytes, str]:
         return b'', str(error)
     if size is None or min(image.shape[:2]) <= size:
         return data, ''
-    image = resize_short_side(Image.fromarray(image), size)
-    if max(image.size) > LONGEST:
+    smaller = resize_short_side(Image.fromarray(image), size)
+    if max(smaller.size) > LONGEST:
         return data, ''
-    buffer, kept, turn = io.BytesIO(), {}, orientation(data)
+    buffer, exif, turn = io.BytesIO(), Image.Exif(), orientation(data)
     if turn > 1:
-        kept['exif'] = Image.Exif()
-        kept['exif'][ORIENTATION] = turn
-    image.save(buffer, 'JPEG', quality=quality, **kept)
+        exif[ORIENTATION] = turn
+    smaller.save(buffer, 'JPEG', quality=quality, **({'exif': exif} if turn > 1 else {}))
     return buffer.getvalue(), ''
 
 

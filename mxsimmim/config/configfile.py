@@ -10,7 +10,7 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import yaml
 from pydantic import ValidationError
@@ -160,7 +160,8 @@ def reference_yaml() -> str:
     """Every key with its default and meaning, as a commented YAML file: the text of ``conf/base.yaml``."""
     lines = ['# Every key with its default, from mxsimmim/config/schema.py: `mxsimmim config > conf/base.yaml`.',
              "# Lengths of time are steps (500), '10 epochs', or '5%' of the run."]
-    sections = [(None, Config)] + [(name, field) for name, field in _fields(Config) if _is_section(field.annotation)]
+    sections: List[Tuple[Optional[str], Any]] = [(None, Config)]
+    sections += [(name, field) for name, field in _fields(Config) if _is_section(field.annotation)]
     for name, kind in sections:
         indent = ''
         if name is not None:
@@ -174,7 +175,7 @@ def reference_yaml() -> str:
     return '\n'.join(lines) + '\n'
 
 
-def _fields(section: type) -> List[Tuple[str, Any]]:
+def _fields(section: Type[Section]) -> List[Tuple[str, Any]]:
     return list(section.model_fields.items())
 
 
@@ -182,7 +183,7 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def known_keys(section: type = Config, prefix: str = '') -> List[str]:
+def known_keys(section: Type[Section] = Config, prefix: str = '') -> List[str]:
     """All dotted keys, sections included."""
     keys = []
     for name, field in _fields(section):
@@ -303,7 +304,7 @@ def _likely(path: Path) -> str:
     return f' (did you mean {found[near[0]]}?)' if near else ''
 
 
-def _explain(item: Dict[str, Any], values: Values, known: List[str]) -> Iterator[str]:
+def _explain(item: Mapping[str, Any], values: Values, known: List[str]) -> Iterator[str]:
     """The lines for one pydantic error: where: key 'a.b': what is wrong."""
     names = [str(part) for part in item['loc']]
     while names and '.'.join(names) not in known:  # drops the index of a list and the arm of a union

@@ -247,9 +247,9 @@ def options(words: Sequence[str], has: Sequence[str], known: Sequence[str]) -> L
         if name == '--opts':
             place -= given is not None
             pairs = [word for word in words[place:] if not word.startswith('-')]
-            advice = [pair(key, value, known)[len('write '):] for key, value in zip(pairs[::2], pairs[1::2])]
-            lines.append(f"'--opts' is not needed here: write KEY=VALUE{', here ' * bool(any(advice))}"
-                         + ' '.join(filter(None, advice)))
+            hints = [pair(key, value, known)[len('write '):] for key, value in zip(pairs[::2], pairs[1::2])]
+            lines.append(f"'--opts' is not needed here: write KEY=VALUE{', here ' * bool(any(hints))}"
+                         + ' '.join(filter(None, hints)))
             break
         plain = name.lstrip('-').replace('-', '_').lower()
         if given is None and plain in FOREIGN and FOREIGN[plain][0] == 'runtime.precision':

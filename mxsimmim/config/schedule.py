@@ -1,5 +1,5 @@
 """Warm-ups and milestones of a run whose length was written elsewhere than they were."""
-from typing import List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 from .schema import Config, ConfigError, Duration
 
@@ -46,7 +46,7 @@ def fitted(config: Config, written: Mapping[str, Duration], per_epoch: int) -> T
         beyond = optim.schedule == 'multistep' and 'optim.milestones' in written and min(drops) >= total
         return config, [f'the learning rate never drops: optim.milestones={_list(optim.milestones)} of '
                         f'train.length={written["optim.milestones"]} is not reached by {length}'] if beyond else []
-    changes = {'warmup': scaled('optim.warmup', optim.warmup)}
+    changes: Dict[str, Any] = {'warmup': scaled('optim.warmup', optim.warmup)}
     notes = [f'optim.warmup={optim.warmup} of train.length={written["optim.warmup"]} is longer than {length}, and '
              f'keeps its share: {changes["warmup"]}']
     if optim.schedule == 'multistep' and 'optim.milestones' in written:

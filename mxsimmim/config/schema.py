@@ -79,6 +79,7 @@ def _huge(value: Any) -> bool:
 
 
 Time = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(str, return_type=str)]
+BOOLEANS: Tuple[Any, ...] = (bool, Optional[bool])  # types of keys that take true and false
 
 
 class Section(BaseModel):
@@ -90,7 +91,7 @@ class Section(BaseModel):
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses what the conversions of pydantic would let pass: true as a number, numbers that no machine holds."""
-        _require(not isinstance(value, bool) or cls.model_fields[info.field_name].annotation in (bool, Optional[bool]),
+        _require(not isinstance(value, bool) or cls.model_fields[str(info.field_name)].annotation in BOOLEANS,
                  f"{str(value).lower()} is no value for it")
         _require(not isinstance(value, str) or '\0' not in value, 'a NUL character is no part of any value')
         return value
@@ -135,6 +136,11 @@ class ModelConfig(Section):
         return len(self.depths) if self.type == 'swin' else 1
 
     @property
+    def heads(self) -> Tuple[int, ...]:
+        """Attention heads of each stage; of a ViT, of all blocks."""
+        return self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads,)
+
+    @property
     def stride(self) -> int:
         """Pixels a side that one final token stands for: the decoder's cell."""
         return self.patch_size * 2 ** (self.stages - 1)
@@ -152,10 +158,10 @@ class ModelConfig(Section):
     @model_validator(mode='after')
     def _check(self) -> 'ModelConfig':
         if self.type == 'vit':
-            heads = self.num_heads
-            _require(isinstance(heads, int), f'num_heads={_list(heads)} is a list; a ViT has one number of heads')
-            _require(heads > 0 and self.embed_dim % heads == 0,
-                     f'embed_dim={self.embed_dim} is not a multiple of num_heads={heads}')
+            _require(isinstance(self.num_heads, int),
+                     f'num_heads={_list(self.num_heads)} is a list; a ViT has one number of heads')
+            _require(self.heads[0] > 0 and self.embed_dim % self.heads[0] == 0,
+                     f'embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}')
         else:
             self._check_swin()
         _require(self.img_size % self.stride == 0,
@@ -169,14 +175,14 @@ class ModelConfig(Section):
         return self
 
     def _check_swin(self) -> None:
-        heads, depths = self.num_heads, self.depths
+        depths = self.depths
         _require(len(depths) > 0, 'depths is empty: a Swin needs its blocks a stage, e.g. depths=[2,2,18,2]')
         _require(len(depths) <= 32, f'depths lists {len(depths)} stages; each halves the image, so 32 are too many')
         _require(all(d > 0 for d in depths), f'depths={_list(depths)} has a stage without blocks')
-        _require(isinstance(heads, tuple) and len(heads) == len(depths),
-                 f'num_heads={_list(heads)} must list one number for each of the {len(depths)} stages of '
+        _require(isinstance(self.num_heads, tuple) and len(self.num_heads) == len(depths),
+                 f'num_heads={_list(self.num_heads)} must list one number for each of the {len(depths)} stages of '
                  f'depths={_list(depths)}')
-        for stage, h in enumerate(heads):
+        for stage, h in enumerate(self.heads):
             width = self.embed_dim * 2 ** stage
             _require(h > 0 and width % h == 0, f'the width {width} of stage {stage} (embed_dim {self.embed_dim} x '
                      f'2^{stage}) is not a multiple of its num_heads={h}')
@@ -274,7 +280,7 @@ class OptimConfig(Section):
     def _check(self) -> 'OptimConfig':
         _require(all(0 <= beta < 1 for beta in self.betas), f'betas={_list(self.betas)} must lie in [0, 1)')
         _require(max(self.betas) <= 1 - 2 ** -24, f'betas={_list(self.betas)}: in float32, one of them is 1: lower it')
-        _require(self.schedule != 'multistep' or self.milestones, 'schedule=multistep needs milestones')
+        _require(self.schedule != 'multistep' or bool(self.milestones), 'schedule=multistep needs milestones')
         return self
 
 

@@ -27,7 +27,7 @@ def _times(most: float) -> Callable[[float], float]:
 
 def _affine(matrix: Callable[[float, Image.Image], Tuple[float, ...]]) -> Callable[..., Image.Image]:
     """With (a, b, c, d, e, f) of `matrix`, (x, y) shows what was at (ax + by + c, dx + ey + f)."""
-    return lambda image, value, how: image.transform(image.size, Image.AFFINE, matrix(value, image), **how)
+    return lambda image, value, how: image.transform(image.size, Image.Transform.AFFINE, matrix(value, image), **how)
 
 
 def _enhanced(kind: Callable[[Image.Image], Any]) -> Operation:

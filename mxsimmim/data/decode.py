@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import warnings
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, Set, Tuple, Union, cast
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ from PIL import Image, TiffImagePlugin
 
 from ..system.text import one_line
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; Pillow takes an image beyond it for a decompression bomb
+MAX_PIXELS = cast(int, Image.MAX_IMAGE_PIXELS)  # 89 million; Pillow takes an image beyond it for a decompression bomb
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of too many pixels, an error here, and of damaged EXIF
 
 SCANS = 20  # of a JPEG of MAX_PIXELS, more of a smaller one: each takes the time of a whole image in a few bytes
@@ -91,7 +91,7 @@ def decode(data: Union[bytes, np.ndarray], name: str, upright: bool = False,
                 raise ValueError(f'{image.width} x {image.height} pixels are more than {MAX_PIXELS}')
             if data[:2] == b'\xff\xd8' and _work(image.width * image.height, data) > MAX_PIXELS:
                 raise ValueError(f'{image.width} x {image.height} pixels in {_scans(data)} scans are too many')
-            if image.format == 'PPM' and image.tile[0][0] == 'ppm':
+            if image.format == 'PPM' and _tile(image)[0] == 'ppm':
                 return _scaled(image, data)
             stated = _stated(image, data)
             image.load()  # which turns a TIFF
@@ -147,7 +147,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _extent(image: Image.Image) -> int:
     """Pixels, of a tile where it has more than the image: all of it is unpacked."""
-    width, height = (image.tag_v2.get(tag, 0) for tag in TILE) if image.format == 'TIFF' else (0, 0)
+    width, height = (_tags(image).get(tag, 0) for tag in TILE)
     return max(image.width * image.height, width * height)
 
 
@@ -205,7 +205,7 @@ def _to_rgb(image: Image.Image, data: bytes, stated: Stated, say: Callable[[str,
     image.info.pop('transparency', None)  # else Pillow warns about what is meant here
     if image.mode == 'F' or image.mode.startswith('I'):
         return np.stack([_deep(image, stated, say)] * 3, axis=-1)
-    if image.mode == 'L' and _tags(image).get(FORMAT) == (2,) and image.getextrema()[1] > 127:
+    if image.mode == 'L' and _tags(image).get(FORMAT) == (2,) and cast(float, image.getextrema()[1]) > 127:
         raise ValueError(f'values from -128 to 127: negative ones are no brightness: {CONVERT}')
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for rows, part in _strips(image):
@@ -218,7 +218,7 @@ def _to_rgb(image: Image.Image, data: bytes, stated: Stated, say: Callable[[str,
 
 def _scaled(image: Image.Image, data: bytes) -> np.ndarray:
     """A binary PGM or PPM with a maximum other than 255: the pixels that Pillow finds in a microsecond each."""
-    _, _, start, (_, maximum) = image.tile[0]
+    _, _, start, (_, maximum) = _tile(image)
     white, shift = (65535, 8) if image.mode == 'I' else (255, 0)
     table = np.minimum(np.rint(np.arange(65536) / maximum * white), white).astype(np.uint16) >> shift
     shape = (image.height, image.width, 3 if image.mode == 'RGB' else 1)
@@ -231,8 +231,13 @@ def _scaled(image: Image.Image, data: bytes) -> np.ndarray:
     return pixels
 
 
-def _tags(image: Image.Image) -> Any:
+def _tags(image: Any) -> Any:
     return image.tag_v2 if image.format == 'TIFF' else {}
+
+
+def _tile(image: Any) -> Any:
+    """(coding, extent, where its bytes begin, arguments of its decoder) of an image that is not loaded yet."""
+    return image.tile[0]
 
 
 def _deep(image: Image.Image, stated: Stated, say: Callable[[str, str], None]) -> np.ndarray:
@@ -315,7 +320,8 @@ def _stated(image: Image.Image, data: bytes) -> Stated:
         bits = max(channels, default=0)
         return Stated(bits if 8 <= bits <= 16 else 0, scaled=True)
     if image.format == 'PPM':
-        return Stated(0 if image.tile[0][0] == 'raw' or image.tile[0][3][1] == 65535 else 16)
+        coding, _, _, arguments = _tile(image)
+        return Stated(0 if coding == 'raw' or arguments[1] == 65535 else 16)
     if image.format != 'TIFF':
         return Stated(16)
     tags = _tags(image)

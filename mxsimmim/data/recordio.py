@@ -88,7 +88,7 @@ class Records:
     def read(self, index: int) -> bytes:
         with self._opened() as file:
             data = _MAGIC.join(os.pread(file, length, start)
-                               for start, length, _ in self._parts(file, self._offsets[index]))
+                               for start, length, _ in self._parts(file, int(self._offsets[index])))
         labels = _IMAGE.unpack_from(data)[0] if len(data) >= _IMAGE.size else 0
         if len(data) < _IMAGE.size + 4 * labels:
             raise ValueError(f'{self.name(index)}: no image record: its {len(data)} bytes cannot begin with {labels:,} '
@@ -104,7 +104,7 @@ class Records:
         found = np.empty(len(self), np.int64)
         with self._opened() as file:
             for index, offset in enumerate(self._offsets):
-                start, _, _ = next(self._parts(file, offset))
+                start, _, _ = next(self._parts(file, int(offset)))
                 header = os.pread(file, _IMAGE.size + 4, start).ljust(_IMAGE.size + 4, b'\0')
                 count, label, _, _ = _IMAGE.unpack_from(header)
                 if count:
@@ -125,7 +125,7 @@ class Records:
             with open(self._path, 'rb', buffering=0) as file:
                 yield file.fileno()
 
-    def _parts(self, file: int, offset: Union[int, np.integer]) -> Iterator[Tuple[int, int, int]]:
+    def _parts(self, file: int, offset: int) -> Iterator[Tuple[int, int, int]]:
         """(where its bytes start, their length, where the next part starts) of each part of a record."""
         kind = None
         while kind in (None, _FIRST, _MIDDLE):
@@ -221,8 +221,9 @@ def _skipped(where: str, headers: int) -> List[str]:
 
 
 class RecordWriter:
-    """Writes OUT.rec and OUT.idx beside their place; `commit` moves them there, leaving the `with` block without it
-    removes them.
+    """Writes OUT.rec and OUT.idx beside their place.
+
+    `commit` moves them there; leaving the `with` block without it removes them.
 
     Raises:
         ValueError: the name does not end in .rec, or the file cannot be made.

@@ -32,7 +32,9 @@ class NoImages(ValueError):
 
 class Source(Protocol):
     """A numbered set of images."""
-    notes: Sequence[str]  # what whoever opened it should be told, once
+    @property
+    def notes(self) -> Sequence[str]:
+        """What whoever opened it should be told, once."""
 
     def __len__(self) -> int: ...
 
@@ -44,8 +46,10 @@ class Source(Protocol):
 
 
 def open_source(path: str) -> Source:
-    """The images at `path`: a folder, with class folders or flat; a RecordIO file (.rec), several separated by
-    semicolons, or a folder of them; or the word digits.
+    """Opens the images at `path`.
+
+    That is a folder, with class folders or flat; a RecordIO file (.rec), several separated by semicolons, or a folder
+    of them; or the word digits.
 
     Raises:
         ValueError: nothing there, no image in the folder, a file of another kind, a damaged RecordIO file.

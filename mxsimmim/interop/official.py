@@ -10,7 +10,7 @@ from typing import Callable, Dict, List, Mapping, Tuple, Union
 import numpy as np
 from mxnet.gluon import HybridBlock
 
-from ..models import named_parameters
+from ..models import Classifier, named_parameters
 from .files import read_weights
 from .names import to_official
 from .resize import absolute_table, relative_table
@@ -70,7 +70,7 @@ Log = Callable[[str], None]
 LOG: Log = logging.getLogger(__name__).warning
 
 
-def load_pretrained(net: HybridBlock, path: Union[str, Path], log: Log = LOG) -> List[str]:
+def load_pretrained(net: Classifier, path: Union[str, Path], log: Log = LOG) -> List[str]:
     """Gives a classifier the encoder that is in a .pth or .safetensors file of the reference, timm or Hugging Face.
 
     Returns the parameters that keep their initial values because the file has none for them. `path` may be FILE:KEY, as
@@ -86,7 +86,7 @@ def load_pretrained(net: HybridBlock, path: Union[str, Path], log: Log = LOG) ->
         raise ValueError(f'{path}: {error}') from None
 
 
-def load_encoder_weights(net: HybridBlock, arrays: Mapping[str, np.ndarray], log: Log = LOG) -> List[str]:
+def load_encoder_weights(net: Classifier, arrays: Mapping[str, np.ndarray], log: Log = LOG) -> List[str]:
     """`load_pretrained` for arrays: pre-training's (`encoder.…`, its decoder left out) or a classifier's.
 
     Position tables of another resolution are resized, a table shared by all blocks is copied to each, and a head for

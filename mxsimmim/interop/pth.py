@@ -13,7 +13,8 @@ import struct
 import zipfile
 from collections import deque
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import (Any, BinaryIO, Callable, ClassVar, Deque, Dict, List, Mapping, NamedTuple, NoReturn, Optional,
+                    Sequence, Tuple)
 
 import numpy as np
 
@@ -47,10 +48,12 @@ class _Refusal(ValueError):
 
 
 def refusal(path: Path, problem: str) -> _Refusal:
+    """What to raise where a file of weights cannot be read; `problem` follows the path."""
     return _Refusal(f'{path} {problem}')
 
 
 class Storage(NamedTuple):
+    """The memory that one or more tensors are views of."""
     key: str
     dtype: str  # a value of STORAGES
     size: int   # elements
@@ -120,7 +123,8 @@ def _named(path: Path, tree: Any) -> Dict[str, Tensor]:
     """The tensors in a tree of dicts, by their keys with dots between. One dict may be in many places of the tree."""
     found: Dict[str, Tensor] = {}
     unnamed, spent, limit = 0, 0, LARGEST * path.stat().st_size + 10 ** 6
-    queue = deque([('', tree)])  # prefixes, None where there is no name, in lists and under numbers, and what is there
+    # Prefixes, None where there is no name, in lists and under numbers, and what is there.
+    queue: Deque[Tuple[Optional[str], Any]] = deque([('', tree)])
     while queue:
         prefix, node = queue.popleft()
         if isinstance(node, Tensor):
@@ -143,6 +147,7 @@ def _named(path: Path, tree: Any) -> Dict[str, Tensor]:
 
 
 def as_array(tensor: Tensor, content: bytes) -> np.ndarray:
+    """Copies a tensor out of the bytes of its storage; bfloat16, which NumPy does not have, as float32."""
     dtype = _numpy_type(tensor.dtype)
     flat = np.frombuffer(content, dtype)
     strides = [stride * dtype.itemsize for stride in tensor.strides]
@@ -157,6 +162,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its read
 
     Tuples become lists, so that nothing nested can be hashed: a few shared tuples would hash for ever.
     """
+    stack: List[Any]
 
     def __init__(self, path: Path, stream: BinaryIO):
         super().__init__(stream, encoding='utf-8')
@@ -197,7 +203,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo and its read
     def load_other(self) -> NoReturn:
         raise ValueError('not an instruction of torch.save')
 
-    dispatch = {**dict.fromkeys(range(256), load_other), **pickle._Unpickler.dispatch}
+    dispatch: ClassVar[Dict[int, Any]] = {**dict.fromkeys(range(256), load_other), **pickle._Unpickler.dispatch}
     dispatch.update({pickle.BUILD[0]: load_build, pickle.NEWOBJ[0]: load_newobj,
                      pickle.TUPLE[0]: dispatch[pickle.LIST[0]], pickle.EMPTY_TUPLE[0]: dispatch[pickle.EMPTY_LIST[0]]})
     for _size, _code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1):
@@ -337,6 +343,7 @@ def write_pth(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _add(archive: zipfile.ZipFile, name: str, content: Any) -> None:
     """An uncompressed entry whose content begins at a multiple of ALIGNMENT, so that it can be mapped into memory."""
     entry = zipfile.ZipInfo(name)  # of 1980: the same weights give the same file
+    assert archive.fp is not None
     header = 30 + len(name.encode()) + 4  # bytes before the padding: fixed fields, name, the field's own header
     padding = -(archive.fp.tell() + header) % ALIGNMENT
     entry.extra = struct.pack('<2sH', b'FB', padding) + b'Z' * padding  # the field that PyTorch itself pads with

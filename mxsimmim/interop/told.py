@@ -68,7 +68,7 @@ def _vit_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], tol
                 init_values=0.1 if 'blocks.0.gamma_1' in bare else None, use_ape='pos_embed' in bare,
                 use_rpb=table in bare, use_shared_rpb=shared in bare, use_mean_pooling='norm.weight' not in bare)
     if table in bare or shared in bare:
-        rows, told['num_heads'] = bare.get(table, bare.get(shared)).shape
+        rows, told['num_heads'] = bare[table if table in bare else shared].shape
         told['img_size'] = (math.isqrt(rows - 3) + 1) // 2 * told['patch_size']
     else:
         assumed['num_heads'] = max(1, told['embed_dim'] // 64)

@@ -22,6 +22,8 @@ from . import fault
 
 GIB = 2 ** 30
 VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OPENBLAS_CORETYPE', 'DNNL_MAX_CPU_ISA')
+# RuntimeConfig's defaults, without needing pydantic.
+AUTO: Any = SimpleNamespace(threads=0, blas_core='auto')
 
 
 class Gpu(NamedTuple):
@@ -64,7 +66,6 @@ def collect() -> Facts:
     """Asks the machine; what it does not tell stays empty or 0."""
     version = sys.version_info
     variables = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    auto = SimpleNamespace(threads=0, blas_core='auto')  # RuntimeConfig's defaults, without needing pydantic
     flags, cores = environment.cpu_flags(), environment.cores()
     driver = _ask('_driver')
     return Facts(python=tuple(version[:3]), executable=_short(sys.executable), flags=flags, cores=cores,
@@ -74,7 +75,7 @@ def collect() -> Facts:
                  gpus=tuple(Gpu(name, tuple(capability), memory)
                             for name, capability, memory in driver.get('gpus', ())),
                  packages=tuple(_package_versions()), environment=variables,
-                 settings={**variables, **environment.settings(auto, os.environ, flags, cores)},
+                 settings={**variables, **environment.settings(AUTO, os.environ, flags, cores)},
                  mxnet=_ask('_import_mxnet'), horovod=_ask('_import_horovod'), operators=_ask('report', 'ops.library'))
 
 
@@ -103,7 +104,7 @@ def _ask(function: str, module: str = 'runtime.facts') -> Dict[str, Any]:
 
 
 def _import_mxnet() -> Dict[str, Any]:
-    environment.prepare(SimpleNamespace(threads=0, blas_core='auto'))
+    environment.prepare(AUTO)
     import mxnet
     x = mxnet.nd.ones((4, 4))
     mxnet.nd.FullyConnected(x, x, no_bias=True, num_hidden=4).wait_to_read()  # makes oneDNN name its instruction set
@@ -121,7 +122,7 @@ def _import_horovod() -> Dict[str, Any]:
     from importlib.util import find_spec
     if find_spec('horovod') is None:
         return {}
-    environment.prepare(SimpleNamespace(threads=0, blas_core='auto'))
+    environment.prepare(AUTO)
     import horovod.mxnet as hvd
     return {'version': metadata.version('horovod'), 'gloo': bool(hvd.gloo_built()), 'mpi': bool(hvd.mpi_built())}
 
@@ -162,7 +163,9 @@ def _package_versions() -> Iterator[Package]:
         required = ['mxnet==1.9.1', 'numpy==1.23.5', 'mxnet-cu112==1.9.1; extra == "cu112"']
     seen = set()
     for text in required:
-        name, pinned, marker = re.match(r'([\w.-]+)(?:\[.*?\])?\s*(?:\(?==([\w.+!]+)\)?)?[^;]*;?(.*)', text).groups()
+        parts = re.match(r'([\w.-]+)(?:\[.*?\])?\s*(?:\(?==([\w.+!]+)\)?)?[^;]*;?(.*)', text)
+        assert parts, text
+        name, pinned, marker = parts.groups()
         if 'platform_machine' in marker and platform.machine() not in marker:
             continue
         version = re.search(r'python_version\s*(<|>=)\s*["\'](\d+)\.(\d+)["\']', marker)

@@ -1,5 +1,5 @@
 """Who this process is in its job, from what its launcher put into the environment. Standard library only."""
-from typing import Mapping, NamedTuple, Optional, Tuple
+from typing import Mapping, NamedTuple, Optional, Tuple, Union
 
 # What each launcher calls rank, size, rank on its host, processes on that host.
 HOROVOD = ('HOROVOD_RANK', 'HOROVOD_SIZE', 'HOROVOD_LOCAL_RANK', 'HOROVOD_LOCAL_SIZE')
@@ -63,9 +63,9 @@ def _servers(environ: Mapping[str, str]) -> ProcessInfo:
                  transport='ps', p3=environ.get('DMLC_PS_VAN_TYPE') == 'p3', control=environ.get(CONTROL, ''))
 
 
-def _number(environ: Mapping[str, str], name: str, default: Optional[int] = None) -> int:
+def _number(environ: Mapping[str, str], name: str, default: Union[int, str] = '') -> int:
     try:
         return int(environ.get(name, default))
-    except (TypeError, ValueError):
+    except ValueError:
         raise ValueError(f"the environment has {name}={environ.get(name, '')!r}, which must be a number: start the "
                          'job with tools/launch.py, which sets it') from None

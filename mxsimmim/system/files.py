@@ -154,7 +154,8 @@ def free(folder: Path) -> Optional[int]:
 
 
 def check_room(folder: Path, size: int, saved: int) -> None:
-    """
+    """Checks that a folder has room for checkpoints.
+
     Args:
         folder: of a run.
         size: bytes of a checkpoint.

@@ -42,7 +42,7 @@ def alone() -> Iterator[None]:
     `with` statement both are as before.
     """
     hidden = [name for name in OPTIONAL if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be imported
     kinds = _distributions()
     registered = [kind.entry_points for kind in kinds]
     for kind in kinds:

@@ -1,8 +1,8 @@
-"""Names that are no text, and streams that take none. Standard library only.
+r"""Names that are no text, and streams that take none. Standard library only.
 
 A file name is bytes. Inside the program it is these bytes decoded as UTF-8, whatever the locale, with what is not
 UTF-8 kept in surrogates (PEP 383), so that it still opens its file. Going out, `encode` gives files, tables and
-terminals the bytes back, JSON has its escapes (\\udce9), and pictures get what `drawn` makes of it (\\xe9).
+terminals the bytes back, JSON has its escapes (\udce9), and pictures get what `drawn` makes of it (\xe9).
 """
 import codecs
 import io
@@ -36,7 +36,7 @@ def encode(text: str) -> bytes:
 
 
 def decode(data: bytes) -> str:
-    """The text of a file, in UTF-8, or as Windows marks UTF-16; lines end in \\n.
+    r"""The text of a file, in UTF-8, or as Windows marks UTF-16; lines end in \n.
 
     Raises:
         UnicodeDecodeError: marked as UTF-16, and it is not.
@@ -66,7 +66,7 @@ def one_line(name: str) -> str:
 
 
 def drawn(name: str) -> str:
-    """As `one_line`, for what wants Unicode, such as fonts: bytes that are none as \\xe9."""
+    r"""As `one_line`, for what wants Unicode, such as fonts: bytes that are none as \xe9."""
     return re.sub('[\udc80-\udcff]', lambda found: f'\\x{ord(found[0]) - 0xdc00:02x}', one_line(name)).encode(
         'utf-8', 'backslashreplace').decode()
 

@@ -44,8 +44,9 @@ def grid(image: np.ndarray, mask: np.ndarray, reconstruction: np.ndarray) -> np.
     height, width = triples.shape[2:4]
 
     across = max(1, round(math.sqrt(count / 2)))  # triples side by side: about 3:2 in all
-    font = ImageFont.load_default(max(11, width // 14))
-    gap, top = max(2, width // 48), int(1.6 * font.size)
+    size = max(11, width // 14)
+    font = ImageFont.load_default(size)
+    gap, top = max(2, width // 48), int(1.6 * size)
     block = 3 * (width + gap) + 2 * gap  # wider between triples than inside one
     rows = math.ceil(count / across)
     canvas = Image.new('RGB', (across * block - gap, top + rows * (height + gap)), (WHITE,) * 3)

@@ -98,9 +98,7 @@ void all_float32(const Attributes&, std::vector<Type>& in, std::vector<Type>& ou
   for (Type& type : out) type = Type::f32;
 }
 
-int64_t Attributes::integer(const char* key, int64_t otherwise) const {
-  return int64_t(real(key, double(otherwise)));
-}
+int64_t Attributes::integer(const char* key, int64_t otherwise) const { return int64_t(real(key, double(otherwise))); }
 
 double Attributes::real(const char* key, double otherwise) const {
   auto found = values_.find(key);
@@ -217,11 +215,10 @@ EXPORT int _opRegSize() { return int(operators().size()); }
 EXPORT int _partRegSize() { return 0; }
 EXPORT int _passRegSize() { return 0; }
 
-EXPORT void _opRegGet(int index, const char** name, int* subgraph, const char*** forward_context,
-                      const void*** forward, int* forwards, const char*** backward_context, const void*** backward,
-                      int* backwards, const char*** create_context, const void*** create, int* creates,
-                      const void** parse, const void** type, const void** stype, const void** shape,
-                      const void** mutate) {
+EXPORT void _opRegGet(int index, const char** name, int* subgraph, const char*** forward_context, const void*** forward,
+                      int* forwards, const char*** backward_context, const void*** backward, int* backwards,
+                      const char*** create_context, const void*** create, int* creates, const void** parse,
+                      const void** type, const void** stype, const void** shape, const void** mutate) {
   if (entries().size() != operators().size()) entries().resize(operators().size());
   const Operator& op = operators()[size_t(index)];
   Entry& entry = entries()[size_t(index)];

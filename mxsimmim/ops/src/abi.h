@@ -18,8 +18,8 @@ enum class Type : int { f32 = 0, f16 = 2, u8 = 3, i32 = 4 };  // MXNet's numbers
 
 using Shape = std::vector<int64_t>;
 
-int64_t size_of(const Shape& shape);           // number of elements
-std::string to_text(const Shape& shape);       // "(2, 3)"
+int64_t size_of(const Shape& shape);      // number of elements
+std::string to_text(const Shape& shape);  // "(2, 3)"
 
 struct Tensor {
   void* data;  // null: nobody wants this result
@@ -82,8 +82,8 @@ struct Operator {
   void (*shapes)(const Attributes&, std::vector<Shape>& in, std::vector<Shape>& out);
   void (*types)(const Attributes&, std::vector<Type>& in, std::vector<Type>& out);
   void (*forward)(const Attributes&, const Tensors& in, const Tensors& out);
-  void (*backward)(const Attributes&, const Tensors& in, const Tensors& out);     // null: no gradient
-  std::vector<int> (*written)(const Attributes&);                                 // inputs that change, or null
+  void (*backward)(const Attributes&, const Tensors& in, const Tensors& out);  // null: no gradient
+  std::vector<int> (*written)(const Attributes&);                              // inputs that change, or null
 };
 
 // Static objects of this type make operators known:  static Register layer_norm_op({"mxsimmim_layer_norm", ...});

@@ -65,8 +65,8 @@ void adamw_types(const Attributes& attrs, std::vector<Type>& in, std::vector<Typ
   std::vector<Type> floats;
   for (size_t i = 0; i < in.size(); ++i) {
     if (arguments.copies && i / arguments.count == kCopy) {
-      require(in[i] == Type::f16 || int(in[i]) < 0, "copies must be float16, the storage of bf16, not MXNet's type "
-              "number ", int(in[i]));
+      require(in[i] == Type::f16 || int(in[i]) < 0,
+              "copies must be float16, the storage of bf16, not MXNet's type number ", int(in[i]));
       in[i] = Type::f16;
     } else {
       floats.push_back(in[i]);

@@ -57,10 +57,10 @@ void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>&
 
 struct Attention : Branch {
   const float *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;
-  const float *bias, *mask;  // (H, N, N) and (windows, N, N), or null
+  const float *bias, *mask;                              // (H, N, N) and (windows, N, N), or null
   int64_t heads, depth, length, sequences, windows = 1;  // D, N, B * windows
-  int64_t group;                                          // heads of a tile
-  float factor;                                           // of scores, D^-1/2
+  int64_t group;                                         // heads of a tile
+  float factor;                                          // of scores, D^-1/2
 
   Attention(const Attributes& attrs, const Tensor* in, Scratch& scratch) {
     Places at(attrs);
@@ -112,8 +112,8 @@ struct Attention : Branch {
 
   template <class T> void project(T* n, float* mean, float* rstd, T* qkv) const {
     normalise(n, mean, rstd);
-    multiply(qkv, type_of<T>(), {n, type_of<T>(), rows, width},
-             transposed({qkv_weight, Type::f32, 3 * width, width}), qkv_bias);
+    multiply(qkv, type_of<T>(), {n, type_of<T>(), rows, width}, transposed({qkv_weight, Type::f32, 3 * width, width}),
+             qkv_bias);
   }
 };
 
@@ -208,8 +208,8 @@ template <class T> void attend_backward(const Attention& is, const T* qkv, const
     T *upper = scratch.take<T>(tile.elements), *ds = scratch.take<T>(tile.scores);
     T *dq = scratch.take<T>(tile.elements), *dk = scratch.take<T>(tile.elements), *dv = scratch.take<T>(tile.elements);
     float* dp = scratch.take<float>(tile.scores);
-    char* pad = scratch.take<char>(
-        std::max({score.scratch(), mix_left.scratch(), mix_right.scratch(), score_left.scratch()}));
+    char* pad =
+        scratch.take<char>(std::max({score.scratch(), mix_left.scratch(), mix_right.scratch(), score_left.scratch()}));
     SmallProduct::Bound scoring(score, tile.q, tile.k, tile.s, pad), to_p(mix_left, upper, tile.v, dp, pad),
         to_v(mix_right, tile.p, upper, dv, pad), to_q(score_left, ds, tile.k, dq, pad),
         to_k(mix_right, ds, tile.q, dk, pad);
@@ -318,8 +318,8 @@ void backward_either(const Attributes& attrs, const Tensors& in, const Tensors& 
   attrs.flag("bf16") ? backward<Bf16>(attrs, in, out) : backward<float>(attrs, in, out);
 }
 
-Register attention_operator({"mxsimmim_attention", inputs, outputs, shapes, all_float32, forward_either, backward_either,
-                             nullptr});
+Register attention_operator({"mxsimmim_attention", inputs, outputs, shapes, all_float32, forward_either,
+                             backward_either, nullptr});
 
 }  // namespace
 }  // namespace simmim

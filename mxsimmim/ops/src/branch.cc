@@ -121,18 +121,17 @@ void Branch::projection_backward(const T* d, const float* sums, const T* z, int6
     if (dbias) dbias[c] = gamma[c] * sums[c];
     if (!dweight) continue;
     float* row = dweight + c * inputs;
-    if (dgamma)
-      dgamma[c] = float(dot(weight + c * inputs, row, inputs) + double(bias[c]) * double(sums[c]));
+    if (dgamma) dgamma[c] = float(dot(weight + c * inputs, row, inputs) + double(bias[c]) * double(sums[c]));
     kernels().scale(row, gamma[c], inputs);
   }
 }
 
-#define FOR_BOTH(T)                                                                                                  \
-  template void Branch::normalise<T>(T*, float*, float*) const;                                                      \
-  template T* Branch::incoming<T>(const float*, T*, Scratch&, float*) const;                                         \
-  template void Branch::projection_backward<T>(const T*, const float*, const T*, int64_t, const float*,              \
-                                               const float*, float*, float*, float*) const;                          \
-  template void weight_gradient<T>(const T*, int64_t, int64_t, const T*, int64_t, float*);                           \
+#define FOR_BOTH(T)                                                                                                   \
+  template void Branch::normalise<T>(T*, float*, float*) const;                                                       \
+  template T* Branch::incoming<T>(const float*, T*, Scratch&, float*) const;                                          \
+  template void Branch::projection_backward<T>(const T*, const float*, const T*, int64_t, const float*, const float*, \
+                                               float*, float*, float*) const;                                         \
+  template void weight_gradient<T>(const T*, int64_t, int64_t, const T*, int64_t, float*);                            \
   template void column_sums<T>(const T*, int64_t, int64_t, float*);
 FOR_BOTH(float)
 FOR_BOTH(Bf16)

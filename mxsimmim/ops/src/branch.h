@@ -13,7 +13,7 @@ namespace simmim {
 class ColumnSums {
  public:
   ColumnSums(Scratch& scratch, int64_t n);
-  float* mine();                 // n sums of the calling thread, 0 at first
+  float* mine();                   // n sums of the calling thread, 0 at first
   void finish(float* sums) const;  // outside the parallel region; null: not wanted
 
  private:

@@ -1,8 +1,8 @@
 // Sums over the workers of a host, in memory that all of them see; parallel/shared_memory.py lays it out and calls.
 //
 // A worker's arrays lie where the others can read and write them. Each worker adds up its part of an array, of all
-// workers' arrays, and writes it into them: nothing is sent, and no copy is made. They wait for each other in the kernel,
-// so that a core computes meanwhile.
+// workers' arrays, and writes it into them: nothing is sent, and no copy is made. They wait for each other in the
+// kernel, so that a core computes meanwhile.
 #include <linux/futex.h>
 #include <signal.h>
 #include <sys/syscall.h>

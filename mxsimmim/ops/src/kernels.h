@@ -24,10 +24,10 @@ template <class T> struct RowKernels {
   void (*softmax)(float* s, float factor, const float* bias, const float* mask, int64_t n, T* p);
   // The gradient of s / factor, d = p * (gradient - sum(p * gradient)): ds = factor * d, and sums += d unless null.
   void (*softmax_backward)(const T* p, float* gradient, float factor, T* ds, float* sums, int64_t n);
-  void (*convert)(const float* x, float factor, T* y, int64_t n);          // y = factor * x
+  void (*convert)(const float* x, float factor, T* y, int64_t n);                             // y = factor * x
   void (*convert_scaled)(const float* x, float factor, const float* gamma, T* y, int64_t n);  // y = factor * gamma * x
-  void (*widen)(const T* x, float* y, int64_t n);                          // y = x
-  void (*add)(const T* x, float* sums, int64_t n);                         // sums += x
+  void (*widen)(const T* x, float* y, int64_t n);                                             // y = x
+  void (*add)(const T* x, float* sums, int64_t n);                                            // sums += x
   // The sum of weight * |d|, or of weight * d^2 if `square`, d = x - target; slope, which may lie where x does, is its
   // derivative. There is none at d = 0, where that of |d| is 0.
   float (*errors)(const float* x, const float* target, float weight, bool square, T* slope, int64_t n);

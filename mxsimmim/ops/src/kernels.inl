@@ -197,8 +197,7 @@ void normalise_backward(const float* __restrict x, float mean, float rstd, const
   sum /= float(n);
   product *= rstd * rstd / float(n);
   if (dx && base)
-    for (int64_t i = 0; i < n; ++i)
-      dx[i] = base[i] + rstd * (dy[i] * weight[i] - sum - (x[i] - mean) * product);
+    for (int64_t i = 0; i < n; ++i) dx[i] = base[i] + rstd * (dy[i] * weight[i] - sum - (x[i] - mean) * product);
   else if (dx)
     for (int64_t i = 0; i < n; ++i) dx[i] = rstd * (dy[i] * weight[i] - sum - (x[i] - mean) * product);
   if (dweight)
@@ -249,8 +248,8 @@ void adamw(const AdamW& given, const float* __restrict grad, float* __restrict w
 }
 
 template <class T> constexpr RowKernels<T> row_kernels() {
-  return {normalise<T>, gelu<T>, gelu_backward<T>, softmax<T>, softmax_backward<T>, convert<T>,
-          convert_scaled<T>, widen<T>, add<T>, errors<T>};
+  return {normalise<T>, gelu<T>,           gelu_backward<T>, softmax<T>, softmax_backward<T>,
+          convert<T>,   convert_scaled<T>, widen<T>,         add<T>,     errors<T>};
 }
 
 constexpr Kernels table{row_kernels<float>(), row_kernels<Bf16>(), normalise_backward, scale, residual, dot, adamw};

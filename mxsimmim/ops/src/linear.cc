@@ -87,8 +87,7 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
   }
   if (attrs.flag("bias") && out[BIAS]) copy(sums, out[BIAS].as<float>(), outputs);
   if (out[X])
-    multiply(out[X].data, Type::f32, {dy, type_of<T>(), count, outputs},
-             {in[WEIGHT].data, Type::f32, outputs, width});
+    multiply(out[X].data, Type::f32, {dy, type_of<T>(), count, outputs}, {in[WEIGHT].data, Type::f32, outputs, width});
   if (out[WEIGHT])
     weight_gradient(dy, count, outputs, as(in[X].as<const float>(), count * width, scratch, T()), width,
                     out[WEIGHT].as<float>());
@@ -122,8 +121,17 @@ void shapes(const Attributes&, std::vector<Shape>& in, std::vector<Shape>& out) 
 // The rows of x as those of a branch, of which only the normalisation is used.
 Branch branch(const Attributes& attrs, const Tensor* in) {
   int64_t width = in[X].shape.back(), count = in[X].size() / width;
-  return {in[X].as<const float>(), in[WEIGHT].as<const float>(), in[BIAS].as<const float>(), nullptr, nullptr,
-          float(attrs.real("eps")), count, width, count, count, nullptr};
+  return {in[X].as<const float>(),
+          in[WEIGHT].as<const float>(),
+          in[BIAS].as<const float>(),
+          nullptr,
+          nullptr,
+          float(attrs.real("eps")),
+          count,
+          width,
+          count,
+          count,
+          nullptr};
 }
 
 void forward(const Attributes& attrs, const Tensors& in, const Tensors& out) {

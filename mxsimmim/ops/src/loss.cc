@@ -26,7 +26,7 @@ struct Sizes {
   int64_t n, cell, patches, patch;               // patch: the side of a patch in pixels
 
   int64_t all() const { return images * cells; }
-  int64_t token(int64_t cell_number) const {     // where its token begins
+  int64_t token(int64_t cell_number) const {  // where its token begins
     return ((cell_number / cells) * (prefix + cells) + prefix + cell_number % cells) * width;
   }
 };
@@ -66,7 +66,8 @@ enum { kFloat64 = 1, kInt8 = 5, kInt64 = 6, kBool = 7 };
 template <class Body> bool with_type(Type type, Body body) {
   switch (int(type)) {
     case int(Type::f32): return body(static_cast<float*>(nullptr)), true;
-    case int(Type::u8): case kBool: return body(static_cast<uint8_t*>(nullptr)), true;
+    case int(Type::u8):
+    case kBool: return body(static_cast<uint8_t*>(nullptr)), true;
     case int(Type::i32): return body(static_cast<int32_t*>(nullptr)), true;
     case kFloat64: return body(static_cast<double*>(nullptr)), true;
     case kInt8: return body(static_cast<int8_t*>(nullptr)), true;
@@ -236,10 +237,8 @@ void backward(const Attributes& attrs, const Tensors& in, const Tensors& out) {
   with_type(inputs[kMask].type, [&](auto* type) { clear(kMask, sizeof *type); });
   if (!chosen.rows())
     for (int i : {kTokens, kWeight, kBias}) clear(i, sizeof(float));
-  else if (attrs.flag("bf16"))
-    gradients(s, chosen, scale, inputs, saved.as<Bf16>(), out);
-  else
-    gradients(s, chosen, scale, inputs, saved.as<float>(), out);
+  else if (attrs.flag("bf16")) gradients(s, chosen, scale, inputs, saved.as<Bf16>(), out);
+  else gradients(s, chosen, scale, inputs, saved.as<float>(), out);
 }
 
 Register masked_loss({"mxsimmim_masked_loss", inputs, outputs, shapes, types, forward, backward, nullptr});

@@ -78,8 +78,8 @@ struct Mlp : Branch {
 
   template <class T> void first_layer(T* h, T* n, float* mean, float* rstd) const {
     normalise(n, mean, rstd);
-    multiply(h, type_of<T>(), {n, type_of<T>(), rows, width},
-             transposed({fc1_weight, Type::f32, hidden, width}), fc1_bias);
+    multiply(h, type_of<T>(), {n, type_of<T>(), rows, width}, transposed({fc1_weight, Type::f32, hidden, width}),
+             fc1_bias);
   }
 };
 

@@ -27,9 +27,7 @@ dnnl::stream& stream() {
   return own;
 }
 
-memory::data_type number(Type type) {
-  return type == Type::f32 ? memory::data_type::f32 : memory::data_type::bf16;
-}
+memory::data_type number(Type type) { return type == Type::f32 ? memory::data_type::f32 : memory::data_type::bf16; }
 
 dnnl::primitive_attr attributes() {
   dnnl::primitive_attr attr;
@@ -90,15 +88,15 @@ Plan make_plan(Type c_type, const Matrix& a, const Matrix& b, bool bias) {
 void multiply(void* c, Type c_type, Matrix a, Matrix b, const float* bias) {
   static Cache<Plan> cache;
   if (!a.rows || !b.cols) return;
-  Key key{a.rows, a.cols, b.cols, int64_t(a.type), a.transposed, int64_t(b.type), b.transposed, int64_t(c_type),
-          bias != nullptr, omp_get_max_threads()};
+  Key key{a.rows,          a.cols,       b.cols,          int64_t(a.type), a.transposed,
+          int64_t(b.type), b.transposed, int64_t(c_type), bias != nullptr, omp_get_max_threads()};
   auto plan = cache.get(key, [&] { return make_plan(c_type, a, b, bias != nullptr); });
   Scratch scratch;
   auto at = [&](const memory::desc& desc, const void* data) { return memory(desc, cpu(), const_cast<void*>(data)); };
   memory weights = at(plan->b, b.data);
   if (plan->pack) {
-    memory packed = at(plan->description.weights_desc(),
-                       scratch.take<char>(int64_t(plan->description.weights_desc().get_size())));
+    memory packed =
+        at(plan->description.weights_desc(), scratch.take<char>(int64_t(plan->description.weights_desc().get_size())));
     dnnl::reorder(plan->reorder).execute(stream(), weights, packed);
     weights = packed;
   }
@@ -189,8 +187,8 @@ extern "C" __attribute__((visibility("default"))) double mxsimmim_product_rate(i
     std::vector<double> rates;
     for (int i = 0; i <= repeats; ++i) {
       auto began = std::chrono::steady_clock::now();
-      plan.primitive.execute(stream(), {{DNNL_ARG_SRC, a}, {DNNL_ARG_WEIGHTS, b}, {DNNL_ARG_DST, c},
-                                        {DNNL_ARG_SCRATCHPAD, pad}});
+      plan.primitive.execute(stream(),
+                             {{DNNL_ARG_SRC, a}, {DNNL_ARG_WEIGHTS, b}, {DNNL_ARG_DST, c}, {DNNL_ARG_SCRATCHPAD, pad}});
       stream().wait();
       std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
       if (i) rates.push_back(2e-9 * double(m) * double(k) * double(n) / seconds.count());

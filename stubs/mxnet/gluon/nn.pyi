@@ -1,0 +1,17 @@
+from typing import Iterator, Optional
+
+from .block import HybridBlock
+from .parameter import Parameter
+
+class Dense(HybridBlock):
+    weight: Parameter
+    bias: Optional[Parameter]
+    _units: int
+    def __init__(self, units: int, activation: Optional[str] = ..., use_bias: bool = ..., flatten: bool = ...,
+                 in_units: int = ...) -> None: ...
+
+class HybridSequential(HybridBlock):
+    def add(self, *blocks: HybridBlock) -> None: ...
+    def __getitem__(self, key: int) -> HybridBlock: ...
+    def __iter__(self) -> Iterator[HybridBlock]: ...  # by __getitem__
+    def __len__(self) -> int: ...

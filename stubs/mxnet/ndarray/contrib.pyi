@@ -1,0 +1,4 @@
+from . import Operator
+
+adamw_update: Operator
+isfinite: Operator

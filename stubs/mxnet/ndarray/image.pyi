@@ -1,0 +1,4 @@
+from . import Operator
+
+normalize: Operator
+to_tensor: Operator

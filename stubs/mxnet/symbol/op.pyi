@@ -1,0 +1,1 @@
+"""Holds the functions that are made of operators."""
