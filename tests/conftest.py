@@ -1,10 +1,7 @@
 """For all tests: their tiers, what beside each other they may use, and what none leaves to the next."""
 import os
 import signal
-import sys
 from pathlib import Path
-
-import pytest
 
 # Two workers of pytest-xdist have a core each: with more threads in each they would wait for each other. MXNet reads
 # it when it is imported, and commands that tests start inherit it.
@@ -18,15 +15,6 @@ TIERS = {'unit': 'unit', 'numerics': 'unit', 'e2e': 'integration', 'cluster': 'c
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
-
-
-@pytest.fixture(autouse=True)
-def own_choice_of_operators():
-    """A command that a test runs in this process chooses the form of the operators: for this test alone."""
-    yield
-    if 'mxsimmim.ops' in sys.modules:
-        ops = sys.modules['mxsimmim.ops']
-        ops._chosen = ops.Choice()
 
 
 def pytest_collection_modifyitems(items):

@@ -7,6 +7,7 @@ import mxnet as mx
 
 from ..config import Config, configfile
 from ..data.sources import notes_of, tell
+from ..ops import OpBackend
 from ..parallel.communicators import Communicator
 from ..parallel.placement import Replicated, contexts_of
 from ..parallel.strategies import strategy_of
@@ -16,7 +17,7 @@ from ..tasks.classes import check_classes
 from ..tasks.registry import TASKS, Task, check_same_job
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
-from ..training.trainer import joined, operators
+from ..training.trainer import agree_on_backend, joined
 from .trained import load_run
 
 
@@ -29,11 +30,11 @@ def evaluate(config: Config) -> int:
     task = TASKS[config.task](config)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(joined(config, mode, place))
-        stack.enter_context(operators(config, contexts, store.control, Quiet().message))
-        return _evaluate(config, task, contexts, store)
+        backend = agree_on_backend(config, contexts, store.control, Quiet().message)
+        return _evaluate(config, task, contexts, backend, store)
 
 
-def _evaluate(config: Config, task: Task, contexts: List[mx.Context], store: Communicator) -> int:
+def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: OpBackend, store: Communicator) -> int:
     folder = folder_of(config)
     check_same_job(config, task, store.control)
     validation = task.validation(store.control)
@@ -41,12 +42,12 @@ def _evaluate(config: Config, task: Task, contexts: List[mx.Context], store: Com
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     if store.rank == 0:
         tell(notes_of(task.source, task.held_out))
-    trained = load_run(folder)
+    trained = load_run(folder, backend, config.data)
     check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')
     for key, old, new in configfile.differences(trained.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
-    report = validation.report(Replicated(trained.net, contexts, config.data.mean, config.data.std), folder)
+    report = validation.report(Replicated(trained.net, contexts), folder)
     if store.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0

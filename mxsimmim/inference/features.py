@@ -17,7 +17,7 @@ from ..data.loader import every_image
 from ..data.sources import ImageFiles, Source, image_files, open_source, tell
 from ..data.transforms import ClassifyEvalTransform
 from ..interop import official
-from .trained import Trained, contexts_for, data_in_use, load_run
+from .trained import Trained, data_in_use, load_for_inference
 
 BATCH = 64  # images at a time
 DRAWN = 5000  # images at most in a picture: t-SNE takes minutes for many more
@@ -30,10 +30,9 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
     The images are transformed as for evaluation, as `data` says; the network must not be hybridized.
 
     Raises:
-        ValueError: an image that cannot be read, no such device, or features that are not finite.
+        ValueError: an image that cannot be read, or features that are not finite.
     """
-    net, context = trained.net, contexts_for(trained.config)[0]
-    net.collect_params().reset_ctx(context)
+    net = trained.net
     layers, prefix = _layers(net.encoder, net.config), net.encoder.prefix_tokens
     pooled: Dict[int, mx.nd.NDArray] = {}
 
@@ -45,7 +44,7 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
     hooks = [layers[number - 1].register_forward_hook(keep(number)) for number in blocks]
     found: Dict[int, List[np.ndarray]] = {number: [] for number in blocks}
     for batch in every_image(source, ClassifyEvalTransform(data, net.config), BATCH, data.threads):
-        image = mx.nd.image.to_tensor(mx.nd.array(batch.image, ctx=context, dtype='uint8'))
+        image = mx.nd.image.to_tensor(mx.nd.array(batch.image, ctx=trained.context, dtype='uint8'))
         net.encoder(mx.nd.image.normalize(image, mean=data.mean, std=data.std))
         for number in blocks:
             found[number].append(pooled[number].asnumpy())
@@ -182,7 +181,7 @@ def save_features(run: Path, paths: Sequence[str], block: str, out: Path, pictur
     Raises:
         ValueError: no such run, images or block, or a file that cannot be written.
     """
-    trained = load_run(run)
+    trained = load_for_inference(run)
     if block == 'all':
         raise ValueError('--block all is for `mxsimmim probe`: features.npz holds those of one block, give its number')
     number, = blocks_named(block, trained.config.model)

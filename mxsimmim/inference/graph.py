@@ -8,7 +8,7 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import SymbolBlock
 
-from .. import ops
+from ..ops import REFERENCE
 from .trained import Trained
 
 BATCH = 3  # images a written model is compared on
@@ -26,7 +26,11 @@ class Graph(NamedTuple):
 def trace(trained: Trained) -> Graph:
     """What a classifier computes, image (B, 3, S, S) to logits (B, K); after pre-training, image and mask (B, h, w) to
     reconstruction (B, 3, S, S). Images are normalised; 1 in a mask is hidden.
+
+    The graph is for programs that do not have our library: the network must compute with reference operators, as
+    `load_run` makes it.
     """
+    assert trained.net.backend == REFERENCE, trained.net.backend
     model = trained.config.model
     inputs = {'image': (3, model.img_size, model.img_size)}
     if trained.classes:
@@ -34,8 +38,7 @@ def trace(trained: Trained) -> Graph:
     else:
         inputs['mask'] = (model.grid, model.grid)
         output, call, given = 'reconstruction', trained.net.reconstruct, ['image', 'mask']
-    with ops.using('reference'):  # for programs that do not have our library
-        symbol = call(*map(mx.sym.var, given))
+    symbol = call(*map(mx.sym.var, given))
     parameters = trained.net._collect_params_with_prefix()
     names = {p.name: name for name, p in parameters.items()}
     content = json.loads(symbol.tojson())
@@ -66,8 +69,7 @@ def random_inputs(trained: Trained) -> List[np.ndarray]:
 def answer(trained: Trained, inputs: List[np.ndarray]) -> np.ndarray:
     """What the network itself makes of them."""
     call = trained.net if trained.classes else trained.net.reconstruct
-    with ops.using('reference'):
-        return call(*map(mx.nd.array, inputs)).asnumpy()
+    return call(*map(mx.nd.array, inputs)).asnumpy()
 
 
 def compare(expected: np.ndarray, found: np.ndarray, tolerance: float, what: str) -> None:

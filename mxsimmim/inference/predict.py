@@ -6,7 +6,7 @@ from ..data.sources import found
 from ..data.transforms import BrokenImage
 from ..runtime.memory import ran_out
 from ..system.text import one_line
-from .trained import load_run
+from .trained import load_for_inference
 from .predictor import Predictor, Prepared
 
 BATCH = 32
@@ -25,7 +25,7 @@ def predict(run: Path, images: List[str], top: int) -> None:
     """
     if top < 1:
         raise ValueError(f'--top={top} must be at least 1')
-    trained = load_run(run)
+    trained = load_for_inference(run)
     if not trained.classes:
         raise ValueError(f'{run} is a pre-training, which knows no classes: `mxsimmim reconstruct` shows what it has '
                          'learned, `mxsimmim finetune` makes a classifier of it')

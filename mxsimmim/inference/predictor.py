@@ -10,7 +10,7 @@ from ..data.decode import MAX_PIXELS, decode, extent
 from ..data.sampling import generator
 from ..data.transforms import ClassifyEvalTransform, EvalTransform, normalise
 from ..tasks.pictures import grid, to_uint8
-from .trained import Trained, contexts_for, data_in_use
+from .trained import Trained, data_in_use
 
 SEED = 0  # of the mask that images to reconstruct get
 ROOM = MAX_PIXELS  # of all images decoded at the same time; 24 bytes each are needed at most (JPEG 2000 with alpha)
@@ -44,7 +44,7 @@ class Room:
 
 
 class Predictor:
-    """Classes of images, or after pre-training their reconstruction; on the first of the run's devices.
+    """Classes of images, or after pre-training their reconstruction; on the device where the network is.
 
     `prepare` and `picture` may be called from any thread, `answer` from one at a time.
     """
@@ -52,8 +52,7 @@ class Predictor:
     def __init__(self, trained: Trained):
         config = trained.config
         self.classes, self._data, self._net = trained.classes, data_in_use(config), trained.net
-        self._context = contexts_for(config)[0]
-        self._net.collect_params().reset_ctx(self._context)
+        self._context = trained.context
         self._transform: Any = EvalTransform(self._data, config.mask, config.model)
         if self.classes:
             self._transform = ClassifyEvalTransform(self._data, config.model)

@@ -9,7 +9,7 @@ from ..config import Config
 from ..data.labels import Labelled, few_of_each, open_labelled
 from ..data.sources import notes_of, tell
 from .features import blocks_named, cached
-from .trained import load_run
+from .trained import load_for_inference
 
 STRENGTHS = np.logspace(-2, 3, 6)  # C of the logistic regression: the inverse of its penalty
 FOLDS = 3
@@ -38,7 +38,7 @@ def probe(run: Path, config: Config, block: str, draws: int) -> str:
     Raises:
         ValueError: no such block, no labels, no held-out images, too few images of a class, …
     """
-    trained = load_run(run)
+    trained = load_for_inference(run)
     blocks = blocks_named(block, trained.config.model)
     few = config.data.labels_per_class
     if draws < 1:

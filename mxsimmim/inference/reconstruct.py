@@ -15,7 +15,7 @@ from ..runtime.memory import ran_out
 from ..models import build_simmim
 from ..parallel.placement import Replicated
 from ..tasks.pictures import SIDE, grid, to_uint8
-from .trained import contexts_for, data_in_use
+from .trained import data_in_use, devices_for
 
 
 def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: int = 0) -> Path:
@@ -32,9 +32,10 @@ def reconstruct(run: Path, config: Config, images: List[str], out: Path, seed: i
     if saved.state.get('classes'):
         raise ValueError(f'{run} is a classifier, which reconstructs nothing: `mxsimmim predict` shows what it has '
                          'learned')
-    net = build_simmim(config.model, seed=None)
+    contexts, backend = devices_for(config)
+    net = build_simmim(config.model, None, backend, config.data.mean, config.data.std)
     official.load_weights(net, saved.arrays['weights'])
-    placement = Replicated(net, contexts_for(config)[:1], config.data.mean, config.data.std)
+    placement = Replicated(net, contexts[:1])
     files, problems = found(images)
     most = MAX_PIXELS // (3 * max(config.model.img_size, SIDE) ** 2)
     if len(files) > most:

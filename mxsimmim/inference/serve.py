@@ -25,7 +25,7 @@ except Exception as _error:  # a broken package raises anything
 
 from ..data.transforms import BrokenImage
 from ..runtime.memory import ran_out
-from .trained import load_run
+from .trained import load_for_inference
 from .batching import Batcher
 from .predictor import Predictor, Prepared
 
@@ -204,7 +204,7 @@ def serve(run: Path, host: str, port: int, max_batch: int, max_bytes: int) -> No
     if max_batch < 1 or max_bytes < 1 or not 0 <= port < 65536:
         raise ValueError(f'--max-batch={max_batch} and --max-bytes={max_bytes} must be positive, --port={port} in 0 to '
                          '65535')
-    trained = load_run(run)
+    trained = load_for_inference(run)
     listener = _listen(host, port)
     predictor = Predictor(trained)
     for count in (1, max_batch):  # the first of a shape is slow

@@ -1,13 +1,15 @@
 """An encoder with a classification head: what pre-training is for."""
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock
 
 from ..config import ModelConfig
+from ..ops import REFERENCE, OpBackend
 from . import vit
 from .initial import initialise
 from .layers import LayerNorm, Linear, named_parameters
+from .pixels import MEAN, STD, PixelInput
 from .simmim import ENCODERS
 
 
@@ -18,14 +20,16 @@ class Classifier(HybridBlock):
     loss (1,)``, the mean cross entropy with the distribution `target`. Image as in SimMIM; keep as in the encoders.
     """
 
-    def __init__(self, config: ModelConfig, classes: int):
+    def __init__(self, config: ModelConfig, classes: int, backend: OpBackend = REFERENCE,
+                 mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD):
         super().__init__()
         self.config, self.classes = config, classes
+        self.backend, self.pixels = backend, PixelInput(mean, std, backend)
         with self.name_scope():
-            self.encoder = ENCODERS[config.type](config, masked=False)
+            self.encoder = ENCODERS[config.type](config, False, self.pixels)
             pooling = config.type == 'vit' and config.use_mean_pooling
-            self.fc_norm = LayerNorm(config.embed_dim, vit.EPS) if pooling else None
-            self.head = Linear(config.embed_dim * 2 ** (config.stages - 1), classes)
+            self.fc_norm = LayerNorm(config.embed_dim, vit.EPS, backend) if pooling else None
+            self.head = Linear(config.embed_dim * 2 ** (config.stages - 1), classes, backend)
 
     def forward(self, image, target=None, keep=None):
         F = mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym
@@ -59,9 +63,13 @@ class Classifier(HybridBlock):
         return found
 
 
-def build_classifier(config: ModelConfig, classes: int, seed: Optional[int] = 0) -> Classifier:
-    """A classifier on cpu(0), with the reference's random initial weights, or zeros where `seed` is None."""
-    net = Classifier(config, classes)
+def build_classifier(config: ModelConfig, classes: int, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,
+                     mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD) -> Classifier:
+    """Build a classifier on cpu(0), with the reference's random initial weights, or zeros where `seed` is None.
+
+    backend, mean and std as in `build_simmim`.
+    """
+    net = Classifier(config, classes, backend, mean, std)
     net.initialize(mx.init.Zero(), ctx=mx.cpu())
     if seed is not None:
         initialise(named_parameters(net), config, seed)

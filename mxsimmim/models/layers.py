@@ -9,10 +9,9 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import HybridBlock, Parameter, nn
 
-from .. import ops
-from ..config import DataConfig
-from ..ops.pixels import from_cells, to_cells  # noqa: F401
+from ..ops import OpBackend
 from ..ops.reference import AUTO, outer
+from .pixels import PixelInput
 
 
 def named_parameters(net: HybridBlock) -> Dict[str, Parameter]:
@@ -20,82 +19,80 @@ def named_parameters(net: HybridBlock) -> Dict[str, Parameter]:
     return {name: p for name, p in net._collect_params_with_prefix().items() if p.grad_req != 'null'}
 
 
-def values(F: Any, x: Any, *parameters: Parameter) -> List[Any]:
+def values(backend: OpBackend, F: Any, x: Any, *parameters: Parameter) -> List[Any]:
     """Parameters of any block as hybrid_forward is given its own: arrays on x's context, or variables."""
-    return [addable(F, p, p.data(x.context) if F is mx.nd else p.var()) for p in parameters]
+    return [addable(backend, F, p, p.data(x.context) if F is mx.nd else p.var()) for p in parameters]
 
 
-def addable(F: Any, parameter: Parameter, value: Any) -> Any:
+def addable(backend: OpBackend, F: Any, parameter: Parameter, value: Any) -> Any:
     """The parameter's value for a native operator, which cannot add to a gradient; see ops/native.py."""
-    return F.identity(value) if parameter.grad_req == 'add' and ops.chosen().form == 'native' else value
+    return F.identity(value) if parameter.grad_req == 'add' and backend.is_native else value
 
 
 def pair(F: Any, x: Any, block: HybridBlock) -> Tuple[Any, Any]:
     """Weight and bias of a linear map or a normalisation, the bias None where it has none."""
-    weight, *bias = values(F, x, *filter(None, (block.weight, block.bias)))
+    weight, *bias = values(block.backend, F, x, *filter(None, (block.weight, block.bias)))
     return weight, bias[0] if bias else None
 
 
 class Linear(nn.Dense):
     """A linear map of the last axis: (..., inputs) to (..., outputs)."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+    def __init__(self, inputs: int, outputs: int, backend: OpBackend, bias: bool = True):
         super().__init__(outputs, in_units=inputs, use_bias=bias, flatten=False)
+        self.backend = backend
 
     def hybrid_forward(self, F, x, weight, bias=None):
-        return ops.linear(F, x, *pair(F, x, self), units=self._units)
+        return self.backend.linear(F, x, *pair(F, x, self), units=self._units)
 
 
 class LayerNorm(HybridBlock):
     """Layer normalisation of the last axis, with the reference's parameter names."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, backend: OpBackend):
         super().__init__()
-        self.eps, self._width = eps, width
+        self.eps, self._width, self.backend = eps, width, backend
         with self.name_scope():
             self.weight = self.params.get('weight', shape=(width,))
             self.bias = self.params.get('bias', shape=(width,))
 
     def hybrid_forward(self, F, x, weight, bias):
-        return ops.layer_norm(F, x, *pair(F, x, self), self.eps, width=self._width)
+        return self.backend.layer_norm(F, x, *pair(F, x, self), self.eps, width=self._width)
 
 
 class PatchEmbed(HybridBlock):
     """(B, 3, side, side) to (B, L, C). A convolution whose stride is its kernel, written as a linear map of patches:
 
     MXNet 1.9.1's oneDNN cannot reorder a convolution's layout inside a hybridized transformer (docs/LOG.md).
-    Images are normalised. With native operators they may also be uint8 (B, side, side, 3), then `pixels`, mean and
-    deviation of each channel of [0, 1], says how to normalise them; it must be set before the first call.
+    Images are as `pixels` prepares them: normalised, or with native operators also uint8 (B, side, side, 3).
     """
 
-    def __init__(self, side: int, patch: int, width: int, eps: Optional[float] = None):
+    def __init__(self, side: int, patch: int, width: int, pixels: PixelInput, eps: Optional[float] = None):
         super().__init__()
-        self._side, self._patch = side, patch
-        data = DataConfig()
-        self.pixels = data.mean, data.std
+        self._side, self._patch, self._pixels = side, patch, pixels
         with self.name_scope():
-            self.proj = Linear(3 * patch * patch, width)
-            self.norm = LayerNorm(width, eps) if eps is not None else None
+            self.proj = Linear(3 * patch * patch, width, pixels.backend)
+            self.norm = LayerNorm(width, eps, pixels.backend) if eps is not None else None
 
     def hybrid_forward(self, F, image):
-        tokens = self.proj(ops.patchify(F, image, self._side, self._patch, *self.pixels))
+        tokens = self.proj(self._pixels.cells(F, image, self._side, self._patch))
         return self.norm(tokens) if self.norm else tokens
 
 
 class Mlp(HybridBlock):
-    """The parameters of two linear maps with exact (erf) GELU between; half a block, see `ops.mlp`."""
+    """The parameters of two linear maps with exact (erf) GELU between; half a block, see `OpBackend.mlp`."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, backend: OpBackend):
         super().__init__()
-        self._width, self._hidden = width, hidden
+        self._width, self._hidden, self.backend = width, hidden, backend
         with self.name_scope():
-            self.fc1 = Linear(width, hidden)
-            self.fc2 = Linear(hidden, width)
+            self.fc1 = Linear(width, hidden, backend)
+            self.fc2 = Linear(hidden, width, backend)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, gamma: Any, keep: Any, rows: Any, recompute: bool) -> Any:
         """x + this of norm(x), (B, L, C)."""
-        return ops.mlp(F, x, pair(F, x, norm), pair(F, x, self.fc1), pair(F, x, self.fc2), gamma, keep, rows,
-                       width=self._width, hidden=self._hidden, eps=norm.eps, recompute=recompute)
+        return self.backend.mlp(F, x, pair(F, x, norm), pair(F, x, self.fc1), pair(F, x, self.fc2), gamma, keep, rows,
+                                width=self._width, hidden=self._hidden, eps=norm.eps, recompute=recompute)
 
 
 def relative_index(side: int) -> np.ndarray:

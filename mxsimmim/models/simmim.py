@@ -7,11 +7,12 @@ from typing import Any, Optional, Tuple
 import mxnet as mx
 from mxnet.gluon import HybridBlock, nn
 
-from .. import ops
 from ..config import ModelConfig
+from ..ops import REFERENCE, OpBackend
 from ..ops.pixels import AUTO, from_cells
 from .initial import initialise
 from .layers import Linear, named_parameters, pair
+from .pixels import MEAN, STD, PixelInput
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 
@@ -22,19 +23,20 @@ class SimMIM(HybridBlock):
     """Predicts the pixels of masked patches.
 
     ``net(image (B, 3, H, W), mask (B, h, w)[, keep (B, 2 * blocks)]) -> loss (1,)``, the mean over masked pixels;
-    image is normalised or, with native operators, also uint8 (B, H, W, 3), see `PatchEmbed`; mask is on the grid of
-    patches with 1 for masked, of any type; keep as in the encoders. A cell is what one final token decodes to:
-    stride x stride pixels.
+    image is as `pixels` prepares it: normalised or, with native operators, also uint8 (B, H, W, 3); mask is on the grid
+    of patches with 1 for masked, of any type; keep as in the encoders. A cell is what one final token decodes to:
+    stride x stride pixels. The network computes with `backend` for good.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, backend: OpBackend = REFERENCE, mean: Tuple[float, ...] = MEAN,
+                 std: Tuple[float, ...] = STD):
         super().__init__()
-        self.config = config
+        self.config, self.backend, self.pixels = config, backend, PixelInput(mean, std, backend)
         self._side, self._cell, self._norm_targets = config.img_size, config.stride, config.norm_targets
         with self.name_scope():
-            self.encoder = ENCODERS[config.type](config, masked=True)
+            self.encoder = ENCODERS[config.type](config, True, self.pixels)
             self.decoder = nn.HybridSequential()
-            self.decoder.add(Linear(config.embed_dim * 2 ** (config.stages - 1), 3 * config.stride ** 2))
+            self.decoder.add(Linear(config.embed_dim * 2 ** (config.stages - 1), 3 * config.stride ** 2, backend))
 
     def forward(self, image, mask, keep=None):
         if keep is None and self.config.drop_path and isinstance(image, mx.nd.NDArray):
@@ -47,17 +49,18 @@ class SimMIM(HybridBlock):
         target = self._cells(F, image)
         if self._norm_targets:
             target, _, _ = normalise_cells(F, target)
-        return ops.masked_loss(F, tokens, pair(F, tokens, self.decoder[0]), target, mask, cell=self._cell,
-                               patch=self.config.patch_size, prefix=self.encoder.prefix_tokens, kind=self.config.loss)
+        return self.backend.masked_loss(F, tokens, pair(F, tokens, self.decoder[0]), target, mask, cell=self._cell,
+                                        patch=self.config.patch_size, prefix=self.encoder.prefix_tokens,
+                                        kind=self.config.loss)
 
     def _cells(self, F: Any, image: Any) -> Any:
         """The image's cells (B, cells, 3*cell*cell)."""
-        return ops.patchify(F, image, self._side, self._cell, *self.encoder.patch_embed.pixels)
+        return self.pixels.cells(F, image, self._side, self._cell)
 
     def _needed(self, F: Any, mask: Any) -> Any:
         """1 for the tokens (B, prefix + cells) that the loss depends on, those of cells with masked patches, else 0;
         None where operators could not make use of it."""
-        if ops.chosen().form == 'reference':
+        if not self.backend.is_native:
             return None
         cells, patches = self._side // self._cell, self._cell // self.config.patch_size
         mask = F.reshape(F.cast(mask, dtype='float32'), shape=(AUTO, cells, patches, cells, patches))
@@ -93,9 +96,13 @@ def normalise_cells(F: Any, cells: Any) -> Tuple[Any, Any, Any]:
     return F.broadcast_div(centred, deviation), mean, deviation
 
 
-def build_simmim(config: ModelConfig, seed: Optional[int] = 0) -> SimMIM:
-    """A SimMIM network on cpu(0), with the reference's random initial weights, or zeros where `seed` is None."""
-    net = SimMIM(config)
+def build_simmim(config: ModelConfig, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,
+                 mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD) -> SimMIM:
+    """Build a SimMIM network on cpu(0), with the reference's random initial weights, or zeros where `seed` is None.
+
+    It computes with `backend`; mean and std of each channel, of values in [0, 1], normalise uint8 images.
+    """
+    net = SimMIM(config, backend, mean, std)
     net.initialize(mx.init.Zero(), ctx=mx.cpu())
     if seed is not None:
         initialise(named_parameters(net), config, seed)

@@ -6,40 +6,41 @@ from typing import Any
 
 from mxnet.gluon import HybridBlock, nn
 
-from .. import ops
 from ..config import ModelConfig
-from ..ops import Windows, shift_mask
+from ..ops import OpBackend, Windows, shift_mask
 from .layers import (AUTO, LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, column, gather_bias, pair,
                      relative_index, replace_masked, values)
+from .pixels import PixelInput
 
 EPS = 1e-5
 
 
 class WindowAttention(HybridBlock):
     """The parameters of multi-head attention with a relative position bias within windows; half a block, see
-    `ops.attention`."""
+    `OpBackend.attention`."""
 
-    def __init__(self, width: int, heads: int, windows: Windows):
+    def __init__(self, width: int, heads: int, windows: Windows, backend: OpBackend):
         super().__init__()
-        self._width, self._heads, self._windows = width, heads, windows
+        self._width, self._heads, self._windows, self.backend = width, heads, windows, backend
         with self.name_scope():
             add_relative_table(self, relative_index(windows.window), (2 * windows.window - 1) ** 2, heads)
-            self.qkv = Linear(width, 3 * width)
-            self.proj = Linear(width, width)
+            self.qkv = Linear(width, 3 * width, backend)
+            self.proj = Linear(width, width, backend)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, mask: Any, keep: Any, recompute: bool) -> Any:
         """x + this of norm(x), (B, side*side, C)."""
-        table, index = values(F, x, self.relative_position_bias_table, self.relative_position_index)
+        table, index = values(self.backend, F, x, self.relative_position_bias_table, self.relative_position_index)
         bias = gather_bias(F, table, index, self._windows.window ** 2, self._heads)
-        return ops.attention(F, x, pair(F, x, norm), pair(F, x, self.qkv), pair(F, x, self.proj), bias, None, keep,
-                             mask, width=self._width, heads=self._heads, tokens=self._windows.side ** 2, eps=norm.eps,
-                             windows=self._windows, recompute=recompute)
+        return self.backend.attention(F, x, pair(F, x, norm), pair(F, x, self.qkv), pair(F, x, self.proj), bias, None,
+                                      keep, mask, width=self._width, heads=self._heads,
+                                      tokens=self._windows.side ** 2, eps=norm.eps, windows=self._windows,
+                                      recompute=recompute)
 
 
 class Block(HybridBlock):
     """Window attention and MLP, each normalised before and randomly dropped after: (B, side*side, C) to the same."""
 
-    def __init__(self, config: ModelConfig, stage: int, index: int):
+    def __init__(self, config: ModelConfig, stage: int, index: int, backend: OpBackend):
         super().__init__()
         width, side = config.embed_dim * 2 ** stage, config.grid >> stage
         shifted = index % 2 == 1 and side > config.window_size
@@ -49,10 +50,10 @@ class Block(HybridBlock):
             self.attn_mask = None
             if windows.shift:
                 self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*windows))
-            self.norm1 = LayerNorm(width, EPS)
-            self.attn = WindowAttention(width, config.num_heads[stage], windows)
-            self.norm2 = LayerNorm(width, EPS)
-            self.mlp = Mlp(width, int(width * config.mlp_ratio))
+            self.norm1 = LayerNorm(width, EPS, backend)
+            self.attn = WindowAttention(width, config.num_heads[stage], windows, backend)
+            self.norm2 = LayerNorm(width, EPS, backend)
+            self.mlp = Mlp(width, int(width * config.mlp_ratio), backend)
 
     def hybrid_forward(self, F, x, keep, rows=None, attn_mask=None):
         x = self.attn.add_to(F, x, self.norm1, attn_mask, column(F, keep, 2 * self._draw), self._recompute)
@@ -62,12 +63,12 @@ class Block(HybridBlock):
 class PatchMerging(HybridBlock):
     """Four neighbours to one token of twice the width: (B, side*side, C) to (B, side*side/4, 2C)."""
 
-    def __init__(self, side: int, width: int):
+    def __init__(self, side: int, width: int, backend: OpBackend):
         super().__init__()
         self._side, self._width = side, width
         with self.name_scope():
-            self.reduction = Linear(4 * width, 2 * width, bias=False)
-            self.norm = LayerNorm(4 * width, EPS)
+            self.reduction = Linear(4 * width, 2 * width, backend, bias=False)
+            self.norm = LayerNorm(4 * width, EPS, backend)
 
     def hybrid_forward(self, F, x):
         half, width = self._side // 2, self._width
@@ -79,14 +80,16 @@ class PatchMerging(HybridBlock):
 class Stage(HybridBlock):
     """Blocks at one resolution, then the merging into the next, except after the last."""
 
-    def __init__(self, config: ModelConfig, stage: int):
+    def __init__(self, config: ModelConfig, stage: int, backend: OpBackend):
         super().__init__()
         last = stage == config.stages - 1
         with self.name_scope():
             self.blocks = nn.HybridSequential()
             for index in range(config.depths[stage]):
-                self.blocks.add(Block(config, stage, index))
-            self.downsample = None if last else PatchMerging(config.grid >> stage, config.embed_dim * 2 ** stage)
+                self.blocks.add(Block(config, stage, index, backend))
+            self.downsample = None
+            if not last:
+                self.downsample = PatchMerging(config.grid >> stage, config.embed_dim * 2 ** stage, backend)
 
     def hybrid_forward(self, F, x, keep, rows=None):
         *blocks, last = self.blocks
@@ -101,13 +104,13 @@ class SwinTransformer(HybridBlock):
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
     keep (B, 2 * blocks) holds the factors of stochastic depth; without it nothing is dropped. rows (B, L), L those of
-    the last stage, is 0 for tokens that nobody will use, see `ops.mlp`.
+    the last stage, is 0 for tokens that nobody will use, see `OpBackend.mlp`.
     """
     prefix_tokens = 0
 
-    def __init__(self, config: ModelConfig, masked: bool):
+    def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput):
         super().__init__()
-        width, side = config.embed_dim, config.grid
+        width, side, backend = config.embed_dim, config.grid, pixels.backend
         self._width = width
         with self.name_scope():
             self.absolute_pos_embed = self.mask_token = None
@@ -115,11 +118,11 @@ class SwinTransformer(HybridBlock):
                 self.absolute_pos_embed = self.params.get('absolute_pos_embed', shape=(1, side * side, width))
             if masked:
                 self.mask_token = self.params.get('mask_token', shape=(1, 1, width))
-            self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width, EPS)
+            self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width, pixels, EPS)
             self.layers = nn.HybridSequential()
             for stage in range(config.stages):
-                self.layers.add(Stage(config, stage))
-            self.norm = LayerNorm(width * 2 ** (config.stages - 1), EPS)
+                self.layers.add(Stage(config, stage, backend))
+            self.norm = LayerNorm(width * 2 ** (config.stages - 1), EPS, backend)
 
     def hybrid_forward(self, F, image, mask=None, keep=None, rows=None, absolute_pos_embed=None, mask_token=None):
         x = self.patch_embed(image)

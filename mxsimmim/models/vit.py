@@ -7,10 +7,11 @@ from typing import Any, Optional
 import numpy as np
 from mxnet.gluon import HybridBlock, nn
 
-from .. import ops
 from ..config import ModelConfig
+from ..ops import OpBackend
 from .layers import (LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, column, gather_bias, pair, relative_index,
                      replace_masked, values)
+from .pixels import PixelInput
 
 EPS = 1e-6
 
@@ -53,54 +54,57 @@ class QKV(HybridBlock):
 
 
 class Attention(HybridBlock):
-    """The parameters of multi-head attention whose keys have no bias; half a block, see `ops.attention`.
+    """The parameters of multi-head attention whose keys have no bias; half a block, see `OpBackend.attention`.
 
     With a relative position table of its own where `side` is given.
     """
 
-    def __init__(self, width: int, heads: int, tokens: int, side: Optional[int]):
+    def __init__(self, width: int, heads: int, tokens: int, side: Optional[int], backend: OpBackend):
         super().__init__()
         self._heads, self._width, self._tokens, self._table = heads, width, tokens, side is not None
+        self.backend = backend
         with self.name_scope():
             self.q_bias = self.params.get('q_bias', shape=(width,))
             self.v_bias = self.params.get('v_bias', shape=(width,))
             if side is not None:
                 add_relative_table(self, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
             self.qkv = QKV(width)
-            self.proj = Linear(width, width)
+            self.proj = Linear(width, width, backend)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, bias: Any, gamma: Any, keep: Any, recompute: bool) -> Any:
         """x + this of norm(x), (B, N, C)."""
         if self._table:
-            table, index = values(F, x, self.relative_position_bias_table, self.relative_position_index)
+            table, index = values(self.backend, F, x, self.relative_position_bias_table, self.relative_position_index)
             own = gather_bias(F, table, index, self._tokens, self._heads)
             bias = own if bias is None else bias + own
-        weight, q_bias, v_bias = values(F, x, self.qkv.weight, self.q_bias, self.v_bias)
+        weight, q_bias, v_bias = values(self.backend, F, x, self.qkv.weight, self.q_bias, self.v_bias)
         qkv = weight, F.concat(q_bias, F.zeros_like(q_bias), v_bias, dim=0)
-        return ops.attention(F, x, pair(F, x, norm), qkv, pair(F, x, self.proj), bias, gamma, keep, width=self._width,
-                             heads=self._heads, tokens=self._tokens, eps=norm.eps, recompute=recompute)
+        return self.backend.attention(F, x, pair(F, x, norm), qkv, pair(F, x, self.proj), bias, gamma, keep,
+                                      width=self._width, heads=self._heads, tokens=self._tokens, eps=norm.eps,
+                                      recompute=recompute)
 
 
 class Block(HybridBlock):
     """Attention and MLP, each normalised before, scaled per channel and randomly dropped after."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig, index: int, backend: OpBackend):
         super().__init__()
+        self.backend = backend
         width, self._index, self._recompute = config.embed_dim, index, config.recompute
         with self.name_scope():
             self.gamma_1 = self.gamma_2 = None
             if config.init_values is not None:
                 self.gamma_1 = self.params.get('gamma_1', shape=(width,))
                 self.gamma_2 = self.params.get('gamma_2', shape=(width,))
-            self.norm1 = LayerNorm(width, EPS)
+            self.norm1 = LayerNorm(width, EPS, backend)
             self.attn = Attention(width, config.num_heads, 1 + config.grid ** 2,
-                                  config.grid if config.use_rpb else None)
-            self.norm2 = LayerNorm(width, EPS)
-            self.mlp = Mlp(width, int(width * config.mlp_ratio))
+                                  config.grid if config.use_rpb else None, backend)
+            self.norm2 = LayerNorm(width, EPS, backend)
+            self.mlp = Mlp(width, int(width * config.mlp_ratio), backend)
 
     def hybrid_forward(self, F, x, bias, keep, rows=None, gamma_1=None, gamma_2=None):
         if gamma_1 is not None:
-            gamma_1, gamma_2 = values(F, x, self.gamma_1, self.gamma_2)
+            gamma_1, gamma_2 = values(self.backend, F, x, self.gamma_1, self.gamma_2)
         x = self.attn.add_to(F, x, self.norm1, bias, gamma_1, column(F, keep, 2 * self._index), self._recompute)
         return self.mlp.add_to(F, x, self.norm2, gamma_2, column(F, keep, 2 * self._index + 1), rows, self._recompute)
 
@@ -110,13 +114,13 @@ class VisionTransformer(HybridBlock):
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
     keep (B, 2 * depth) holds the factors of stochastic depth; without it nothing is dropped. rows (B, 1 + L) is 0 for
-    tokens that nobody will use, see `ops.mlp`.
+    tokens that nobody will use, see `OpBackend.mlp`.
     """
     prefix_tokens = 1
 
-    def __init__(self, config: ModelConfig, masked: bool):
+    def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput):
         super().__init__()
-        width, side = config.embed_dim, config.grid
+        width, side, backend = config.embed_dim, config.grid, pixels.backend
         self._width = width
         with self.name_scope():
             self.cls_token = self.params.get('cls_token', shape=(1, 1, width))
@@ -125,14 +129,14 @@ class VisionTransformer(HybridBlock):
                 self.pos_embed = self.params.get('pos_embed', shape=(1, 1 + side * side, width))
             if masked:
                 self.mask_token = self.params.get('mask_token', shape=(1, 1, width))
-            self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width)
+            self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width, pixels)
             self.rel_pos_bias = RelativePositionBias(side, config.num_heads) if config.use_shared_rpb else None
             self.blocks = nn.HybridSequential()
             for index in range(config.depth):
-                self.blocks.add(Block(config, index))
-            self.norm = None if config.use_mean_pooling else LayerNorm(width, EPS)
+                self.blocks.add(Block(config, index, backend))
+            self.norm = None if config.use_mean_pooling else LayerNorm(width, EPS, backend)
             # The reference's pre-training has a classifier's norm, too, and does not use it.
-            self.fc_norm = LayerNorm(width, EPS) if config.use_mean_pooling and masked else None
+            self.fc_norm = LayerNorm(width, EPS, backend) if config.use_mean_pooling and masked else None
 
     def hybrid_forward(self, F, image, mask=None, keep=None, rows=None, cls_token=None, pos_embed=None,
                        mask_token=None):

@@ -1,4 +1,4 @@
-"""AdamW over all parameters of a device, and sums of squares: plain MXNet and native, as chosen.
+"""AdamW over all parameters of a device, and sums of squares, in both forms of the operators.
 
 Apart from the other operators, because it imports mxnet.
 """
@@ -9,14 +9,15 @@ import mxnet as mx
 import numpy as np
 from mxnet.base import _LIB, check_call
 
-from . import chosen
+from .backend import OpBackend
 
 Arrays = Sequence[mx.nd.NDArray]
 Rates = Sequence[Tuple[float, float]]
 
 
 def update(weights: Arrays, grads: Arrays, means: Arrays, variances: Arrays, rates: Rates, scale: mx.nd.NDArray, *,
-           beta1: float, beta2: float, epsilon: float, copies: Arrays = (), shared: bool = False) -> None:
+           backend: OpBackend, beta1: float, beta2: float, epsilon: float, copies: Arrays = (),
+           shared: bool = False) -> None:
     """One update in place of float32 arrays of any shapes, the same for the four of a parameter, on one device.
 
     With (lr, factor) of `rates` for each weight: weight *= 1 - factor, then weight -= lr * mean / (sqrt(var) + epsilon)
@@ -27,17 +28,13 @@ def update(weights: Arrays, grads: Arrays, means: Arrays, variances: Arrays, rat
     Raises:
         mxnet.MXNetError: shapes or types contradict each other.
     """
-    form = _native_update if _is_native(scale) else _reference_update
+    form = _native_update if backend.is_native else _reference_update
     form(weights, grads, means, variances, rates, scale, copies, shared, beta1=beta1, beta2=beta2, epsilon=epsilon)
 
 
-def square_sum(arrays: Arrays) -> mx.nd.NDArray:
+def square_sum(arrays: Arrays, backend: OpBackend) -> mx.nd.NDArray:
     """The sum of squares (1,) of all elements of float32 arrays; the native form adds them up in float64."""
-    return (_native_square_sum if _is_native(arrays[0]) else _reference_square_sum)(arrays)
-
-
-def _is_native(array: mx.nd.NDArray) -> bool:
-    return chosen().form == 'native' and array.context.device_type == 'cpu'
+    return (_native_square_sum if backend.is_native else _reference_square_sum)(arrays)
 
 
 def decay(weights: Arrays, factors: Sequence[float], scale: mx.nd.NDArray) -> None:
@@ -97,4 +94,3 @@ def _reference_square_sum(arrays: Arrays) -> mx.nd.NDArray:
 
 def _native_square_sum(arrays: Arrays) -> mx.nd.NDArray:
     return mx.nd.mxsimmim_square_sum(*arrays, count=len(arrays))
-

@@ -1,4 +1,4 @@
-"""The library of native operators: where it is, whether it fits, and loading it into MXNet; which form operators take.
+"""The library of native operators: where it is, whether it fits, and loading it into MXNet.
 
 Without it everything is computed all the same, by MXNet's own operators.
 """
@@ -6,8 +6,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Optional
 
 from ..runtime import environment
 from .build import NAME, NOTE, ONEDNN, NotBuilt, check_machine, digest, installed_file
@@ -156,50 +155,8 @@ def status() -> str:
         return f'reference, slower: {error}'
 
 
-def report() -> Dict[str, Any]:
-    """What `mxsimmim doctor` says of the operators: instructions, names, what `auto` takes; or why there are none."""
-    environment.prepare(SimpleNamespace(threads=0, blas_core='auto'))  # RuntimeConfig's defaults, without pydantic
-    try:
-        instructions = load()
-    except NotBuilt as error:
-        return {'why': error.why, 'remedy': error.remedy}
-    import mxnet
-    return {'instructions': instructions, 'auto': decide('auto', [mxnet.cpu()])[1],
-            'names': [name[len(PREFIX):] for name in dir(mxnet.nd) if name.startswith(PREFIX)]}
-
-
-def decide(precision: str, contexts: Sequence[Any]) -> Tuple[str, str]:
-    """(form, precision) as `ops.choose` wants them. Says once, on stderr, why operators on a CPU are not native.
-
-    Raises:
-        ValueError: bf16 is asked for where nothing can compute it.
-    """
-    others = [str(context) for context in contexts if context.device_type != 'cpu']
-    if others:
-        if precision == 'bf16':
-            raise ValueError(f"key 'runtime.precision': bf16 is computed on CPUs only, not on {', '.join(others)}: "
-                             'write runtime.precision=float32, or devices=[cpu(0)]')
-        return 'reference', 'float32'
-    try:
-        isa = admit(precision)
-    except NotBuilt as error:
-        if precision == 'bf16':
-            raise ValueError(f"key 'runtime.precision': bf16 needs the native operators. {error}; or write "
-                             'runtime.precision=float32') from None
-        _tell(f'operators: reference, slower than native ones: {error}')
-        return 'reference', 'float32'
-    return 'native', 'bf16' if precision == 'bf16' or precision == 'auto' and isa in BF16 else 'float32'
-
-
-def describe(form: str, precision: str) -> str:
-    """A choice in words, for the messages of a run."""
-    if form == 'reference':
-        return f'operators: reference, {precision}'
-    slow = ' (emulated by this CPU, slower than float32)' if precision == 'bf16' and _isa not in BF16 else ''
-    return f'operators: native ({_isa}), {precision}{slow}'
-
-
-def _tell(text: str) -> None:
+def tell_once(text: str) -> None:
+    """Print the first text that this process gives it, on stderr."""
     global _told
     if not _told:
         print(f'mxsimmim: {text}', file=sys.stderr, flush=True)

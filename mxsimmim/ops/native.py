@@ -1,26 +1,16 @@
-"""The native form of the operators: calls what the compiled library registered with MXNet.
+"""The native form of the operators: calls what the compiled library registered with MXNet. See `OpBackend`.
 
 MXNet does not tell such an operator whether to replace what a result's buffer holds or to add to it, so it replaces. In
 two cases results should be added: to a parameter with grad_req='add', which needs an `F.identity` between, whose
 gradient knows how (models/layers.py), and to the gradient of an array that eight operators or more use, such as ViT's
 shared bias, which must be given to them in smaller groups (models/vit.py).
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from .layout import Windows
-from .library import admit, decide, load
-from .pixels import native_masked_loss as masked_loss
-from .pixels import native_patchify as patchify
-
-__all__ = ['admit', 'attention', 'decide', 'layer_norm', 'linear', 'load', 'masked_loss', 'mlp', 'patchify']
 
 Pair = Tuple[Any, Any]
-
-
-def precision() -> bool:
-    """Whether products are in bf16."""
-    from . import chosen
-    return chosen().precision == 'bf16'
+KINDS = {'l1': 0, 'mse': 1}
 
 
 def optional(**inputs: Any) -> Tuple[list, dict]:
@@ -33,25 +23,43 @@ def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int
     return F.mxsimmim_layer_norm(x, weight, bias, eps=eps)
 
 
-def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int) -> Any:
+def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int,
+           precision: str = 'float32') -> Any:
     more, flags = optional(bias=bias)
-    y = F.mxsimmim_linear(x, weight, *more, bf16=precision(), gelu=gelu, **flags)
+    y = F.mxsimmim_linear(x, weight, *more, bf16=precision == 'bf16', gelu=gelu, **flags)
     return y[0] if gelu else y
 
 
 def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None, keep: Any = None,
               mask: Any = None, *, width: int, heads: int, tokens: int, eps: float, windows: Optional[Windows] = None,
-              recompute: bool = False) -> Any:
+              recompute: bool = False, precision: str = 'float32') -> Any:
     more, flags = optional(bias=bias, mask=mask, gamma=gamma, keep=keep)
     if windows:
         flags.update(windows._asdict())
-    y = F.mxsimmim_attention(x, *norm, *qkv, *proj, *more, heads=heads, eps=eps, bf16=precision(), recompute=recompute,
-                             **flags)
+    y = F.mxsimmim_attention(x, *norm, *qkv, *proj, *more, heads=heads, eps=eps, bf16=precision == 'bf16',
+                             recompute=recompute, **flags)
     return y if recompute else y[0]
 
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
-        width: int, hidden: int, eps: float, recompute: bool = False) -> Any:
+        width: int, hidden: int, eps: float, recompute: bool = False, precision: str = 'float32') -> Any:
     more, flags = optional(gamma=gamma, keep=keep, rows=rows)
-    y = F.mxsimmim_mlp(x, *norm, *fc1, *fc2, *more, eps=eps, bf16=precision(), recompute=recompute, **flags)
+    y = F.mxsimmim_mlp(x, *norm, *fc1, *fc2, *more, eps=eps, bf16=precision == 'bf16', recompute=recompute, **flags)
     return y if recompute else y[0]
+
+
+def patchify(F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+    return F.mxsimmim_patchify(image, cell=cell, **_numbered('mean', mean), **_numbered('std', std))
+
+
+def masked_loss(F: Any, tokens: Any, decoder: Pair, target: Any, mask: Any, *, cell: int, patch: int, prefix: int,
+                kind: str, precision: str = 'float32') -> Any:
+    # Masked cells only are decoded.
+    loss, _ = F.mxsimmim_masked_loss(tokens, *decoder, target, mask, prefix=prefix, kind=KINDS[kind],
+                                     bf16=int(precision == 'bf16'))
+    return loss
+
+
+def _numbered(name: str, values: Sequence[float]) -> Dict[str, float]:
+    """Attributes of a native operator are single numbers."""
+    return {f'{name}{number}': value for number, value in enumerate(values)}

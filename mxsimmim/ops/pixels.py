@@ -1,11 +1,10 @@
-"""Operators on pixels, in both forms: images to cells, and SimMIM's loss on cells. `reference` and `native` offer them.
+"""The reference form of the operators on pixels: images to cells, and SimMIM's loss on cells. `reference` offers them.
 
 A cell is a square of pixels, a row of 3 * cell^2 values ordered (channel, y, x). F is mx.nd or mx.sym.
 """
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 AUTO = -1  # in MXNet's reshape: infer this size
-KINDS = {'l1': 0, 'mse': 1}
 
 
 def swap(F: Any, x: Any, *shape: int) -> Any:
@@ -29,16 +28,21 @@ def from_cells(F: Any, cells: Any, side: int, cell: int) -> Any:
     return F.reshape(image, shape=(AUTO, 3, side, side))
 
 
+def normalise(F: Any, image: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Turn bytes (B, S, S, 3) into (image / 255 - mean) / std of each channel, float32 (B, 3, S, S)."""
+    return F.image.normalize(F.image.to_tensor(image), mean=tuple(mean), std=tuple(std))
+
+
 def patchify(F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """See `mxsimmim.ops.patchify`. A graph does not know the type of its inputs: here a symbol is a float32 image."""
+    """See `OpBackend.patchify`. A graph does not know the type of its inputs: here a symbol is a float32 image."""
     if 'uint8' in str(getattr(image, 'dtype', '')):
-        image = F.image.normalize(F.image.to_tensor(image), mean=tuple(mean), std=tuple(std))      # (B, 3, S, S)
+        image = normalise(F, image, mean, std)
     return to_cells(F, image, side, cell)
 
 
 def masked_loss(F: Any, tokens: Any, decoder: Tuple[Any, Any], target: Any, mask: Any, *, cell: int, patch: int,
-                prefix: int, kind: str) -> Any:
-    """See `mxsimmim.ops.masked_loss`; all cells are decoded, and weighted with the mask."""
+                prefix: int, kind: str, precision: str = 'float32') -> Any:
+    """See `OpBackend.masked_loss`; all cells are decoded, and weighted with the mask."""
     tokens = F.slice_axis(tokens, axis=1, begin=prefix, end=None)
     predicted = F.FullyConnected(tokens, *decoder, num_hidden=3 * cell ** 2, flatten=False)
     hidden = _masked_pixels(F, mask, cell // patch, patch)                          # (B, cells, 1, cell^2)
@@ -59,21 +63,3 @@ def _masked_pixels(F: Any, mask: Any, patches: int, size: int) -> Any:
     mask = F.broadcast_axis(mask, axis=(3, 5), size=(size, size))                   # (B, cells, y, size, x, size)
     return F.reshape(mask, shape=(0, 0, 1, AUTO))
 
-
-def native_patchify(F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """See `mxsimmim.ops.patchify`."""
-    return F.mxsimmim_patchify(image, cell=cell, **_numbered('mean', mean), **_numbered('std', std))
-
-
-def native_masked_loss(F: Any, tokens: Any, decoder: Tuple[Any, Any], target: Any, mask: Any, *, cell: int, patch: int,
-                       prefix: int, kind: str) -> Any:
-    """See `mxsimmim.ops.masked_loss`; masked cells only are decoded."""
-    from . import chosen  # only now: that module imports this one
-    loss, _ = F.mxsimmim_masked_loss(tokens, *decoder, target, mask, prefix=prefix, kind=KINDS[kind],
-                                     bf16=int(chosen().precision == 'bf16'))
-    return loss
-
-
-def _numbered(name: str, values: Sequence[float]) -> Dict[str, float]:
-    """Attributes of a native operator are single numbers."""
-    return {f'{name}{number}': value for number, value in enumerate(values)}

@@ -1,5 +1,6 @@
 """What each operator computes, in MXNet's own operators: the form for every device, and what the native one is tested
-against. Written for speed on a CPU where that costs nothing elsewhere.
+against. Written for speed on a CPU where that costs nothing elsewhere. See `OpBackend`; `recompute` and `precision`
+are for the native form.
 
 Shapes: B images, L tokens, C channels, H heads, D = C/H, N tokens that attend to each other.
 """
@@ -44,7 +45,8 @@ def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int
     return x * outer(F, scale, weight, width) + outer(F, -mean * scale, weight, width, bias)
 
 
-def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int) -> Any:
+def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int,
+           precision: str = 'float32') -> Any:
     inputs = [x, weight] + ([] if bias is None else [bias])
     y = F.FullyConnected(*inputs, num_hidden=units, no_bias=bias is None, flatten=False)
     return F.LeakyReLU(y, act_type='gelu') if gelu else y
@@ -52,7 +54,7 @@ def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *,
 
 def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None, keep: Any = None,
               mask: Any = None, *, width: int, heads: int, tokens: int, eps: float, windows: Optional[Windows] = None,
-              recompute: bool = False) -> Any:
+              recompute: bool = False, precision: str = 'float32') -> Any:
     y, count = layer_norm(F, x, *norm, eps, width=width), 1
     if windows:
         y = partition(F, roll(F, y, windows, width), windows, width)
@@ -68,7 +70,7 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
 
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
-        width: int, hidden: int, eps: float, recompute: bool = False) -> Any:
+        width: int, hidden: int, eps: float, recompute: bool = False, precision: str = 'float32') -> Any:
     y = linear(F, layer_norm(F, x, *norm, eps, width=width), *fc1, gelu=True, units=hidden)
     return residual(F, x, linear(F, y, *fc2, units=width), gamma, keep, width)
 

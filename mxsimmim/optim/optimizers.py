@@ -7,7 +7,7 @@ import numpy as np
 from mxnet.gluon import Parameter
 
 from ..config import OptimConfig
-from ..ops import adamw
+from ..ops import REFERENCE, OpBackend, adamw
 
 
 def adamw_arguments(optim: OptimConfig, update: int, lr: float) -> Dict[str, float]:
@@ -32,7 +32,8 @@ class Optimizer:
     MOMENTS: Tuple[str, ...] = ()
 
     def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], optim: OptimConfig,
-                 lr_scales: Optional[Mapping[str, float]] = None):
+                 lr_scales: Optional[Mapping[str, float]] = None, backend: OpBackend = REFERENCE):
+        self.backend = backend
         self._parameters, self._decays, self._optim = parameters, decays, optim
         self._scales = lr_scales or dict.fromkeys(parameters, 1.0)
         self.moments: Dict[str, List[mx.nd.NDArray]] = {
@@ -81,7 +82,7 @@ class AdamW(Optimizer):
         constants = {key: steps[rates[0]][key] for key in ('beta1', 'beta2', 'epsilon')}
         adamw.update(weights, grads, means, variances,
                      [(steps[rate]['lr'], factor) for rate, factor in zip(rates, factors)],
-                     scale, shared=len(copies[0][0]) > 1, **constants)
+                     scale, backend=self.backend, shared=len(copies[0][0]) > 1, **constants)
 
 
 class SGD(Optimizer):

@@ -10,6 +10,7 @@ from mxnet.gluon import Parameter
 
 from ..config import configfile
 from ..config import Config
+from ..ops import REFERENCE, OpBackend
 from ..runtime.process import ProcessInfo
 from . import protocol
 from .clock import Clock
@@ -66,8 +67,9 @@ class AsynchronousUpdate:
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], store: WeightServers,
-                 config: Config, per_epoch: int, total: int, lr_scales: Optional[Mapping[str, float]] = None):
-        self.workers = store
+                 config: Config, per_epoch: int, total: int, lr_scales: Optional[Mapping[str, float]] = None,
+                 backend: OpBackend = REFERENCE):
+        self.workers, self._backend = store, backend
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._local = Communicator('device')
         self._local_keys = self._local.keys([p.list_grad() for p in self._parameters])
@@ -110,7 +112,7 @@ class AsynchronousUpdate:
         """Sends the gradients, takes new weights; returns as `SynchronousUpdate.step`, of this worker alone."""
         gradients = [p.list_grad() for p in self._parameters]
         self._local.sum(self._local_keys, gradients)
-        norm = global_norm(gradients)
+        norm = global_norm(gradients, self._backend)
         stats = mx.nd.concat(loss, norm, mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss), dim=0)
         stats.wait_to_read()  # a pull writes into the gradients
         if clock:

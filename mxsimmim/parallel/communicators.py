@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import mxnet as mx
 
+from ..ops import OpBackend
 from ..runtime.process import ALONE, ProcessInfo
 from .control import ControlPlane
 from .shared_memory import SharedMemoryGroup, usable
@@ -36,8 +37,11 @@ class Communicator:
             raise ValueError(f'train.store={name}: this build of MXNet does not have it '
                              f'({str(error).strip().splitlines()[-1]}): use train.store=device') from error
 
-    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context]) -> List[Copies]:
-        """Arrays (n,) of float32 where `sum` adds them up fastest; all workers ask for the same ones at once."""
+    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
+        """Arrays (n,) of float32 where `sum` adds them up fastest; all workers ask for the same ones at once.
+
+        `backend` computes on them.
+        """
         return [[mx.nd.zeros((size,), ctx=ctx) for ctx in contexts] for size in sizes]
 
     def keys(self, arrays: Sequence[Copies]) -> List[int]:
@@ -124,20 +128,20 @@ class HorovodCommunicator(Communicator):
         self._memories: List[SharedMemoryGroup] = []
         self._shared: Dict[int, Tuple[SharedMemoryGroup, int]] = {}  # id of an array -> its memory, its number there
 
-    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context]) -> List[Copies]:
-        own = usable(contexts[0], os.environ)
+    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
+        own = usable(contexts[0], os.environ, backend)
         if not 0 < len(self._firsts) < self.size or not all(self.control.all_gather('who can share memory', own)):
-            return super().zeros(sizes, contexts)
+            return super().zeros(sizes, contexts, backend)
         ends = self._firsts[1:] + (self.size,)
         ranks = next(list(range(first, end)) for first, end in zip(self._firsts, ends) if self.rank < end)
         try:
             memory = SharedMemoryGroup(sizes, ranks, self.rank, self.control, not self._hosts)
         except OSError as error:
             print(f'mxsimmim: {error}: workers of one host send each other their gradients', file=sys.stderr)
-            return super().zeros(sizes, contexts)
+            return super().zeros(sizes, contexts, backend)
         self._memories.append(memory)
         self._shared.update({id(array): (memory, i) for i, array in enumerate(memory.arrays)})
-        return [[array, *others] for array, others in zip(memory.arrays, super().zeros(sizes, contexts[1:]))]
+        return [[array, *others] for array, others in zip(memory.arrays, super().zeros(sizes, contexts[1:], backend))]
 
     def sum(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
         for memory in self._memories:

@@ -5,13 +5,14 @@ from typing import List, Sequence
 from mxnet import autograd
 from mxnet.gluon import Parameter
 
+from ..ops import OpBackend
 from .communicators import Copies, Communicator
 
 SMALL = 1 << 20  # bytes
 LINE = 16  # float32 of a cache line, where each gradient begins
 
 
-def exchanged(parameters: Sequence[Parameter], store: Communicator) -> List[Copies]:
+def exchanged(parameters: Sequence[Parameter], store: Communicator, backend: OpBackend) -> List[Copies]:
     """The parameters' gradients: first one array that holds all small ones, one after another, then the large ones.
 
     From now on the parameters' gradients lie in arrays of the store's. A transformer has three times as many small
@@ -24,7 +25,7 @@ def exchanged(parameters: Sequence[Parameter], store: Communicator) -> List[Copi
     sizes = {p: p.data(contexts[0]).size for p in parameters}
     small, large = ([p for p in parameters if (4 * sizes[p] < SMALL) == kind] for kind in (True, False))
     firsts = list(accumulate([0] + [-(-sizes[p] // LINE) * LINE for p in small]))
-    arrays = store.zeros(firsts[-1:] * bool(small) + [sizes[p] for p in large], contexts)
+    arrays = store.zeros(firsts[-1:] * bool(small) + [sizes[p] for p in large], contexts, backend)
     for p, first in zip(small, firsts):
         _place(p, [array[first:first + sizes[p]] for array in arrays[0]])
     for p, copies in zip(large, arrays[bool(small):]):

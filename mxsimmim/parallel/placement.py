@@ -7,7 +7,6 @@ import numpy as np
 from mxnet import autograd
 from mxnet.gluon import HybridBlock
 
-from .. import ops
 from ..data.loader import Batch
 from ..data.sampling import split
 from ..models.layers import keep_factors
@@ -50,13 +49,8 @@ class Replicated:
     each weighted with its images: slices may be uneven.
     """
 
-    def __init__(self, net: HybridBlock, contexts: Sequence[mx.Context], mean: Tuple[float, ...],
-                 std: Tuple[float, ...], accumulate: int = 1):
-        self.net, self.contexts = net, list(contexts)
-        self._mean, self._std, self._accumulate = mean, std, accumulate
-        self._takes_bytes = ops.chosen().form == 'native'
-        if self._takes_bytes:
-            net.encoder.patch_embed.pixels = tuple(mean), tuple(std)
+    def __init__(self, net: HybridBlock, contexts: Sequence[mx.Context], accumulate: int = 1):
+        self.net, self.contexts, self._accumulate = net, list(contexts), accumulate
         net.collect_params().reset_ctx(self.contexts)
         self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
         if accumulate > 1:
@@ -64,7 +58,7 @@ class Replicated:
                 parameter.grad_req = 'add'
         # Gradients can be exchanged while others are computed, but not those of operators that MXNet runs in one bulk:
         # 15 by default, which are 7 blocks where a native operator is half a block.
-        net.hybridize(static_alloc=True, backward_bulk_size=1 if self._takes_bytes else None)
+        net.hybridize(static_alloc=True, backward_bulk_size=1 if net.backend.is_native else None)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.
@@ -111,9 +105,7 @@ class Replicated:
 
     def _inputs(self, batch: Batch, part: slice, ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
         """What the network takes. Bytes go to the device and are normalised there; float images are already."""
-        image = mx.nd.array(batch.image[part], ctx=ctx, dtype=batch.image.dtype)
-        if batch.image.dtype == np.uint8 and not self._takes_bytes:
-            image = mx.nd.image.normalize(mx.nd.image.to_tensor(image), mean=self._mean, std=self._std)  # (b, 3, H, W)
+        image = self.net.pixels.prepare(mx.nd.array(batch.image[part], ctx=ctx, dtype=batch.image.dtype))
         if batch.label is None or not batch.label.shape[1]:
             inputs = image, mx.nd.array(batch.mask[part], ctx=ctx, dtype='uint8')
         else:

@@ -12,7 +12,7 @@ import mxnet as mx
 import numpy as np
 from mxnet.base import _LIB, check_call
 
-from ..ops import chosen, library
+from ..ops import OpBackend, library
 from .control import ControlPlane
 
 LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
@@ -21,9 +21,9 @@ PRIORITIZED = ctypes.c_int(3)  # FnProperty::kCPUPrioritized: threads that do no
 THREADS = 2  # of these wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening
 
 
-def usable(context: mx.Context, environ: Mapping[str, str]) -> bool:
-    """Whether a worker can add up in its host's memory what it computes on this device."""
-    return (context.device_type == 'cpu' and chosen().form == 'native' and hasattr(os, 'memfd_create')
+def usable(context: mx.Context, environ: Mapping[str, str], backend: OpBackend) -> bool:
+    """Whether a worker can add up in its host's memory what it computes on this device with these operators."""
+    return (context.device_type == 'cpu' and backend.is_native and hasattr(os, 'memfd_create')
             and int(environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
 
 

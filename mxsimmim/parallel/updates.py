@@ -12,7 +12,7 @@ import numpy as np
 from mxnet.gluon import Parameter
 
 from ..config import TrainConfig
-from ..ops import adamw
+from ..ops import OpBackend, adamw
 from ..optim import Optimizer
 from .clock import Clock
 from .compression import TRANSPORTS
@@ -21,9 +21,9 @@ from .gradients import exchanged
 from .communicators import Copies, Communicator
 
 
-def global_norm(arrays: Sequence[Copies]) -> mx.nd.NDArray:
+def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
     """L2 norm (1,) of all first copies."""
-    return mx.nd.sqrt(adamw.square_sum([first for first, *_ in arrays]))
+    return mx.nd.sqrt(adamw.square_sum([first for first, *_ in arrays], backend))
 
 
 class SynchronousUpdate:
@@ -40,7 +40,9 @@ class SynchronousUpdate:
         self._contexts = self._parameters[0].list_ctx()
         # What leaves compressed leaves from other arrays: the store's own memory would be of no use.
         home = store if train.compression == 'none' else Communicator('device')
-        self._exchanged = exchanged(self._parameters, home) if store.size > 1 or len(self._contexts) > 1 else None
+        self._exchanged = None
+        if store.size > 1 or len(self._contexts) > 1:
+            self._exchanged = exchanged(self._parameters, home, optimizer.backend)
         self._transport = TRANSPORTS[train.compression](store, self.gradients(), train.threshold)
         self._votes: Optional[Pending] = None  # of the last step
 
@@ -65,7 +67,7 @@ class SynchronousUpdate:
         self._transport.sum(self.gradients(), clock and clock.computed)
         if clock:
             clock.communicated()
-        norm = global_norm(self.gradients())
+        norm = self._norm()
         applied = mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss)
         scale = mx.nd.where(applied, self._scale(norm), mx.nd.zeros_like(norm))
         self._optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts], floor)
@@ -77,7 +79,7 @@ class SynchronousUpdate:
         The clipped sum stays on rank 0's first device; all others start the next part from zero.
         """
         self._transport.sum(self.gradients())
-        scale = self._scale(global_norm(self.gradients()))
+        scale = self._scale(self._norm())
         for first, *others in self.gradients():
             mx.nd.broadcast_mul(first.reshape((-1,)), scale, out=first.reshape((-1,)))
             for other in others + ([first] if self.store.rank else []):
@@ -128,6 +130,9 @@ class SynchronousUpdate:
         """For each kind of moments, one for each parameter."""
         copies, count = list(self._optimizer.moments.values()), len(self._parameters)
         return [copies[first:first + count] for first in range(0, len(copies), count)]
+
+    def _norm(self) -> mx.nd.NDArray:
+        return global_norm(self.gradients(), self._optimizer.backend)
 
     def _scale(self, norm: mx.nd.NDArray) -> mx.nd.NDArray:
         """What clipping multiplies gradients with, as PyTorch's clip_grad_norm_."""

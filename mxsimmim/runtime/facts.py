@@ -76,7 +76,7 @@ def collect() -> Facts:
                             for name, capability, memory in driver.get('gpus', ())),
                  packages=tuple(_package_versions()), environment=variables,
                  settings={**variables, **environment.settings(AUTO, os.environ, flags, cores)},
-                 mxnet=_ask('_import_mxnet'), horovod=_ask('_import_horovod'), operators=_ask('report', 'ops.library'))
+                 mxnet=_ask('_import_mxnet'), horovod=_ask('_import_horovod'), operators=_ask('report', 'ops.backend'))
 
 
 def _ask(function: str, module: str = 'runtime.facts') -> Dict[str, Any]:

@@ -14,6 +14,7 @@ from ..data.sources import Source, hold_out, open_source
 from ..data.transforms import ClassifyTransform, PretrainTransform
 from .evaluation import Evaluation
 from ..models import build_classifier, build_simmim, named_parameters
+from ..ops import OpBackend
 from ..optim import parameter_groups, weight_decays
 from ..parallel.control import ControlPlane
 from ..parallel.placement import Replicated
@@ -38,9 +39,10 @@ class Pretraining:
             return source, open_source(data.val_path)
         return hold_out(source, data.val_fraction, SEED) if data.val_fraction else (source, None)
 
-    def network(self, initial: bool) -> HybridBlock:
-        """The network, with random weights if they are to be used."""
-        return build_simmim(self.config.model, self.config.seed if initial else None)
+    def network(self, initial: bool, backend: OpBackend) -> HybridBlock:
+        """The network, computing with `backend`, with random weights if they are to be used."""
+        config = self.config
+        return build_simmim(config.model, config.seed if initial else None, backend, config.data.mean, config.data.std)
 
     def groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
         """(lr_scale, weight_decay) of each parameter."""
@@ -84,9 +86,11 @@ class Classification:
         self.source, self.held_out, self.classes = self._data.train, self._data.held_out, self._data.classes
         self.labels = [part for part in (self._data.train_labels, self._data.held_out_labels) if part is not None]
 
-    def network(self, initial: bool) -> HybridBlock:
+    def network(self, initial: bool, backend: OpBackend) -> HybridBlock:
         """As in `Pretraining`."""
-        return build_classifier(self.config.model, len(self.classes), self.config.seed if initial else None)
+        config = self.config
+        return build_classifier(config.model, len(self.classes), config.seed if initial else None, backend,
+                                config.data.mean, config.data.std)
 
     def groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
         """As in `Pretraining`, with layer decay."""

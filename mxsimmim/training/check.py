@@ -8,14 +8,13 @@ import numpy as np
 
 from ..runtime import facts
 from ..system import files
-from .. import ops
 from ..config import Config, Duration
 from ..data.loader import Batch, Loader
 from ..data.sampling import steps_per_epoch
 from ..data.transforms import decode
 from ..models import named_parameters
 from ..models.cost import multiply_adds
-from ..ops.library import describe
+from ..ops import OpBackend
 from ..parallel.control import ControlPlane
 from ..parallel.strategies import strategy_of
 from ..parallel.placement import Replicated, contexts_of
@@ -25,7 +24,7 @@ from ..config.schedule import fitted
 from ..tasks.registry import TASKS, Task
 from .pretrained import load_encoder
 from .room import check_room, checkpoint_bytes
-from .trainer import operators
+from .trainer import agree_on_backend
 from ..runtime.process import ProcessInfo, world
 
 IMAGES = 8  # of each source that are read
@@ -52,11 +51,12 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
         print(f'{name:<10} {text}', flush=True)
         return made
 
-    contexts = part('devices', _devices, config, place)
+    devices = part('devices', _devices, config, place)
+    contexts, backend = devices or (None, None)
     task = part('data', _data, config)
     planned = part('schedule', _schedule, config, written, place, task, contexts)
     config = planned or config
-    net = part('model', _model, config, task, contexts)
+    net = part('model', _model, config, task, backend)
     placement = part('forward', _forward, config, task, net, contexts)
     part('memory', _memory, config, task, place, placement)
     part('places', lambda: _places(config, place, task, planned))
@@ -64,10 +64,11 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
     return 1 if failed else 0
 
 
-def _devices(config: Config, place: ProcessInfo) -> Tuple[str, List[mx.Context]]:
+def _devices(config: Config, place: ProcessInfo) -> Tuple[str, Tuple[List[mx.Context], OpBackend]]:
     contexts, mode = contexts_of(config.devices, place), strategy_of(config, place)
-    operators(config, contexts, ControlPlane(), print)
-    return f'{", ".join(map(str, contexts))}; {mode.aggregation} over {mode.store}; {describe(*ops.chosen())}', contexts
+    backend = agree_on_backend(config, contexts, ControlPlane(), print)
+    text = f'{", ".join(map(str, contexts))}; {mode.aggregation} over {mode.store}; {backend.describe()}'
+    return text, (contexts, backend)
 
 
 def _data(config: Config) -> Tuple[str, Task]:
@@ -99,8 +100,8 @@ def _schedule(config: Config, written: Mapping[str, Duration], place: ProcessInf
     return '; '.join([text] + notes), config
 
 
-def _model(config: Config, task: Task, contexts: List[mx.Context]) -> Tuple[str, Any]:
-    net = task.network(initial=True)
+def _model(config: Config, task: Task, backend: OpBackend) -> Tuple[str, Any]:
+    net = task.network(True, backend)
     told = load_encoder(net, config.model.pretrained) if task.takes_encoder and config.model.pretrained else ''
     text = f'{config.model.type}, {_count(net):,} parameters, '
     text += f'{multiply_adds(config.model, decoder=config.task == "pretrain") / 1e9:.2f} GFLOPs an image'
@@ -120,7 +121,7 @@ def _batch(config: Config, task: Task, images: int) -> Batch:
 
 
 def _forward(config: Config, task: Task, net: mx.gluon.Block, contexts: List[mx.Context]) -> Tuple[str, Replicated]:
-    placement = Replicated(net, contexts, config.data.mean, config.data.std)
+    placement = Replicated(net, contexts)
     images = 2 * len(contexts)
     loss = float(placement.loss(_batch(config, task, images)).asscalar()) / images
     if not np.isfinite(loss):

@@ -5,14 +5,13 @@ import signal
 import time
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 
 from ..config import configfile
 from ..system import files
-from .. import ops
 from .checkpoint import Checkpoint, discard_after, save
 from ..config import Config, Duration
 from ..data.loader import Batch, Loader
@@ -24,7 +23,7 @@ from .step_metrics import StepMetrics
 from ..models import named_parameters
 from ..models.cost import multiply_adds
 from .run_logger import RunLogger, Quiet, read_metrics
-from ..ops.library import describe
+from ..ops import REFERENCE, OpBackend, select_backend
 from ..optim import OPTIMIZERS, learning_rates
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
 from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
@@ -88,7 +87,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
             stack.enter_context(locked(folder, notes.append))
         store = stack.enter_context(joined(config, mode, place))
         check_same_job(config, task, store.control)
-        stack.enter_context(operators(config, contexts, store.control, notes.append))
+        backend = agree_on_backend(config, contexts, store.control, notes.append)
         saved = None
         if place.rank == 0:
             saved = checkpoint_to_resume(config, len(task.source), task.classes, notes.append)
@@ -101,7 +100,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
             monitor = stack.enter_context(RunLogger(folder, plan.total, first))
         for note in [*notes_of(task.source, task.held_out), *notes]:
             monitor.message(note)
-        run = assemble(config, plan, task, contexts, mode, store, saved, resumed, monitor)
+        run = assemble(config, plan, task, contexts, backend, mode, store, saved, resumed, monitor)
         if place.rank == 0:
             introduce(run, saved, mode, place)
         stopped = train(run, first, stop)
@@ -109,25 +108,25 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     return 128 + stopped if stopped else 0
 
 
-def operators(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]
-              ) -> ContextManager[None]:
-    """Chooses the form of the operators: native ones, if all workers have them.
+def agree_on_backend(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]
+                     ) -> OpBackend:
+    """Select the operators of this worker: native ones, if all workers have them.
 
     Forms differ in the last bits, also of an update, and all workers must make the same one.
 
     Raises:
         ValueError: the configuration asks for what only native operators do.
     """
-    choice = ops.choose(config.runtime.precision, contexts)
-    native = control.all_gather('form of the operators', choice.form == 'native')
+    backend = select_backend(config.runtime.precision, contexts)
+    native = control.all_gather('form of the operators', backend.is_native)
     if config.model.recompute and not all(native):
         raise ValueError("key 'model.recompute': only native operators, on CPUs, can compute activations again, and "
                          f'rank {native.index(False)} has none (`mxsimmim doctor` says why): write '
                          'model.recompute=false, and use train.accumulate to need less memory')
-    if all(native) or choice.form == 'reference':
-        return contextlib.nullcontext()
+    if all(native) or not backend.is_native:
+        return backend
     log(f'rank {native.index(False)} computes with reference operators (its log says why): so do all')
-    return ops.using('reference')
+    return REFERENCE
 
 
 @contextlib.contextmanager
@@ -209,19 +208,19 @@ def is_timed(run: Run, step: int) -> bool:
     return done % run.config.log.every == 0 or done % run.plan.per_epoch == 0 or done == run.plan.total
 
 
-def assemble(config: Config, plan: Timetable, task: Task, contexts: List[mx.Context], mode: Strategy,
-             store: Communicator, saved: Optional[Checkpoint], resumed: Optional[Dict[str, Any]],
+def assemble(config: Config, plan: Timetable, task: Task, contexts: List[mx.Context], backend: OpBackend,
+             mode: Strategy, store: Communicator, saved: Optional[Checkpoint], resumed: Optional[Dict[str, Any]],
              monitor: Union[RunLogger, Quiet]) -> Run:
     """Builds everything the loop needs, from initial weights, an encoder or a checkpoint.
 
     `saved` is the checkpoint, which rank 0 alone has read; `resumed` is its state, which all have.
     """
-    net = task.network(initial=not saved)
+    net = task.network(not saved, backend)
     if saved:
         official.load_weights(net, saved.arrays['weights'])
     elif task.takes_encoder and config.model.pretrained and not resumed and store.rank == 0:
         monitor.message(load_encoder(net, config.model.pretrained))
-    placement = Replicated(net, contexts, config.data.mean, config.data.std, config.train.accumulate)
+    placement = Replicated(net, contexts, config.train.accumulate)
     images = divide(config, task, store, len(contexts) * config.train.accumulate, resumed)
     aggregation = make_aggregation(config, plan, task, net, mode, store, images)
     if resumed or config.model.pretrained:
@@ -269,8 +268,8 @@ def make_aggregation(config: Config, plan: Timetable, task: Task, net: mx.gluon.
     parameters, groups = named_parameters(net), task.groups(net)
     scales, decays = ({name: group[i] for name, group in groups.items()} for i in range(2))
     if mode.aggregation == 'async':
-        return AsynchronousUpdate(parameters, decays, store, config, plan.per_epoch, plan.total, scales)
-    optimizer = OPTIMIZERS[optim.type](parameters, decays, optim, scales)
+        return AsynchronousUpdate(parameters, decays, store, config, plan.per_epoch, plan.total, scales, net.backend)
+    optimizer = OPTIMIZERS[optim.type](parameters, decays, optim, scales, net.backend)
     if mode.aggregation == 'sync':
         return SynchronousUpdate(parameters, optimizer, store, train, optim.clip_grad)
     kind = {'local_sgd': LocalSGD, 'elastic': ElasticAverage}[mode.aggregation]
@@ -287,7 +286,7 @@ def introduce(run: Run, saved: Optional[Checkpoint], mode: Strategy, place: Proc
         'pass)')
     say(f'{len(run.task.source):,} training images, {plan.per_epoch:,} steps an epoch, {plan.total:,} in all, on '
         + ', '.join(map(str, run.placement.contexts)))
-    say(describe(*ops.chosen()))
+    say(run.placement.net.backend.describe())
     if place.size > 1:
         servers = f' through {place.servers} server{"s"[:place.servers > 1]}' if place.servers else ''
         say(f'{place.size} workers{servers}, {mode.aggregation} over {mode.store}; images a step: {run.images}')

@@ -11,10 +11,10 @@ import pytest
 from mxnet import autograd
 from support import machine
 
-from mxsimmim import ops
 from mxsimmim.config import ModelConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
+from mxsimmim.ops import OpBackend
 from mxsimmim.optim import parameter_groups
 
 DATA = Path(__file__).parent.parent / 'data'
@@ -39,10 +39,9 @@ class Recorded:
 
 
 @pytest.fixture(params=machine.FORMS, autouse=True)
-def form(request):
+def backend(request):
     """Everything here holds for both forms of the operators."""
-    with ops.using(request.param):
-        yield request.param
+    return OpBackend(request.param)
 
 
 @pytest.fixture(params=['vit', 'swin'])
@@ -69,8 +68,8 @@ def test_loading_an_official_checkpoint(recorded):
 
 
 @pytest.mark.parametrize('hybrid', [False, True])
-def test_logits_loss_and_gradients(recorded, hybrid):
-    net = build_classifier(recorded.model, recorded.classes)
+def test_logits_loss_and_gradients(recorded, backend, hybrid):
+    net = build_classifier(recorded.model, recorded.classes, 0, backend)
     official.load_pretrained(net, recorded.checkpoint)
     official.load_weights(net, {**official.export_weights(net),
                                 **{name: value for name, value in recorded.group('param').items()
@@ -88,9 +87,9 @@ def test_logits_loss_and_gradients(recorded, hybrid):
         assert apart(gradients[name], expected) < 1e-3, name
 
 
-def test_gradients_from_logits(recorded):
+def test_gradients_from_logits(recorded, backend):
     """The same by way of the logits and a loss of one's own."""
-    net = build_classifier(recorded.model, recorded.classes)
+    net = build_classifier(recorded.model, recorded.classes, 0, backend)
     official.load_weights(net, recorded.group('param'))
     with autograd.record():
         logits = net(mx.nd.array(recorded.file['image']))

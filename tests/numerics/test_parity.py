@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from support import machine
 
-from mxsimmim import ops
 from mxsimmim.config import Duration, ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
+from mxsimmim.ops import OpBackend
 from mxsimmim.optim import REFERENCE_BATCH, AdamW, learning_rates, weight_decays
 from mxsimmim.parallel.updates import SynchronousUpdate
 from mxsimmim.parallel.communicators import make_communicator
@@ -32,8 +32,8 @@ NEAR_TARGETS = {'simmim_swin': {(2, 0, 2, 57, 46): -1e-4}}
 
 
 class Recorded:
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, backend):
+        self.name, self.backend = name, backend
         self.file = np.load(DATA / f'{name}.npz')
         self.meta = json.loads(self.file['meta'].tobytes().decode())
         self.config = self.meta['config']
@@ -43,29 +43,28 @@ class Recorded:
         return {k[len(prefix) + 1:]: self.file[k] for k in self.file.files if k.startswith(prefix + '/')}
 
     def net(self):
-        net = build_simmim(self.model, seed=None)
+        net = build_simmim(self.model, None, self.backend)
         official.load_weights(net, self.group('param'))
         return net
 
 
 @pytest.fixture(params=machine.FORMS, autouse=True)
-def form(request):
+def backend(request):
     """Everything here holds for both forms of the operators."""
-    with ops.using(request.param):
-        yield request.param
+    return OpBackend(request.param)
 
 
 @pytest.fixture(params=['simmim_vit', 'simmim_swin'])
-def recorded(request):
-    return Recorded(request.param)
+def recorded(request, backend):
+    return Recorded(request.param, backend)
 
 
 @pytest.fixture(params=['simmim_vit', 'simmim_swin', 'options_vit_positions', 'options_vit_tables',
                         'options_swin_stages'])
-def passed(request):
+def passed(request, backend):
     """One forward and backward pass: absolute positions, tables in each block and no layer scale, 4 Swin stages with
     a window larger than the last ones, …"""
-    return Recorded(request.param)
+    return Recorded(request.param, backend)
 
 
 def relative(ours, theirs, floor=0.0):
@@ -104,7 +103,7 @@ def test_no_decay(recorded):
     assert set(decays.values()) == {0, 0.05}
 
 
-def test_twelve_steps(recorded):
+def test_twelve_steps(recorded, backend):
     c, steps = recorded.config, recorded.meta['steps']
     optim = OptimConfig(base_lr=c['lr'], warmup_lr=c['warmup_lr'], min_lr=c['min_lr'], schedule=recorded.meta['sched'],
                         warmup=Duration(c['warmup_steps'], 'steps'), clip_grad=c['clip_grad'],
@@ -113,7 +112,7 @@ def test_twelve_steps(recorded):
     net = recorded.net()
     net.hybridize(static_alloc=True)
     parameters = named_parameters(net)
-    adamw = AdamW(parameters, weight_decays(parameters, 'reference', recorded.model.type, 0.05), optim)
+    adamw = AdamW(parameters, weight_decays(parameters, 'reference', recorded.model.type, 0.05), optim, backend=backend)
     aggregation = SynchronousUpdate(parameters, adamw, make_communicator('local', ALONE), TrainConfig(),
                                     optim.clip_grad)
     rows = []

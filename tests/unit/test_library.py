@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,7 @@ import numpy as np
 import pytest
 from support import machine
 
-from mxsimmim import ops
-from mxsimmim.ops import build, library
+from mxsimmim.ops import REFERENCE, OpBackend, build, choose, library, select_backend
 from mxsimmim.ops.build import NotBuilt
 
 CPU, GPU = SimpleNamespace(device_type='cpu'), mx.gpu(1)
@@ -55,42 +55,42 @@ def without(monkeypatch, why='no compiler', remedy='install one'):
 ])
 def test_precision_follows_the_instructions(monkeypatch, isa, precision, expected):
     with_isa(monkeypatch, isa)
-    assert library.decide(precision, [CPU, CPU]) == ('native', expected)
+    assert select_backend(precision, [CPU, CPU]) == OpBackend('native', expected)
 
 
 def test_bf16_without_avx512_is_refused(monkeypatch):
     with_isa(monkeypatch, 'avx2')
     with pytest.raises(ValueError, match=r"'runtime.precision': bf16 needs .* AVX-512, this one has avx2: write "
                                          r"runtime.precision=float32"):
-        library.decide('bf16', [CPU])
+        select_backend('bf16', [CPU])
 
 
 @pytest.mark.parametrize('contexts', [[GPU], [CPU, GPU]])
 def test_gpus_take_the_reference(monkeypatch, capsys, contexts):
     without(monkeypatch)
-    assert library.decide('float32', contexts) == library.decide('auto', contexts) == ('reference', 'float32')
+    assert select_backend('float32', contexts) is select_backend('auto', contexts) is REFERENCE
     with pytest.raises(ValueError, match=r"'runtime.precision': bf16 .* on CPUs only, not on gpu\(1\): .*float32"):
-        library.decide('bf16', contexts)
+        select_backend('bf16', contexts)
     assert capsys.readouterr().err == ''
 
 
 def test_without_the_library_cpus_take_the_reference_and_say_so_once(monkeypatch, capsys):
     without(monkeypatch)
-    assert library.decide('float32', [CPU]) == library.decide('auto', [CPU]) == ('reference', 'float32')
+    assert select_backend('float32', [CPU]) is select_backend('auto', [CPU]) is REFERENCE
     assert capsys.readouterr().err == ('mxsimmim: operators: reference, slower than native ones: no compiler: '
                                        'install one\n')
     with pytest.raises(ValueError, match=r"'runtime.precision': bf16 needs the native operators. no compiler: "
                                          r"install one; or write runtime.precision=float32"):
-        library.decide('bf16', [CPU])
+        select_backend('bf16', [CPU])
 
 
 def test_choice_in_words(monkeypatch):
-    assert library.describe('reference', 'float32') == 'operators: reference, float32'
+    assert REFERENCE.describe() == 'operators: reference, float32'
     with_isa(monkeypatch, 'avx512_core_amx')
-    assert library.describe('native', 'bf16') == 'operators: native (avx512_core_amx), bf16'
+    assert OpBackend('native', 'bf16').describe() == 'operators: native (avx512_core_amx), bf16'
     with_isa(monkeypatch, 'avx512_core')
-    assert library.describe('native', 'bf16').endswith('bf16 (emulated by this CPU, slower than float32)')
-    assert library.describe('native', 'float32') == 'operators: native (avx512_core), float32'
+    assert OpBackend('native', 'bf16').describe().endswith('bf16 (emulated by this CPU, slower than float32)')
+    assert OpBackend('native', 'float32').describe() == 'operators: native (avx512_core), float32'
 
 
 def test_not_built_names_reason_and_remedy(alone):
@@ -158,25 +158,22 @@ def test_older_instructions(built, limit, expected):
 @pytest.mark.parametrize('form, precision', machine.CHOICES)
 def test_each_choice_computes_or_is_refused(form, precision):
     """Where oneDNN has the product, it is right; where it has none, nobody gets as far as to ask for it."""
-    before = ops.chosen()
     if (form, precision) in machine.ABLE:
         rng = np.random.default_rng(7)
         x, weight = rng.standard_normal((5, 64)), rng.standard_normal((3, 64))
-        with ops.using(form, precision):
-            y = ops.linear(mx.nd, mx.nd.array(x), mx.nd.array(weight), units=3).asnumpy()
+        y = OpBackend(form, precision).linear(mx.nd, mx.nd.array(x), mx.nd.array(weight), units=3).asnumpy()
         np.testing.assert_allclose(y, x @ weight.T, atol=0.1 if precision == 'bf16' else 1e-4)
     elif machine.ISA:
-        for choose in (lambda: ops.choose(precision, [CPU]), lambda: ops.using(form, precision).__enter__()):
+        for made in (lambda: select_backend(precision, [CPU]), lambda: OpBackend(form, precision)):
             with pytest.raises(ValueError, match=f"^key 'runtime.precision': bf16 needs .* has {machine.ISA}: write "
                                                  "runtime.precision=float32, or auto, "):
-                choose()
+                made()
     else:
         with pytest.raises(NotBuilt, match='^native operators (are for|need a CPU with AVX2)'):
-            ops.using(form, precision).__enter__()
+            OpBackend(form, precision)
         with pytest.raises(ValueError, match=r"^key 'runtime.precision': bf16 needs the native operators\. native .*; "
                                              'or write runtime.precision=float32$'):
-            ops.choose('bf16', [CPU])
-    assert ops.chosen() == before
+            select_backend('bf16', [CPU])
     if form == 'native' and machine.ISA:
         rate = library.function('mxsimmim_product_rate')  # 0 where oneDNN refuses
         rate.restype = library.ctypes.c_double
@@ -186,13 +183,13 @@ def test_each_choice_computes_or_is_refused(form, precision):
 
 def test_the_reference_has_no_bf16():
     with pytest.raises(ValueError, match='the reference form computes in float32, not in bf16'):
-        ops.using('reference', 'bf16').__enter__()
+        OpBackend('reference', 'bf16')
 
 
 def test_wrong_shapes_are_errors_that_name_both(built):
-    with ops.using('native'):
-        with pytest.raises(mx.MXNetError, match=r'mxsimmim_linear: .*\(4, 6\) .*\(2, 3, 5\)'):
-            ops.linear(mx.nd, mx.nd.ones((2, 3, 5)), mx.nd.ones((4, 6)), mx.nd.ones((4,)), units=4).wait_to_read()
+    native = OpBackend('native')
+    with pytest.raises(mx.MXNetError, match=r'mxsimmim_linear: .*\(4, 6\) .*\(2, 3, 5\)'):
+        native.linear(mx.nd, mx.nd.ones((2, 3, 5)), mx.nd.ones((4, 6)), mx.nd.ones((4,)), units=4).wait_to_read()
 
 
 def test_library_beside_horovods_and_mxnets_onednn(built):
@@ -204,12 +201,9 @@ from mxsimmim import runtime
 runtime.prepare(SimpleNamespace(threads=1, blas_core='auto'))
 import mxnet as mx, os
 ctypes.CDLL(os.path.join(os.path.dirname(mx.__file__), 'libmxnet.so'), mode=ctypes.RTLD_GLOBAL)
-from mxsimmim import ops
+from mxsimmim.ops import REFERENCE, OpBackend
 x, weight, bias = mx.nd.random.normal(shape=(6, 64)), mx.nd.random.normal(shape=(48, 64)), mx.nd.zeros(48)
-with ops.using('native'):
-    y = ops.linear(mx.nd, x, weight, bias, units=48)
-with ops.using('reference'):
-    z = ops.linear(mx.nd, x, weight, bias, units=48)
+y, z = (backend.linear(mx.nd, x, weight, bias, units=48) for backend in (OpBackend('native'), REFERENCE))
 print(float((y - z).abs().max().asscalar()))
 '''
     child = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, universal_newlines=True, timeout=60,
@@ -225,23 +219,33 @@ print(float((y - z).abs().max().asscalar()))
 def test_all_workers_take_the_same_form(monkeypatch, own, others, form, said):
     from mxsimmim.training import trainer
     from mxsimmim.config import Config
-    monkeypatch.setattr(ops.native, 'decide', lambda *_: (own, 'float32'))
-    monkeypatch.setattr(ops, '_chosen', ops.chosen())
+    monkeypatch.setattr(library, 'admit', lambda _: '')
+    backend = OpBackend(own)
+    monkeypatch.setattr(trainer, 'select_backend', lambda *_: backend)
     control = SimpleNamespace(all_gather=lambda _, value: [value, others == 'native'])
     log = []
-    with trainer.operators(Config(), [CPU], control, log.append):
-        assert ops.chosen() == (form, 'float32')
+    assert trainer.agree_on_backend(Config(), [CPU], control, log.append) is (backend if form == own else REFERENCE)
     assert log == said
+
+
+def test_the_name_before(monkeypatch):
+    with_isa(monkeypatch, 'avx512_core_amx')
+    assert choose('auto', [CPU]) == OpBackend('native', 'bf16')
+
+
+def test_a_backend_does_not_change():
+    with pytest.raises(FrozenInstanceError):
+        OpBackend().form = 'native'
 
 
 @pytest.mark.parametrize('asked, expected', [('float32', 'float32'), ('auto', 'auto'), ('bf16', 'auto')])
 def test_a_trained_network_runs_where_bf16_does_not(monkeypatch, asked, expected):
     from mxsimmim.config import Config, RuntimeConfig
-    from mxsimmim.inference.trained import contexts_for
+    from mxsimmim.inference import trained
     seen = []
-    monkeypatch.setattr(ops, 'choose', lambda *given: seen.append(given))
+    monkeypatch.setattr(trained, 'select_backend', lambda *given: seen.append(given))
     config = Config(devices=('cpu(1)',), runtime=RuntimeConfig(precision=asked))
-    assert contexts_for(config) == [mx.cpu(1)]
+    assert trained.devices_for(config) == ([mx.cpu(1)], None)
     assert seen == [(expected, [mx.cpu(1)])]
 
 
@@ -340,12 +344,15 @@ def test_exported_graphs_do_without_the_library(built, classes):
     from mxsimmim.models import build_classifier, build_simmim
     from mxsimmim.inference.trained import Trained
     config = Config(model=dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2), mask=dict(patch_size=8))
-    net = build_classifier(config.model, 2, 0) if classes else build_simmim(config.model, 0)
-    trained = Trained(config, net, classes, 1)
-    with ops.using('native'):
-        graph = trace(trained)
-        inputs = random_inputs(trained)
-        call = net if classes else net.reconstruct
-        ours = call(*map(mx.nd.array, inputs)).asnumpy()
+
+    def net(backend):
+        return build_classifier(config.model, 2, 0, backend) if classes else build_simmim(config.model, 0, backend)
+    trained, native = Trained(config, net(REFERENCE), classes, 1), net(OpBackend('native'))
+    graph = trace(trained)
+    inputs = random_inputs(trained)
+    call = native if classes else native.reconstruct
+    ours = call(*map(mx.nd.array, inputs)).asnumpy()
+    with pytest.raises(AssertionError):
+        trace(trained._replace(net=native))
     assert '"op": "mxsimmim_' not in graph.symbol.tojson()
     assert np.abs(ours - answer(trained, inputs)).max() < 1e-5

@@ -1,4 +1,5 @@
 """What the parity files do not show: initial weights, stochastic depth, normalised targets, export, cost."""
+from support import machine
 import mxnet as mx
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.models.cost import multiply_adds
 from mxsimmim.models.initial import truncated_normal
-from mxsimmim.models.layers import from_cells, keep_factors, to_cells
+from mxsimmim.models.layers import keep_factors
+from mxsimmim.models.pixels import PixelInput
 from mxsimmim.models.simmim import normalise_cells
-from mxsimmim.ops import Windows, shift_mask
+from mxsimmim.ops import REFERENCE, OpBackend, Windows, shift_mask
+from mxsimmim.ops.pixels import from_cells, to_cells
 from mxsimmim.ops.reference import join, partition, roll
 
 VIT = dict(img_size=32, patch_size=4, embed_dim=24, depth=3, num_heads=2)
@@ -158,3 +161,26 @@ def test_weights_that_do_not_fit_are_named():
 def test_constants_are_no_parameters():
     names = named_parameters(build_simmim(ModelConfig(**SWIN)))
     assert not any('index' in name or 'attn_mask' in name for name in names)
+
+
+@pytest.mark.parametrize('form', machine.FORMS)
+def test_bytes_are_normalised_before_the_network_or_in_it(form):
+    """By NumPy in float64; floats are normalised already, and stay the same array."""
+    mean, std, rng = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), np.random.default_rng(6)
+    pixels, image = PixelInput(mean, std, OpBackend(form)), rng.integers(0, 256, (2, 8, 8, 3), 'uint8')
+    expected = ((image / 255 - mean) / std).transpose(0, 3, 1, 2)
+    prepared = pixels.prepare(mx.nd.array(image, dtype='uint8'))
+    assert prepared.dtype == {'reference': np.float32, 'native': np.uint8}[form]
+    cells = pixels.cells(mx.nd, prepared, 8, 4)
+    np.testing.assert_allclose(from_cells(mx.nd, cells, 8, 4).asnumpy(), expected, rtol=1e-5, atol=1e-6)
+    floats = mx.nd.array(expected)
+    assert pixels.prepare(floats) is floats
+
+
+def test_what_a_network_is_built_with():
+    assert build_simmim(ModelConfig(**VIT), None).backend == REFERENCE
+    net = build_simmim(ModelConfig(**SWIN), None, OpBackend(machine.FORMS[-1]))
+    blocks = []
+    net.apply(blocks.append)
+    held = [block.backend for block in blocks if hasattr(block, 'backend')]
+    assert len(held) > 20 and set(held) == {OpBackend(machine.FORMS[-1])}

@@ -13,8 +13,7 @@ import pytest
 from mxnet.gluon import nn
 from support import machine
 
-from mxsimmim import ops
-from mxsimmim.ops import adamw
+from mxsimmim.ops import OpBackend, adamw
 
 SHAPES = [(1,), (3,), (7, 5), (17,), (33, 31), (2, 3, 5, 7), (16384,), (16385,), (40001,), (1, 1)]
 CONSTANTS = dict(beta1=float(np.float32(0.8)), beta2=float(np.float32(0.9)), epsilon=1e-2)
@@ -22,16 +21,14 @@ NAMES = ('weights', 'grads', 'means', 'variances')
 
 
 @pytest.fixture(params=machine.FORMS)
-def form(request):
-    with ops.using(request.param):
-        yield request.param
+def backend(request):
+    return OpBackend(request.param)
 
 
 @pytest.fixture
 def native():
     machine.need_native()
-    with ops.using('native'):
-        yield
+    return OpBackend('native')
 
 
 def arrays(rng, shapes=tuple(SHAPES)):
@@ -63,7 +60,7 @@ def closed_form(groups, rates, scale):
 
 
 @pytest.mark.parametrize('devices', [1, 3])
-def test_closed_form(form, devices):
+def test_closed_form(backend, devices):
     print('seed 21')
     rng = np.random.default_rng(21)
     rates = [(0.1 / (i + 1), 0.01 * (i % 3)) for i in range(len(SHAPES))]
@@ -79,14 +76,15 @@ def test_closed_form(form, devices):
             for groups in replicas:
                 groups[1][i][:] = grad
         for groups, context in zip(replicas, contexts):
-            adamw.update(*groups, rates, mx.nd.array([scale], ctx=context), shared=devices > 1, **CONSTANTS)
+            adamw.update(*groups, rates, mx.nd.array([scale], ctx=context), backend=backend, shared=devices > 1,
+                         **CONSTANTS)
         closed_form(exact, rates, scale)
     for groups in map(values, replicas):
         for name, ours, theirs in zip(NAMES, groups, exact):
             if name != 'grads':
                 for a, b in zip(ours, theirs):
                     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6, err_msg=name)
-    assert all(same(values(groups), values(replicas[0])) for groups in replicas if form == 'native')
+    assert all(same(values(groups), values(replicas[0])) for groups in replicas if backend.is_native)
 
 
 @machine.natively
@@ -95,13 +93,13 @@ def test_native_is_the_reference():
     start = arrays(np.random.default_rng(22))
     rates, ends = [(1e-3, 1e-3 * 0.05 * (i % 2)) for i in range(len(SHAPES))], {}
     for name in ('reference', 'native'):
-        with ops.using(name):
-            rng, groups = np.random.default_rng(23), placed(start)
-            for _ in range(5):
-                for grad in groups[1]:
-                    grad[:] = rng.standard_normal(grad.shape)
-                adamw.update(*groups, rates, mx.nd.array([0.3]), **CONSTANTS)
-            ends[name] = values(groups)
+        backend = OpBackend(name)
+        rng, groups = np.random.default_rng(23), placed(start)
+        for _ in range(5):
+            for grad in groups[1]:
+                grad[:] = rng.standard_normal(grad.shape)
+            adamw.update(*groups, rates, mx.nd.array([0.3]), backend=backend, **CONSTANTS)
+        ends[name] = values(groups)
     for kind in (0, 2, 3):
         for ours, theirs in zip(ends['native'][kind], ends['reference'][kind]):
             assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
@@ -115,7 +113,7 @@ def test_decay_rounds_before_the_step(native):
     mean = rng.standard_normal(weight.shape).astype('float32')
     groups = placed([[weight], [np.zeros_like(weight)], [mean], [np.ones_like(weight)]])
     lr, factor = np.float32(1e-3), np.float32(1e-3)
-    adamw.update(*groups, [(float(lr), float(factor))], mx.nd.ones((1,)), **CONSTANTS)
+    adamw.update(*groups, [(float(lr), float(factor))], mx.nd.ones((1,)), backend=native, **CONSTANTS)
     beta1, beta2, epsilon = (np.float32(value) for value in CONSTANTS.values())
     step = lr * (beta1 * mean) / (np.sqrt(beta2) + epsilon)
     ours, fused = groups[0][0].asnumpy(), weight.astype('float64') * (1 - factor) - step
@@ -129,7 +127,7 @@ def test_gradients_stay_and_writes_are_in_order(native):
     weights, grads, means, _ = groups
     for step in range(3):
         grads[0][:] = mx.nd.dot(big, big)[0, :9] / 1500 * (step + 1)
-        adamw.update(*groups, [(1.0, 0.0)], mx.nd.array([0.5]), beta1=0.0, beta2=0.0, epsilon=1.0)
+        adamw.update(*groups, [(1.0, 0.0)], mx.nd.array([0.5]), backend=native, beta1=0.0, beta2=0.0, epsilon=1.0)
         seen, kept = means[0] + 0, grads[0] + 0
         grads[0][:] = -1
         np.testing.assert_allclose(seen.asnumpy(), 0.5 * (step + 1))
@@ -138,14 +136,14 @@ def test_gradients_stay_and_writes_are_in_order(native):
 
 
 @pytest.mark.parametrize('scale', [0.0, math.nan, math.inf])
-def test_skipped(form, scale):
+def test_skipped(backend, scale):
     """With gradients of NaN, too. The reference decays for scales that no caller gives."""
     print('seed 25')
     start = arrays(np.random.default_rng(25), [(5, 4), (19,)])
     start[1][0][:] = math.nan
     groups, copies = placed(start), [mx.nd.ones(a.shape, dtype='float16') for a in start[0]]
-    factor, copies = (0.1, copies) if form == 'native' else (0.1 if scale == 0 else 0, [])
-    adamw.update(*groups, [(0.1, factor)] * 2, mx.nd.array([scale]), copies=copies, **CONSTANTS)
+    factor, copies = (0.1, copies) if backend.is_native else (0.1 if scale == 0 else 0, [])
+    adamw.update(*groups, [(0.1, factor)] * 2, mx.nd.array([scale]), copies=copies, backend=backend, **CONSTANTS)
     assert same(values(groups), start)
     assert all(np.all(copy.asnumpy() == 1) for copy in copies)
 
@@ -159,7 +157,7 @@ def nearest_bf16(values):
     return (below + up).astype('uint16')
 
 
-def test_copies_are_the_nearest_bf16(form):
+def test_copies_are_the_nearest_bf16(backend):
     print('seed 26')
     rng = np.random.default_rng(26)
     ties = 1 + np.arange(1, 64, dtype='float32') * np.float32(2 ** -8)
@@ -169,15 +167,15 @@ def test_copies_are_the_nearest_bf16(form):
     special = np.array([math.inf, -math.inf, math.nan, -0.0, 3.4e38], 'float32')
     special_bits = [0x7f80, 0xff80, 0x7fc0, 0x8000, 0x7f80]
     assert adamw.round_to_bf16(special).tolist() == special_bits
-    if form == 'reference':
+    if not backend.is_native:
         special, special_bits = special[2:], special_bits[2:]  # MXNet's operator makes NaN of infinite weights
     groups = placed([[weight, special]] + [[np.zeros_like(weight), np.zeros_like(special)] for _ in range(3)])
     copies = [mx.nd.ones(a.shape, dtype='float16') for a in groups[0]]
-    adamw.update(*groups, [(0.0, 0.0)] * 2, mx.nd.ones((1,)), copies=copies, **CONSTANTS)
+    adamw.update(*groups, [(0.0, 0.0)] * 2, mx.nd.ones((1,)), copies=copies, backend=backend, **CONSTANTS)
     bits = [copy.asnumpy().view('uint16') for copy in copies]
     assert np.array_equal(groups[0][0].asnumpy(), weight)
     assert np.array_equal(bits[0], nearest_bf16(weight)) and bits[1].tolist() == special_bits
-    adamw.update(*groups, [(0.1, 0.1), (0.0, 0.0)], mx.nd.ones((1,)), copies=copies, **CONSTANTS)
+    adamw.update(*groups, [(0.1, 0.1), (0.0, 0.0)], mx.nd.ones((1,)), copies=copies, backend=backend, **CONSTANTS)
     assert np.array_equal(copies[0].asnumpy().view('uint16'), nearest_bf16(groups[0][0].asnumpy()))
     assert np.any(copies[0].asnumpy().view('uint16') != bits[0])
 
@@ -190,8 +188,8 @@ def test_weights_that_inference_has_reordered(native):
     before, others = weight.asnumpy(), [mx.nd.ones_like(weight), mx.nd.zeros_like(weight), mx.nd.zeros_like(weight)]
     for step in range(2):
         net(image).wait_to_read()
-        adamw.update([weight], *([a] for a in others), [(0.25, 0.0)], mx.nd.ones((1,)), beta1=0.0, beta2=0.0,
-                     epsilon=0.0)
+        adamw.update([weight], *([a] for a in others), [(0.25, 0.0)], mx.nd.ones((1,)), backend=native, beta1=0.0,
+                     beta2=0.0, epsilon=0.0)
         np.testing.assert_allclose(weight.asnumpy(), before - 0.25 * (step + 1), atol=1e-6)
 
 
@@ -205,7 +203,7 @@ def test_contradictions(native, change, named):
     groups = [[mx.nd.zeros((3,)), mx.nd.zeros((5, 4))] for _ in NAMES]
     change(groups)
     with pytest.raises(mx.MXNetError) as raised:
-        adamw.update(*groups, [(0.1, 0.0)] * 2, mx.nd.ones((1,)), **CONSTANTS)
+        adamw.update(*groups, [(0.1, 0.0)] * 2, mx.nd.ones((1,)), backend=native, **CONSTANTS)
     assert all(part in str(raised.value) for part in named), raised.value
 
 
@@ -217,28 +215,28 @@ def test_contradictions_of_the_rest(native):
             ([(0.1, 0.0)], (1,), [mx.nd.zeros((4,), dtype='float16')], ['copy 0', '(4,)', '(3,)']),
             ([(0.1, 0.0)], (1,), [mx.nd.zeros((3,))], ['float16', 'number 0'])]:
         with pytest.raises(mx.MXNetError) as raised:
-            adamw.update(*groups, rates, mx.nd.ones(scale), copies=copies, **CONSTANTS)
+            adamw.update(*groups, rates, mx.nd.ones(scale), copies=copies, backend=native, **CONSTANTS)
         assert all(part in str(raised.value) for part in named), raised.value
     with pytest.raises(mx.MXNetError, match='count=0 must be'):
         mx.nd.mxsimmim_square_sum(groups[0][0], count=0)
 
 
 @pytest.mark.parametrize('shapes', [[(1,)], [(3, 5), (1,)], SHAPES])
-def test_square_sum(form, shapes):
+def test_square_sum(backend, shapes):
     print('seed 27')
     rng = np.random.default_rng(27)
     made = [(rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 4)).astype('float32') for shape in shapes]
     exact = math.fsum(float(v) ** 2 for a in made for v in a.ravel())
-    total = adamw.square_sum([mx.nd.array(a) for a in made])
-    assert total.shape == (1,) and total.asscalar() == pytest.approx(exact, rel=1e-7 if form == 'native' else 1e-5)
+    total = adamw.square_sum([mx.nd.array(a) for a in made], backend)
+    assert total.shape == (1,) and total.asscalar() == pytest.approx(exact, rel=1e-7 if backend.is_native else 1e-5)
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf, 2e19])
 @pytest.mark.parametrize('place', [0, 20_000, 39_999])
-def test_square_sum_shows_what_is_not_finite(form, bad, place):
+def test_square_sum_shows_what_is_not_finite(backend, bad, place):
     values = np.ones(40_000, 'float32')
     values[place] = bad
-    total = adamw.square_sum([mx.nd.ones((2, 2)), mx.nd.array(values)]).asscalar()
+    total = adamw.square_sum([mx.nd.ones((2, 2)), mx.nd.array(values)], backend).asscalar()
     assert math.isnan(total) if math.isnan(bad) else total == math.inf
 
 
@@ -250,7 +248,7 @@ def test_updates_keep_no_memory(native):
     groups, sizes = placed(arrays(np.random.default_rng(29), [(1,)] * 100)), []
     for _ in range(4):
         for _ in range(1000):
-            adamw.update(*groups, [(0.1, 0.01)] * 100, mx.nd.array([0.7]), **CONSTANTS)
+            adamw.update(*groups, [(0.1, 0.01)] * 100, mx.nd.array([0.7]), backend=native, **CONSTANTS)
         mx.nd.waitall()
         sizes.append(int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1]))
     growth = [after - before for before, after in zip(sizes, sizes[1:])]
@@ -261,11 +259,11 @@ def results():
     """A digest of updates and sums, for one number of threads."""
     groups = placed(arrays(np.random.default_rng(28)))
     whole = hashlib.sha256()
-    with ops.using('native'):
-        for _ in range(3):
-            adamw.update(*groups, [(0.1, 0.01)] * len(SHAPES), mx.nd.array([0.7]), **CONSTANTS)
-            groups[1] = [a * 1.5 + weight for a, weight in zip(groups[1], groups[0])]
-            whole.update(adamw.square_sum(groups[1]).asnumpy().tobytes())
+    native = OpBackend('native')
+    for _ in range(3):
+        adamw.update(*groups, [(0.1, 0.01)] * len(SHAPES), mx.nd.array([0.7]), backend=native, **CONSTANTS)
+        groups[1] = [a * 1.5 + weight for a, weight in zip(groups[1], groups[0])]
+        whole.update(adamw.square_sum(groups[1], native).asnumpy().tobytes())
     for group in values(groups):
         for array in group:
             whole.update(array.tobytes())

@@ -10,7 +10,7 @@ import pytest
 from support import machine
 from support.workers import each
 
-from mxsimmim.ops import Choice
+from mxsimmim.ops import OpBackend
 from mxsimmim.parallel.control import ControlPlane
 from mxsimmim.parallel.shared_memory import SharedMemoryGroup, usable
 
@@ -30,9 +30,8 @@ def native():
     (mx.cpu(), {}, 'reference', False),
     (mx.gpu(), {}, 'native', False),
 ])
-def test_who_can_use_it(monkeypatch, context, environ, form, expected):
-    monkeypatch.setattr('mxsimmim.parallel.shared_memory.chosen', lambda: Choice(form))
-    assert usable(context, environ) == expected
+def test_who_can_use_it(context, environ, form, expected):
+    assert usable(context, environ, OpBackend(form)) == expected
 
 
 def memories(count, everybody=True):

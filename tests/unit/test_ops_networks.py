@@ -5,10 +5,10 @@ import pytest
 from support import machine
 from support.tiny import SWIN, VIT
 
-from mxsimmim import ops
-from mxsimmim.config import DataConfig, ModelConfig
+from mxsimmim.config import ModelConfig
 from mxsimmim.data.loader import Batch
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
+from mxsimmim.ops import OpBackend
 from mxsimmim.parallel.placement import Replicated
 
 NETWORKS = [VIT, dict(VIT, norm_targets=True, loss='mse'), SWIN, dict(SWIN, loss='mse')]
@@ -42,13 +42,12 @@ def test_bytes_go_to_the_network_which_normalises_them(keys):
     config = ModelConfig(**keys)
     found = []
     for prepare in (lambda batch: batch, lambda batch: normalised(batch, *OTHER)):
-        net = build_simmim(config, seed=3)
+        net = build_simmim(config, 3, OpBackend('native'), *OTHER)
         batch = prepare(batch_of(config))
-        with ops.using('native'):
-            placement = Replicated(net, [mx.cpu(0), mx.cpu(1)], *OTHER)
-            types = seen_by(net)
-            results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.loss(batch).asscalar(),
-                       placement.reconstruct(batch)]
+        placement = Replicated(net, [mx.cpu(0), mx.cpu(1)])
+        types = seen_by(net)
+        results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.loss(batch).asscalar(),
+                   placement.reconstruct(batch)]
         assert set(types) == {batch.image.dtype.name}
         found.append(results + [p.grad(mx.cpu(1)).asnumpy() for p in named_parameters(net).values()])
     assert all(np.array_equal(bytes_, floats) for bytes_, floats in zip(*found))
@@ -60,11 +59,10 @@ def test_a_classifier_takes_bytes(keys):
     config = ModelConfig(**keys)
     found = []
     for prepare in (lambda batch: batch, lambda batch: normalised(batch, *OTHER)):
-        net, batch = build_classifier(config, 5, seed=3), prepare(batch_of(config, 5))
-        with ops.using('native'):
-            placement = Replicated(net, [mx.cpu(0)], *OTHER)
-            types = seen_by(net)
-            results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.outputs(batch)]
+        net, batch = build_classifier(config, 5, 3, OpBackend('native'), *OTHER), prepare(batch_of(config, 5))
+        placement = Replicated(net, [mx.cpu(0)])
+        types = seen_by(net)
+        results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.outputs(batch)]
         assert set(types) == {batch.image.dtype.name}
         found.append(results + [p.grad().asnumpy() for p in named_parameters(net).values()])
     assert all(np.array_equal(bytes_, floats) for bytes_, floats in zip(*found))
@@ -72,8 +70,8 @@ def test_a_classifier_takes_bytes(keys):
 
 def test_without_native_operators_images_are_normalised_before_the_network():
     config = ModelConfig(**VIT)
-    net, batch = build_simmim(config, seed=3), batch_of(config)
-    placement = Replicated(net, [mx.cpu(0)], *OTHER)
+    net, batch = build_simmim(config, 3, mean=OTHER[0], std=OTHER[1]), batch_of(config)
+    placement = Replicated(net, [mx.cpu(0)])
     types = seen_by(net)
     losses = [placement.loss(x).asscalar() for x in (batch, normalised(batch, *OTHER))]
     assert types == ['float32', 'float32'] and losses[0] == losses[1]
@@ -83,15 +81,31 @@ def test_without_native_operators_images_are_normalised_before_the_network():
 @pytest.mark.parametrize('accumulate', [1, 3])
 @pytest.mark.parametrize('keys', NETWORKS, ids=str)
 def test_networks_of_both_forms_agree(keys, accumulate):
-    config, data, found = ModelConfig(**keys), DataConfig(), []
+    config, found = ModelConfig(**keys), []
     for form, precision in machine.ABLE:
-        net, batch = build_simmim(config, seed=3), batch_of(config)
-        with ops.using(form, precision):
-            placement = Replicated(net, [mx.cpu(0)], data.mean, data.std, accumulate)
-            loss = placement.forward_backward(batch, len(batch.image)).asscalar()
+        net, batch = build_simmim(config, 3, OpBackend(form, precision)), batch_of(config)
+        placement = Replicated(net, [mx.cpu(0)], accumulate)
+        loss = placement.forward_backward(batch, len(batch.image)).asscalar()
         found.append((loss, np.concatenate([p.grad().asnumpy().ravel() for p in named_parameters(net).values()])))
     loss, gradient = found[0]
     for precision, (ours, changes) in zip(machine.PRECISIONS, found[1:]):
         near, close = LIMITS[precision]
         assert ours == pytest.approx(loss, rel=near)
         assert np.linalg.norm(changes - gradient) < close * np.linalg.norm(gradient)
+
+
+@machine.natively
+def test_networks_of_both_forms_side_by_side():
+    """Each keeps what it was built with, hybridized or not, whatever is built after it."""
+    config = ModelConfig(**VIT)
+    rng = np.random.default_rng(4)
+    image, mask = mx.nd.array(rng.standard_normal((2, 3, 16, 16))), mx.nd.ones((2, 4, 4))
+    for hybrid in (False, True):
+        nets = {form: build_simmim(config, 3, OpBackend(form)) for form in machine.FORMS}
+        for net in nets.values():
+            net.hybridize(hybrid)
+        first, second = ([net(image, mask).asscalar() for net in nets.values()] for _ in range(2))
+        assert first == second and first[0] == pytest.approx(first[1], rel=1e-5)
+        for form, net in nets.items():
+            traced = net(mx.sym.var('image'), mx.sym.var('mask')).tojson()
+            assert ('mxsimmim_attention' in traced) == (form == 'native') == net.backend.is_native

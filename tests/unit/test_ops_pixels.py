@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from support import machine
 
-from mxsimmim import ops
 from mxsimmim.config import DataConfig
-from mxsimmim.ops import native, reference
+from mxsimmim.ops import REFERENCE, OpBackend
 from mxsimmim.ops.pixels import from_cells
 
 MEAN, STD = DataConfig().mean, DataConfig().std
@@ -17,19 +16,17 @@ MODES = ['imperative', 'hybridized', 'exported']
 
 
 @pytest.fixture
-def choice(request):
-    with ops.using(*request.param):
-        yield ops.chosen()
+def backend(request):
+    return OpBackend(*request.param)
 
 
 @pytest.fixture
-def native_form():
+def native():
     machine.need_native()
-    with ops.using('native'):
-        yield
+    return OpBackend('native')
 
 
-forms = pytest.mark.parametrize('choice', machine.ABLE, ids='-'.join, indirect=True)
+forms = pytest.mark.parametrize('backend', machine.ABLE, ids='-'.join, indirect=True)
 
 
 def distance(found, expected):
@@ -42,23 +39,23 @@ def distance(found, expected):
 class Loss(mx.gluon.HybridBlock):
     """The operator alone."""
 
-    def __init__(self, keys):
+    def __init__(self, backend, keys):
         super().__init__()
-        self._keys = keys
+        self.backend, self._keys = backend, keys
 
     def hybrid_forward(self, F, tokens, weight, bias, target, mask):
-        return ops.masked_loss(F, tokens, (weight, bias), target, mask, **self._keys)
+        return self.backend.masked_loss(F, tokens, (weight, bias), target, mask, **self._keys)
 
 
 class Cells(mx.gluon.HybridBlock):
     """The operator alone."""
 
-    def __init__(self, side, cell):
+    def __init__(self, backend, side, cell):
         super().__init__()
-        self._sizes = side, cell
+        self.backend, self._sizes = backend, (side, cell)
 
     def hybrid_forward(self, F, image):
-        return ops.patchify(F, image, *self._sizes, MEAN, STD)
+        return self.backend.patchify(F, image, *self._sizes, MEAN, STD)
 
 
 def running(block, mode, names):
@@ -148,60 +145,60 @@ LOSS_CASES = [  # images, n, cell, patches, width, prefix, masked
 @forms
 @pytest.mark.parametrize('kind', ['l1', 'mse'])
 @pytest.mark.parametrize('case', LOSS_CASES, ids=str)
-def test_loss_and_gradients(choice, kind, case):
+def test_loss_and_gradients(backend, kind, case):
     cell, patches, prefix = case[2], case[3], case[5]
     for mode, dtype in zip(MODES, ('uint8', 'float32', 'int32')):
         arrays = loss_case(sum(case[:6]), *case, dtype=dtype)
         expected = expected_loss(*arrays, cell, prefix, kind, 0.7)
-        block = Loss(dict(cell=cell, patch=cell // patches, prefix=prefix, kind=kind))
+        block = Loss(backend, dict(cell=cell, patch=cell // patches, prefix=prefix, kind=kind))
         found = run_loss(running(block, mode, ['tokens', 'weight', 'bias', 'target', 'mask']), arrays, 0.7)
         for name, ours, theirs in zip(('loss', 'tokens', 'weight', 'bias'), found, expected):
-            assert distance(ours, theirs) < LIMITS[choice.precision], (mode, name)
+            assert distance(ours, theirs) < LIMITS[backend.precision], (mode, name)
 
 
 @forms
-def test_another_batch_and_another_mask_through_the_same_graph(choice):
+def test_another_batch_and_another_mask_through_the_same_graph(backend):
     keys = dict(cell=4, patch=4, prefix=1, kind='l1')
-    block = running(Loss(keys), 'hybridized', [])
+    block = running(Loss(backend, keys), 'hybridized', [])
     for seed, (images, masked) in enumerate([(3, 0.6), (3, 0.2), (1, 'uneven'), (3, 1.0), (2, 0.5)]):
         arrays = loss_case(seed, images, 3, 4, 1, 24, 1, masked)
         expected = expected_loss(*arrays, 4, 1, 'l1', 1.0)
         for ours, theirs in zip(run_loss(block, arrays, 1.0), expected):
-            assert distance(ours, theirs) < LIMITS[choice.precision]
-        assert distance(run_loss(block, arrays), expected[0]) < LIMITS[choice.precision]  # without gradients
+            assert distance(ours, theirs) < LIMITS[backend.precision]
+        assert distance(run_loss(block, arrays), expected[0]) < LIMITS[backend.precision]  # without gradients
 
 
 @forms
 @pytest.mark.parametrize('mode', MODES)
-def test_nothing_masked(choice, mode):
+def test_nothing_masked(backend, mode):
     arrays = loss_case(1, 2, 3, 4, 2, 10, 1, 0.0)
-    block = Loss(dict(cell=4, patch=2, prefix=1, kind='l1'))
+    block = Loss(backend, dict(cell=4, patch=2, prefix=1, kind='l1'))
     found = run_loss(running(block, mode, ['tokens', 'weight', 'bias', 'target', 'mask']), arrays, 3.0)
     assert found[0] == 0 and not any(x.any() for x in found[1:])
 
 
 @forms
 @pytest.mark.parametrize('dtype', ['uint8', 'int8', 'int32', 'int64', 'float32', 'float64', 'bool'])
-def test_a_mask_of_any_type(choice, dtype):
+def test_a_mask_of_any_type(backend, dtype):
     arrays = loss_case(2, 2, 3, 4, 2, 10, 1, 0.5)
-    block = Loss(dict(cell=4, patch=2, prefix=1, kind='l1'))
+    block = Loss(backend, dict(cell=4, patch=2, prefix=1, kind='l1'))
     expected = run_loss(block, arrays, 1.0)
     for ours, theirs in zip(run_loss(block, arrays[:4] + [arrays[4].astype(dtype)], 1.0), expected):
         assert np.array_equal(ours, theirs)
 
 
 @forms
-def test_no_slope_where_there_is_no_error(choice):
+def test_no_slope_where_there_is_no_error(backend):
     arrays = loss_case(3, 2, 2, 2, 1, 8, 0, 1.0)
     arrays[0][:] = 0
     arrays[3][:] = arrays[2]  # decoded is the bias
-    found = run_loss(Loss(dict(cell=2, patch=2, prefix=0, kind='l1')), arrays, 1.0)
+    found = run_loss(Loss(backend, dict(cell=2, patch=2, prefix=0, kind='l1')), arrays, 1.0)
     assert found[0] == 0 and not any(x.any() for x in found[1:])
 
 
-@pytest.mark.parametrize('choice', machine.ABLE[1:], ids=['-'.join(choice) for choice in machine.ABLE[1:]],
+@pytest.mark.parametrize('backend', machine.ABLE[1:], ids=['-'.join(able) for able in machine.ABLE[1:]],
                          indirect=True)  # MXNet's: no bias's without the weight's
-def test_only_the_gradients_that_are_wanted(choice):
+def test_only_the_gradients_that_are_wanted(backend):
     arrays = loss_case(4, 2, 3, 4, 1, 24, 1, 0.6)
     expected = expected_loss(*arrays, 4, 1, 'l1', 1.0)[1:]
     for wanted in itertools.product((False, True), repeat=3):
@@ -212,27 +209,27 @@ def test_only_the_gradients_that_are_wanted(choice):
             if want:
                 x.attach_grad()
         with mx.autograd.record():
-            loss = Loss(dict(cell=4, patch=4, prefix=1, kind='l1'))(*inputs)
+            loss = Loss(backend, dict(cell=4, patch=4, prefix=1, kind='l1'))(*inputs)
         loss.backward()
         for x, want, theirs in zip(inputs, wanted, expected):
-            assert not want or distance(x.grad.asnumpy(), theirs) < LIMITS[choice.precision]
+            assert not want or distance(x.grad.asnumpy(), theirs) < LIMITS[backend.precision]
 
 
-def test_the_target_has_no_gradient(native_form):
+def test_the_target_has_no_gradient(native):
     arrays = [mx.nd.array(x, dtype=x.dtype) for x in loss_case(5, 2, 3, 4, 1, 24, 1, 0.6)]
-    for form in ('reference', 'native'):
+    for backend in (REFERENCE, native):
         for x in arrays[:4]:
             x.attach_grad()
-        with ops.using(form), mx.autograd.record():
-            loss = Loss(dict(cell=4, patch=4, prefix=1, kind='l1'))(*arrays)
+        with mx.autograd.record():
+            loss = Loss(backend, dict(cell=4, patch=4, prefix=1, kind='l1'))(*arrays)
         loss.backward()
         assert arrays[0].grad.asnumpy().any() and not arrays[3].grad.asnumpy().any()
 
 
 @pytest.mark.parametrize('kind', ['l1', 'mse'])
-def test_the_same_bits_each_time(native_form, kind):
+def test_the_same_bits_each_time(native, kind):
     arrays = loss_case(6, 3, 5, 8, 2, 50, 1, 0.5)
-    runs = [run_loss(Loss(dict(cell=8, patch=4, prefix=1, kind=kind)), arrays, 1.0) for _ in range(3)]
+    runs = [run_loss(Loss(native, dict(cell=8, patch=4, prefix=1, kind=kind)), arrays, 1.0) for _ in range(3)]
     for run in runs[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(run, runs[0]))
 
@@ -249,16 +246,17 @@ def test_the_same_bits_each_time(native_form, kind):
     (dict(mask=(3, 3, 3)), ['(3, 3, 3)', '(2, 9, 48)']),
     (dict(tokens=(2, 10)), ['(2, 10)', '(2, 9, 48)']),
 ], ids=str)
-def test_shapes_that_do_not_fit(native_form, change, shapes):
+def test_shapes_that_do_not_fit(native, change, shapes):
     sizes = dict(tokens=(2, 10, 10), weight=(48, 10), bias=(48,), target=(2, 9, 48), mask=(2, 3, 3))
     sizes.update(change)
+    block = Loss(native, dict(cell=4, patch=4, prefix=1, kind='l1'))
     with pytest.raises(mx.MXNetError) as caught:
-        Loss(dict(cell=4, patch=4, prefix=1, kind='l1'))(*(mx.nd.zeros(shape) for shape in sizes.values())).asnumpy()
+        block(*(mx.nd.zeros(shape) for shape in sizes.values())).asnumpy()
     assert all(shape in str(caught.value) for shape in shapes), caught.value
 
 
-def test_types_that_do_not_fit(native_form):
-    block = Loss(dict(cell=4, patch=4, prefix=1, kind='l1'))
+def test_types_that_do_not_fit(native):
+    block = Loss(native, dict(cell=4, patch=4, prefix=1, kind='l1'))
     shapes = (2, 10, 10), (48, 10), (48,), (2, 9, 48), (2, 3, 3)
     for wrong, dtype in ((0, 'float64'), (1, 'float16'), (3, 'uint8'), (4, 'float16')):
         with pytest.raises(mx.MXNetError, match="MXNet's type number"):
@@ -273,11 +271,11 @@ IMAGE_CASES = [(2, 3, 1, 'S = 3'), (1, 4, 4, 'one cell'), (3, 15, 5, 'odd'), (2,
 @forms
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('images, side, cell', [case[:3] for case in IMAGE_CASES])
-def test_float_images_to_cells_and_back(choice, mode, images, side, cell):
+def test_float_images_to_cells_and_back(backend, mode, images, side, cell):
     rng = np.random.default_rng(side)
     image = mx.nd.array(rng.standard_normal((images, 3, side, side)))
     image.attach_grad()
-    block = running(Cells(side, cell), mode, ['image'])
+    block = running(Cells(backend, side, cell), mode, ['image'])
     with mx.autograd.record():
         cells = block(image)
     assert np.array_equal(cells.asnumpy(), cells_of(image.asnumpy(), cell))
@@ -288,29 +286,29 @@ def test_float_images_to_cells_and_back(choice, mode, images, side, cell):
 
 @forms
 @pytest.mark.parametrize('images, side, cell', [case[:3] for case in IMAGE_CASES])
-def test_bytes_are_normalised_to_the_same_bits(choice, images, side, cell):
+def test_bytes_are_normalised_to_the_same_bits(backend, images, side, cell):
     rng = np.random.default_rng(side)
     image = rng.integers(0, 256, (images, side, side, 3), 'uint8')
     exact = (image / 255 - np.array(MEAN)) / np.array(STD)
-    modes = MODES if choice.form == 'native' else MODES[:1]  # plain MXNet's graphs take float images only
+    modes = MODES if backend.is_native else MODES[:1]  # plain MXNet's graphs take float images only
     for mode in modes:
-        cells = running(Cells(side, cell), mode, ['image'])(mx.nd.array(image, dtype='uint8'))
+        cells = running(Cells(backend, side, cell), mode, ['image'])(mx.nd.array(image, dtype='uint8'))
         assert cells.dtype == np.float32
         np.testing.assert_allclose(cells.asnumpy(), cells_of(exact.transpose(0, 3, 1, 2), cell), rtol=1e-5, atol=1e-6)
-        plain = reference.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), side, cell, MEAN, STD)
+        plain = REFERENCE.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), side, cell, MEAN, STD)
         assert np.array_equal(cells.asnumpy(), plain.asnumpy())
 
 
-def test_all_bytes_are_normalised_to_the_same_bits(native_form):
+def test_all_bytes_are_normalised_to_the_same_bits(native):
     image = np.arange(256, dtype='uint8').reshape(1, 16, 16, 1).repeat(3, 3)
     for mean, std in ((MEAN, STD), ((0.1, 0.2, 1 / 3), (1 / 7, 3.3, 1e-3))):
         ours, plain = (form.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), 16, 4, mean, std)
-                       for form in (native, reference))
+                       for form in (native, REFERENCE))
         assert np.array_equal(ours.asnumpy(), plain.asnumpy())
 
 
-def test_one_graph_takes_bytes_and_floats(native_form):
-    block = running(Cells(8, 4), 'hybridized', [])
+def test_one_graph_takes_bytes_and_floats(native):
+    block = running(Cells(native, 8, 4), 'hybridized', [])
     rng = np.random.default_rng(0)
     image = mx.nd.array(rng.integers(0, 256, (2, 8, 8, 3)), dtype='uint8')
     normalised = mx.nd.image.normalize(mx.nd.image.to_tensor(image), mean=MEAN, std=STD)
@@ -328,7 +326,7 @@ def test_one_graph_takes_bytes_and_floats(native_form):
     ((2, 3, 8, 8), 'uint8', 4, ['(2, 3, 8, 8)', '(B, S, S, 3)']),
     ((2, 3, 8, 8), 'float64', 4, ["MXNet's type number"]),
 ], ids=str)
-def test_images_that_do_not_fit(native_form, shape, dtype, cell, said):
+def test_images_that_do_not_fit(native, shape, dtype, cell, said):
     with pytest.raises(mx.MXNetError) as caught:
-        Cells(8, cell)(mx.nd.zeros(shape, dtype=dtype)).asnumpy()
+        Cells(native, 8, cell)(mx.nd.zeros(shape, dtype=dtype)).asnumpy()
     assert all(part in str(caught.value) for part in said), caught.value

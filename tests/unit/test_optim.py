@@ -7,17 +7,16 @@ import pytest
 from mxnet.gluon import Parameter
 from support import machine
 
-from mxsimmim import ops
 from mxsimmim.config import OptimConfig, TrainConfig
+from mxsimmim.ops import OpBackend
 from mxsimmim.optim import SGD, AdamW, learning_rates, weight_decays
 
 TRAIN = TrainConfig(batch_size=512)
 
 
 @pytest.fixture(params=machine.FORMS)
-def form(request):
-    with ops.using(request.param):
-        yield request.param
+def backend(request):
+    return OpBackend(request.param)
 
 
 def rates(train=TRAIN, total=100, **keys):
@@ -74,7 +73,7 @@ def test_weight_decays(kind, name, shape, reference, fixed):
     assert weight_decays(parameters, 'fixed', kind, 0.05) == {name: fixed}
 
 
-def test_adamw_is_the_published_formula(form):
+def test_adamw_is_the_published_formula(backend):
     print('seed 8')
     rng = np.random.default_rng(8)
     parameter = Parameter('w', shape=(5, 4))
@@ -82,7 +81,7 @@ def test_adamw_is_the_published_formula(form):
     weight = rng.standard_normal((5, 4))
     parameter.set_data(mx.nd.array(weight))
     optim = OptimConfig(betas=(0.8, 0.9), eps=1e-2)
-    adamw = AdamW({'w': parameter}, {'w': 0.3}, optim)
+    adamw = AdamW({'w': parameter}, {'w': 0.3}, optim, backend=backend)
     mean = var = np.zeros_like(weight)
     for step in range(6):
         lr, scale, gradient = 0.1 / (step + 1), 0.5, rng.standard_normal((5, 4))
@@ -93,18 +92,18 @@ def test_adamw_is_the_published_formula(form):
         step_size = mean / (1 - 0.8 ** (step + 1)) / (np.sqrt(var / (1 - 0.9 ** (step + 1))) + 1e-2)
         weight = weight * (1 - lr * 0.3) - lr * step_size
     np.testing.assert_allclose(parameter.data().asnumpy(), weight, rtol=1e-5)
-    again = AdamW({'w': parameter}, {'w': 0.3}, optim)
+    again = AdamW({'w': parameter}, {'w': 0.3}, optim, backend=backend)
     again.load(adamw.arrays())
     assert all(np.array_equal(again.arrays()[n], value) for n, value in adamw.arrays().items())
 
 
-def test_adamw_waits_for_copies_of_its_gradient(form):
+def test_adamw_waits_for_copies_of_its_gradient(backend):
     """MXNet's scales gradients in place: a copy to the next device that came later would be scaled twice."""
     contexts, count, size = [mx.cpu(0), mx.cpu(1)], 24, 16
     parameters = {f'p{i}': Parameter(f'p{i}', shape=(size,), init='zeros') for i in range(count)}
     for p in parameters.values():
         p.initialize(ctx=contexts)
-    adamw = AdamW(parameters, dict.fromkeys(parameters, 0.0), OptimConfig())
+    adamw = AdamW(parameters, dict.fromkeys(parameters, 0.0), OptimConfig(), backend=backend)
     scale = mx.nd.array([0.5])
     scales = [scale.as_in_context(ctx) for ctx in contexts]
     big, ones, expected = mx.nd.ones((1000, 1000), ctx=contexts[1]), mx.nd.ones((size,)), 0.0
@@ -150,7 +149,7 @@ def test_scaled_rates_by_table():
 
 @pytest.mark.parametrize('kind', [AdamW, SGD])
 @pytest.mark.parametrize('devices', [1, 2])
-def test_groups_have_their_own_rate_and_decay(form, kind, devices):
+def test_groups_have_their_own_rate_and_decay(backend, kind, devices):
     """Two groups against the formulas in float64: the rate of each is floor + lr_scale (lr - floor)."""
     print('seed 9')
     rng = np.random.default_rng(9)
@@ -163,7 +162,7 @@ def test_groups_have_their_own_rate_and_decay(form, kind, devices):
         p.initialize(ctx=contexts)
         p.set_data(mx.nd.array(weights[name]))
     optim = OptimConfig(betas=(0.8, 0.9), eps=1e-2)
-    optimizer = kind(made, decays, optim, scales)
+    optimizer = kind(made, decays, optim, scales, backend)
     moments = {name: [np.zeros(shape), np.zeros(shape)] for name, shape in shapes.items()}
     for step in range(6):
         lr, floor = 0.2 / (step + 1), 0.05

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from mxsimmim.training import checkpoint
 from mxsimmim.config import configfile
 from mxsimmim.inference import exchange
-from mxsimmim import ops
 from mxsimmim.config import Config, ModelConfig
 from mxsimmim.data.loader import Batch
 from mxsimmim.inference import export as deployed
@@ -25,10 +24,11 @@ from mxsimmim.inference.export import export
 from mxsimmim.inference.features import extract, open_images
 from mxsimmim.interop import names, official, pth
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
+from mxsimmim.ops import FORMS, REFERENCE, OpBackend
 from mxsimmim.parallel.placement import Replicated
 from mxsimmim.inference.probe import probe
 from mxsimmim.inference.reconstruct import reconstruct
-from mxsimmim.inference.trained import Trained, load_run
+from mxsimmim.inference.trained import Trained, load_for_inference, load_run
 
 SEED = 5
 CONF = Path(__file__).parents[2] / 'conf'
@@ -51,11 +51,14 @@ def images(tmp_path_factory):
     return folder
 
 
-def trained_net(config, seed=SEED):
+def trained_net(config, backend=REFERENCE, seed=SEED):
     """A network without a part that has no effect: of weights larger than initial ones."""
     print('seed', seed)
     classify = config.task == 'classify'
-    net = build_classifier(config.model, len(CLASSES), seed) if classify else build_simmim(config.model, seed)
+    if classify:
+        net = build_classifier(config.model, len(CLASSES), seed, backend)
+    else:
+        net = build_simmim(config.model, seed, backend)
     rng = np.random.default_rng(seed)
     for p in named_parameters(net).values():
         p.set_data(p.data() + mx.nd.array(0.1 * rng.standard_normal(p.shape)))
@@ -151,7 +154,7 @@ def test_names_go_out_and_come_back(run, tmp_path, style):
 
 
 def test_reconstruct_features_and_probe(run, images, tmp_path):
-    trained = load_run(run)
+    trained = load_for_inference(run)
     model, data = trained.config.model, trained.config.data
     if not trained.classes:
         reconstruct(run, trained.config, [str(images / CLASSES[0])], tmp_path / 'grid.png')
@@ -192,17 +195,16 @@ def check_int8(trained, files):
 def test_both_forms_of_the_operators_give_the_same_gradient(run):
     """Hybridized: there MXNet sums gradients of arrays with many users in another way."""
     config = load_run(run).config
-    model, data, rng = config.model, config.data, np.random.default_rng(SEED)
+    model, rng = config.model, np.random.default_rng(SEED)
     image = rng.integers(0, 256, (2, model.img_size, model.img_size, 3), 'uint8')
     mask = (rng.random((2, model.grid, model.grid)) < 0.5).astype('uint8')
     batch = Batch(image, mask, rng.random((2, 2 * model.blocks * (model.drop_path > 0)), 'float32'), 0, np.arange(2),
                   rng.random((2, len(CLASSES) * (config.task == 'classify')), 'float32'))
     found = []
-    for form in ops.FORMS:
-        net = trained_net(config).net
-        with ops.using(form):
-            placement = Replicated(net, [mx.cpu(0)], data.mean, data.std)
-            loss = placement.forward_backward(batch, 2).asscalar()
+    for form in FORMS:
+        net = trained_net(config, OpBackend(form)).net
+        placement = Replicated(net, [mx.cpu(0)])
+        loss = placement.forward_backward(batch, 2).asscalar()
         found.append((loss, {name: p.grad().asnumpy() for name, p in named_parameters(net).items()}))
     (loss, expected), (ours, gradients) = found
     assert ours == pytest.approx(loss, rel=1e-4)

@@ -10,8 +10,8 @@ from mxnet.gluon import Parameter
 from support import machine
 
 from mxsimmim.config import configfile
-from mxsimmim import ops
 from mxsimmim.config import Config, OptimConfig, TrainConfig
+from mxsimmim.ops import OpBackend
 from mxsimmim.optim import AdamW, learning_rates
 from mxsimmim.parallel import protocol
 from mxsimmim.parallel.server import Server
@@ -137,15 +137,14 @@ def test_it_computes_what_workers_compute(scales, form):
         p.initialize()
         p.set_data(mx.nd.array(weights[key]))
     adamw = AdamW(parameters, {str(key): decay for key, decay in enumerate(DECAYS)}, config().optim,
-                  {str(key): scale for key, scale in enumerate(scales)})
+                  {str(key): scale for key, scale in enumerate(scales)}, OpBackend(form))
     rate = learning_rates(config().optim, config().train, 5, 10)
     for update in range(8):
         for key, p in enumerate(parameters.values()):
             gradient = rng.standard_normal(SHAPES[key]).astype('float32')
             store.push(key, gradient)
             p.list_grad()[0][:] = gradient
-        with ops.using(form):
-            adamw.update(update, rate(update), [mx.nd.ones((1,))], rate(update, 0))
+        adamw.update(update, rate(update), [mx.nd.ones((1,))], rate(update, 0))
     for key, p in enumerate(parameters.values()):
         exactly = form == 'reference' and scales[key] == 1
         np.testing.assert_allclose(store[key], p.data().asnumpy(), rtol=0 if exactly else 1e-6)

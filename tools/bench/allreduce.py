@@ -90,15 +90,15 @@ def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     place = join(threads=0 if alone else 1)
     import mxnet as mx
 
-    from mxsimmim import ops
+    from mxsimmim.ops import select_backend
     from mxsimmim.parallel.control import connect
     from mxsimmim.parallel.communicators import make_communicator
-    ops.choose('float32', [mx.cpu()])
+    backend = select_backend('float32', [mx.cpu()])
     control = connect(place, os.environ)
     store = make_communicator(COMMUNICATORS[name][2], place, control)
 
     def made(size: int) -> Sum:
-        copies, = store.zeros([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)])
+        copies, = store.zeros([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)], backend)
         keys = store.keys([copies])
 
         def call() -> None:

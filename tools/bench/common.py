@@ -111,22 +111,22 @@ def our_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], 
     import mxnet as mx
     import numpy as np
 
-    from mxsimmim import ops
     from mxsimmim.data.loader import Batch
     from mxsimmim.models import build_simmim, named_parameters
+    from mxsimmim.ops import REFERENCE, select_backend
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.communicators import make_communicator
     from mxsimmim.runtime.process import ALONE
 
-    if precision != 'reference':  # which is what holds before anything is chosen
-        ops.choose(precision, [mx.cpu()])
-    model, data, optim = cfg.ModelConfig(**keys), cfg.DataConfig(), cfg.OptimConfig()
-    net = build_simmim(model, seed=0)
+    backend = REFERENCE if precision == 'reference' else select_backend(precision, [mx.cpu()])
+    model, optim = cfg.ModelConfig(**keys), cfg.OptimConfig()
+    net = build_simmim(model, 0, backend)
     parameters = named_parameters(net)
-    placement = Replicated(net, [mx.cpu()], data.mean, data.std)
-    optimizer = AdamW(parameters, weight_decays(parameters, optim.recipe, model.type, DECAY), optim)
+    placement = Replicated(net, [mx.cpu()])
+    decays = weight_decays(parameters, optim.recipe, model.type, DECAY)
+    optimizer = AdamW(parameters, decays, optim, backend=backend)
     aggregation = SynchronousUpdate(parameters, optimizer, make_communicator('local', ALONE), cfg.TrainConfig(), CLIP)
     rng = np.random.default_rng(0)
     images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),

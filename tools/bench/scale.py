@@ -178,9 +178,10 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     import mxnet as mx
     import numpy as np
 
-    from mxsimmim import config as cfg, ops
+    from mxsimmim import config as cfg
     from mxsimmim.data.loader import Batch
     from mxsimmim.models import build_simmim, named_parameters
+    from mxsimmim.ops import select_backend
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.control import connect
@@ -190,12 +191,13 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     from mxsimmim.training.timetable import expected_step
     from mxsimmim.runtime.process import ALONE
 
-    model, data, optim = cfg.ModelConfig(**keys), cfg.DataConfig(), cfg.OptimConfig()
-    ops.choose(precision, [mx.cpu()])
-    net = build_simmim(model, seed=0)
+    model, optim = cfg.ModelConfig(**keys), cfg.OptimConfig()
+    backend = select_backend(precision, [mx.cpu()])
+    net = build_simmim(model, 0, backend)
     parameters = named_parameters(net)
-    placement = Replicated(net, [mx.cpu()], data.mean, data.std)
-    optimizer = AdamW(parameters, weight_decays(parameters, optim.recipe, model.type, DECAY), optim)
+    placement = Replicated(net, [mx.cpu()])
+    decays = weight_decays(parameters, optim.recipe, model.type, DECAY)
+    optimizer = AdamW(parameters, decays, optim, backend=backend)
     total = batch * place.size
     train = cfg.TrainConfig(batch_size=total)
     local = make_communicator('local', ALONE)

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 
-from mxsimmim.config import Config, DataConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from mxsimmim.config import Config, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from mxsimmim.runtime.environment import prepare
 from mxsimmim.runtime.process import ALONE, world
 
@@ -28,9 +28,9 @@ def main():
     import mxnet as mx
     import numpy as np
 
-    from mxsimmim import ops
     from mxsimmim.data.loader import Batch
     from mxsimmim.models import build_simmim, named_parameters
+    from mxsimmim.ops import select_backend
     from mxsimmim.optim import AdamW, weight_decays
     from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.control import connect
@@ -39,11 +39,11 @@ def main():
     from mxsimmim.parallel.communicators import make_communicator
     from mxsimmim.training.timetable import expected_step
 
-    ops.choose('float32', [mx.cpu()])
-    net, data = build_simmim(MODEL, seed=0), DataConfig()
-    placement = Replicated(net, [mx.cpu()], data.mean, data.std)
+    backend = select_backend('float32', [mx.cpu()])
+    net = build_simmim(MODEL, 0, backend)
+    placement = Replicated(net, [mx.cpu()])
     parameters = named_parameters(net)
-    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
+    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig(), backend=backend)
     train = TrainConfig(batch_size=IMAGES * place.size)
     os.environ.update(horovod_settings(expected_step(Config(model=MODEL, train=train), place)))
     control = connect(place, os.environ)

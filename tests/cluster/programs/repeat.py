@@ -10,12 +10,12 @@ import sys
 import mxnet as mx
 import numpy as np
 
-from mxsimmim import ops
-from mxsimmim.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.data.loader import Batch
 from mxsimmim.data.sampling import split
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
+from mxsimmim.ops import select_backend
 from mxsimmim.optim import AdamW, weight_decays
 from mxsimmim.parallel.updates import SynchronousUpdate
 from mxsimmim.parallel.control import connect
@@ -37,12 +37,11 @@ def batches(seed, part):
         yield Batch(image[part], mask[part], np.zeros((IMAGES, 0), 'float32')[part], 0, np.arange(IMAGES)[part])
 
 
-def trained(seed, store, devices, part):
-    net = build_simmim(MODEL, seed=seed)
-    data = DataConfig()
-    placement = Replicated(net, [mx.cpu(i) for i in range(devices)], data.mean, data.std)
+def trained(seed, backend, store, devices, part):
+    net = build_simmim(MODEL, seed, backend)
+    placement = Replicated(net, [mx.cpu(i) for i in range(devices)])
     parameters = named_parameters(net)
-    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
+    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig(), backend=backend)
     aggregation = SynchronousUpdate(parameters, adamw, store, TrainConfig(batch_size=IMAGES), 0.5)
     for step, batch in enumerate(batches(seed, part)):
         aggregation.step(step, 1e-2, placement.forward_backward(batch, IMAGES))
@@ -54,11 +53,11 @@ def trained(seed, store, devices, part):
 def main():
     name, times, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     place = world(os.environ)
-    ops.choose('float32', [mx.cpu()])
+    backend = select_backend('float32', [mx.cpu()])
     store = make_communicator(name, place, connect(place, os.environ))
     for seed in range(times):
-        ours = trained(seed, store, devices, split(IMAGES, place.size)[place.rank])
-        alone = trained(seed, make_communicator('local', ALONE), 1, slice(0, IMAGES))
+        ours = trained(seed, backend, store, devices, split(IMAGES, place.size)[place.rank])
+        alone = trained(seed, backend, make_communicator('local', ALONE), 1, slice(0, IMAGES))
         difference = np.linalg.norm(ours - alone) / np.linalg.norm(alone)
         assert difference < 1e-5, f'rank {place.rank}, seed {seed}: {difference}'
     print('ok', times, flush=True)

@@ -1,0 +1,151 @@
+"""The operators of the models in two forms behind one object, which a network is given when it is built and holds.
+
+`reference` says what an operator computes, with MXNet's own operators, on any device. `native` has the same functions
+on a library of ours, which `pip install` compiles: several times faster where MXNet is slow, and able to multiply in
+bf16. F is mx.nd or mx.sym, as in hybrid_forward.
+"""
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+from ..runtime import environment
+from . import library, native, reference
+from .build import NotBuilt
+from .layout import Windows
+
+Pair = Tuple[Any, Any]  # weight and bias
+FORMS = {'reference': reference, 'native': native}
+
+
+@dataclass(frozen=True)
+class OpBackend:
+    """Compute operators in one form, 'reference' or 'native', with products in 'float32' or 'bf16' (native only).
+
+    Raises:
+        NotBuilt: the native form, whose library is not there; building the object loads it.
+        ValueError: bf16 where nothing can compute it.
+    """
+    form: str = 'reference'
+    precision: str = 'float32'
+
+    def __post_init__(self) -> None:
+        assert self.form in FORMS, self.form
+        if self.form == 'native':
+            library.admit(self.precision)
+        elif self.precision != 'float32':
+            raise ValueError(f'operators: the {self.form} form computes in float32, not in {self.precision}')
+
+    @property
+    def is_native(self) -> bool:
+        """Whether these are the operators of the compiled library, on CPUs."""
+        return self.form == 'native'
+
+    def describe(self) -> str:
+        """Return form, instructions and precision in words, for the messages of a run."""
+        if not self.is_native:
+            return f'operators: {self.form}, {self.precision}'
+        isa = library.load()
+        emulated = self.precision == 'bf16' and isa not in library.BF16
+        slow = ' (emulated by this CPU, slower than float32)' if emulated else ''
+        return f'operators: native ({isa}), {self.precision}{slow}'
+
+    def layer_norm(self, F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int) -> Any:
+        """Normalise x (..., C) to zero mean and unit variance over C = `width`, times weight (C,) plus bias (C,)."""
+        return FORMS[self.form].layer_norm(F, x, weight, bias, eps, width=width)
+
+    def linear(self, F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int) -> Any:
+        """Multiply x (..., K) with weight (M, K) transposed, add bias (M,): (..., M), M = `units`; then, if asked,
+        apply exact GELU."""
+        return FORMS[self.form].linear(F, x, weight, bias, gelu, units=units, precision=self.precision)
+
+    def attention(self, F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None,
+                  keep: Any = None, mask: Any = None, *, width: int, heads: int, tokens: int, eps: float,
+                  windows: Optional[Windows] = None, recompute: bool = False) -> Any:
+        """Compute a transformer's first half block: x + keep * gamma * proj(attention(qkv(norm(x)))), (B, L, C) to the
+        same.
+
+        Each pair is a weight and a bias; qkv's weight is (3C, C). bias (1, H, N, N), or None, is added to the scores
+        between the N tokens of a sequence: all L = `tokens` of an image or, with `windows`, those of one window, then
+        N = window^2. Where windows are shifted, mask (windows, 1, N, N) is `shift_mask`. gamma (C,), or None, scales
+        channels (Touvron et al. 2021, arXiv:2103.17239); keep (B, 1), or None, scales an image's branch, 0 dropping it
+        (Huang et al. 2016, arXiv:1603.09382). C = `width`. With `recompute`, native only, nothing between is kept for
+        the backward pass.
+        """
+        return FORMS[self.form].attention(F, x, norm, qkv, proj, bias, gamma, keep, mask, width=width, heads=heads,
+                                          tokens=tokens, eps=eps, windows=windows, recompute=recompute,
+                                          precision=self.precision)
+
+    def mlp(self, F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None,
+            rows: Any = None, *, width: int, hidden: int, eps: float, recompute: bool = False) -> Any:
+        """Compute a transformer's second half block: x + keep * gamma * fc2(gelu(fc1(norm(x)))), (B, L, C) to the same.
+
+        gamma, keep and recompute as in `attention`; `hidden` is fc1's width. rows (B, L) is 0 for tokens whose result
+        nobody will use, and whose gradient is therefore zero: they may be left as they are.
+        """
+        return FORMS[self.form].mlp(F, x, norm, fc1, fc2, gamma, keep, rows, width=width, hidden=hidden, eps=eps,
+                                    recompute=recompute, precision=self.precision)
+
+    def patchify(self, F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+        """Cut an image of side x side pixels into cells of cell x cell: (B, cells, 3 * cell^2), each ordered (channel,
+        y, x), as in a convolution.
+
+        image is either float32 (B, 3, side, side), normalised already, or uint8 (B, side, side, 3), and then becomes
+        (image / 255 - mean) / std. As a symbol, it may be uint8 in the native form only.
+        """
+        return FORMS[self.form].patchify(F, image, side, cell, mean, std)
+
+    def masked_loss(self, F: Any, tokens: Any, decoder: Pair, target: Any, mask: Any, *, cell: int, patch: int,
+                    prefix: int, kind: str) -> Any:
+        """Compute SimMIM's loss (1,): the mean over masked pixels of |d| (kind 'l1') or d^2 ('mse'), d = decoded -
+        target.
+
+        tokens (B, prefix + cells, C), of which the first `prefix` are ignored, are decoded by the pair (3 * cell^2, C)
+        and (3 * cell^2,). target (B, cells, 3 * cell^2), of which no gradient exists. mask (B, h, w) is on the grid of
+        patches of patch x patch pixels, 1 for masked; a cell holds one patch or several. The sum is divided by the
+        number of masked pixels + 1e-5 and by the 3 channels, as the reference does.
+        """
+        return FORMS[self.form].masked_loss(F, tokens, decoder, target, mask, cell=cell, patch=patch, prefix=prefix,
+                                            kind=kind, precision=self.precision)
+
+
+REFERENCE = OpBackend()
+
+
+def select_backend(precision: str, contexts: Sequence[Any]) -> OpBackend:
+    """Return native operators where all contexts are CPUs and the library is there, else the reference.
+
+    precision is 'float32', 'bf16', or 'auto': bf16 where the CPU multiplies it faster, else float32. Says once, on
+    stderr, why operators on a CPU are not native.
+
+    Raises:
+        ValueError: bf16 is asked for where nothing can compute it; says why and what to use instead.
+    """
+    others = [str(context) for context in contexts if context.device_type != 'cpu']
+    if others:
+        if precision == 'bf16':
+            raise ValueError(f"key 'runtime.precision': bf16 is computed on CPUs only, not on {', '.join(others)}: "
+                             'write runtime.precision=float32, or devices=[cpu(0)]')
+        return REFERENCE
+    try:
+        isa = library.load()
+    except NotBuilt as error:
+        if precision == 'bf16':
+            raise ValueError(f"key 'runtime.precision': bf16 needs the native operators. {error}; or write "
+                             'runtime.precision=float32') from None
+        library.tell_once(f'operators: reference, slower than native ones: {error}')
+        return REFERENCE
+    faster = 'bf16' if isa in library.BF16 else 'float32'
+    return OpBackend('native', faster if precision == 'auto' else precision)
+
+
+def report() -> Dict[str, Any]:
+    """Return what `mxsimmim doctor` says of the operators: instructions, names, what `auto` takes; or why none."""
+    environment.prepare(SimpleNamespace(threads=0, blas_core='auto'))  # RuntimeConfig's defaults, without pydantic
+    try:
+        instructions = library.load()
+    except NotBuilt as error:
+        return {'why': error.why, 'remedy': error.remedy}
+    import mxnet
+    prefix = library.PREFIX
+    return {'instructions': instructions, 'auto': select_backend('auto', [mxnet.cpu()]).precision,
+            'names': [name[len(prefix):] for name in dir(mxnet.nd) if name.startswith(prefix)]}
