@@ -13,7 +13,7 @@ from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 from . import __version__
 from .config import configfile, foreign_names, schedule
-from .runtime import memory
+from .runtime import memory, mxnet_private
 from .system import paths, text
 from .config import Config, ConfigError
 
@@ -338,8 +338,7 @@ def leave(status: int) -> None:
     flush()
     with contextlib.suppress(RuntimeError):  # no memory for a thread
         threading.Thread(target=watch, daemon=True).start()
-    if 'mxnet' in sys.modules:  # it would wait for operators, and say once more what went wrong in them
-        atexit.unregister(sys.modules['mxnet'].base._notify_shutdown)
+    mxnet_private.forget_shutdown()  # MXNet would wait for operators, and say once more what went wrong in them
     with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()
     flush()

@@ -177,7 +177,7 @@ class Loader:
 
 def fixed_batches(source: Source, transform: Transform, batch: int, images: int, seed: int, threads: int,
                   max_broken: int = 100, log: Callable[[str], None] = logging.getLogger(__name__).warning,
-                  rank: int = 0, size: int = 1) -> Iterator[Batch]:
+                  part: int = 0, parts: int = 1) -> Iterator[Batch]:
     """The same images with the same masks every time, the last batch as small as need be.
 
     Args:
@@ -187,26 +187,28 @@ def fixed_batches(source: Source, transform: Transform, batch: int, images: int,
         images: how many are taken, at random but in their order; all if there are no more.
         seed: of the choice and of the masks.
         threads, max_broken, log: as for `Loader`.
+        part, parts: which of as many parts, as equal as can be, is taken of them: a worker's data coordinate and
+            the size of that axis.
     """
     chosen = np.sort(generator(seed).permutation(len(source))[:images])
-    chosen = chosen[split(len(chosen), size)[rank]]
+    chosen = chosen[split(len(chosen), parts)[part]]
     steps = -(-len(chosen) // batch)
     loader = Loader(source, transform, lambda step: (0, chosen[step * batch:(step + 1) * batch]), seed, threads, 1,
                     max_broken, log)
-    for _, part in loader.iterate(0, steps):
-        yield part
+    for _, filled in loader.iterate(0, steps):
+        yield filled
 
 
-def every_image(source: Source, transform: Transform, batch: int, threads: int, rank: int = 0, size: int = 1
+def every_image(source: Source, transform: Transform, batch: int, threads: int, part: int = 0, parts: int = 1
                 ) -> Iterator[Batch]:
-    """All images in their order, or part `rank` of `size`; none is replaced by another.
+    """All images in their order, or part number `part` of `parts`; none is replaced by another.
 
     Raises:
         ValueError: naming an image that cannot be read.
     """
     try:
         yield from fixed_batches(source, transform, min(batch, len(source)), len(source), 0, threads, 0,
-                                 log=lambda text: None, rank=rank, size=size)
+                                 log=lambda text: None, part=part, parts=parts)
     except TooManyBroken as error:
         raise ValueError(f'every image counts here, so each must be readable: remove or repair '
                          f'{error.__context__ or error}') from None

@@ -16,6 +16,7 @@ from ..data.labels import read_classes
 from ..interop import files, names, official, pth
 from ..interop.told import model_keys
 from ..models import build_classifier, build_simmim
+from ..runtime.mxnet_private import structural_parameters
 from ..training.run_folder import versions, write_config
 from .trained import load_run
 
@@ -118,7 +119,7 @@ def _save(file: Path, run: Path, config: Config, arrays: Mapping[str, np.ndarray
 def _buffers(net: HybridBlock) -> Dict[str, np.ndarray]:
     """What the reference's networks hold beside parameters, and miss when they load strictly."""
     found = {}
-    for name, parameter in net._collect_params_with_prefix().items():
+    for name, parameter in structural_parameters(net).items():
         if name.endswith('relative_position_index'):
             index = parameter.data().asnumpy().astype('int64')
             found[name] = index.reshape((math.isqrt(index.size),) * 2)

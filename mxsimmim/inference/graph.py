@@ -9,6 +9,7 @@ import numpy as np
 from mxnet.gluon import SymbolBlock
 
 from ..ops import REFERENCE
+from ..runtime.mxnet_private import structural_parameters
 from .trained import Trained
 
 BATCH = 3  # images a written model is compared on
@@ -39,7 +40,7 @@ def trace(trained: Trained) -> Graph:
         inputs['mask'] = (model.grid, model.grid)
         output, call, given = 'reconstruction', trained.net.reconstruct, ['image', 'mask']
     symbol = call(*map(mx.sym.var, given))
-    parameters = trained.net._collect_params_with_prefix()
+    parameters = structural_parameters(trained.net)
     names = {p.name: name for name, p in parameters.items()}
     content = json.loads(symbol.tojson())
     for node in content['nodes']:

@@ -6,6 +6,7 @@ from mxnet.gluon import HybridBlock
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
+from ..runtime.mxnet_private import children, structural_parameters
 from . import vit
 from .initial import initialise
 from .layers import LayerNorm, Linear, named_parameters
@@ -56,10 +57,10 @@ class Classifier(HybridBlock):
 
     def _collect_params_with_prefix(self, prefix: str = '') -> dict:
         """Names without `encoder.`: the reference's classifier is its encoder, with a head."""
-        found = self.encoder._collect_params_with_prefix(prefix)
-        for name, child in self._children.items():
+        found = structural_parameters(self.encoder, prefix)
+        for name, child in children(self).items():
             if child is not self.encoder:
-                found.update(child._collect_params_with_prefix(f'{prefix}.{name}' if prefix else name))
+                found.update(structural_parameters(child, f'{prefix}.{name}' if prefix else name))
         return found
 
 

@@ -11,12 +11,13 @@ from mxnet.gluon import HybridBlock, Parameter, nn
 
 from ..ops import OpBackend
 from ..ops.reference import AUTO, outer
+from ..runtime.mxnet_private import structural_parameters
 from .pixels import PixelInput
 
 
 def named_parameters(net: HybridBlock) -> Dict[str, Parameter]:
     """Trained parameters by structural name, which is the reference's name; constants are left out."""
-    return {name: p for name, p in net._collect_params_with_prefix().items() if p.grad_req != 'null'}
+    return {name: p for name, p in structural_parameters(net).items() if p.grad_req != 'null'}
 
 
 def values(backend: OpBackend, F: Any, x: Any, *parameters: Parameter) -> List[Any]:

@@ -2,13 +2,12 @@
 
 Apart from the other operators, because it imports mxnet.
 """
-import ctypes
 from typing import Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
-from mxnet.base import _LIB, check_call
 
+from ..runtime import mxnet_private
 from .backend import OpBackend
 
 Arrays = Sequence[mx.nd.NDArray]
@@ -66,18 +65,11 @@ def _reference_update(weights: Arrays, grads: Arrays, means: Arrays, variances: 
 def _native_update(weights: Arrays, grads: Arrays, means: Arrays, variances: Arrays, rates: Rates,
                   scale: mx.nd.NDArray, copies: Arrays, shared: bool, **constants: float) -> None:
     for weight in weights:
-        _plain_layout(weight)
+        # Inference may have left it in a layout of oneDNN's own: convolutions do, and an operator of ours would write
+        # to a copy.
+        mxnet_private.data_address(weight)
     mx.nd.mxsimmim_adamw(*weights, *grads, *means, *variances, *copies, mx.nd.array(rates, ctx=scale.context), scale,
                          count=len(weights), copies=int(bool(copies)), **constants)
-
-
-def _plain_layout(weight: mx.nd.NDArray) -> None:
-    """Undoes what inference may have done: convolutions leave their weights in a layout of oneDNN's own.
-
-    MXNet would give an operator of ours a copy of such a weight, and what that writes would be lost. To ask for the
-    address puts the weight in order; it waits only where there is something to do.
-    """
-    check_call(_LIB.MXNDArrayGetData(weight.handle, ctypes.byref(ctypes.c_void_p())))
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from ..runtime import environment
+from ..runtime import environment, mxnet_private
 from .build import NAME, NOTE, ONEDNN, NotBuilt, check_machine, digest, installed_file
 
 FOLDER = Path(__file__).parent
@@ -106,7 +106,7 @@ def load() -> str:
         opened = open_library()
         import mxnet
         try:
-            _register(opened.path)
+            mxnet_private.load_operators(str(opened.path), PREFIX)
         except mxnet.MXNetError as error:
             raise NotBuilt(f'MXNet {mxnet.__version__} does not load {opened.path}: '
                            + str(error).strip().splitlines()[-1]) from None
@@ -126,25 +126,6 @@ def admit(precision: str) -> str:
         raise ValueError(f"key 'runtime.precision': bf16 needs a CPU with AVX-512, this one has {isa}: write "
                          'runtime.precision=float32, or auto, which takes bf16 where it is faster')
     return isa
-
-
-def _register(path: Path) -> None:
-    """As `mxnet.library.load`, which makes the Python functions of all operators anew, in 0.4 s; here only of ours."""
-    from mxnet import base, ndarray, symbol
-    from mxnet.ndarray.register import _make_ndarray_function
-    from mxnet.symbol.register import _make_symbol_function
-    base.check_call(base._LIB.MXLoadLib(base.c_str(str(path)), base.mx_uint(0)))
-    names, count = ctypes.POINTER(ctypes.c_char_p)(), ctypes.c_uint()
-    base.check_call(base._LIB.MXListAllOpNames(ctypes.byref(count), ctypes.byref(names)))
-    for name in (names[i].decode() for i in range(count.value)):
-        if name.startswith(PREFIX):
-            handle = base.OpHandle()
-            base.check_call(base._LIB.NNGetOpHandle(base.c_str(name), ctypes.byref(handle)))
-            for module, make in ((ndarray, _make_ndarray_function), (symbol, _make_symbol_function)):
-                function = make(handle, name, name)
-                function.__module__ = module.__name__
-                for place in (module, module.op):
-                    setattr(place, name, function)
 
 
 def status() -> str:

@@ -11,6 +11,7 @@ from mxnet.gluon import Parameter
 from ..config import configfile
 from ..config import Config
 from ..ops import REFERENCE, OpBackend
+from ..runtime import mxnet_private
 from ..runtime.process import ProcessInfo
 from . import protocol
 from .clock import Clock
@@ -23,39 +24,39 @@ KINDS = ('mean', 'var', 'weight')  # what the servers hold for each parameter, b
 
 
 class WeightServers(Communicator):
-    """dist_async: what is pushed goes to the server's rule for that key. There are no sums."""
+    """dist_async: what is pushed goes to the server's rule for that key. Nothing is reduced."""
 
-    def __init__(self, name: str, world: ProcessInfo, control: Optional[ControlPlane] = None):
-        super().__init__(name, world, control)
-        self.servers = world.servers
+    def __init__(self, name: str, process: ProcessInfo, control: Optional[ControlPlane] = None):
+        super().__init__(name, process, control)
+        self.servers = process.servers
         self._number = time.time_ns()  # of commands; grows from process to process, too
         if self.rank == 0:
             self.command({})  # from now on the servers have a rule for what is pushed
         self.meet()
 
     def init(self, keys: List[int], arrays: Sequence[mx.nd.NDArray]) -> None:
-        """Rank 0's values for new keys."""
+        """Give new keys rank 0's values."""
         self._store.init(keys, list(arrays))
         self.meet()
 
     def push(self, key: int, array: mx.nd.NDArray) -> None:
-        """Sends; `array` must not be used again before it is overwritten: pulls of the key may go through it."""
+        """Send; `array` must not be used again before it is overwritten: pulls of the key may go through it."""
         self._store.push(key, array, priority=-key)
 
     def pull(self, key: int, copies: List[mx.nd.NDArray]) -> None:
-        """Fetches, after what this worker pushed to the key before."""
+        """Fetch, after what this worker pushed to the key before."""
         self._store.pull(key, out=copies, priority=-key)
 
     def meet(self) -> None:
-        """Waits until every worker's pushes and pulls are done."""
+        """Wait until every worker's pushes and pulls are done."""
         mx.nd.waitall()
-        self._store._barrier()
+        mxnet_private.barrier(self._store)
 
     def command(self, content: Dict[str, Any]) -> None:
-        """Sends a signed command to every server and waits until it was carried out."""
+        """Send a signed command to every server and wait until it was carried out."""
         self._number += 1
-        self._store._send_command_to_servers(
-            protocol.HEAD, protocol.sign(content, self._number, protocol.job_key(os.environ)))
+        mxnet_private.send_command(self._store, protocol.HEAD,
+                                   protocol.sign(content, self._number, protocol.job_key(os.environ)))
 
 
 class AsynchronousUpdate:
@@ -72,7 +73,7 @@ class AsynchronousUpdate:
         self.workers, self._backend = store, backend
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._local = Communicator('device')
-        self._local_keys = self._local.keys([p.list_grad() for p in self._parameters])
+        self._gradients = self._local.register([p.list_grad() for p in self._parameters])
         self._layout = protocol.Layout(len(parameters), len(KINDS), store.servers)
         self._boards = [mx.nd.zeros(protocol.BOARD_SHAPE) for _ in range(2)]
         self._reported, self._time, self._stop_at = np.zeros(protocol.FIELDS), time.monotonic(), None
@@ -90,7 +91,7 @@ class AsynchronousUpdate:
         self.load_state_dict(None, 0)
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
-        """Gives the servers rank 0's moments, None for zeros, and takes their parameters, which are rank 0's first."""
+        """Give the servers rank 0's moments, None for zeros, and take their parameters, which are rank 0's at first."""
         if self.workers.rank == 0:
             self.workers.command({**self._settings, 'updates': update * self.workers.size})
             for key, (name, p) in enumerate(zip(self._names, self._parameters)):
@@ -103,21 +104,20 @@ class AsynchronousUpdate:
         self.workers.meet()
 
     def loss_divisor(self, images: int) -> int:
-        """Images over which the gradient is a mean: the worker's own."""
+        """Return the number of images over which the gradient is a mean: the worker's own."""
         self._images = images
         return images
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:
-        """Sends the gradients, takes new weights; returns as `SynchronousUpdate.step`, of this worker alone."""
-        gradients = [p.list_grad() for p in self._parameters]
-        self._local.sum(self._local_keys, gradients)
-        norm = global_norm(gradients, self._backend)
+        """Send the gradients, take new weights; return as `SynchronousUpdate.step`, of this worker alone."""
+        self._local.all_reduce(self._gradients)
+        norm = global_norm(self._gradients.arrays, self._backend)
         stats = mx.nd.concat(loss, norm, mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss), dim=0)
         stats.wait_to_read()  # a pull writes into the gradients
         if clock:
             clock.computed()
-        for key, (first, *_) in enumerate(gradients):
+        for key, (first, *_) in enumerate(self._gradients.arrays):
             self.workers.push(key, first)
         mine = np.zeros(protocol.BOARD_SHAPE, 'float32')
         mine[0, protocol.UPDATES], mine[0, protocol.IMAGES] = 1, self._images
@@ -146,7 +146,7 @@ class AsynchronousUpdate:
 
     @contextlib.contextmanager
     def consolidated_weights(self) -> Iterator[None]:
-        """While entered, all workers wait and hold the servers' parameters."""
+        """Show the servers' parameters: while entered, all workers wait and hold them."""
         self.workers.meet()
         for key, p in enumerate(self._parameters):
             self.workers.pull(self._moment(2, key), p.list_data())
@@ -156,11 +156,11 @@ class AsynchronousUpdate:
         self._pull()
 
     def in_sync(self, _step: int) -> bool:
-        """Never: each worker has the weights of its own last pull."""
+        """Return False: each worker has the weights of its own last pull."""
         return False
 
     def combine(self, rows: np.ndarray) -> np.ndarray:
-        """This worker's: asking for the others' would keep it waiting."""
+        """Return this worker's rows: asking for the others' would keep it waiting."""
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
@@ -177,7 +177,7 @@ class AsynchronousUpdate:
                              'staleness': new[protocol.STALENESS] / updates}
 
     def state_dict(self) -> Dict[str, Any]:
-        """The servers' moments; inside `consolidated_weights`."""
+        """Return the servers' moments; inside `consolidated_weights`."""
         arrays = {}
         for kind, moment in enumerate(KINDS[:2]):
             for key, (name, p) in enumerate(zip(self._names, self._parameters)):

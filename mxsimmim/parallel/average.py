@@ -24,7 +24,7 @@ class WeightAverage:
             self._average[name][:] = value.reshape(self._average[name].shape)
 
     def update(self, done: int) -> None:
-        """After update number `done`, counted from 1."""
+        """Take in the weights after update number `done`, counted from 1."""
         decay = min(self._decay, (1 + done) / (10 + done))
         for name, p in self._parameters.items():
             average = self._average[name]
@@ -32,7 +32,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """While entered, the parameters hold the average on all devices."""
+        """Show the average: while entered, the parameters hold it on all devices."""
         own = {name: p.list_data()[0].copy() for name, p in self._parameters.items()}
         self._set(self._average)
         try:
@@ -40,13 +40,12 @@ class WeightAverage:
         finally:
             self._set(own)
 
-    def share(self, store: Communicator) -> None:
-        """Gives all workers rank 0's."""
-        arrays = [[value] for value in self._average.values()]
-        store.broadcast(store.keys(arrays), arrays)
+    def share(self, communicator: Communicator) -> None:
+        """Give all workers rank 0's."""
+        communicator.broadcast(communicator.register([[value] for value in self._average.values()]))
 
     def arrays(self) -> Dict[str, np.ndarray]:
-        """The average under the reference's names and in its layouts."""
+        """Return the average under the reference's names and in its layouts."""
         return {name: value.asnumpy().reshape(official_shape(name, value.shape))
                 for name, value in self._average.items()}
 

@@ -19,12 +19,12 @@ class Clock:
         self.reset()
 
     def reset(self) -> None:
-        """Begins a new window."""
+        """Begin a new window."""
         self.data = self.compute = self.communication = 0.0
         self.timed = 0
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """Yields `items`, counting the time until each is there."""
+        """Yield `items`, counting the time until each is there."""
         began = time.monotonic()
         for item in items:
             self.data += time.monotonic() - began
@@ -32,19 +32,19 @@ class Clock:
             began = time.monotonic()
 
     def start(self) -> None:
-        """Times the step that begins."""
+        """Begin to time a step."""
         mx.nd.waitall()
         self._mark = time.monotonic()
 
     def computed(self) -> None:
-        """The step's gradients are there."""
+        """Take the time at which the step's gradients are there."""
         now = time.monotonic()
         self.steps.append(now - self._mark)
         self.timed += 1
         self.compute, self._mark = self.compute + now - self._mark, now
 
     def communicated(self) -> None:
-        """Waits until everything else is there, too."""
+        """Wait until everything else is there, too, and take the time."""
         mx.nd.waitall()
         now = time.monotonic()
         self.communication, self._mark = self.communication + now - self._mark, now

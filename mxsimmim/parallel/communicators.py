@@ -1,35 +1,60 @@
-"""Communicators: reduce arrays that lie on several devices and in several workers, by MXNet's names of stores.
+"""Communicators: reduce arrays that lie on several devices and in several workers.
 
-Every one offers `keys` and `sum`; broadcasts are made of sums. `WeightServers`, for dist_async, is the exception: there
-the parameter server decides what becomes of what it is sent. Host values go through the control plane.
+A communicator belongs to one group of a mesh. MXNet's kvstore reduces the devices of one worker, or those of all
+workers: its servers count every worker, so it cannot reduce a part of them. Horovod reduces subgroups by its process
+sets. The workers of a host reduce what lies in memory that all of them see, see `SharedMemoryGroup`. Host values go
+through the control plane, and the weights of train.store=dist_async through `WeightServers`, which reduce nothing.
 """
 import os
 import sys
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import mxnet as mx
 
 from ..ops import OpBackend
+from ..runtime import mxnet_private
 from ..runtime.process import ALONE, ProcessInfo
 from .control import ControlPlane
-from .shared_memory import SharedMemoryGroup, usable
+from .shared_memory import SharedMemoryGroup, is_supported
 
 Copies = List[mx.nd.NDArray]  # of one array, one a device
 
 
-class Communicator:
-    """Adds up arrays, in place. This one knows only the devices of one process."""
+class Handle(NamedTuple):
+    """Arrays that all workers know by the same keys.
 
-    def __init__(self, name: str, world: ProcessInfo = ALONE, control: Optional[ControlPlane] = None):
+    A server keeps one array for each key, as long as the job lives. Arrays that are reduced after each other, such as
+    the moments of an optimiser and what they belong to, therefore share keys: `with_arrays`.
+    """
+    keys: Tuple[int, ...]
+    arrays: Tuple[Copies, ...]
+
+    def with_arrays(self, arrays: Sequence[Copies]) -> 'Handle':
+        """Return a handle of other arrays of the same shapes and types, under the same keys."""
+        assert [first.shape for first, *_ in arrays] == [first.shape for first, *_ in self.arrays]
+        return Handle(self.keys, tuple(arrays))
+
+    def part(self, first: int, end: Optional[int] = None) -> 'Handle':
+        """Return a handle of the arrays from number `first` up to `end`."""
+        return Handle(self.keys[first:end], self.arrays[first:end])
+
+
+class Communicator:
+    """Reduces arrays in place; this one over the devices of a single worker.
+
+    All calls return before the arrays are computed, and MXNet orders what is done with an array afterwards.
+    """
+
+    def __init__(self, name: str, process: ProcessInfo = ALONE, control: Optional[ControlPlane] = None):
         """`control` is the job's control plane, where it has more than one worker.
 
         Raises:
             ValueError: this build of MXNet has no such store.
         """
-        self.rank, self.size = world.rank, world.size
+        self.rank, self.size = process.rank, process.size
         self.control = control or ControlPlane()
         assert self.control.size == self.size, 'a job of several workers needs its control plane'
-        self._latest: Dict[int, mx.nd.NDArray] = {}  # key -> what was summed under it last
+        self._latest: Dict[int, mx.nd.NDArray] = {}  # key -> what was reduced under it last
         self._next = 0
         try:
             self._store = mx.kv.create(name)
@@ -37,40 +62,40 @@ class Communicator:
             raise ValueError(f'train.store={name}: this build of MXNet does not have it '
                              f'({str(error).strip().splitlines()[-1]}): use train.store=device') from error
 
-    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
-        """Arrays (n,) of float32 where `sum` adds them up fastest; all workers ask for the same ones at once.
+    def allocate(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
+        """Return zeros (n,) of float32 where they are reduced fastest; all workers ask for the same ones at once.
 
-        `backend` computes on them.
+        `backend` computes what they will hold.
         """
         return [[mx.nd.zeros((size,), ctx=ctx) for ctx in contexts] for size in sizes]
 
-    def keys(self, arrays: Sequence[Copies]) -> List[int]:
-        """Makes these arrays known, by shape and type; all workers in the same order."""
-        keys = list(range(self._next, self._next + len(arrays)))
+    def register(self, arrays: Sequence[Copies]) -> Handle:
+        """Give these arrays new keys; all workers register arrays of the same shapes and types in the same order.
+
+        The first ones are reduced first where many wait.
+        """
+        keys = tuple(range(self._next, self._next + len(arrays)))
         self._next += len(arrays)
         self._declare(keys, arrays)
-        return keys
+        return Handle(keys, tuple(arrays))
 
-    def _declare(self, keys: List[int], arrays: Sequence[Copies]) -> None:
+    def _declare(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
         for key, copies in zip(keys, arrays):
             if len(copies) > 1:
                 self._store.init(key, mx.nd.zeros_like(copies[0]))
 
-    def sum(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
-        """Replaces each array's copies by their sum over all devices and workers, without waiting for it.
-
-        The first keys have the highest priority.
-        """
-        for key, copies in zip(keys, arrays):
+    def all_reduce(self, handle: Handle) -> None:
+        """Replace each array's copies by their sum over all devices and workers."""
+        for key, copies in zip(handle.keys, handle.arrays):
             if self.size > 1 or len(copies) > 1:
                 self._in_turn(key, copies[0])
                 # A CPU push keeps the pushed array as its buffer and the pull writes into it: fine, it is the output.
                 self._store.pushpull(key, copies, out=copies, priority=-key)
 
     def _in_turn(self, key: int, array: mx.nd.NDArray) -> None:
-        """Waits for what is under way under this key, if it is another array.
+        """Wait for what is under way under this key, if it is another array.
 
-        Uses of one array are ordered by MXNet's engine. Those of one key are not: of two arrays summed under it, one
+        Uses of one array are ordered by MXNet's engine. Those of one key are not: of two arrays reduced under it, one
         worker's second was added to another worker's first.
         """
         previous = self._latest.get(key)
@@ -78,76 +103,77 @@ class Communicator:
             previous.wait_to_read()
         self._latest[key] = array
 
-    def broadcast(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
-        """Overwrites every copy in every worker with rank 0's first one; the keys' own arrays have these shapes."""
+    def broadcast(self, handle: Handle) -> None:
+        """Overwrite every copy in every worker with rank 0's first one; does nothing in a job of one worker."""
         if self.size > 1:
-            for first, *others in arrays:
+            for first, *others in handle.arrays:
                 for array in others + ([first] if self.rank else []):
                     array[:] = 0
-            self.sum(keys, arrays)
+            self.all_reduce(handle)
 
 
 class ServerCommunicator(Communicator):
-    """MXNet's parameter servers; several devices of a worker are added up before anything is sent."""
+    """MXNet's parameter servers; several devices of a worker are reduced before anything is sent."""
 
-    def _declare(self, keys: List[int], arrays: Sequence[Copies]) -> None:
-        self._store.init(keys, [mx.nd.zeros_like(first) for first, *_ in arrays])
+    def _declare(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
+        self._store.init(list(keys), [mx.nd.zeros_like(first) for first, *_ in arrays])
         # MXNet does not order one worker's first pushes after another's initialisation: without this, one may pull the
         # other's first gradient for its weights.
         mx.nd.waitall()
-        self._store._barrier()
+        mxnet_private.barrier(self._store)
 
 
 class HorovodCommunicator(Communicator):
-    """Horovod's allreduce. It looks at one device a process only: devices are added up before, and copied to after.
+    """Horovod's allreduce. It reads one device a process: devices are reduced before it, and written to after it.
 
-    What `zeros` made on CPUs the workers of each host first add up in their memory. Horovod is left with the sums of
-    hosts, which the first worker of each holds.
+    CPU arrays from `allocate` are first reduced within each host, in shared memory. Horovod then reduces the sums of
+    the hosts, in a process set of the first worker of each.
     """
 
-    def __init__(self, _name: str, world: ProcessInfo, control: Optional[ControlPlane] = None):
+    def __init__(self, _name: str, process: ProcessInfo, control: Optional[ControlPlane] = None):
         """
         Raises:
             ValueError: Horovod is missing, was built without MXNet, or sees other processes than we do.
         """
-        super().__init__('device', world, control)
+        super().__init__('device', process, control)
         try:
             import horovod.mxnet as hvd
         except Exception as error:  # one that was built for other versions raises anything
             raise ValueError(f'train.store=horovod: Horovod does not load here ({error}): `make test` in a checkout '
                              'builds it for the installed mxnet; or use servers: tools/launch.py -s 1') from None
-        # Of each host the first worker, if they are to add up what their hosts have.
-        firsts = world.firsts if 1 < len(world.firsts) < world.size else ()
+        # Of each host the first worker, if hosts are reduced in shared memory and there are several.
+        firsts = process.firsts if 1 < len(process.firsts) < process.size else ()
         self._hosts = hvd.ProcessSet(firsts) if firsts else None
         hvd.init(process_sets=[self._hosts] if firsts else [])
         self._horovod = hvd
-        if (hvd.rank(), hvd.size()) != (world.rank, world.size):
-            raise ValueError(f'Horovod calls this process {hvd.rank()} of {hvd.size()}, its launcher {world.rank} of '
-                             f'{world.size}: start the job with tools/launch.py --horovod')
-        self._firsts = world.firsts
+        if (hvd.rank(), hvd.size()) != (process.rank, process.size):
+            raise ValueError(f'Horovod calls this process {hvd.rank()} of {hvd.size()}, its launcher {process.rank} of '
+                             f'{process.size}: start the job with tools/launch.py --horovod')
+        self._firsts = process.firsts
         self._memories: List[SharedMemoryGroup] = []
         self._shared: Dict[int, Tuple[SharedMemoryGroup, int]] = {}  # id of an array -> its memory, its number there
 
-    def zeros(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
-        own = usable(contexts[0], os.environ, backend)
+    def allocate(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
+        own = is_supported(contexts[0], os.environ, backend)
         if not 0 < len(self._firsts) < self.size or not all(self.control.all_gather('who can share memory', own)):
-            return super().zeros(sizes, contexts, backend)
+            return super().allocate(sizes, contexts, backend)
         ends = self._firsts[1:] + (self.size,)
         ranks = next(list(range(first, end)) for first, end in zip(self._firsts, ends) if self.rank < end)
         try:
             memory = SharedMemoryGroup(sizes, ranks, self.rank, self.control, not self._hosts)
         except OSError as error:
             print(f'mxsimmim: {error}: workers of one host send each other their gradients', file=sys.stderr)
-            return super().zeros(sizes, contexts, backend)
+            return super().allocate(sizes, contexts, backend)
         self._memories.append(memory)
         self._shared.update({id(array): (memory, i) for i, array in enumerate(memory.arrays)})
-        return [[array, *others] for array, others in zip(memory.arrays, super().zeros(sizes, contexts[1:], backend))]
+        others = super().allocate(sizes, contexts[1:], backend)
+        return [[array, *more] for array, more in zip(memory.arrays, others)]
 
-    def sum(self, keys: Sequence[int], arrays: Sequence[Copies]) -> None:
+    def all_reduce(self, handle: Handle) -> None:
         for memory in self._memories:
             memory.check()
-        # The last first, as a backward pass yields them: sums in memory are made in this order.
-        for key, (first, *others) in zip(reversed(keys), reversed(arrays)):
+        # The last first, as a backward pass yields them: sums in shared memory are made in this order.
+        for key, (first, *others) in zip(reversed(handle.keys), reversed(handle.arrays)):
             if others:
                 self._store.pushpull(key, [first] + others, out=[first] + others, priority=-key)
             memory, i = self._shared.get(id(first), (None, 0))
@@ -155,11 +181,11 @@ class HorovodCommunicator(Communicator):
                 self._in_turn(key, first)
                 self._allreduce(key, first)
             else:
-                memory.sum(i)
+                memory.all_reduce(i)
                 if self._hosts:
                     if memory.first:
                         self._allreduce(key, first, process_set=self._hosts)
-                    memory.copy(i)
+                    memory.broadcast(i)
             for other in others:
                 first.copyto(other)
 
@@ -173,10 +199,10 @@ COMMUNICATORS: Dict[str, Callable[[str, ProcessInfo, Optional[ControlPlane]], Co
 }
 
 
-def make_communicator(name: str, world: ProcessInfo, control: Optional[ControlPlane] = None) -> Communicator:
-    """The store of this name for this process, whose job has this control plane.
+def make_communicator(name: str, process: ProcessInfo, control: Optional[ControlPlane] = None) -> Communicator:
+    """Make the communicator of this train.store for this process, whose job has this control plane.
 
     Raises:
         ValueError: it cannot be had here.
     """
-    return COMMUNICATORS[name](name, world, control)
+    return COMMUNICATORS[name](name, process, control)

@@ -13,40 +13,41 @@ LAST = 4  # of a network's parameters, in order of definition: their gradients a
 
 
 class Plain:
-    """Sums gradients as they are."""
+    """Reduces gradients as they are."""
 
-    def __init__(self, store: Communicator, arrays: Sequence[Copies]):
-        self._store, self._keys = store, store.keys(arrays)
+    def __init__(self, communicator: Communicator, arrays: Sequence[Copies]):
+        self._communicator, self._handle = communicator, communicator.register(arrays)
 
-    def sum(self, arrays: Sequence[Copies], computed: Optional[Callable[[], None]] = None) -> None:
-        """Reduces in place, as `Communicator.sum`; waits only for `computed`, called when all gradients are there."""
+    def all_reduce(self, computed: Optional[Callable[[], None]] = None) -> None:
+        """Reduce the arrays in place; waits only for `computed`, which is called when all gradients are there."""
         late = LAST if computed else 0
-        self._store.sum(self._keys[late:], arrays[late:])
+        self._communicator.all_reduce(self._handle.part(late))
         if computed:
-            for copies in arrays[:late]:
+            last = self._handle.part(0, late)
+            for copies in last.arrays:
                 for array in copies:
                     array.wait_to_read()
             computed()
-            self._store.sum(self._keys[:late], arrays[:late])
+            self._communicator.all_reduce(last)
 
 
 class HalfPrecision:
-    """Sums gradients over workers in float16. What float16 cannot hold becomes infinite, and the step is skipped."""
+    """Reduces gradients over workers in float16. What it cannot hold becomes infinite, and the step is skipped."""
 
-    def __init__(self, store: Communicator, arrays: Sequence[Copies]):
-        self._local = _Devices(arrays)
+    def __init__(self, communicator: Communicator, arrays: Sequence[Copies]):
+        self._arrays, self._devices = arrays, _Devices(arrays)
         self._halves = [[first.astype('float16')] for first, *_ in arrays]
-        self._plain = Plain(store, self._halves)
+        self._plain = Plain(communicator, self._halves)
 
-    def sum(self, arrays: Sequence[Copies], computed: Optional[Callable[[], None]] = None) -> None:
-        """As `Plain.sum`."""
-        self._local.sum(arrays)
-        for (first, *_), (half,) in zip(arrays, self._halves):
+    def all_reduce(self, computed: Optional[Callable[[], None]] = None) -> None:
+        """As `Plain.all_reduce`."""
+        self._devices.reduce()
+        for (first, *_), (half,) in zip(self._arrays, self._halves):
             mx.nd.cast(first, dtype='float16', out=half)
-        self._plain.sum(self._halves, computed)
-        for (first, *_), (half,) in zip(arrays, self._halves):
+        self._plain.all_reduce(computed)
+        for (first, *_), (half,) in zip(self._arrays, self._halves):
             mx.nd.cast(half, dtype='float32', out=first)
-        self._local.copy(arrays)
+        self._devices.broadcast()
 
 
 class TwoBit:
@@ -55,47 +56,48 @@ class TwoBit:
     Each worker adds its gradient to a residual r, sends t where r >= t, -t where r <= -t, else 0, and keeps the rest.
     MXNet compresses what is pushed only, so that a step never gets twice as fast. Here the codes 0, 1, 2 are digits of
     base 2 n + 1 for n workers, as many to a float32 as it counts exactly (2**24): a plain sum of such words is the sum
-    of their digits, so pushes and pulls, of any store, shrink alike: to a tenth for 2 workers, to a fifth for 8.
+    of their digits, so pushes and pulls, of any communicator, shrink alike: to a tenth for 2 workers, to a fifth for 8.
     """
 
-    def __init__(self, store: Communicator, arrays: Sequence[Copies], threshold: float):
-        self._store, self._local, self._threshold = store, _Devices(arrays), np.float32(threshold)
-        self._base = 2 * store.size + 1
+    def __init__(self, communicator: Communicator, arrays: Sequence[Copies], threshold: float):
+        self._communicator, self._threshold = communicator, np.float32(threshold)
+        self._arrays, self._devices = arrays, _Devices(arrays)
+        self._base = 2 * communicator.size + 1
         self.digits = int(24 / math.log2(self._base))
         sizes = [first.size for first, *_ in arrays]
         self._residuals = [np.zeros(size, 'float32') for size in sizes]
-        self._words = [[mx.nd.zeros((-(-size // self.digits),))] for size in sizes] + [[mx.nd.zeros((1,))]]
-        self._keys = store.keys(self._words)
+        words = [[mx.nd.zeros((-(-size // self.digits),))] for size in sizes]
+        self._handle = communicator.register(words + [[mx.nd.zeros((1,))]])  # the last counts what is not finite
 
-    def sum(self, arrays: Sequence[Copies], computed: Optional[Callable[[], None]] = None) -> None:
-        """As `Plain.sum`, but always waits. A gradient that is not finite in any worker makes the sum NaN."""
-        self._local.sum(arrays)
+    def all_reduce(self, computed: Optional[Callable[[], None]] = None) -> None:
+        """As `Plain.all_reduce`, but always waits. A gradient that is not finite in any worker makes the sum NaN."""
+        self._devices.reduce()
+        *sent, (bad,) = self._handle.arrays
         # The backward pass yields the last parameters' gradients first: each is packed while the next is computed.
-        for i in reversed(range(len(arrays))):
-            words = np.empty(self._words[i][0].shape, 'float32')
-            bad = pack(arrays[i][0].asnumpy().ravel(), self._residuals[i], words, self.digits, self._base,
-                       self._threshold)
-            self._words[i][0][:] = words
+        for i in reversed(range(len(sent))):
+            words = np.empty(sent[i][0].shape, 'float32')
+            if pack(self._arrays[i][0].asnumpy().ravel(), self._residuals[i], words, self.digits, self._base,
+                    self._threshold):
+                bad[:] = 1
+            sent[i][0][:] = words
             if computed and i == 0:
                 computed()
-            self._store.sum(self._keys[i:i + 1], self._words[i:i + 1])
-            if bad:
-                self._words[-1][0][:] = 1
-        self._store.sum(self._keys[-1:], self._words[-1:])
-        for (first, *_), (words,) in zip(arrays, self._words):
+            self._communicator.all_reduce(self._handle.part(i, i + 1))
+        self._communicator.all_reduce(self._handle.part(len(sent)))
+        for (first, *_), (words,) in zip(self._arrays, sent):
             total = np.empty(first.shape, 'float32')
             unpack(words.asnumpy(), total.reshape(-1), self.digits, self._base, self._threshold)
             first[:] = total
-        if self._words[-1][0].asscalar():
-            arrays[0][0][:] = float('nan')
-        self._words[-1][0][:] = 0
-        self._local.copy(arrays)
+        if bad.asscalar():
+            self._arrays[0][0][:] = float('nan')
+        bad[:] = 0
+        self._devices.broadcast()
 
 
 @numba.njit(nogil=True, error_model='numpy')
 def pack(gradient: np.ndarray, residual: np.ndarray, words: np.ndarray, digits: int, base: int,
          threshold: float) -> bool:
-    """Adds gradient (n,) to residual (n,), moves what exceeds the threshold into words (ceil(n / digits),).
+    """Add gradient (n,) to residual (n,), move what exceeds the threshold into words (ceil(n / digits),).
 
     Element i is digit i // len(words) of word i % len(words). Returns whether a gradient was not finite; of such
     elements nothing is sent or kept.
@@ -125,7 +127,7 @@ def pack(gradient: np.ndarray, residual: np.ndarray, words: np.ndarray, digits: 
 
 @numba.njit(nogil=True, error_model='numpy')
 def unpack(words: np.ndarray, total: np.ndarray, digits: int, base: int, threshold: float) -> None:
-    """The sum of all workers' codes times the threshold, into total (n,); takes `words` apart."""
+    """Write the sum of all workers' codes times the threshold to total (n,); takes `words` apart."""
     n, stride, workers = len(total), len(words), (base - 1) // 2
     for digit in range(digits):
         first = digit * stride
@@ -137,25 +139,24 @@ def unpack(words: np.ndarray, total: np.ndarray, digits: int, base: int, thresho
 
 
 class _Devices:
-    """The sum over this worker's own devices, on the first one."""
+    """The arrays of this worker's own devices, of which the first one's leave and come back."""
 
     def __init__(self, arrays: Sequence[Copies]):
-        self._store = Communicator('device')
-        self._keys = self._store.keys(arrays)
+        self._communicator = Communicator('device')
+        self._handle = self._communicator.register(arrays)
 
-    def sum(self, arrays: Sequence[Copies]) -> None:
-        self._store.sum(self._keys, arrays)
+    def reduce(self) -> None:
+        self._communicator.all_reduce(self._handle)
 
-    @staticmethod
-    def copy(arrays: Sequence[Copies]) -> None:
-        """From the first device to the others."""
-        for first, *others in arrays:
+    def broadcast(self) -> None:
+        """Overwrite the other devices' with the first one's."""
+        for first, *others in self._handle.arrays:
             for other in others:
                 first.copyto(other)
 
 
 TRANSPORTS: Dict[str, Callable[[Communicator, List[Copies], float], object]] = {
-    'none': lambda store, arrays, _: Plain(store, arrays),
-    'fp16': lambda store, arrays, _: HalfPrecision(store, arrays),
+    'none': lambda communicator, arrays, _: Plain(communicator, arrays),
+    'fp16': lambda communicator, arrays, _: HalfPrecision(communicator, arrays),
     '2bit': TwoBit,
 }

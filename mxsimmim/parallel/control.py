@@ -19,6 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
 from ..cluster.messages import Message, MessageStream, secret
 from ..cluster.inspection import interfaces
 from ..runtime.process import ProcessInfo
+from .mesh import Mesh, mesh_of
 from .protocol import job_key
 
 CONNECT = 120.0  # seconds until all workers must have connected: the slowest imports MXNet from a busy disk
@@ -52,32 +53,36 @@ class Pending:
 
 
 class ControlPlane:
-    """What one worker says to the others and hears of them; in a job of one worker, itself, without a network."""
+    """What one worker says to the others and hears of them; in a job of one worker, itself, without a network.
 
-    def __init__(self, rank: int = 0, size: int = 1, addresses: Sequence[Tuple[str, int]] = (), key: bytes = b'',
+    `mesh` says where this worker stands among them.
+    """
+
+    def __init__(self, mesh: Optional[Mesh] = None, addresses: Sequence[Tuple[str, int]] = (), key: bytes = b'',
                  listener: Optional[socket.socket] = None):
-        """Connects to the hub at one of `addresses`; rank 0 runs it, on `listener`.
+        """Connect to the hub at one of `addresses`; rank 0 runs it, on `listener`.
 
         Raises:
             ControlError: the hub cannot be reached, or is of another job.
         """
-        self.rank, self.size = rank, size
+        self.mesh = mesh or Mesh()
+        self.rank, self.size = self.mesh.rank, self.mesh.size
         self._waiting: List['Future[Any]'] = []
         self._lost = ''
         self._hub: Optional[_Hub] = None
-        if size == 1:
+        if self.size == 1:
             return
         self._loop = asyncio.new_event_loop()
         if listener:
-            self._hub = _Hub(self._loop, listener, size, key)
+            self._hub = _Hub(self._loop, listener, self.size, key)
         self._thread = threading.Thread(target=self._loop.run_forever, name='control', daemon=True)
         self._thread.start()
         self._connection, nonce = _reach(addresses)
         self._loop.call_soon_threadsafe(self._open, secret(key, nonce))
-        self._post('hello', 'the start', rank).result(CONNECT)
+        self._post('hello', 'the start', self.rank).result(CONNECT)
 
     def all_gather(self, name: str, value: Any, seconds: float = DEADLINE) -> List[Any]:
-        """Every worker's value, by rank; what JSON can hold, NumPy's arrays and numbers as lists and numbers.
+        """Return every worker's value, by rank; what JSON can hold, NumPy's arrays and numbers as lists and numbers.
 
         `name` says in errors what is waited for. Floats arrive exactly.
 
@@ -87,11 +92,11 @@ class ControlPlane:
         return self.start_gather(name, value).result(seconds)
 
     def start_gather(self, name: str, value: Any) -> Pending:
-        """As `all_gather`, without waiting; results may be asked for later, in any order."""
+        """Begin an `all_gather` without waiting for it; results may be asked for later, in any order."""
         return self._post('gather', name, value)
 
     def broadcast_object(self, name: str, make: Callable[[], Any], seconds: float = DEADLINE) -> Any:
-        """What `make` returned on rank 0, where alone it is called.
+        """Return to all workers what `make` returned on rank 0, where alone it is called.
 
         Raises:
             ControlError: see `Pending.result`; whatever `make` raises, on rank 0.
@@ -99,7 +104,7 @@ class ControlPlane:
         return self._post('broadcast', name, make() if self.rank == 0 else None).result(seconds)
 
     def barrier(self, name: str, seconds: float = DEADLINE) -> None:
-        """Waits until all workers are here.
+        """Wait until all workers are here.
 
         Raises:
             ControlError: see `Pending.result`.
@@ -107,7 +112,7 @@ class ControlPlane:
         self.broadcast_object(name, lambda: None, seconds)
 
     def close(self) -> None:
-        """Says goodbye: from now on this worker may end without being missed. Rank 0 stays until all have."""
+        """Say goodbye: from now on this worker may end without being missed. Rank 0 stays until all have."""
         if self.size == 1:
             return
         with contextlib.suppress(ControlError):
@@ -221,7 +226,7 @@ class _Hub:
 
 
 def connect(process: ProcessInfo, environ: Mapping[str, str]) -> ControlPlane:
-    """The control plane of this worker's job; its launcher says where, or else Horovod carries that to all, once.
+    """Join the control plane of this worker's job; its launcher says where, or else Horovod carries that to all, once.
 
     Raises:
         ControlError: the hub cannot be reached.
@@ -239,7 +244,7 @@ def connect(process: ProcessInfo, environ: Mapping[str, str]) -> ControlPlane:
         if process.rank == 0:
             listener = _listen('', 0, process.size)
         addresses, key = _by_horovod(listener)
-    return ControlPlane(process.rank, process.size, addresses, secret(key, b'control plane'), listener)
+    return ControlPlane(mesh_of(process), addresses, secret(key, b'control plane'), listener)
 
 
 def _listen(host: str, port: int, size: int) -> socket.socket:

@@ -28,17 +28,17 @@ class Layout(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Distance between a weight's key and those of its moments."""
+        """Return the distance between a weight's key and those of its moments."""
         return -(-self.weights // self.servers) * self.servers
 
     @property
     def board(self) -> int:
-        """The board's key."""
+        """Return the board's key."""
         return (1 + self.moments) * self.stride
 
 
 def job_key(environ: Mapping[str, str]) -> bytes:
-    """The job's key, which its launcher made.
+    """Read the job's key, which its launcher made.
 
     Raises:
         ValueError: there is none.
@@ -61,7 +61,7 @@ def job_key(environ: Mapping[str, str]) -> bytes:
 
 
 def sign(command: Dict[str, Any], number: int, key: bytes) -> str:
-    """A command as text, with a number that grows from command to command and a signature (HMAC-SHA256)."""
+    """Return a command as text, with a number that grows from command to command and a signature (HMAC-SHA256)."""
     text = json.dumps([number, command])
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest() + text
 

@@ -12,7 +12,7 @@ class ReplicasDiffer(ValueError):
 
 
 def fingerprints(parameters: Mapping[str, Parameter]) -> List[str]:
-    """A hash of all parameters on each device."""
+    """Return a hash of all parameters on each device."""
     hashes = [hashlib.blake2b(digest_size=16) for _ in next(iter(parameters.values())).list_ctx()]
     for parameter in parameters.values():
         for digest, copy in zip(hashes, parameter.list_data()):
@@ -21,7 +21,7 @@ def fingerprints(parameters: Mapping[str, Parameter]) -> List[str]:
 
 
 def compare(parameters: Mapping[str, Parameter], control: ControlPlane, step: int) -> None:
-    """Compares all replicas with rank 0's first device, in all workers at once.
+    """Compare all replicas with rank 0's first device, in all workers at once.
 
     Raises:
         ReplicasDiffer: in every worker, naming ranks and devices.

@@ -14,11 +14,12 @@ from typing import Any, Callable, Dict, List, Optional
 import numba
 import numpy as np
 
+from ..runtime import mxnet_private
 from . import protocol
 
 
 def serve() -> int:
-    """Runs this process's role, server or scheduler, until the workers are done.
+    """Run this process's role, server or scheduler, until the workers are done.
 
     Raises:
         ValueError: there is no job key.
@@ -29,8 +30,7 @@ def serve() -> int:
     os.environ['DMLC_ROLE'] = role
     store = mx.kv.create('dist')
     server = Server(store, key)
-    controller = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(server.control)
-    mx.base.check_call(mx.base._LIB.MXKVStoreRunServer(store.handle, controller, None))
+    mxnet_private.run_server(store, server.control)
     return 0
 
 
@@ -59,7 +59,7 @@ class Server:
         except (ValueError, TypeError) as error:
             print(f'server: dropped a command (head {head}, {len(body)} bytes): {error}', file=sys.stderr, flush=True)
             return
-        self._store._set_updater(lambda *arguments: self._or_die(self._update, *arguments))
+        mxnet_private.set_updater(self._store, lambda *arguments: self._or_die(self._update, *arguments))
         if command:
             self._or_die(self._configure, command)
 
@@ -132,12 +132,9 @@ class Server:
 
 def _memory(array: Any) -> np.ndarray:
     """The elements (n,) of an MXNet array on a CPU, where they lie."""
-    from mxnet.base import _LIB, check_call
     array.wait_to_read()
-    address = ctypes.c_void_p()
-    check_call(_LIB.MXNDArrayGetData(array.handle, ctypes.byref(address)))
     kind = np.dtype(array.dtype)
-    content = (ctypes.c_char * (array.size * kind.itemsize)).from_address(address.value)
+    content = (ctypes.c_char * (array.size * kind.itemsize)).from_address(mxnet_private.data_address(array))
     content.owner = array  # whose memory stays as long as it is used
     return np.frombuffer(content, kind)
 

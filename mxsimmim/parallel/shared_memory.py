@@ -1,4 +1,4 @@
-"""Memory that all workers of a host see, in which they add up their arrays without sending them to each other.
+"""Shared memory of a host, in which its workers reduce arrays without sending them to each other.
 
 Its file has no name (memfd_create(2)): nothing can be left of it when the last process ends, and no file system limits
 it, as containers limit /dev/shm.
@@ -10,24 +10,23 @@ from typing import Any, Mapping, Sequence
 
 import mxnet as mx
 import numpy as np
-from mxnet.base import _LIB, check_call
 
 from ..ops import OpBackend, library
+from ..runtime import mxnet_private
 from .control import ControlPlane
 
 LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
-CPU = (ctypes.c_int * 2)(1, 0)  # mx.cpu(), as MXNet's Context
-PRIORITIZED = ctypes.c_int(3)  # FnProperty::kCPUPrioritized: threads that do not compute
-THREADS = 2  # of these wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening
+# Threads of MXNet's that wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening.
+THREADS = 2
 
 
-def usable(context: mx.Context, environ: Mapping[str, str], backend: OpBackend) -> bool:
-    """Whether a worker can add up in its host's memory what it computes on this device with these operators."""
+def is_supported(context: mx.Context, environ: Mapping[str, str], backend: OpBackend) -> bool:
+    """Tell whether what these operators compute on this device can lie in memory that its host's workers share."""
     return (context.device_type == 'cpu' and backend.is_native and hasattr(os, 'memfd_create')
             and int(environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
 
 
-class Task(ctypes.Structure):
+class HostTask(ctypes.Structure):
     """As in ops/src/host_sum.cc."""
     _fields_ = [('arrived', ctypes.c_void_p), ('arrays', ctypes.c_void_p), ('processes', ctypes.c_void_p),
                 ('workers', ctypes.c_int32), ('me', ctypes.c_int32), ('size', ctypes.c_int64),
@@ -55,12 +54,12 @@ class SharedMemoryGroup:
         own = range(0 if self.first else head + me * part, head + (me + 1) * part)
         self._memory = mapped(head + workers * part, own, self.first, ranks[0], self._processes[0], control)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._places = begin + head + np.arange(workers) * part + offsets[:-1, None]  # (arrays, workers) addresses
-        self.arrays = [mx.nd.from_numpy(np.frombuffer(self._memory, 'float32', size, int(place) - begin))
-                       for size, place in zip(sizes, self._places[:, me])]
+        self._addresses = begin + head + np.arange(workers) * part + offsets[:-1, None]  # (arrays, workers) addresses
+        self.arrays = [mx.nd.from_numpy(np.frombuffer(self._memory, 'float32', size, int(address) - begin))
+                       for size, address in zip(sizes, self._addresses[:, me])]
 
-        def task(number: int, array: int, targets: int) -> Task:
-            return Task(begin + number * LINE, self._places[array].ctypes.data, self._processes.ctypes.data,
+        def task(number: int, array: int, targets: int) -> HostTask:
+            return HostTask(begin + number * LINE, self._addresses[array].ctypes.data, self._processes.ctypes.data,
                         workers, me, sizes[array], targets, 0)
 
         self._sums = [task(2 * i, i, workers if everybody else 1) for i in range(len(sizes))]
@@ -70,17 +69,20 @@ class SharedMemoryGroup:
         self._sum, self._copy, self._lost = (library.function(f'mxsimmim_host_{name}')
                                              for name in ('sum', 'copy', 'lost'))
 
-    def sum(self, i: int) -> None:
-        """The sum of all workers' arrays `i`, in all of them, or, if the job has more hosts, in the first worker's.
+    def all_reduce(self, i: int) -> None:
+        """Replace all workers' arrays `i` by their sum, or, if the job has more hosts, the first worker's.
 
-        As `copy`, this waits for nothing, and MXNet orders it among what else is done with the array. All workers call
-        them for the same arrays in the same order.
+        As `broadcast`, this waits for nothing, and MXNet orders it among what else is done with the array. All workers
+        call them for the same arrays in the same order.
         """
-        self._push(self._sum, self._sums[i], self.arrays[i], self._order[0])
+        self._push(self._sum, self._sums[i], i, self._order[0])
 
-    def copy(self, i: int) -> None:
-        """The first worker's array `i` into all others."""
-        self._push(self._copy, self._copies[i], self.arrays[i], self._order[1])
+    def broadcast(self, i: int) -> None:
+        """Overwrite all others' arrays `i` with the first worker's."""
+        self._push(self._copy, self._copies[i], i, self._order[1])
+
+    def _push(self, function: Any, task: HostTask, i: int, order: mx.nd.NDArray) -> None:
+        mxnet_private.push_host_task(function, task, (self.arrays[i], order))
 
     def check(self) -> None:
         """
@@ -91,15 +93,9 @@ class SharedMemoryGroup:
         if process:
             raise RuntimeError(f'process {process}, a worker of this host, has ended before its job: its log says why')
 
-    @staticmethod
-    def _push(function: Any, task: Task, *written: mx.nd.NDArray) -> None:
-        handles = (ctypes.c_void_p * len(written))(*(array.handle for array in written))
-        check_call(_LIB.MXEnginePushSyncND(function, ctypes.byref(task), None, CPU, None, 0, handles, len(written),
-                                           ctypes.byref(PRIORITIZED), 0, b'host memory'))
-
 
 def mapped(size: int, own: range, first: bool, rank: int, process: int, control: ControlPlane) -> mmap.mmap:
-    """Memory of `size` bytes, zeros, that the worker called `rank`, its `process`, makes and the others open.
+    """Map memory of `size` bytes, zeros, that the worker called `rank`, its `process`, makes and the others open.
 
     Each worker takes the pages of its `own` bytes now: a page for which there is no room when it is first written to is
     SIGBUS.

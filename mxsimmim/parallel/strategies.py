@@ -14,7 +14,7 @@ class Strategy(NamedTuple):
 
 
 def horovod_settings(step: float) -> Dict[str, str]:
-    """Horovod's environment where its thread shares CPU cores with the computation, for steps of `step` seconds.
+    """Return Horovod's environment where its thread shares CPU cores with the computation, for steps of `step` seconds.
 
     A look of its background thread at what is to be done costs half a millisecond of a core, and what becomes ready
     waits for the next: every hundredth of the step. Copying gradients into a common buffer and out again costs more
@@ -24,7 +24,7 @@ def horovod_settings(step: float) -> Dict[str, str]:
 
 
 def strategy_of(config: Config, world: ProcessInfo) -> Strategy:
-    """The mode of this process.
+    """Choose the strategy of this process.
 
     Raises:
         ValueError: naming the keys that do not go together, and what to use instead.

@@ -1,4 +1,4 @@
-"""Aggregations: how replicas agree on an update.
+"""Update rules: how replicas agree on an update.
 
 All have the same methods: `step` turns gradients into an update, `loss_divisor` says which mean those gradients are,
 `poll_stop` lets all workers stop at the same step, `consolidated_weights` shows the one model that the job has
@@ -18,11 +18,11 @@ from .clock import Clock
 from .compression import TRANSPORTS
 from .control import Pending
 from .gradients import exchanged
-from .communicators import Copies, Communicator
+from .communicators import Communicator, Copies, Handle
 
 
 def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
-    """L2 norm (1,) of all first copies."""
+    """Return the L2 norm (1,) of all first copies."""
     return mx.nd.sqrt(adamw.square_sum([first for first, *_ in arrays], backend))
 
 
@@ -32,39 +32,38 @@ class SynchronousUpdate:
     Nothing here waits for the device: a non-finite step is recognised and skipped there, by all replicas.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float]):
-        self.store = self.workers = store
+        self._communicator = self.workers = communicator
         self._optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = list(parameters.values())
         self._contexts = self._parameters[0].list_ctx()
-        # What leaves compressed leaves from other arrays: the store's own memory would be of no use.
-        home = store if train.compression == 'none' else Communicator('device')
-        self._exchanged = None
-        if store.size > 1 or len(self._contexts) > 1:
-            self._exchanged = exchanged(self._parameters, home, optimizer.backend)
-        self._transport = TRANSPORTS[train.compression](store, self.gradients(), train.threshold)
+        # What leaves compressed leaves from other arrays: the communicator's own memory would be of no use.
+        home = communicator if train.compression == 'none' else Communicator('device')
+        together = communicator.size > 1 or len(self._contexts) > 1
+        self._exchanged = exchanged(self._parameters, home, optimizer.backend) if together else None
+        self._transport = TRANSPORTS[train.compression](communicator, self.gradients(), train.threshold)
         self._votes: Optional[Pending] = None  # of the last step
 
     def loss_divisor(self, _images: int) -> int:
-        """Images over which the gradient is a mean; a worker's own `_images` are a part of them."""
+        """Return the number of images over which the gradient is a mean; a worker has `_images` of them."""
         return self._batch
 
     def gradients(self) -> List[Copies]:
-        """What is summed over devices and workers."""
+        """Return the arrays that are reduced over devices and workers."""
         return self._exchanged or [p.list_grad() for p in self._parameters]
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:
-        """Applies the gradients; returns (3,) on the first device: loss, gradient norm before clipping, 1 if applied.
+        """Apply the gradients; return (3,) on the first device: loss, gradient norm before clipping, 1 if applied.
 
         The update is skipped where loss or norm is not finite. With `clock` this waits, and tells it when the gradients
         were computed and when everybody's had arrived.
         """
-        if self.store.size > 1:  # the others do not see this loss: let it spoil the gradient that they do see
+        if self._communicator.size > 1:  # the others do not see this loss: let it spoil the gradient that they do see
             smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
             mx.nd.broadcast_add(smallest, loss * 0, out=smallest)
-        self._transport.sum(self.gradients(), clock and clock.computed)
+        self._transport.all_reduce(clock and clock.computed)
         if clock:
             clock.communicated()
         norm = self._norm()
@@ -74,60 +73,63 @@ class SynchronousUpdate:
         return mx.nd.concat(loss, norm, applied, dim=0)
 
     def clip_partial(self) -> None:
-        """Clips what has been accumulated so far, as the reference does after each part but the last.
+        """Clip what has been accumulated so far, as the reference does after each part but the last.
 
         The clipped sum stays on rank 0's first device; all others start the next part from zero.
         """
-        self._transport.sum(self.gradients())
+        self._transport.all_reduce()
         scale = self._scale(self._norm())
         for first, *others in self.gradients():
             mx.nd.broadcast_mul(first.reshape((-1,)), scale, out=first.reshape((-1,)))
-            for other in others + ([first] if self.store.rank else []):
+            for other in others + ([first] if self._communicator.rank else []):
                 other[:] = 0
 
     def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
-        """After `step` updates: the step to stop at, the same in all workers, once any of them is `stopping`.
+        """Return, after `step` updates, the step to stop at: the same in all workers, once any of them is `stopping`.
 
         Reads the votes of the step before, for which nobody has to wait.
         """
-        if self.store.size == 1:
+        if self._communicator.size == 1:
             return step if stopping else None
-        votes, self._votes = self._votes, self.store.control.start_gather('votes to stop', stopping)
+        votes, self._votes = self._votes, self._communicator.control.start_gather('votes to stop', stopping)
         return step if votes and any(votes.result()) else None
 
     def consolidated_weights(self) -> ContextManager[None]:
-        """While entered, the parameters hold the model that the job has trained so far."""
+        """Show the model that the job has trained so far: while entered, the parameters hold it."""
         return contextlib.nullcontext()
 
     def in_sync(self, _step: int) -> bool:
-        """Whether all workers' parameters must be equal after `_step` updates."""
+        """Tell whether all workers' parameters must be equal after `_step` updates."""
         return True
 
     def combine(self, rows: np.ndarray) -> np.ndarray:
-        """The job's (k, 3) losses, norms and whether applied, of this worker's, for the k steps since the last call."""
-        if self.store.size > 1:
-            rows[:, 0] = np.sum(self.store.control.all_gather('losses', rows[:, 0]), axis=0)
+        """Reduce this worker's rows (k, 3) to the job's: loss, norm, whether applied, of k steps."""
+        if self._communicator.size > 1:
+            rows[:, 0] = np.sum(self._communicator.control.all_gather('losses', rows[:, 0]), axis=0)
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
-        """Means of some numbers over the workers, and further values for the log."""
+        """Return the means of some numbers over the workers, and further values for the log."""
         return list(np.mean(self.workers.control.all_gather('figures for the log', noted), axis=0)), {}
 
     def state_dict(self) -> Dict[str, Any]:
-        """The optimiser's state, for a checkpoint."""
+        """Return the optimiser's state, for a checkpoint."""
         return self._optimizer.arrays()
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], _update: int) -> None:
-        """Goes on from rank 0's parameters and, unless None, the moments of its checkpoint."""
+        """Go on from rank 0's parameters and, unless None, the moments of its checkpoint."""
         if moments:
             self._optimizer.load(moments)
-        arrays = [p.list_data() for p in self._parameters]
-        keys = self.workers.keys(arrays)
-        for these in [arrays] + self._moments():
-            self.workers.broadcast(keys, these)
+        weights = self._weights()
+        for arrays in [weights.arrays] + self._moments():
+            self.workers.broadcast(weights.with_arrays(arrays))
+
+    def _weights(self) -> Handle:
+        """Return the parameters' handle, under whose keys their moments are broadcast, too."""
+        return self.workers.register([p.list_data() for p in self._parameters])
 
     def _moments(self) -> List[List[Copies]]:
-        """For each kind of moments, one for each parameter."""
+        """Return the moments by kind, of each one array for each parameter."""
         copies, count = list(self._optimizer.moments.values()), len(self._parameters)
         return [copies[first:first + count] for first in range(0, len(copies), count)]
 
@@ -147,12 +149,12 @@ class PeriodicAveraging(SynchronousUpdate):
     Within a worker all is as ever: its devices' gradients are added up, and the norm that is clipped is the worker's.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
         super().__init__(parameters, optimizer, Communicator('device'), train, clip)
-        self.workers = store
+        self.workers = communicator
         self._images, self._every, self._last = images, train.local_steps, last
-        self._keys = store.keys([p.list_data() for p in self._parameters])
+        self._handle = super()._weights()
 
     def loss_divisor(self, images: int) -> int:
         return images
@@ -181,7 +183,7 @@ class PeriodicAveraging(SynchronousUpdate):
         return np.stack([(rows[:, :, 0] * weights).sum(0), (rows[:, :, 1] * weights).sum(0), rows[:, :, 2].min(0)], 1)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Their mean over the workers; it is what all of them go on with after a resumption."""
+        """Return the means of the moments over the workers, with which all of them go on after a resumption."""
         means = []
         for moments in self._moments():
             mean = [[first.copy()] for first, *_ in moments]
@@ -189,16 +191,19 @@ class PeriodicAveraging(SynchronousUpdate):
             means += [first.asnumpy() for first, in mean]
         return dict(zip(self._optimizer.moments, means))
 
+    def _weights(self) -> Handle:
+        return self._handle  # one for all: servers keep an array for each key
+
     def _share(self) -> float:
         return self._images[self.workers.rank] / sum(self._images)
 
     def _average(self, arrays: Sequence[Copies]) -> None:
-        """Replaces arrays shaped like the parameters by their mean over the workers, weighted with their images."""
+        """Replace arrays shaped like the parameters by their mean over the workers, weighted with their images."""
         for first, *others in arrays:
             first *= self._share()
             for other in others:
                 other[:] = 0
-        self.workers.sum(self._keys, arrays)
+        self.workers.all_reduce(self._handle.with_arrays(arrays))
 
     def _meet(self) -> None:
         raise NotImplementedError
@@ -210,9 +215,9 @@ class LocalSGD(PeriodicAveraging):
     McMahan et al. 2017 (arXiv:1602.05629), Stich 2019 (arXiv:1805.09767): w <- sum_i (n_i / n) w_i.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
-        super().__init__(parameters, optimizer, store, train, clip, images, last)
+        super().__init__(parameters, optimizer, communicator, train, clip, images, last)
         self._with_moments = train.average_moments
 
     def _meet(self) -> None:
@@ -231,9 +236,9 @@ class ElasticAverage(PeriodicAveraging):
     must be subtracted, as here.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, store: Communicator,
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
-        super().__init__(parameters, optimizer, store, train, clip, images, last)
+        super().__init__(parameters, optimizer, communicator, train, clip, images, last)
         self._strength = train.elastic
         self._centre = [p.list_data()[0].copy() for p in self._parameters]
 
@@ -247,7 +252,7 @@ class ElasticAverage(PeriodicAveraging):
         for p, (pull,) in zip(self._parameters, pulls):
             for copy in p.list_data():
                 copy -= pull.as_in_context(copy.context)
-        self.workers.sum(self._keys, pulls)
+        self.workers.all_reduce(self._handle.with_arrays(pulls))
         for centre, (pull,) in zip(self._centre, pulls):
             centre += pull
 

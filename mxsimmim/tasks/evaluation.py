@@ -62,9 +62,10 @@ class Evaluation:
         """The values of all workers, and the predicted classes of this one's images."""
         tally, predicted, clock = metrics.Tally(), [np.empty(0, int)], [time.monotonic()]
         config, control = self._config, self._control
-        batch = -(-config.train.batch_size // (config.train.accumulate * control.size))
+        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
         transform = ClassifyEvalTransform(config.data, config.model)
-        for part in every_image(self._source, transform, batch, config.data.threads, control.rank, control.size):
+        for part in every_image(self._source, transform, batch, config.data.threads, control.mesh.coordinate('data'),
+                                control.mesh.data):
             predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
             clock.append(time.monotonic())
         first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations

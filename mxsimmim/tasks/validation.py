@@ -23,21 +23,21 @@ class Validation:
         self.images = min(config.validation.images, len(source))
         self._distances: Optional[float] = None
 
-    def batches(self, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """One of `size` parts of the images, in batches no larger than a worker's in training."""
+    def batches(self, part: int = 0, parts: int = 1) -> Iterator[Batch]:
+        """One of `parts` parts of the images, in batches no larger than a worker's in training."""
         config = self._config
-        batch = -(-config.train.batch_size // (config.train.accumulate * self._control.size))
+        batch = -(-config.train.batch_size // (config.train.accumulate * self._control.mesh.data))
         transform = EvalTransform(config.data, config.mask, config.model)
         return fixed_batches(self._source, transform, min(batch, self.images), self.images, SEED,
-                             config.data.threads, config.data.max_broken, rank=rank, size=size)
+                             config.data.threads, config.data.max_broken, part=part, parts=parts)
 
     def measure(self, placement: Replicated) -> Dict[str, float]:
         """val_loss, the mean masked loss over the held-out images, and val_avg_dist, the AvgDist of their masks.
 
         Each image counts once, however many workers share them.
         """
-        sums, masks = [], []
-        for batch in self.batches(self._control.rank, self._control.size):
+        sums, masks, mesh = [], [], self._control.mesh
+        for batch in self.batches(mesh.coordinate('data'), mesh.data):
             sums.append(placement.loss(batch))
             masks.append(batch.mask)
         if self._distances is None:  # while the device works; the masks never change

@@ -228,7 +228,7 @@ def assemble(config: Config, plan: Timetable, task: Task, contexts: List[mx.Cont
 
     def batch(step: int) -> Tuple[int, np.ndarray]:
         epoch, index = batch_at(step, len(task.source), config.train.batch_size, config.seed)
-        return epoch, index[part_of(images, store.rank)]
+        return epoch, index[part_of(images, store.control.mesh.coordinate('data'))]
 
     def samples(step: int) -> str:
         names = [one_line(task.source.name(int(i))) for i in batch(step - 1)[1]]
@@ -258,7 +258,8 @@ def divide(config: Config, task: Task, store: Communicator, needed: int, resumed
     shares = config.data.shares
     if shares == 'auto' and resumed and len(resumed['images']) == store.size:
         return resumed['images']
-    return split_batch(task, config.train.batch_size, [1] * store.size if isinstance(shares, str) else shares, least)
+    weights = [1] * store.control.mesh.data if isinstance(shares, str) else shares
+    return split_batch(task, config.train.batch_size, weights, least)
 
 
 def make_aggregation(config: Config, plan: Timetable, task: Task, net: mx.gluon.Block, mode: Strategy,

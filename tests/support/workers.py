@@ -3,6 +3,7 @@ import socket
 import threading
 
 from mxsimmim.parallel.control import ControlPlane, _listen
+from mxsimmim.parallel.mesh import Mesh
 
 SECONDS = 60
 KEY = b'k' * 32
@@ -19,7 +20,8 @@ def each(count, function, keys=()):
 
     def run(rank):
         try:
-            control = ControlPlane(rank, count, [address], dict(keys).get(rank, KEY), None if rank else listener)
+            control = ControlPlane(Mesh(data=count, rank=rank), [address], dict(keys).get(rank, KEY),
+                                   None if rank else listener)
         except Exception as error:
             results[rank] = error
             return

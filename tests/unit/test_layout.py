@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / 'mxsimmim'
+ROOT = Path(__file__).parents[2]
+PACKAGE, TOOLS = ROOT / 'mxsimmim', ROOT / 'tools'
 ORDER = ['__init__', 'system', 'config', 'runtime', 'cluster', 'ops', 'data', 'models', 'interop', 'optim', 'parallel',
          'tasks', 'training', 'inference', 'cli', '__main__']
 # What answers before, or without, the second that `import mxnet` takes.
@@ -23,18 +24,25 @@ def place(path):
     return path.relative_to(PACKAGE).with_suffix('').parts[0]
 
 
-def imports(path, everywhere):
-    """Dotted names imported by a file, relative ones resolved; at the top only, or inside functions too."""
+def statements(path, everywhere):
+    """For each import of a file, the dotted names that it may mean, relative ones resolved.
+
+    Of `from a import b` these are `a` and `a.b`. Imports at the top only, or inside functions too.
+    """
     tree = ast.parse(path.read_text())
-    package = ('mxsimmim',) + path.relative_to(PACKAGE).parent.parts
+    package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ([alias.name] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[:len(package) - node.level + 1] if node.level else ()
             module = '.'.join(base + ((node.module,) if node.module else ()))
-            yield module
-            yield from (f'{module}.{alias.name}' for alias in node.names)
+            yield from ([module, f'{module}.{alias.name}'] for alias in node.names)
+
+
+def imports(path, everywhere):
+    """All names of `statements`."""
+    return [name for names in statements(path, everywhere) for name in names]
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -68,3 +76,45 @@ def test_tests_share_through_support_only(path):
     """No test imports another, also in the programs that it starts; `support` knows neither tests nor hooks."""
     named = re.findall(r'^\s*(?:from|import) +((?:test_|soak_|conftest\b)\w*)', path.read_text(), re.MULTILINE)
     assert set(named) <= {path.stem} - {'conftest'}
+
+
+def modules():
+    """Every file of the package and the tools, by the dotted name that imports it."""
+    for root in (PACKAGE, TOOLS):
+        for path in sorted(root.rglob('*.py')):
+            parts = (root.name,) + path.relative_to(root).with_suffix('').parts
+            yield '.'.join(parts[:-1] if parts[-1] == '__init__' else parts), path
+
+
+def circle(graph):
+    """Names along a circle of a directed graph, in their order; empty if there is none."""
+    done, trail = set(), []
+
+    def visit(name):
+        if name in trail:
+            return trail[trail.index(name):]
+        if name in done:
+            return []
+        trail.append(name)
+        found = next(filter(None, map(visit, sorted(graph[name]))), [])
+        trail.pop()
+        done.add(name)
+        return found
+    return next(filter(None, map(visit, sorted(graph))), [])
+
+
+def test_no_module_imports_itself_by_way_of_another():
+    """Also where an import stands in a function, or is for types alone: two such modules are one."""
+    known = dict(modules())
+    graph = {name: set() for name in known}
+    for name, path in known.items():
+        beside = '.'.join(path.relative_to(ROOT).parent.parts)  # where the programs in tools/ find each other
+        for meant in statements(path, everywhere=True):
+            meant = [other for each in meant for other in (each, f'{beside}.{each}') if other in known]
+            graph[name] |= set(meant[-1:]) - {name}
+    assert circle(graph) == []
+
+
+def test_a_circle_is_seen():
+    assert circle({'prepare': {'job', 'supervise'}, 'supervise': {'prepare'}, 'job': set()}) == ['prepare', 'supervise']
+    assert circle({'a': {'b', 'c'}, 'b': {'c'}, 'c': set()}) == []

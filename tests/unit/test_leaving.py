@@ -18,11 +18,10 @@ sys.exit(cli.main())
 ENGINE = '''
 import mxnet
 from mxnet.base import _LIB, check_call
-from mxsimmim.parallel import host
 sleep = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: time.sleep(1000))
-array, normal = mxnet.nd.zeros((1,)), ctypes.byref(ctypes.c_int(0))
+array, normal, cpu = mxnet.nd.zeros((1,)), ctypes.byref(ctypes.c_int(0)), (ctypes.c_int * 2)(1, 0)
 handles = (ctypes.c_void_p * 1)(array.handle)
-check_call(_LIB.MXEnginePushSyncND(sleep, None, None, host.CPU, None, 0, handles, 1, normal, 0, b''))
+check_call(_LIB.MXEnginePushSyncND(sleep, None, None, cpu, None, 0, handles, 1, normal, 0, b''))
 '''
 
 

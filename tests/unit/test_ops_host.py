@@ -12,7 +12,7 @@ from support.workers import each
 
 from mxsimmim.ops import OpBackend
 from mxsimmim.parallel.control import ControlPlane
-from mxsimmim.parallel.shared_memory import SharedMemoryGroup, usable
+from mxsimmim.parallel.shared_memory import SharedMemoryGroup, is_supported
 
 SIZES = [1, 5000, 16, 100_003]
 SECONDS = 60
@@ -31,7 +31,7 @@ def native():
     (mx.gpu(), {}, 'native', False),
 ])
 def test_who_can_use_it(context, environ, form, expected):
-    assert usable(context, environ, OpBackend(form)) == expected
+    assert is_supported(context, environ, OpBackend(form)) == expected
 
 
 def memories(count, everybody=True):
@@ -43,13 +43,13 @@ def test_sums(count):
     """Bit for bit the sums in the order of ranks, in all workers, again and again."""
     print('seed 40')
     rng, workers = np.random.default_rng(40), memories(count)
-    assert all(np.all(memory._places % 64 == 0) for memory in workers)
+    assert all(np.all(memory._addresses % 64 == 0) for memory in workers)
     for _ in range(20):
         values = [[rng.standard_normal(size).astype('float32') for size in SIZES] for _ in workers]
         for memory, own in zip(workers, values):
             for i in reversed(range(len(SIZES))):
                 memory.arrays[i][:] = own[i]
-                memory.sum(i)
+                memory.all_reduce(i)
         for i in range(len(SIZES)):
             expected = values[0][i].copy()
             for own in values[1:]:
@@ -65,10 +65,10 @@ def test_sums_of_several_hosts():
         for i in reversed(range(len(SIZES))):
             for rank, memory in enumerate(workers):
                 memory.arrays[i][:] = times * (rank + 1)
-                memory.sum(i)
+                memory.all_reduce(i)
                 if memory.first:
                     memory.arrays[i] += 10
-                memory.copy(i)
+                memory.broadcast(i)
         for memory in workers:
             assert all(np.all(array.asnumpy() == 3 * times + 10) for array in memory.arrays)
 
@@ -79,7 +79,7 @@ def test_sums_are_in_order_with_what_mxnet_does():
     for times in range(3):
         for memory in workers:
             memory.arrays[1][:] = mx.nd.dot(big, big).reshape((-1,))[:5000] * times
-            memory.sum(1)
+            memory.all_reduce(1)
         after = [memory.arrays[1] + 0 for memory in workers]
         for memory in workers:
             memory.arrays[1][:] = -1
@@ -117,7 +117,7 @@ def test_a_worker_that_ends():
         memory = SharedMemoryGroup([7, 70], [0, 1], 0, control, True)
         memory.check()
         for i in (1, 0):
-            memory.sum(i)
+            memory.all_reduce(i)
         other.wait()
         print(all(np.isnan(array.asnumpy()).all() for array in memory.arrays))
         try:

@@ -103,14 +103,14 @@ def test_small_gradients_travel_together(monkeypatch):
 
 
 @pytest.mark.parametrize('compression, asked', [('none', True), ('fp16', False), ('2bit', False)])
-def test_who_compresses_asks_the_store_for_no_memory(monkeypatch, compression, asked):
+def test_who_compresses_asks_the_communicator_for_no_memory(monkeypatch, compression, asked):
     net, store = build_simmim(ModelConfig(**VIT), seed=SEED), make_communicator('local', ALONE)
     Replicated(net, [mx.cpu(0), mx.cpu(1)])
-    zeros = Mock(side_effect=store.zeros)
-    monkeypatch.setattr(store, 'zeros', zeros)
+    allocate = Mock(side_effect=store.allocate)
+    monkeypatch.setattr(store, 'allocate', allocate)
     parameters = named_parameters(net)
     SynchronousUpdate(parameters, SGD(parameters, {}, OptimConfig()), store, TrainConfig(compression=compression), None)
-    assert zeros.called == asked
+    assert allocate.called == asked
 
 
 @pytest.mark.parametrize('devices', [1, 3])

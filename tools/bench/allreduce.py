@@ -98,11 +98,11 @@ def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     store = make_communicator(COMMUNICATORS[name][2], place, control)
 
     def made(size: int) -> Sum:
-        copies, = store.zeros([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)], backend)
-        keys = store.keys([copies])
+        copies, = store.allocate([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)], backend)
+        handle = store.register([copies])
 
         def call() -> None:
-            store.sum(keys, [copies])
+            store.all_reduce(handle)
             for copy in copies:
                 copy.wait_to_read()
         return call

@@ -206,8 +206,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     control = connect(place, os.environ)
     store = make_communicator(MODES[mode][2], place, control) if place.size > 1 else local
     alone, together = (SynchronousUpdate(parameters, optimizer, s, train, CLIP) for s in (local, store))
-    gradients = together.gradients()
-    keys = store.keys(gradients)
+    handle = store.register(together.gradients())
     rng = np.random.default_rng(place.rank)
     images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
                    mask=rng.integers(0, 2, (batch, model.grid, model.grid), np.uint8),
@@ -219,7 +218,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
         aggregation.step(update, RATE, placement.forward_backward(images, total))
         aggregation.poll_stop(update + 1, False)
 
-    return Worker(lambda: step(together), lambda: step(alone), lambda: store.sum(keys, gradients), mx.nd.waitall,
+    return Worker(lambda: step(together), lambda: step(alone), lambda: store.all_reduce(handle), mx.nd.waitall,
                   lambda: control.barrier('round'), place.rank, place.size)
 
 

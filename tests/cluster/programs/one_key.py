@@ -10,13 +10,13 @@ from mxsimmim.runtime.process import world
 
 place = world(os.environ)
 control = connect(place, os.environ)
-store = make_communicator(sys.argv[1], place, control)
+communicator = make_communicator(sys.argv[1], place, control)
 sizes = (10, 300, 70_000, 1_500_000)  # the last is spread over servers
-keys = store.keys([[mx.nd.zeros((size,))] for size in sizes])
+handle = communicator.register([[mx.nd.zeros((size,))] for size in sizes])
 for _ in range(10):
     rounds = [[[mx.nd.full((size,), factor * (place.rank + 1))] for size in sizes] for factor in (1, 2, 3)]
     for arrays in rounds:
-        store.sum(keys, arrays)
+        communicator.all_reduce(handle.with_arrays(arrays))
     for factor, arrays in enumerate(rounds, 1):
         for array, in arrays:
             assert (array == 3 * factor).asnumpy().all(), (factor, array)
@@ -25,5 +25,5 @@ assert [row[0] for row in numbers] == [0.1, 1.1] and numbers[0][1] == 7 and numb
 said = {'text': 'ä', 'numbers': [1, None]}
 assert control.broadcast_object('text', lambda: said) == said
 array = mx.nd.full((10,), place.rank + 5)
-store.broadcast(keys[:1], [[array]])
+communicator.broadcast(handle.part(0, 1).with_arrays([[array]]))
 assert (array == 5).asnumpy().all()

@@ -50,8 +50,7 @@ def main():
     store = make_communicator(sys.argv[1], place, control)
     alone, together = (SynchronousUpdate(parameters, adamw, s, train, 5.0)
                        for s in (make_communicator('local', ALONE), store))
-    arrays = together.gradients()
-    keys = store.keys(arrays)
+    handle = store.register(together.gradients())
     rng = np.random.default_rng(0)
     batch = Batch(rng.integers(0, 256, (IMAGES, 64, 64, 3), 'uint8'), rng.integers(0, 2, (IMAGES, 8, 8), 'uint8'),
                   np.zeros((IMAGES, 0), 'float32'), 0, np.arange(IMAGES))
@@ -66,11 +65,11 @@ def main():
 
     measured = {'step': lambda: together.step(0, 1e-3, placement.forward_backward(batch, train.batch_size)),
                 'alone': lambda: alone.step(0, 1e-3, placement.forward_backward(batch, train.batch_size)),
-                'exchange': lambda: store.sum(keys, arrays)}
+                'exchange': lambda: store.all_reduce(handle)}
     times = [{what: seconds(function) for what, function in measured.items()} for _ in range(1 + STEPS)][1:]
     if place.rank == 0:
         medians = {what: statistics.median(each[what] for each in times) for what in measured}
-        print(json.dumps({**medians, 'keys': [key - len(keys) for key in keys]}), flush=True)
+        print(json.dumps({**medians, 'keys': [key - len(handle.keys) for key in handle.keys]}), flush=True)
 
 
 if __name__ == '__main__':

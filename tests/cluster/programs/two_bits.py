@@ -23,7 +23,7 @@ for _ in range(20):
     for copies, gradient in zip(arrays, gradients):
         for device, copy in enumerate(copies):
             copy[:] = gradient[place.rank, device]
-    transport.sum(arrays)
+    transport.all_reduce()
     for copies, gradient, residual in zip(arrays, gradients, residuals):
         residual += gradient[:, 0] + gradient[:, 1]
         sent = np.where(residual >= THRESHOLD, THRESHOLD, np.where(residual <= -THRESHOLD, -THRESHOLD, np.float32(0)))
@@ -31,9 +31,9 @@ for _ in range(20):
         for copy in copies:
             np.testing.assert_array_equal(copy.asnumpy(), sent.sum(0))
 arrays[0][0][:] = float('nan') if place.rank else 0  # one worker's is not finite: nobody's sum is
-transport.sum(arrays)
+transport.all_reduce()
 assert np.isnan(arrays[0][0].asnumpy()).all()
 for copy in arrays[0]:
     copy[:] = 0
-transport.sum(arrays)
+transport.all_reduce()
 assert np.isfinite(arrays[0][0].asnumpy()).all()

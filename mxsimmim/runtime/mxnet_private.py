@@ -1,0 +1,176 @@
+"""Everything private of MXNet that this package uses, each as a function read in the source of MXNet 1.9.1.
+
+No other module touches a private name of MXNet; a test of each function asserts what is relied on here. MXNet is
+imported inside the functions: servers and the environment are set up before.
+"""
+import atexit
+import ctypes
+import functools
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence
+
+if TYPE_CHECKING:
+    import mxnet as mx
+    from mxnet.gluon import Block, Parameter
+
+SUPPORTED = '1.9.1'
+
+# enum values of include/mxnet/engine.h and base.h, 1.9.1
+_PRIORITIZED = ctypes.c_int(3)  # FnProperty::kCPUPrioritized: threads that do not compute
+_CPU = (ctypes.c_int * 2)(1, 0)  # Context: device type kCPU, number 0
+
+
+def check_version(found: str) -> None:
+    """Refuse a version of MXNet whose private functions nobody has read.
+
+    Raises:
+        ValueError: naming the supported version.
+    """
+    if found != SUPPORTED:
+        raise ValueError(f'mxnet {found} is installed, and mxsimmim uses private functions of mxnet {SUPPORTED}: '
+                         f'{sys.executable} -m pip install mxnet=={SUPPORTED}')
+
+
+@functools.lru_cache(maxsize=None)
+def _base() -> ModuleType:
+    """Return mxnet.base of a supported MXNet."""
+    import mxnet
+    check_version(mxnet.__version__)
+    return mxnet.base
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of libmxnet.
+
+    Raises:
+        mxnet.MXNetError: what the function says.
+    """
+    base = _base()
+    base.check_call(getattr(base._LIB, name)(*arguments))
+
+
+# Networks
+
+def structural_parameters(block: 'Block', prefix: str = '') -> 'Dict[str, Parameter]':
+    """Return all parameters by the path of attributes that leads to them, which begins with `prefix` and a dot, if any.
+
+    1.9.1: `Block._collect_params_with_prefix`, which `save_parameters` uses too; a block may override it.
+    """
+    _base()
+    return block._collect_params_with_prefix(prefix)
+
+
+def children(block: 'Block') -> 'Dict[str, Block]':
+    """Return the blocks that are attributes of `block`, by name, in order of definition (1.9.1: `Block._children`)."""
+    _base()
+    return dict(block._children)
+
+
+def set_gradients(parameter: 'Parameter', arrays: 'Sequence[mx.nd.NDArray]') -> None:
+    """Have autograd write the gradient into `arrays`, one a context, of the parameter's shape.
+
+    1.9.1: what `Parameter._init_grad` does with new arrays. `cast`, `reset_ctx` and a new `grad_req` undo it.
+    """
+    _base()
+    from mxnet import autograd
+    parameter._grad = list(arrays)
+    autograd.mark_variables(parameter.list_data(), parameter._grad, parameter.grad_req)
+
+
+# Parameter servers
+
+def barrier(store: 'mx.kvstore.KVStore') -> None:
+    """Wait until all workers of the store are here, without a deadline (1.9.1: `KVStore._barrier`).
+
+    Of this worker's own pushes and pulls it waits for none: `mx.nd.waitall` before it does.
+    """
+    _base()
+    store._barrier()
+
+
+def send_command(store: 'mx.kvstore.KVStore', head: int, body: str) -> None:
+    """Have the controller of every server called, and wait until all have (1.9.1: `_send_command_to_servers`)."""
+    _base()
+    store._send_command_to_servers(head, body)
+
+
+def set_updater(store: 'mx.kvstore.KVStore', update: 'Callable[[int, mx.nd.NDArray, mx.nd.NDArray], None]') -> None:
+    """Have `update(key, pushed, stored)` called for what is pushed; it writes to `stored`.
+
+    1.9.1: `KVStore._set_updater`. Without it a server keeps the sum. Its exceptions are lost in ctypes.
+    """
+    _base()
+    store._set_updater(update)
+
+
+def run_server(store: 'mx.kvstore.KVStore', control: Callable[[int, Optional[bytes], Any], None]) -> None:
+    """Serve until all workers are done, or, as a scheduler, wait for that; `control(head, body, None)` gets commands.
+
+    1.9.1: `MXKVStoreRunServer`, the loop that `import mxnet` starts by itself where DMLC_ROLE is set.
+    """
+    controller = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(control)
+    _call('MXKVStoreRunServer', store.handle, controller, None)
+
+
+# Arrays and the engine
+
+def data_address(array: 'mx.nd.NDArray') -> int:
+    """Return where the elements of a CPU array lie, in plain order.
+
+    1.9.1: `MXNDArrayGetData`. Undoes a layout of oneDNN's own, in which an operator of ours would be given a copy, and
+    waits only then; elements under way must be waited for with `wait_to_read`.
+    """
+    address = ctypes.c_void_p()
+    _call('MXNDArrayGetData', array.handle, ctypes.byref(address))
+    return address.value
+
+
+def push_host_task(function: Any, argument: ctypes.Structure, written: 'Sequence[mx.nd.NDArray]') -> None:
+    """Have the engine call a C function, void(void *context, void *argument), once nobody uses the arrays `written`.
+
+    1.9.1: `MXEnginePushSyncND`. Returns at once. The function runs in one of MXNET_CPU_PRIORITY_NTHREADS (4) threads
+    that do not compute, so that it may wait; what uses the arrays later waits for it. `argument` must live until then.
+    """
+    handles = (ctypes.c_void_p * len(written))(*(array.handle for array in written))
+    _call('MXEnginePushSyncND', function, ctypes.byref(argument), None, _CPU, None, 0, handles, len(written),
+          ctypes.byref(_PRIORITIZED), 0, b'host task')
+
+
+def forget_shutdown() -> None:
+    """Have the end of the interpreter not wait for operators under way (1.9.1: `base._notify_shutdown`, by atexit).
+
+    Nothing where MXNet was not imported.
+    """
+    if 'mxnet' in sys.modules:
+        atexit.unregister(sys.modules['mxnet'].base._notify_shutdown)
+
+
+# Operators
+
+def load_operators(path: str, prefix: str) -> List[str]:
+    """Load a library of operators; return the names of those with this prefix, now in `mx.nd` and `mx.sym`.
+
+    1.9.1: as `mxnet.library.load`, which makes the Python functions of all operators anew, in 0.4 s: `MXLoadLib`, then
+    `_make_ndarray_function` and `_make_symbol_function` of the new ones alone.
+
+    Raises:
+        mxnet.MXNetError: MXNet does not take the library.
+    """
+    base = _base()
+    from mxnet import ndarray, symbol
+    from mxnet.ndarray.register import _make_ndarray_function
+    from mxnet.symbol.register import _make_symbol_function
+    _call('MXLoadLib', base.c_str(path), base.mx_uint(0))
+    names, count = ctypes.POINTER(ctypes.c_char_p)(), ctypes.c_uint()
+    _call('MXListAllOpNames', ctypes.byref(count), ctypes.byref(names))
+    found = [name for name in (names[i].decode() for i in range(count.value)) if name.startswith(prefix)]
+    for name in found:
+        handle = base.OpHandle()
+        _call('NNGetOpHandle', base.c_str(name), ctypes.byref(handle))
+        for module, make in ((ndarray, _make_ndarray_function), (symbol, _make_symbol_function)):
+            function = make(handle, name, name)
+            function.__module__ = module.__name__
+            for where in (module, module.op):
+                setattr(where, name, function)
+    return found

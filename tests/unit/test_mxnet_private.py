@@ -1,0 +1,177 @@
+"""What this package relies on of MXNet's private functions, each in numbers."""
+import ast
+import ctypes
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from support import machine
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+from mxnet.gluon import nn
+
+from mxsimmim.runtime import mxnet_private
+
+ROOT = Path(__file__).parents[2]
+PRIVATE = {  # names of MXNet's that start with an underscore, wherever this package has use for one
+    '_LIB', '_barrier', '_cached_graph', '_cached_op', '_children', '_collect_params_with_prefix', '_data', '_grad',
+    '_init_grad', '_make_ndarray_function', '_make_symbol_function', '_notify_shutdown', '_reg_params',
+    '_send_command_to_servers', '_set_updater', '_updater'}
+OVERRIDES = {('models/classifier.py', '_collect_params_with_prefix')}  # Gluon's own saving and loading call it
+SECONDS = 60
+
+
+def names(tree):
+    """Attributes of anything but self, and imported names, in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == 'self'):
+            yield node.attr
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value  # of getattr
+        elif isinstance(node, ast.ClassDef):  # overrides
+            yield from (each.name for each in node.body if isinstance(each, ast.FunctionDef))
+
+
+@pytest.mark.parametrize('path', sorted([*ROOT.glob('mxsimmim/**/*.py'), *ROOT.glob('tools/**/*.py')]),
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_else_touches_what_is_private(path):
+    where = path.relative_to(ROOT / 'mxsimmim').as_posix() if ROOT / 'mxsimmim' in path.parents else path.name
+    if where == 'runtime/mxnet_private.py':
+        return
+    found = PRIVATE.intersection(names(ast.parse(path.read_text())))
+    assert {name for name in found if (where, name) not in OVERRIDES} == set()
+
+
+def test_another_version_is_refused():
+    mxnet_private.check_version(mx.__version__)
+    with pytest.raises(ValueError, match=r'mxnet 1\.8\.0 is installed, .* of mxnet 1\.9\.1: .* -m pip install '
+                                         r'mxnet==1\.9\.1'):
+        mxnet_private.check_version('1.8.0')
+
+
+class Two(nn.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        with self.name_scope():
+            self.first, self.second = nn.Dense(2, in_units=3), nn.HybridSequential()
+            self.second.add(nn.Dense(1, in_units=2, use_bias=False))
+
+    def hybrid_forward(self, F, x):
+        return self.second(self.first(x))
+
+
+def test_names_are_paths_of_attributes(tmp_path):
+    """The same ones as in the files that Gluon writes."""
+    net = Two()
+    net.initialize()
+    found = mxnet_private.structural_parameters(net)
+    assert {name: p.shape for name, p in found.items()} == {
+        'first.weight': (2, 3), 'first.bias': (2,), 'second.0.weight': (1, 2)}
+    net.save_parameters(str(tmp_path / 'net.params'))
+    assert set(mx.nd.load(str(tmp_path / 'net.params'))) == set(found)
+    assert list(mxnet_private.children(net).items()) == [('first', net.first), ('second', net.second)]
+
+
+@pytest.mark.parametrize('hybrid', [False, True])
+@pytest.mark.parametrize('request_', ['write', 'add'])
+def test_gradients_are_written_where_they_are_to_lie(hybrid, request_):
+    """d(w.x) / dw = x, in both contexts, in a part of a larger array; 'add' adds it to what is there."""
+    net, contexts = nn.Dense(1, in_units=3, use_bias=False), [mx.cpu(0), mx.cpu(1)]
+    net.initialize(mx.init.One(), ctx=contexts)
+    net.weight.grad_req = request_
+    if hybrid:
+        net.hybridize(static_alloc=True)
+    whole = [mx.nd.full((5,), 7, ctx=ctx) for ctx in contexts]
+    mxnet_private.set_gradients(net.weight, [array[1:4].reshape((1, 3)) for array in whole])
+    for times in (1, 2):
+        for ctx, scale in zip(contexts, (1, 10)):
+            with autograd.record():
+                loss = net(mx.nd.array([[1, 2, 3]], ctx=ctx) * scale)
+            loss.backward()
+        for array, own, scale in zip(whole, net.weight.list_grad(), (1, 10)):
+            expected = np.array([1, 2, 3]) * scale * (times if request_ == 'add' else 1) + 7 * (request_ == 'add')
+            assert array.asnumpy().tolist() == [7, *expected, 7] and own.asnumpy().tolist() == [expected.tolist()]
+
+
+def test_elements_lie_where_the_address_says():
+    """In plain order, also after inference of a convolution, which leaves its weight in a layout of its own."""
+    net = nn.Conv2D(32, 3, in_channels=32)
+    net.initialize(mx.init.Uniform())
+    expected = net.weight.data().asnumpy()
+    net(mx.nd.ones((1, 32, 8, 8))).wait_to_read()
+    weight = net.weight.data()
+    address = mxnet_private.data_address(weight)
+    seen = np.frombuffer((ctypes.c_char * expected.nbytes).from_address(address), 'float32').reshape(expected.shape)
+    np.testing.assert_array_equal(seen, expected)
+    seen[0, 0, 0, 0] = 5  # the memory itself, not a copy
+    assert weight.asnumpy()[0, 0, 0, 0] == 5 and mxnet_private.data_address(weight) == address
+
+
+class Told(ctypes.Structure):
+    _fields_ = [('number', ctypes.c_int)]
+
+
+def test_a_host_task_is_ordered_by_the_engine():
+    """After what makes the arrays, before what uses them; meanwhile others compute, and pushing waits for nothing."""
+    events = []
+
+    def run(_context, argument):
+        time.sleep(0.2)
+        events.append(ctypes.cast(argument, ctypes.POINTER(Told)).contents.number)
+    function, told = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(run), [Told(41), Told(42)]
+    written, other = mx.nd.ones((3,)) * 2, mx.nd.ones((3,))
+    written.wait_to_read()
+    began = time.monotonic()
+    for argument in told:
+        mxnet_private.push_host_task(function, argument, [written])
+    assert time.monotonic() - began < 0.2 and (other + 1).asnumpy().tolist() == [2, 2, 2] and events == []
+    after = written + 1
+    after.wait_to_read()
+    assert events == [41, 42] and time.monotonic() - began >= 0.4
+
+
+def test_operators_of_a_library_are_in_both_modules():
+    machine.need_native()
+    from mxsimmim.ops import library
+    library.load()
+    assert {'mxsimmim_adamw', 'mxsimmim_square_sum'} <= set(dir(mx.nd)) & set(dir(mx.sym)) & set(dir(mx.nd.op))
+    assert mx.nd.mxsimmim_square_sum(mx.nd.array([3, 4]), count=1).asnumpy().tolist() == [25]
+    with pytest.raises(mx.MXNetError):
+        mxnet_private.load_operators(str(ROOT / 'nowhere.so'), 'mxsimmim_')
+
+
+def test_an_updater_takes_the_place_of_the_sum():
+    store, seen = mx.kv.create('local'), []
+
+    def update(key, pushed, stored):
+        seen.append((key, pushed.asnumpy().tolist()))
+        stored += 10 * pushed
+    mxnet_private.set_updater(store, update)
+    store.init(3, mx.nd.ones((2,)))
+    store.push(3, [mx.nd.array([1, 2]), mx.nd.array([3, 4], ctx=mx.cpu(1))])
+    pulled = mx.nd.zeros((2,))
+    store.pull(3, out=pulled)
+    assert pulled.asnumpy().tolist() == [41, 61] and seen == [(3, [4, 6])]
+
+
+@pytest.mark.parametrize('end, expected', [('', 'waits\n'), ('mxnet_private.forget_shutdown()', '')])
+def test_an_end_that_waits_for_no_operator(end, expected):
+    program = textwrap.dedent(f'''
+        import sys
+        from types import SimpleNamespace
+        from mxsimmim.runtime import mxnet_private
+        mxnet_private.forget_shutdown()
+        assert 'mxnet' not in sys.modules
+        import mxnet
+        mxnet.base._LIB = SimpleNamespace(MXNotifyShutdown=lambda: print('waits') or 0)
+        {end}
+    ''')
+    said = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, timeout=SECONDS,
+                          check=True, universal_newlines=True).stdout
+    assert said == expected
