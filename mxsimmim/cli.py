@@ -53,8 +53,8 @@ def _train(task: str, args: argparse.Namespace) -> int:
     if getattr(args, 'eval', False):
         from .inference import evaluate
         return evaluate.evaluate(config)
-    from .training import trainer
-    return trainer.start(config, written)
+    from .training import start
+    return start.start(config, written)
 
 
 def reconstruct(args: argparse.Namespace) -> int:

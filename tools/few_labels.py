@@ -24,14 +24,14 @@ RECIPE = Path(__file__).parents[1] / 'conf' / 'finetune_digits.yaml'
 
 def accuracy(encoder: str, labels: int, seed: int) -> float:
     """Top-1, in percent, of one fine-tuned classifier; `labels` a class, 0 for all."""
-    from mxsimmim.training import trainer
+    from mxsimmim.training.start import start
     with tempfile.TemporaryDirectory() as folder:
         length = [] if labels else ['train.length=20 epochs']
         config = configfile.load(RECIPE, [f'output={folder}', f'seed={seed}', f'model.pretrained={encoder}',
                                           f'data.labels_per_class={labels}', 'validation.every=100%', *length])
         with open(Path(folder) / 'log', 'w', encoding='utf-8', errors=text.ERRORS) as log:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                trainer.start(config)
+                start(config)
         return json.loads((Path(folder) / config.name / 'evaluation.json').read_text())['val_top1']
 
 

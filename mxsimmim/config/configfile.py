@@ -138,11 +138,14 @@ def to_yaml(config: Section) -> str:
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
 
 
+ALIASES = {'model.ape': 'model.use_ape', 'data.shares': 'data.worker_weights'}  # other names of keys
+
 # What decides speed, place or amount of output may change when a run goes on; what decides the numbers may not.
 FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
                   'data.val_path', 'data.labels', 'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch',
-                  'data.max_broken', 'data.shares', 'train.store', 'train.max_bad_steps', 'train.check_replicas',
-                  'train.stop_early', 'model.pretrained', 'model.recompute')  # the last changes no bit
+                  'data.max_broken', 'data.worker_weights', 'train.store', 'train.max_bad_steps',
+                  'train.check_replicas', 'train.stop_early', 'model.pretrained',
+                  'model.recompute')  # changes no bit
 # Workers of one job do the same at the same time, each from its own disk and on its own devices.
 FREE_BETWEEN_WORKERS = ('output', 'resume', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels',
                         'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken',
@@ -282,7 +285,7 @@ def _build(values: Values) -> Config:
 
 
 def _canonical(key: str) -> str:
-    return 'model.use_ape' if key == 'model.ape' else key
+    return ALIASES.get(key, key)
 
 
 def _advice(key: str, values: Values, known: List[str]) -> str:

@@ -223,9 +223,10 @@ class DataConfig(Section):
         'serve, reconstruct and features, but not in training and evaluation, as the reference')
     mean: Tuple[float, float, float] = Field((0.485, 0.456, 0.406), description='subtracted, per channel of [0, 1]')
     std: Tuple[float, float, float] = Field((0.229, 0.224, 0.225), description='divided by, per channel of [0, 1]')
-    shares: Union[Literal['equal', 'auto'], Tuple[float, ...]] = Field(
-        'equal', description="each worker's part of the batch: equal, auto (by measured speed, anew every epoch), or "
-        'weights such as [3, 1]')
+    worker_weights: Union[Literal['equal', 'auto'], Tuple[float, ...]] = Field(
+        'equal', validation_alias=AliasChoices('worker_weights', 'shares'),
+        description="each worker's part of the batch: equal, auto (by measured speed, anew every epoch), or weights "
+        'such as [3, 1] (also spelt shares)')
 
     @model_validator(mode='after')
     def _check(self) -> 'DataConfig':
@@ -233,8 +234,9 @@ class DataConfig(Section):
             _require(0 < low <= high, f'{key}=[{low}, {high}] must be two positive numbers, the smaller first')
         _require(self.crop_scale[1] <= 1, f'crop_scale={_list(self.crop_scale)} asks for more than the image')
         _require(min(self.std) > 0, f'std={_list(self.std)} must be positive')
-        if not isinstance(self.shares, str):
-            _require(len(self.shares) > 0 and min(self.shares) > 0, f'shares={_list(self.shares)} must be positive')
+        weights = self.worker_weights
+        if not isinstance(weights, str):
+            _require(len(weights) > 0 and min(weights) > 0, f'worker_weights={_list(weights)} must be positive')
         return self
 
     def in_use(self) -> 'DataConfig':

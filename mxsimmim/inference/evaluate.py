@@ -17,7 +17,7 @@ from ..tasks.classes import check_classes
 from ..tasks.registry import TASKS, Task, check_same_job
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
-from ..training.trainer import agree_on_backend, joined
+from ..training.start import agree_on_backend, joined
 from .trained import load_run
 
 

@@ -199,7 +199,7 @@ COMMUNICATORS: Dict[str, Callable[[str, ProcessInfo, Optional[ControlPlane]], Co
 }
 
 
-def make_communicator(name: str, process: ProcessInfo, control: Optional[ControlPlane] = None) -> Communicator:
+def make_communicator(name: str, process: ProcessInfo = ALONE, control: Optional[ControlPlane] = None) -> Communicator:
     """Make the communicator of this train.store for this process, whose job has this control plane.
 
     Raises:

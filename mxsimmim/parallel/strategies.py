@@ -63,7 +63,7 @@ def _transport(store: str, world: ProcessInfo) -> list:
 
 
 def _aggregation(store: str, aggregation: str, config: Config, world: ProcessInfo) -> list:
-    train, optim = config.train, config.optim
+    train, optim, weights = config.train, config.optim, config.data.worker_weights
     alone = aggregation in ('local_sgd', 'elastic')
     asynchronous = aggregation == 'async'
     return [
@@ -87,12 +87,11 @@ def _aggregation(store: str, aggregation: str, config: Config, world: ProcessInf
         (asynchronous and optim.type != 'adamw',
          f'optim.type={optim.type} cannot work with train.store=dist_async, whose servers run adamw: set '
          'optim.type=adamw'),
-        (asynchronous and config.data.shares == 'auto',
-         'data.shares=auto needs workers that wait for each other, which train.store=dist_async spares them: leave '
-         'data.shares=equal, or give weights such as [3, 1]'),
-        (not isinstance(config.data.shares, str) and len(config.data.shares) != world.size,
-         f'data.shares={list(config.data.shares)} has {len(config.data.shares)} weights for {world.size} workers: '
-         'one a worker'),
+        (asynchronous and weights == 'auto',
+         'data.worker_weights=auto needs workers that wait for each other, which train.store=dist_async spares them: '
+         'leave data.worker_weights=equal, or give weights such as [3, 1]'),
+        (not isinstance(weights, str) and len(weights) != world.size,
+         f'data.worker_weights={list(weights)} has {len(weights)} weights for {world.size} workers: one a worker'),
     ]
 
 

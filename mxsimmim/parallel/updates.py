@@ -12,6 +12,7 @@ import numpy as np
 from mxnet.gluon import Parameter
 
 from ..config import TrainConfig
+from ..data.batch_split import BatchSplit
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
 from .clock import Clock
@@ -35,7 +36,7 @@ class SynchronousUpdate:
     def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float]):
         self._communicator = self.workers = communicator
-        self._optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
+        self.optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = list(parameters.values())
         self._contexts = self._parameters[0].list_ctx()
         # What leaves compressed leaves from other arrays: the communicator's own memory would be of no use.
@@ -69,7 +70,7 @@ class SynchronousUpdate:
         norm = self._norm()
         applied = mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss)
         scale = mx.nd.where(applied, self._scale(norm), mx.nd.zeros_like(norm))
-        self._optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts], floor)
+        self.optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts], floor)
         return mx.nd.concat(loss, norm, applied, dim=0)
 
     def clip_partial(self) -> None:
@@ -114,12 +115,12 @@ class SynchronousUpdate:
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the optimiser's state, for a checkpoint."""
-        return self._optimizer.arrays()
+        return self.optimizer.arrays()
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], _update: int) -> None:
         """Go on from rank 0's parameters and, unless None, the moments of its checkpoint."""
         if moments:
-            self._optimizer.load(moments)
+            self.optimizer.load(moments)
         weights = self._weights()
         for arrays in [weights.arrays] + self._moments():
             self.workers.broadcast(weights.with_arrays(arrays))
@@ -130,7 +131,7 @@ class SynchronousUpdate:
 
     def _moments(self) -> List[List[Copies]]:
         """Return the moments by kind, of each one array for each parameter."""
-        copies, count = list(self._optimizer.moments.values()), len(self._parameters)
+        copies, count = list(self.optimizer.moments.values()), len(self._parameters)
         return [copies[first:first + count] for first in range(0, len(copies), count)]
 
     def _norm(self) -> mx.nd.NDArray:
@@ -150,10 +151,10 @@ class PeriodicAveraging(SynchronousUpdate):
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
-                 train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
+                 train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
         super().__init__(parameters, optimizer, Communicator('device'), train, clip)
         self.workers = communicator
-        self._images, self._every, self._last = images, train.local_steps, last
+        self._split, self._every, self._last = split, train.local_steps, last
         self._handle = super()._weights()
 
     def loss_divisor(self, images: int) -> int:
@@ -179,7 +180,7 @@ class PeriodicAveraging(SynchronousUpdate):
 
     def combine(self, rows: np.ndarray) -> np.ndarray:
         rows = np.array(self.workers.control.all_gather('losses', rows))  # (workers, k, 3)
-        weights = np.array(self._images)[:, None] / sum(self._images)
+        weights = np.array(self._split.images)[:, None] / sum(self._split.images)
         return np.stack([(rows[:, :, 0] * weights).sum(0), (rows[:, :, 1] * weights).sum(0), rows[:, :, 2].min(0)], 1)
 
     def state_dict(self) -> Dict[str, Any]:
@@ -189,18 +190,16 @@ class PeriodicAveraging(SynchronousUpdate):
             mean = [[first.copy()] for first, *_ in moments]
             self._average(mean)
             means += [first.asnumpy() for first, in mean]
-        return dict(zip(self._optimizer.moments, means))
+        return dict(zip(self.optimizer.moments, means))
 
     def _weights(self) -> Handle:
         return self._handle  # one for all: servers keep an array for each key
 
-    def _share(self) -> float:
-        return self._images[self.workers.rank] / sum(self._images)
 
     def _average(self, arrays: Sequence[Copies]) -> None:
         """Replace arrays shaped like the parameters by their mean over the workers, weighted with their images."""
         for first, *others in arrays:
-            first *= self._share()
+            first *= self._split.fraction
             for other in others:
                 other[:] = 0
         self.workers.all_reduce(self._handle.with_arrays(arrays))
@@ -216,8 +215,8 @@ class LocalSGD(PeriodicAveraging):
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
-                 train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
-        super().__init__(parameters, optimizer, communicator, train, clip, images, last)
+                 train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
+        super().__init__(parameters, optimizer, communicator, train, clip, split, last)
         self._with_moments = train.average_moments
 
     def _meet(self) -> None:
@@ -237,8 +236,8 @@ class ElasticAverage(PeriodicAveraging):
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
-                 train: TrainConfig, clip: Optional[float], images: Sequence[int], last: int):
-        super().__init__(parameters, optimizer, communicator, train, clip, images, last)
+                 train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
+        super().__init__(parameters, optimizer, communicator, train, clip, split, last)
         self._strength = train.elastic
         self._centre = [p.list_data()[0].copy() for p in self._parameters]
 
@@ -247,7 +246,7 @@ class ElasticAverage(PeriodicAveraging):
         self._centre = [p.list_data()[0].copy() for p in self._parameters]
 
     def _meet(self) -> None:
-        pulls = [[(p.list_data()[0] - centre) * (self._strength * self._share())]
+        pulls = [[(p.list_data()[0] - centre) * (self._strength * self._split.fraction)]
                  for p, centre in zip(self._parameters, self._centre)]
         for p, (pull,) in zip(self._parameters, pulls):
             for copy in p.list_data():

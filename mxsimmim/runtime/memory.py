@@ -20,9 +20,11 @@ THREADS = re.compile("can't start new thread|resource temporarily unavailable", 
 FOREIGN = ('MXNetError', 'RuntimeError', 'SafetensorError', 'RuntimeException', 'Fail', 'error', 'OSError')
 
 # What the functions of this package do in which it may happen.
-DOING = {'assemble': 'making the network', 'train': 'training', 'validate': 'measuring on the held-out images',
-         'save_checkpoint': 'saving a checkpoint', '_fill': 'reading images', 'load_run': 'loading the network',
-         'conclude': 'measuring on the held-out images', 'quantised': 'quantising', 'trace': 'tracing the network'}
+DOING = {'build.build_trainer': 'making the network', 'trainer.fit': 'training',
+         'trainer.validate': 'measuring on the held-out images', 'trainer.save': 'saving a checkpoint',
+         'loader._fill': 'reading images', 'trained.load_run': 'loading the network',
+         'start.conclude': 'measuring on the held-out images', 'quantise.quantised': 'quantising',
+         'graph.trace': 'tracing the network'}
 TRAINING = ('pretrain', 'finetune')
 HERE = Path(__file__).parents[1]
 
@@ -64,8 +66,9 @@ def _doing(error: BaseException) -> str:
         trace: Optional[TracebackType] = link.__traceback__
         while trace:
             code = trace.tb_frame.f_code
-            if HERE in Path(code.co_filename).parents:
-                found = DOING.get(code.co_name, found)
+            file = Path(code.co_filename)
+            if HERE in file.parents:
+                found = DOING.get(f'{file.stem}.{code.co_name}', found)
             trace = trace.tb_next
     return found
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..runtime import facts
 from ..system import files
 from ..config import Config, Duration
+from ..data.batch_split import split_batch
 from ..data.loader import Batch, Loader
 from ..data.sampling import steps_per_epoch
 from ..data.transforms import decode
@@ -18,13 +19,13 @@ from ..ops import OpBackend
 from ..parallel.control import ControlPlane
 from ..parallel.strategies import strategy_of
 from ..parallel.placement import Replicated, contexts_of
-from .timetable import split_batch, timetable_of
+from .timetable import timetable_of
 from .run_folder import checkpoint_to_resume, folder_of
 from ..config.schedule import fitted
 from ..tasks.registry import TASKS, Task
 from .pretrained import load_encoder
 from .room import check_room, checkpoint_bytes
-from .trainer import agree_on_backend
+from .start import agree_on_backend
 from ..runtime.process import ProcessInfo, world
 
 IMAGES = 8  # of each source that are read
@@ -36,7 +37,7 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
     Args:
         written: as for `schedule.fitted`.
     """
-    place, failed = world(os.environ), []
+    process, failed = world(os.environ), []
 
     def part(name: str, function: Callable[..., Tuple[str, Any]], *needed: Any) -> Any:
         """What a part makes, None if it fails or something that it needs has."""
@@ -51,23 +52,23 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
         print(f'{name:<10} {text}', flush=True)
         return made
 
-    devices = part('devices', _devices, config, place)
+    devices = part('devices', _devices, config, process)
     contexts, backend = devices or (None, None)
     task = part('data', _data, config)
-    planned = part('schedule', _schedule, config, written, place, task, contexts)
+    planned = part('schedule', _schedule, config, written, process, task, contexts)
     config = planned or config
     net = part('model', _model, config, task, backend)
     placement = part('forward', _forward, config, task, net, contexts)
-    part('memory', _memory, config, task, place, placement)
-    part('places', lambda: _places(config, place, task, planned))
+    part('memory', _memory, config, task, process, placement)
+    part('places', lambda: _places(config, process, task, planned))
     print(f'not good: {", ".join(failed)}' if failed else 'all good: without --check, the same command trains')
     return 1 if failed else 0
 
 
-def _devices(config: Config, place: ProcessInfo) -> Tuple[str, Tuple[List[mx.Context], OpBackend]]:
-    contexts, mode = contexts_of(config.devices, place), strategy_of(config, place)
+def _devices(config: Config, process: ProcessInfo) -> Tuple[str, Tuple[List[mx.Context], OpBackend]]:
+    contexts, strategy = contexts_of(config.devices, process), strategy_of(config, process)
     backend = agree_on_backend(config, contexts, ControlPlane(), print)
-    text = f'{", ".join(map(str, contexts))}; {mode.aggregation} over {mode.store}; {backend.describe()}'
+    text = f'{", ".join(map(str, contexts))}; {strategy.aggregation} over {strategy.store}; {backend.describe()}'
     return text, (contexts, backend)
 
 
@@ -89,14 +90,14 @@ def _data(config: Config) -> Tuple[str, Task]:
     return text + f'; {read} read' + (f', {len(broken)} cannot be: {broken[-1]}' if broken else ''), task
 
 
-def _schedule(config: Config, written: Mapping[str, Duration], place: ProcessInfo, task: Task,
+def _schedule(config: Config, written: Mapping[str, Duration], process: ProcessInfo, task: Task,
               contexts: List[mx.Context]) -> Tuple[str, Config]:
     config, notes = fitted(config, written, steps_per_epoch(len(task.source), config.train.batch_size))
-    plan = timetable_of(config, len(task.source), strategy_of(config, place))
-    least = np.full(place.size, len(contexts) * config.train.accumulate)
-    split_batch(task, config.train.batch_size, [1] * place.size, least)
-    text = (f'{plan.total:,} steps of {config.train.batch_size:,} images, {plan.per_epoch:,} an epoch; warm-up '
-            f'{config.optim.warmup.steps(plan.per_epoch, plan.total):,}; every {plan.save:,} a checkpoint')
+    per_epoch, total, _, save, *_ = timetable_of(config, len(task.source), strategy_of(config, process))
+    least = np.full(process.size, len(contexts) * config.train.accumulate)
+    split_batch(config.train.batch_size, [1] * process.size, least, task.transform().group)
+    text = (f'{total:,} steps of {config.train.batch_size:,} images, {per_epoch:,} an epoch; warm-up '
+            f'{config.optim.warmup.steps(per_epoch, total):,}; every {save:,} a checkpoint')
     return '; '.join([text] + notes), config
 
 
@@ -129,10 +130,10 @@ def _forward(config: Config, task: Task, net: mx.gluon.Block, contexts: List[mx.
     return f'loss {loss:.4f} of {images} images', placement
 
 
-def _memory(config: Config, task: Task, place: ProcessInfo, placement: Replicated) -> Tuple[str, float]:
+def _memory(config: Config, task: Task, process: ProcessInfo, placement: Replicated) -> Tuple[str, float]:
     """Compares what a step needs, by what steps of few images take, with what there is, on CPUs."""
     devices = len(placement.contexts)
-    part = -(-config.train.batch_size // place.size // config.train.accumulate)  # images computed at once
+    part = -(-config.train.batch_size // process.size // config.train.accumulate)  # images computed at once
     few, more = (min(part, n * devices) for n in (2, 6))
     taken = []
     for images in (few, more):
@@ -143,10 +144,10 @@ def _memory(config: Config, task: Task, place: ProcessInfo, placement: Replicate
     weights = 4 * _count(placement.net)
     moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * devices + (1 if config.train.ema else 0)
     pixels = (4 if task.classes else 1) * 3 * config.model.img_size ** 2
-    loaded = (config.data.prefetch + 2) * config.train.batch_size / place.size * pixels
+    loaded = (config.data.prefetch + 2) * config.train.batch_size / process.size * pixels
     needed = taken[1] + each * max(0, part - more) + weights * moments + loaded
     total, free = (gib * facts.GIB for gib in facts._memory())
-    there = (free + _resident()) / place.local_size
+    there = (free + _resident()) / process.local_size
     text = (f'about {needed / facts.GIB:.1f} GiB for {part:,} images at once, {each / 2 ** 20:.1f} MiB each; '
             f'{there / facts.GIB:.1f} GiB are there')
     if placement.contexts[0].device_type == 'gpu':
@@ -163,13 +164,13 @@ def _resident() -> int:
         return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
-def _places(config: Config, place: ProcessInfo, task: Optional[Task], planned: Optional[Config]) -> Tuple[str, Path]:
+def _places(config: Config, process: ProcessInfo, task: Optional[Task], planned: Optional[Config]) -> Tuple[str, Path]:
     """`planned` is the configuration whose schedule is good, if it is."""
     folder = folder_of(config)
     notes = files.try_place(folder)
     said = [f'{folder}: can be written to']
     if task and planned:
-        check_room(config, task, folder, timetable_of(planned, len(task.source), strategy_of(config, place)).total)
+        check_room(config, task, folder, timetable_of(planned, len(task.source), strategy_of(config, process)).total)
         size, free = checkpoint_bytes(config, len(task.classes)), files.free(folder)
         said[0] += f', checkpoints of {size / facts.GIB:.2f} GiB' + (
             '' if free is None else f', {free / facts.GIB:.1f} GiB free')

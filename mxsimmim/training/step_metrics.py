@@ -19,21 +19,24 @@ class Row(NamedTuple):
 
 
 class TooManyBadSteps(ValueError):
-    """Nothing but non-finite steps."""
+    """Nothing but non-finite steps, of which `step`, counted from 1, is the last."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class StepMetrics:
     """Collects steps, sums them up for the log, and ends a run that only skips.
 
-    `combine` makes the job's (k, 3) losses, norms and whether applied of this worker's k steps. `state` is what an
-    earlier process's `state()` returned, so that a log window cut in two by an interruption is summed up as if it had
-    not been.
+    `combine` reduces this worker's (k, 3) losses, norms and whether applied, of k steps, to those of the job.
+    `state` is what an earlier process's `state()` returned, so that a log window cut in two by an interruption is
+    summed up as if it had not been.
     """
 
-    def __init__(self, max_bad_steps: int, describe: Callable[[int], str],
-                 state: Optional[Dict[str, Any]] = None,
+    def __init__(self, max_bad_steps: int, state: Optional[Dict[str, Any]] = None,
                  combine: Callable[[np.ndarray], np.ndarray] = lambda rows: rows):
-        self._max_bad_steps, self._describe, self._combine = max_bad_steps, describe, combine
+        self._max_bad_steps, self._combine = max_bad_steps, combine
         self.clock = Clock()
         self._waiting: List[Any] = []  # (step, lr, device array of loss, norm, applied)
         self._rows: List[Row] = []
@@ -73,7 +76,7 @@ class StepMetrics:
                     f'loss or gradient was not finite in {self._bad_in_a_row} steps in a row '
                     f'(train.max_bad_steps={self._max_bad_steps}), the last one step {step} with learning rate {lr:g}, '
                     f'loss {loss:g}, gradient norm {norm:g}. Lower optim.base_lr or lengthen optim.warmup; the weights '
-                    f'are those of before. Samples of step {step}: {self._describe(step)}')
+                    'are those of before', step)
 
     def summary(self) -> Dict[str, float]:
         """Means over the rows since the last summary, which this ends; loss and norm over applied updates only."""

@@ -38,9 +38,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize('launch, keys', [
     (SERVERS, ['train.ema=0.5']),
-    (['-n', 3, '-s', 1], ['data.shares=[4,1,2]']),
+    (['-n', 3, '-s', 1], ['data.worker_weights=[4,1,2]']),
     (SERVERS, ['devices=[cpu(0),cpu(1)]']),
-    (HOROVOD, ['train.ema=0.5', 'data.shares=[3,1]']),
+    (HOROVOD, ['train.ema=0.5', 'data.worker_weights=[3,1]']),
 ], ids=lambda value: ' '.join(map(str, value)))
 def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
     """10 steps from one encoder: weights to 1e-5 in the L2 norm, losses, and the evaluation of 180 images."""

@@ -75,9 +75,9 @@ def test_a_host_without_shared_memory(launcher, fault):
 
 
 @pytest.mark.alone
-def test_shares_follow_the_measured_speed(launcher):
+def test_parts_follow_the_measured_speed(launcher):
     """Rank 1 takes 4 ms more an image, rank 0 hardly 1 ms in all: after an epoch it has a fraction of the images."""
-    out, err = launcher.run(*SERVERS, '--', *FAULT, 'slow', *PRETRAIN[5:], *TEN_STEPS, 'data.shares=auto',
+    out, err = launcher.run(*SERVERS, '--', *FAULT, 'slow', *PRETRAIN[5:], *TEN_STEPS, 'data.worker_weights=auto',
                             'train.length=102', 'validation.every=102', 'checkpoint.every=102', 'name=job')
     found = re.findall(r'images a step, by measured speed: \[(\d+), (\d+)\] \(before: \[16, 16\]\)', out + err)
     assert found, out + err
@@ -112,7 +112,7 @@ def test_workers_with_other_images_are_told(launcher):
 
 @pytest.mark.parametrize('launch, keys, message, status', [
     (SERVERS, ['train.store=dist_async'], 'optim.clip_grad=0.5 cannot work with train.store=dist_async', 2),
-    (SERVERS, ['data.shares=[1,2,3]'], 'has 3 weights for 2 workers', 2),
+    (SERVERS, ['data.worker_weights=[1,2,3]'], 'has 3 weights for 2 workers', 2),
     (SERVERS, ['train.batch_size=3', 'train.accumulate=2'], 'a batch of 3 images is too small for 2 workers', 1),
     (HOROVOD, ['train.store=dist_sync'], 'started as Horovod ranks', 2),
 ])

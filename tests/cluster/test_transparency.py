@@ -39,7 +39,7 @@ def alone(tmp_path_factory):
     (SERVERS, ['train.store=dist_device_sync'], []),
     (SERVERS, [TWO_DEVICES], []),
     (SERVERS, ['train.accumulate=2'], []),
-    (SERVERS, ['data.shares=[3,1]'], []),
+    (SERVERS, ['data.worker_weights=[3,1]'], []),
     (SERVERS + ['--p3'], [], []),
     (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1'], SGD),
     (SERVERS, [], WIDE),
@@ -48,7 +48,7 @@ def alone(tmp_path_factory):
     (['-n', 3, '--horovod'], [], WIDE),
     (HOROVOD + MESSAGES, [], WIDE),
     (HOROVOD + MESSAGES, [TWO_DEVICES], []),
-    (HOROVOD, ['data.shares=[3,1]', 'train.accumulate=2'], []),
+    (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')
 def test_weights_are_those_of_one_process(launcher, alone, launch, keys, changes):

@@ -59,7 +59,7 @@ CASES = [
     ([*PRETRAIN, 'optim.warmup=100'], r'for instance (optim.warmup=5%)', ['{1}']),
     ([*PRETRAIN, 'devices=[gpu(9)]'], r'write (devices=auto)', ['{1}']),
     ([*PRETRAIN, 'output=file'], r'set output=', ['output=elsewhere']),
-    ([*PRETRAIN, 'data.shares=[3,1]'], r'2 weights for 1 workers: one a worker', ['data.shares=[1]']),
+    ([*PRETRAIN, 'data.worker_weights=[3,1]'], r'2 weights for 1 workers: one a worker', ['data.worker_weights=[1]']),
     ([*PRETRAIN, 'train.compression=2bit'], r'set (train.compression=none)', ['{1}']),
     ([*PRETRAIN, 'name=done', 'resume=none'], r'set name= for a new run', ['name=other']),
     ([*PRETRAIN, 'name=done', 'resume=none'], r'or (resume=auto)', ['{1}']),

@@ -10,15 +10,14 @@ import mxnet as mx
 import numpy as np
 import pytest
 from support import machine
+from support.trainer import build_tiny_trainer
 
-from mxsimmim.config import Duration, ModelConfig, OptimConfig, TrainConfig
+from mxsimmim.config import ModelConfig
+from mxsimmim.data.loader import Batch
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.ops import OpBackend
-from mxsimmim.optim import REFERENCE_BATCH, AdamW, learning_rates, weight_decays
-from mxsimmim.parallel.updates import SynchronousUpdate
-from mxsimmim.parallel.communicators import make_communicator
-from mxsimmim.runtime.process import ALONE
+from mxsimmim.optim import REFERENCE_BATCH, weight_decays
 
 DATA = Path(__file__).parent.parent / 'data'
 KEYS = set(ModelConfig.model_fields) | {'ape'}
@@ -103,35 +102,28 @@ def test_no_decay(recorded):
     assert set(decays.values()) == {0, 0.05}
 
 
-def test_twelve_steps(recorded, backend):
-    c, steps = recorded.config, recorded.meta['steps']
-    optim = OptimConfig(base_lr=c['lr'], warmup_lr=c['warmup_lr'], min_lr=c['min_lr'], schedule=recorded.meta['sched'],
-                        warmup=Duration(c['warmup_steps'], 'steps'), clip_grad=c['clip_grad'],
-                        milestones=[Duration(m, 'steps') for m in c.get('multisteps', [1])])
-    rate = learning_rates(optim, TrainConfig(batch_size=REFERENCE_BATCH), per_epoch=1, total=steps)
-    net = recorded.net()
-    net.hybridize(static_alloc=True)
-    parameters = named_parameters(net)
-    adamw = AdamW(parameters, weight_decays(parameters, 'reference', recorded.model.type, 0.05), optim, backend=backend)
-    aggregation = SynchronousUpdate(parameters, adamw, make_communicator('local', ALONE), TrainConfig(),
-                                    optim.clip_grad)
-    rows = []
-    images = recorded.file['train/images'].copy()
+def test_twelve_steps(recorded):
+    c, steps, images = recorded.config, recorded.meta['steps'], recorded.file['train/images'].copy()
     for place, further in NEAR_TARGETS.get(recorded.name, {}).items():
         images[place] += further
-    for step in range(steps):
-        image = mx.nd.array(images[step])
-        mask = mx.nd.array(recorded.file['train/masks'][step], dtype='uint8')
-        with mx.autograd.record():
-            loss = net(image, mask)
-        loss.backward()
-        rows.append(aggregation.step(step, rate(step), loss).asnumpy())
+    masks, count = recorded.file['train/masks'], images.shape[1]
+    rates = {key: c[name] * REFERENCE_BATCH / count
+             for key, name in (('base_lr', 'lr'), ('warmup_lr', 'warmup_lr'), ('min_lr', 'min_lr'))}
+    trainer = build_tiny_trainer(
+        backend=recorded.backend, model=recorded.model.model_dump(), mask=dict(patch_size=recorded.model.stride),
+        optim=dict(rates, schedule=recorded.meta['sched'], warmup=c['warmup_steps'], clip_grad=c['clip_grad'],
+                   milestones=c.get('multisteps', [1])),
+        train=dict(batch_size=count, length=steps))
+    official.load_weights(trainer.placement.net, recorded.group('param'))
+    rows = [trainer.train_step(Batch(image, mask, np.zeros((count, 0), 'float32'), 0, np.arange(count))).asnumpy()
+            for image, mask in zip(images, masks.astype('uint8'))]
+    rate = [lr for _, lr, *_ in trainer.metrics.state()['rows']]
     loss, norm, applied = np.transpose(rows)
-    np.testing.assert_allclose([rate(step) for step in range(steps)], recorded.file['train/lr'], rtol=1e-4)
+    np.testing.assert_allclose(rate, recorded.file['train/lr'], rtol=1e-4)
     np.testing.assert_allclose(loss, recorded.file['train/loss'], rtol=1e-4)
     np.testing.assert_allclose(norm, recorded.file['train/grad_norm'], rtol=1e-4)
     assert np.all(applied == 1)
-    ours, theirs = official.export_weights(net), recorded.group('final')
+    ours, theirs = official.export_weights(trainer.placement.net), recorded.group('final')
     assert max(relative(ours[n], theirs[n]) for n in theirs) < 1e-3
 
 

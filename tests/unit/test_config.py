@@ -45,6 +45,20 @@ def test_inheritance_and_overrides(tmp_path):
     assert configfile.load(tmp_path / 'b.yaml', ['optim.base_lr=2e-4']).optim.base_lr == 2e-4  # a string to YAML
 
 
+def test_worker_weights_were_called_shares(tmp_path):
+    """In files, words, and what runs and checkpoints have recorded; the later one of both names holds."""
+    (tmp_path / 'old.yaml').write_text('data: {shares: [3, 1]}\n')
+    recorded = configfile.to_yaml(cfg.Config()).replace('worker_weights: equal', 'shares: auto')
+    (tmp_path / 'run.yaml').write_text(recorded)
+    assert configfile.load(tmp_path / 'old.yaml').data.worker_weights == (3, 1)
+    assert configfile.load(tmp_path / 'old.yaml', ['data.worker_weights=auto']).data.worker_weights == 'auto'
+    assert configfile.load(tmp_path / 'old.yaml', ['data={shares: [2, 5]}']).data.worker_weights == (2, 5)
+    assert configfile.recorded(tmp_path / 'run.yaml').data.worker_weights == 'auto'
+    assert configfile.from_dict({'data': {'shares': [1, 2]}}, 'checkpoint').data.worker_weights == (1, 2)
+    with pytest.raises(cfg.ConfigError, match=r'data.*worker_weights=\[0.0\] must be positive'):
+        configfile.load(tmp_path / 'old.yaml', ['data.shares=[0]'])
+
+
 def test_strings_are_taken_as_typed():
     config = configfile.load(CONF / 'base.yaml', ['name=0123', 'data.path=', 'output=1e3'])
     assert (config.name, config.data.path, config.output) == ('0123', '', '1e3')

@@ -11,7 +11,7 @@ def stats(loss, norm, applied=1):
 
 
 def test_summary_is_the_mean_over_applied_updates():
-    meter = StepMetrics(3, str)
+    meter = StepMetrics(3)
     for step, row in enumerate([(1.0, 4.0), (float('nan'), 9.0, 0), (3.0, 8.0)], 1):
         meter.add(step, step / 10, stats(*row))
     summary = meter.summary()
@@ -20,14 +20,14 @@ def test_summary_is_the_mean_over_applied_updates():
 
 
 def test_a_window_cut_by_an_interruption_sums_up_the_same():
-    whole, before = StepMetrics(9, str), StepMetrics(9, str)
+    whole, before = StepMetrics(9), StepMetrics(9)
     rows = [(0.1, 1.1), (float('nan'), float('inf'), 0), (0.7, 1.3), (0.2, 0.9)]
     for step, row in enumerate(rows, 1):
         whole.add(step, 0.1, stats(*row))
         if step <= 2:
             before.add(step, 0.1, stats(*row))
     import json
-    after = StepMetrics(9, str, json.loads(json.dumps(before.state(), allow_nan=False)))
+    after = StepMetrics(9, json.loads(json.dumps(before.state(), allow_nan=False)))
     for step, row in enumerate(rows[2:], 3):
         after.add(step, 0.1, stats(*row))
     first, second = whole.summary(), after.summary()
@@ -36,25 +36,26 @@ def test_a_window_cut_by_an_interruption_sums_up_the_same():
 
 
 def test_bad_steps_in_a_row_end_the_run_across_an_interruption():
-    meter = StepMetrics(3, lambda step: f'samples of {step}')
+    meter = StepMetrics(3)
     for step in (1, 2):
         meter.add(step, 0.5, stats(float('nan'), 1.0, 0))
-    resumed = StepMetrics(3, lambda step: f'samples of {step}', meter.state())
+    resumed = StepMetrics(3, meter.state())
     resumed.add(3, 0.25, stats(1.0, float('inf'), 0))
     with pytest.raises(TooManyBadSteps) as error:
         resumed.read()
-    for part in ('3 steps in a row', 'train.max_bad_steps=3', 'step 3', 'rate 0.25', 'norm inf', 'samples of 3'):
+    for part in ('3 steps in a row', 'train.max_bad_steps=3', 'step 3', 'rate 0.25', 'norm inf'):
         assert part in str(error.value)
+    assert error.value.step == 3
 
 
 def test_one_good_step_starts_the_count_anew():
-    meter = StepMetrics(2, str)
+    meter = StepMetrics(2)
     for step, applied in enumerate([0, 1, 0, 1, 0], 1):
         meter.add(step, 0.1, stats(1.0, 1.0, applied))
     assert meter.summary()['skipped'] == 3
 
 
 def test_nothing_applied_has_no_mean():
-    meter = StepMetrics(5, str)
+    meter = StepMetrics(5)
     meter.add(1, 0.1, stats(float('nan'), 1.0, 0))
     assert math.isnan(meter.summary()['loss'])

@@ -11,8 +11,8 @@ HOROVOD = ProcessInfo('worker', 0, 2, transport='horovod')
 NO_CLIP = {'clip_grad': None}
 
 
-def config(optim=None, shares='equal', **train):
-    return Config(train=train, optim=optim or {}, data={'shares': shares})
+def config(optim=None, weights='equal', **train):
+    return Config(train=train, optim=optim or {}, data={'worker_weights': weights})
 
 
 @pytest.mark.parametrize('world, keys, expected', [
@@ -25,7 +25,7 @@ def config(optim=None, shares='equal', **train):
     (HOROVOD, {'compression': 'fp16'}, ('horovod', 'sync')),
     (PS, {'compression': '2bit', 'accumulate': 4}, ('dist_sync', 'sync')),
     (P3, {}, ('dist_sync', 'sync')),
-    (PS, {'shares': (3, 1)}, ('dist_sync', 'sync')),
+    (PS, {'weights': (3, 1)}, ('dist_sync', 'sync')),
     (HOROVOD, {'ema': 0.9, 'lr_on_plateau': 0.5}, ('horovod', 'sync')),
     (PS, {'aggregation': 'local_sgd', 'lr_on_plateau': 0.5}, ('dist_sync', 'local_sgd')),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'stop_early': 3}, ('dist_async', 'async')),
@@ -44,7 +44,7 @@ def test_modes(world, keys, expected):
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'accumulate': 2}, 'train.accumulate=2 cannot work'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'compression': '2bit'}, 'compression=2bit cannot work.*dist_async'),
     (PS, {'store': 'dist_async', 'optim': {'clip_grad': None, 'type': 'sgd'}}, 'optim.type=sgd'),
-    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'shares': 'auto'}, 'data.shares=auto'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'weights': 'auto'}, 'data.worker_weights=auto'),
     (PS, {'store': 'dist_async', 'aggregation': 'sync'}, 'aggregation=sync does not go with train.store=dist_async'),
     (PS, {'aggregation': 'async'}, 'train.aggregation=async does not go with train.store=dist_sync'),
     (ALONE, {'aggregation': 'local_sgd'}, 'needs several workers, and there is one'),
@@ -59,7 +59,7 @@ def test_modes(world, keys, expected):
     (HOROVOD, {'aggregation': 'elastic', 'ema': 0.9}, 'train.aggregation=elastic does not have: set train.ema=0'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'lr_on_plateau': 0.5},
      'train.lr_on_plateau=0.5 cannot work with train.store=dist_async, .*: set train.lr_on_plateau=1, or train.store='),
-    (PS, {'shares': (1, 2, 3)}, r'data.shares=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
+    (PS, {'weights': (1, 2, 3)}, r'data.worker_weights=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
 ])
 def test_what_cannot_work_is_refused_by_name(world, keys, message):
     with pytest.raises(ValueError, match=message):

@@ -4,57 +4,37 @@ from unittest.mock import Mock
 import mxnet as mx
 import numpy as np
 import pytest
-from support import tiny
+from support.trainer import build_tiny_trainer, random_batches, take
 
-from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
-from mxsimmim.data.loader import Batch
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
-from mxsimmim.optim import SGD, AdamW, weight_decays
-from mxsimmim.parallel.updates import SynchronousUpdate
+from mxsimmim.optim import SGD
 from mxsimmim.parallel.gradients import exchanged
 from mxsimmim.parallel.placement import Replicated, contexts_of
 from mxsimmim.parallel.communicators import make_communicator
-from mxsimmim.runtime.process import ALONE
+from mxsimmim.parallel.updates import SynchronousUpdate
+from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
 
-VIT = dict(tiny.VIT, drop_path=0.3)
+VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.3)
+SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)
 SEED = 4
 
 
-def batches(config, steps, images):
-    rng = np.random.default_rng(SEED)
-    for _ in range(steps):
-        cells = (config.img_size // 8) ** 2
-        hidden = np.argsort(rng.random((images, cells)), 1) < max(1, cells // 2)
-        side = int(cells ** 0.5)
-        mask = hidden.reshape(images, side, side).repeat(8 // config.patch_size, 1).repeat(8 // config.patch_size, 2)
-        uniform = rng.random((images, 2 * config.blocks if config.drop_path else 0), 'float32')
-        yield Batch(rng.integers(0, 256, (images, config.img_size, config.img_size, 3), 'uint8'),
-                    mask.astype('uint8'), uniform, 0, np.arange(images))
-
-
-def take(batch, part):
-    return Batch(batch.image[part], batch.mask[part], batch.uniform[part], 0, batch.index[part])
+def build(keys, devices, accumulate=1, images=7, recipe='fixed', clip=0.5, store='local', decay=0.05):
+    print('seed', SEED)
+    return build_tiny_trainer(model=keys, devices=[f'cpu({i})' for i in range(devices)], seed=SEED,
+                              optim=dict(recipe=recipe, clip_grad=clip, weight_decay=decay),
+                              train=dict(batch_size=images, accumulate=accumulate, store=store))
 
 
 def trained(keys, devices, accumulate=1, steps=10, images=7, recipe='fixed', clip=0.5, store='local'):
-    print('seed', SEED)
-    config = ModelConfig(**keys)
-    optim = OptimConfig(recipe=recipe, clip_grad=clip)
-    net = build_simmim(config, seed=SEED)
-    placement = Replicated(net, [mx.cpu(i) for i in range(devices)], accumulate)
-    parameters = named_parameters(net)
-    adamw = AdamW(parameters, weight_decays(parameters, recipe, config.type, 0.05), optim)
-    aggregation = SynchronousUpdate(parameters, adamw, make_communicator(store, ALONE), TrainConfig(batch_size=images),
-                                    clip)
-    on_micro_batch = aggregation.clip_partial if recipe == 'reference' else None
-    rows = []
-    for step, batch in enumerate(batches(config, steps, images)):
-        loss = placement.forward_backward(batch, images, on_micro_batch)
-        rows.append(aggregation.step(step, 1e-3, loss).asnumpy())
+    trainer = build(keys, devices, accumulate, images, recipe, clip, store)
+    rows = [trainer.train_step(batch).asnumpy()
+            for batch in random_batches(trainer.config.model, steps, images, SEED)]
+    parameters = named_parameters(trainer.placement.net)
     copies = [{n: p.list_data()[d].asnumpy() for n, p in parameters.items()} for d in range(devices)]
     assert all(np.array_equal(copies[0][n], copy[n]) for copy in copies for n in copy)  # replicas are equal, bit by bit
-    return official.export_weights(net), np.array(rows)
+    return official.export_weights(trainer.placement.net), np.array(rows)
 
 
 def difference(ours, theirs):
@@ -65,7 +45,7 @@ def difference(ours, theirs):
 
 @pytest.mark.parametrize('store', ['local', 'device'])
 @pytest.mark.parametrize('devices', [2, 3, 4])
-@pytest.mark.parametrize('keys', [VIT, tiny.SWIN], ids=['vit', 'swin'])
+@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
 def test_devices(keys, devices, store):
     """7 images over 2, 3 and 4 contexts are uneven splits."""
     weights, rows = trained(keys, devices, store=store)
@@ -83,9 +63,9 @@ def test_small_gradients_travel_together(monkeypatch):
         net = build_simmim(config, seed=SEED)
         placement = Replicated(net, [mx.cpu(0), mx.cpu(1)])
         parameters = list(named_parameters(net).values())
-        store = make_communicator('local', ALONE)
+        store = make_communicator('local')
         arrays = [p.list_grad() for p in parameters] if apart else exchanged(parameters, store, net.backend)
-        for batch in batches(config, 2, 4):  # the second pass overwrites what the first has left
+        for batch in random_batches(config, 2, 4, SEED):  # the second pass overwrites what the first has left
             placement.forward_backward(batch, 4)
         gradients.append([[g.asnumpy() for g in p.list_grad()] for p in parameters])
     for ours, theirs in zip(*gradients):
@@ -103,8 +83,8 @@ def test_small_gradients_travel_together(monkeypatch):
 
 
 @pytest.mark.parametrize('compression, asked', [('none', True), ('fp16', False), ('2bit', False)])
-def test_who_compresses_asks_the_communicator_for_no_memory(monkeypatch, compression, asked):
-    net, store = build_simmim(ModelConfig(**VIT), seed=SEED), make_communicator('local', ALONE)
+def test_who_compresses_asks_the_store_for_no_memory(monkeypatch, compression, asked):
+    net, store = build_simmim(ModelConfig(**VIT), seed=SEED), make_communicator('local')
     Replicated(net, [mx.cpu(0), mx.cpu(1)])
     allocate = Mock(side_effect=store.allocate)
     monkeypatch.setattr(store, 'allocate', allocate)
@@ -116,8 +96,8 @@ def test_who_compresses_asks_the_communicator_for_no_memory(monkeypatch, compres
 @pytest.mark.parametrize('devices', [1, 3])
 @pytest.mark.parametrize('parts', [2, 3])
 def test_accumulation(parts, devices):
-    weights, rows = trained(VIT, devices, parts)
-    expected, expected_rows = trained(VIT, 1)
+    weights, rows = trained(VIT, devices, parts, images=11)
+    expected, expected_rows = trained(VIT, 1, images=11)
     assert difference(weights, expected) < 1e-5
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 
@@ -125,61 +105,44 @@ def test_accumulation(parts, devices):
 @pytest.mark.parametrize('devices', [1, 2])
 def test_the_reference_clips_after_every_accumulated_part(devices):
     """Two parts, the first clipped to norm c: the sum handed to the optimiser is clip(clip(g1) + g2)."""
-    config = ModelConfig(**VIT)
-    batch = next(batches(config, 1, 6))
+    batch = next(random_batches(ModelConfig(**VIT), 1, 6, SEED))
 
-    def gradients(accumulate, clip, devices):
-        net = build_simmim(config, seed=SEED)
-        placement = Replicated(net, [mx.cpu(i) for i in range(devices)], accumulate)
-        parameters = named_parameters(net)
-        adamw = AdamW(parameters, weight_decays(parameters, 'reference', 'vit', 0.0), OptimConfig())
-        aggregation = SynchronousUpdate(parameters, adamw, make_communicator('local', ALONE), TrainConfig(batch_size=6),
-                                        clip)
-        yield placement, aggregation, lambda: np.concatenate(
-            [g.ravel() for g in official.export_weights(net, grad=True).values()])
+    def gradient(trainer):
+        return np.concatenate([g.ravel() for g in official.export_weights(trainer.placement.net, grad=True).values()])
 
-    placement, _, read = next(gradients(1, None, 1))
-    halves = []
+    halves, whole = [], build(VIT, 1, images=6, recipe='reference', clip=None)
     for part in (slice(0, 3), slice(3, 6)):
-        placement.forward_backward(take(batch, part), 6)
-        halves.append(read())
+        whole.placement.forward_backward(take(batch, part), 6)
+        halves.append(gradient(whole))
     clip = np.linalg.norm(halves[0]) / 4
     expected = halves[0] / 4 + halves[1]
-    placement, aggregation, read = next(gradients(2, clip, devices))
-    loss = placement.forward_backward(batch, 6, aggregation.clip_partial)
-    _, norm, _ = aggregation.step(0, 0.0, loss).asnumpy()
+    trainer = build(VIT, devices, 2, images=6, recipe='reference', clip=clip, decay=0)
+    _, norm, _ = trainer.train_step(batch).asnumpy()
     assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
     # MXNet's AdamW operator leaves the gradient multiplied with its scale.
-    np.testing.assert_allclose(read(), expected * clip / norm, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(gradient(trainer), expected * clip / norm, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize('poison', [float('nan'), 1e38])
 @pytest.mark.parametrize('devices', [1, 2])
 def test_a_non_finite_step_changes_nothing(poison, devices):
-    config = ModelConfig(**VIT)
-    net = build_simmim(config, seed=SEED)
-    placement = Replicated(net, [mx.cpu(i) for i in range(devices)])
-    parameters = named_parameters(net)
-    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig())
-    aggregation = SynchronousUpdate(parameters, adamw, make_communicator('local', ALONE), TrainConfig(batch_size=4),
-                                    5.0)
-    parameters['decoder.0.bias'].set_data(mx.nd.full((48,), poison))
-    before, moments = official.export_weights(net), adamw.arrays()
-    for step, batch in enumerate(batches(config, 2, 4)):
-        loss, norm, applied = aggregation.step(step, 1e-3, placement.forward_backward(batch, 4)).asnumpy()
+    trainer = build(VIT, devices, images=4, clip=5.0)
+    net, update_rule = trainer.placement.net, trainer.update_rule
+    named_parameters(net)['decoder.0.bias'].set_data(mx.nd.full((48,), poison))
+    before, moments = official.export_weights(net), update_rule.state_dict()
+    for batch in random_batches(trainer.config.model, 2, 4, SEED):
+        loss, norm, applied = trainer.train_step(batch).asnumpy()
         assert applied == 0 and not np.isfinite(loss * norm)
     after = official.export_weights(net)
     assert all(np.array_equal(before[n], after[n], equal_nan=True) for n in before)
-    assert all(np.array_equal(moments[n], value) for n, value in adamw.arrays().items())
+    assert all(np.array_equal(moments[n], value) for n, value in update_rule.state_dict().items())
 
 
 def test_validation_loss_is_the_mean_over_images():
-    config = ModelConfig(**dict(VIT, drop_path=0.0))
-    batch = next(batches(config, 1, 7))
-    net = build_simmim(config, seed=SEED)
-    one = Replicated(net, [mx.cpu(0)])
+    still = dict(VIT, drop_path=0.0)
+    batch = next(random_batches(ModelConfig(**still), 1, 7, SEED))
+    one, three = build(still, 1).placement, build(still, 3).placement
     apart = [one.loss(take(batch, slice(i, i + 1))).asscalar() for i in range(7)]
-    three = Replicated(build_simmim(config, seed=SEED), [mx.cpu(i) for i in range(3)])
     assert three.loss(batch).asscalar() == pytest.approx(sum(apart), rel=1e-5)
     fewer_than_devices = take(batch, slice(0, 2))
     assert three.loss(fewer_than_devices).asscalar() == pytest.approx(sum(apart[:2]), rel=1e-5)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple
 
 if TYPE_CHECKING:
-    from mxsimmim.config import ModelConfig
+    from mxsimmim.config import Config, ModelConfig
+    from mxsimmim.data.loader import Batch
     from mxsimmim.runtime.facts import Facts
 
 MODELS = {
@@ -101,7 +102,7 @@ def memory(field: str, file: str = '/proc/self/status') -> float:
 
 
 def our_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], precision: str, threads: int) -> Worker:
-    """The project's own placement, aggregation and optimiser, on random images with these masks.
+    """The project's own trainer, on random images with these masks.
 
     precision is float32 or bf16, on the best operators of this machine, or 'reference': float32 on MXNet's own.
     """
@@ -111,31 +112,37 @@ def our_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], 
     import mxnet as mx
     import numpy as np
 
-    from mxsimmim.data.loader import Batch
-    from mxsimmim.models import build_simmim, named_parameters
+    from mxsimmim.models import named_parameters
     from mxsimmim.ops import REFERENCE, select_backend
-    from mxsimmim.optim import AdamW, weight_decays
-    from mxsimmim.parallel.updates import SynchronousUpdate
-    from mxsimmim.parallel.placement import Replicated
-    from mxsimmim.parallel.communicators import make_communicator
-    from mxsimmim.runtime.process import ALONE
+    from mxsimmim.training.build import build_trainer
 
     backend = REFERENCE if precision == 'reference' else select_backend(precision, [mx.cpu()])
-    model, optim = cfg.ModelConfig(**keys), cfg.OptimConfig()
-    net = build_simmim(model, 0, backend)
-    parameters = named_parameters(net)
-    placement = Replicated(net, [mx.cpu()])
-    decays = weight_decays(parameters, optim.recipe, model.type, DECAY)
-    optimizer = AdamW(parameters, decays, optim, backend=backend)
-    aggregation = SynchronousUpdate(parameters, optimizer, make_communicator('local', ALONE), cfg.TrainConfig(), CLIP)
-    rng = np.random.default_rng(0)
-    images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
-                   mask=np.array(hidden, np.uint8), uniform=np.empty((batch, 0), np.float32), epoch=0,
-                   index=np.arange(batch))
-    updates = iter(range(sys.maxsize))
+    config = step_config(keys, batch, 'local')
+    trainer = build_trainer(config, backend=backend)
+    images = random_batch(config.model, np.array(hidden, np.uint8), 0)
+    parameters = named_parameters(trainer.placement.net).values()
 
     def step() -> None:
-        aggregation.step(next(updates), RATE, placement.forward_backward(images, batch))
+        trainer.train_step(images)
 
-    return Worker(step, mx.nd.waitall, sum(int(np.prod(p.shape)) for p in parameters.values()),
-                  f'MXNet {mx.__version__}')
+    return Worker(step, mx.nd.waitall, sum(int(np.prod(p.shape)) for p in parameters), f'MXNet {mx.__version__}')
+
+
+def step_config(keys: Dict[str, Any], batch: int, store: str) -> 'Config':
+    """Configure a trainer whose steps are measured: nothing is logged, and no image is read of the source it names."""
+    from mxsimmim.config import Config
+    return Config(model=keys, mask={'patch_size': CELL, 'ratio': RATIO}, data={'path': 'digits', 'val_fraction': 0},
+                  devices=['cpu(0)'], log={'every': 10 ** 9},
+                  optim={'base_lr': RATE * 512 / batch, 'weight_decay': DECAY, 'clip_grad': CLIP, 'warmup': 0,
+                         'schedule': 'constant'},
+                  train={'batch_size': batch, 'store': store, 'length': 10 ** 9})
+
+
+def random_batch(model: 'ModelConfig', mask: Any, seed: int) -> 'Batch':
+    """Random images for masks (B, h, w)."""
+    import numpy as np
+
+    from mxsimmim.data.loader import Batch
+    count = len(mask)
+    image = np.random.default_rng(seed).integers(0, 256, (count, model.img_size, model.img_size, 3), np.uint8)
+    return Batch(image=image, mask=mask, uniform=np.empty((count, 0), np.float32), epoch=0, index=np.arange(count))

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from common import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, require_torch
+from common import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, random_batch, require_torch, step_config
 
 if TYPE_CHECKING:
     from mxsimmim.runtime.process import ProcessInfo
@@ -147,16 +147,16 @@ def clock(function: Callable[[], None], worker: Worker, times: int) -> float:
 
 
 def join(threads: int) -> 'ProcessInfo':
-    """This process's place in its job, MXNet's environment being prepared; a server or scheduler ends in here."""
+    """Prepare MXNet's environment; return which process of its job this is; a server or scheduler ends in here."""
     from mxsimmim import config as cfg
     from mxsimmim.runtime import environment
     from mxsimmim.runtime.process import world
     environment.prepare(cfg.RuntimeConfig(threads=threads))
-    place = world(os.environ)
-    if place.role != 'worker':
+    process = world(os.environ)
+    if process.role != 'worker':
         from mxsimmim.parallel.server import serve
         sys.exit(serve())
-    return place
+    return process
 
 
 def join_gloo() -> Tuple[int, int]:
@@ -173,53 +173,43 @@ def join_gloo() -> Tuple[int, int]:
 
 
 def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
-    """What the training loop is made of, with the store of this mode where there are two workers."""
-    place = join(threads=1)
+    """The parts of a trainer, with the communicator of this mode where there are two workers."""
+    process = join(threads=1)
     import mxnet as mx
     import numpy as np
 
-    from mxsimmim import config as cfg
-    from mxsimmim.data.loader import Batch
-    from mxsimmim.models import build_simmim, named_parameters
     from mxsimmim.ops import select_backend
-    from mxsimmim.optim import AdamW, weight_decays
-    from mxsimmim.parallel.updates import SynchronousUpdate
-    from mxsimmim.parallel.control import connect
-    from mxsimmim.parallel.strategies import horovod_settings
-    from mxsimmim.parallel.placement import Replicated
     from mxsimmim.parallel.communicators import make_communicator
+    from mxsimmim.parallel.control import connect
+    from mxsimmim.parallel.strategies import Strategy, horovod_settings
+    from mxsimmim.parallel.updates import SynchronousUpdate
+    from mxsimmim.training.build import build_trainer, build_update_rule
     from mxsimmim.training.timetable import expected_step
-    from mxsimmim.runtime.process import ALONE
 
-    model, optim = cfg.ModelConfig(**keys), cfg.OptimConfig()
-    backend = select_backend(precision, [mx.cpu()])
-    net = build_simmim(model, 0, backend)
-    parameters = named_parameters(net)
-    placement = Replicated(net, [mx.cpu()])
-    decays = weight_decays(parameters, optim.recipe, model.type, DECAY)
-    optimizer = AdamW(parameters, decays, optim, backend=backend)
-    total = batch * place.size
-    train = cfg.TrainConfig(batch_size=total)
-    local = make_communicator('local', ALONE)
-    step_time = expected_step(cfg.Config(model=model, train=train), place)
-    os.environ.update({**horovod_settings(step_time), **os.environ})  # as mxsimmim.training.trainer does
-    control = connect(place, os.environ)
-    store = make_communicator(MODES[mode][2], place, control) if place.size > 1 else local
-    alone, together = (SynchronousUpdate(parameters, optimizer, s, train, CLIP) for s in (local, store))
-    handle = store.register(together.gradients())
-    rng = np.random.default_rng(place.rank)
-    images = Batch(image=rng.integers(0, 256, (batch, model.img_size, model.img_size, 3), np.uint8),
-                   mask=rng.integers(0, 2, (batch, model.grid, model.grid), np.uint8),
-                   uniform=np.empty((batch, 0), np.float32), epoch=0, index=np.arange(batch))
+    total, store = batch * process.size, MODES[mode][2] if process.size > 1 else 'local'
+    config = step_config(keys, total, store)
+    os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})  # as training.start does
+    control = connect(process, os.environ)
+    communicator = make_communicator(store, process, control)
+    trainer = build_trainer(config, process, communicator=communicator,
+                            backend=select_backend(precision, [mx.cpu()]))
+    placement, together = trainer.placement, trainer.update_rule
+    assert isinstance(together, SynchronousUpdate)
+    alone = build_update_rule(config, trainer.task, placement.net, Strategy('local', 'sync'),
+                              make_communicator('local'), trainer.timetable, trainer.split, together.optimizer)
+    handle = communicator.register(together.gradients())
+    rng = np.random.default_rng(process.rank)
+    images = random_batch(config.model, rng.integers(0, 2, (batch, config.model.grid, config.model.grid), np.uint8),
+                          process.rank)
     updates = iter(range(sys.maxsize))
 
-    def step(aggregation: SynchronousUpdate) -> None:
+    def step(update_rule: SynchronousUpdate) -> None:
         update = next(updates)
-        aggregation.step(update, RATE, placement.forward_backward(images, total))
-        aggregation.poll_stop(update + 1, False)
+        update_rule.step(update, RATE, placement.forward_backward(images, total))
+        update_rule.poll_stop(update + 1, False)
 
-    return Worker(lambda: step(together), lambda: step(alone), lambda: store.all_reduce(handle), mx.nd.waitall,
-                  lambda: control.barrier('round'), place.rank, place.size)
+    return Worker(lambda: step(together), lambda: step(alone), lambda: communicator.all_reduce(handle),
+                  mx.nd.waitall, lambda: control.barrier('round'), process.rank, process.size)
 
 
 def torch_worker(keys: dict, batch: int, _: str, precision: str) -> Worker:

@@ -7,26 +7,26 @@ A fault that shows in one start of four shows here. Prints `ok TIMES` on every w
 import os
 import sys
 
-import mxnet as mx
 import numpy as np
 
-from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
+from mxsimmim.config import Config
 from mxsimmim.data.loader import Batch
-from mxsimmim.data.sampling import split
 from mxsimmim.interop import official
-from mxsimmim.models import build_simmim, named_parameters
-from mxsimmim.ops import select_backend
-from mxsimmim.optim import AdamW, weight_decays
-from mxsimmim.parallel.updates import SynchronousUpdate
-from mxsimmim.parallel.control import connect
-from mxsimmim.parallel.placement import Replicated
-from mxsimmim.parallel.replicas import compare
 from mxsimmim.parallel.communicators import make_communicator
+from mxsimmim.parallel.control import connect
 from mxsimmim.runtime.process import ALONE, world
+from mxsimmim.training.build import build_trainer
 
-# Squared error: the gradient of the absolute one jumps where a rounding changes the sign of a difference.
-MODEL = ModelConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, loss='mse')
-STEPS, IMAGES = 4, 12
+STEPS, IMAGES, RATE = 4, 12, 1e-2
+
+
+def config_of(seed, store, devices):
+    """Squared error: the gradient of the absolute one jumps where a rounding changes the sign of a difference."""
+    return Config(model=dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, loss='mse'),
+                  mask=dict(patch_size=4), data=dict(path='digits', val_fraction=0), seed=seed,
+                  devices=[f'cpu({i})' for i in range(devices)],
+                  optim=dict(recipe='fixed', schedule='constant', warmup=0, base_lr=RATE * 512 / IMAGES, clip_grad=0.5),
+                  train=dict(batch_size=IMAGES, store=store, check_replicas=STEPS, length=100), log=dict(every=100))
 
 
 def batches(seed, part):
@@ -37,29 +37,23 @@ def batches(seed, part):
         yield Batch(image[part], mask[part], np.zeros((IMAGES, 0), 'float32')[part], 0, np.arange(IMAGES)[part])
 
 
-def trained(seed, backend, store, devices, part):
-    net = build_simmim(MODEL, seed, backend)
-    placement = Replicated(net, [mx.cpu(i) for i in range(devices)])
-    parameters = named_parameters(net)
-    adamw = AdamW(parameters, weight_decays(parameters, 'fixed', 'vit', 0.05), OptimConfig(), backend=backend)
-    aggregation = SynchronousUpdate(parameters, adamw, store, TrainConfig(batch_size=IMAGES), 0.5)
-    for step, batch in enumerate(batches(seed, part)):
-        aggregation.step(step, 1e-2, placement.forward_backward(batch, IMAGES))
-    compare(parameters, store.control, STEPS)
-    weights = official.export_weights(net)
+def trained(trainer):
+    for batch in batches(trainer.config.seed, trainer.split.part):
+        trainer.train_step(batch)
+    trainer.check_replicas()
+    weights = official.export_weights(trainer.placement.net)
     return np.concatenate([weights[name].ravel() for name in sorted(weights)])
 
 
 def main():
-    name, times, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    place = world(os.environ)
-    backend = select_backend('float32', [mx.cpu()])
-    store = make_communicator(name, place, connect(place, os.environ))
+    store, times, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    process = world(os.environ)
+    communicator = make_communicator(store, process, connect(process, os.environ))
     for seed in range(times):
-        ours = trained(seed, backend, store, devices, split(IMAGES, place.size)[place.rank])
-        alone = trained(seed, backend, make_communicator('local', ALONE), 1, slice(0, IMAGES))
+        ours = trained(build_trainer(config_of(seed, store, devices), process, communicator=communicator))
+        alone = trained(build_trainer(config_of(seed, 'local', 1), ALONE))
         difference = np.linalg.norm(ours - alone) / np.linalg.norm(alone)
-        assert difference < 1e-5, f'rank {place.rank}, seed {seed}: {difference}'
+        assert difference < 1e-5, f'rank {process.rank}, seed {seed}: {difference}'
     print('ok', times, flush=True)
 
 

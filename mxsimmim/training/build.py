@@ -1,0 +1,118 @@
+"""Builds a trainer of a configuration: network, placement, division of the batch, update rule, averaged weights."""
+from typing import List, Optional, Union
+
+from mxnet.gluon import HybridBlock
+
+from ..config import Config
+from ..data.batch_split import BatchSplit, split_batch
+from ..interop import official
+from ..models import named_parameters
+from ..ops import OpBackend, select_backend
+from ..optim import OPTIMIZERS, Optimizer
+from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
+from ..parallel.average import WeightAverage
+from ..parallel.communicators import Communicator, make_communicator
+from ..parallel.control import ControlPlane
+from ..parallel.placement import Replicated, contexts_of
+from ..parallel.strategies import Strategy, strategy_of
+from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
+from ..runtime.process import ALONE, ProcessInfo
+from ..tasks.registry import TASKS, Task
+from .checkpoint import Checkpoint
+from .pretrained import load_encoder
+from .run_logger import Quiet, RunLogger
+from .timetable import Timetable, timetable_of
+from .trainer import Trainer, UpdateRule
+
+
+def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[Task] = None,
+                  communicator: Optional[Communicator] = None, checkpoint: Optional[Checkpoint] = None,
+                  logger: Union[RunLogger, Quiet, None] = None, backend: Optional[OpBackend] = None) -> Trainer:
+    """Build everything that training needs, from initial weights, an encoder or a checkpoint.
+
+    Args:
+        process: which of the job's workers this is; all of them build at the same time.
+        task: what `config.task` names, if it is there already.
+        communicator: reduces arrays over the workers; may be left out where there is only one.
+        checkpoint: to go on from. Only rank 0's has arrays; the other workers get them from it.
+        logger: hears of everything; by default messages go to standard error and nothing is written.
+        backend: computes, the same in all workers; by default the best that this one has, see `select_backend`.
+
+    Raises:
+        ValueError: choices that do not go together, images or devices that are not there, an encoder that does not fit.
+    """
+    task, logger = task or TASKS[config.task](config), logger or Quiet()
+    strategy = strategy_of(config, process)
+    timetable = timetable_of(config, len(task.source), strategy)
+    contexts = contexts_of(config.devices, process)
+    backend = backend or select_backend(config.runtime.precision, contexts)
+    net = build_network(config, process, task, backend, checkpoint, logger)
+    placement = Replicated(net, contexts, config.train.accumulate)
+    communicator = communicator or build_communicator(strategy, process)
+    split = build_split(config, task, communicator, len(placement.contexts) * config.train.accumulate, checkpoint)
+    update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split)
+    step, state, arrays = (checkpoint.step, checkpoint.state, checkpoint.arrays) if checkpoint else (0, {}, {})
+    if checkpoint or config.model.pretrained:
+        update_rule.load_state_dict(arrays['optimizer'] if arrays else None, step)
+    average = None
+    if config.train.ema:
+        # All workers hold the same one: rank 0's, of its checkpoint.
+        average = WeightAverage(named_parameters(net), config.train.ema, arrays.get('ema'))
+        if checkpoint:
+            average.share(communicator)
+    return Trainer(config, timetable, task, placement, update_rule, split, average, logger, step, state)
+
+
+def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpBackend,
+                  checkpoint: Optional[Checkpoint], logger: Union[RunLogger, Quiet]) -> HybridBlock:
+    """Build the network with the weights it starts from; rank 0's are the ones that count."""
+    arrays = checkpoint.arrays if checkpoint else {}
+    net = task.network(not arrays, backend)
+    if arrays:
+        official.load_weights(net, arrays['weights'])
+    elif task.takes_encoder and config.model.pretrained and not checkpoint and process.rank == 0:
+        logger.message(load_encoder(net, config.model.pretrained))
+    return net
+
+
+def build_communicator(strategy: Strategy, process: ProcessInfo, control: Optional[ControlPlane] = None
+                       ) -> Communicator:
+    """Build what reduces arrays over the workers of a job."""
+    make = WeightServers if strategy.store == 'dist_async' else make_communicator
+    return make(strategy.store, process, control)
+
+
+def build_split(config: Config, task: Task, communicator: Communicator, needed: int,
+                checkpoint: Optional[Checkpoint] = None) -> BatchSplit:
+    """Divide the batch among the workers; this one needs an image for each of its devices and micro-batches.
+
+    Raises:
+        ValueError: there are not enough images, see `split_batch`.
+    """
+    mesh, least = communicator.control.mesh, communicator.control.all_gather('devices and micro-batches', needed)
+    weights, group = config.data.worker_weights, task.transform().group
+    if weights == 'auto' and checkpoint and len(checkpoint.state['images']) == mesh.data:
+        images: List[int] = checkpoint.state['images']
+    else:
+        images = split_batch(config.train.batch_size, [1] * mesh.data if isinstance(weights, str) else weights, least,
+                             group)
+    return BatchSplit(images, mesh.coordinate('data'), least, group)
+
+
+def build_update_rule(config: Config, task: Task, net: HybridBlock, strategy: Strategy, communicator: Communicator,
+                      timetable: Timetable, split: BatchSplit, optimizer: Optional[Optimizer] = None) -> UpdateRule:
+    """Build the update rule that `strategy` names, for a network that has been placed.
+
+    `optimizer` is that of another update rule for the same network, to be shared; by default a new one.
+    """
+    optim, train = config.optim, config.train
+    parameters, groups = named_parameters(net), task.groups(net)
+    scales, decays = ({name: group[i] for name, group in groups.items()} for i in range(2))
+    if strategy.aggregation == 'async':
+        return AsynchronousUpdate(parameters, decays, communicator, config, timetable.per_epoch, timetable.total,
+                                  scales, net.backend)
+    optimizer = optimizer or OPTIMIZERS[optim.type](parameters, decays, optim, scales, net.backend)
+    if strategy.aggregation == 'sync':
+        return SynchronousUpdate(parameters, optimizer, communicator, train, optim.clip_grad)
+    kind = {'local_sgd': LocalSGD, 'elastic': ElasticAverage}[strategy.aggregation]
+    return kind(parameters, optimizer, communicator, train, optim.clip_grad, split, timetable.total)

@@ -1,0 +1,156 @@
+"""`mxsimmim pretrain` and `finetune`: joins a job, goes on from its last checkpoint, trains, and says how it went."""
+import contextlib
+import os
+from pathlib import Path
+from types import MappingProxyType
+from typing import Callable, Iterator, List, Mapping, Optional, Union
+
+import mxnet as mx
+import numpy as np
+
+from ..config import Config, Duration, configfile
+from ..config.schedule import fitted
+from ..data.sampling import steps_per_epoch
+from ..data.sources import notes_of
+from ..models import named_parameters
+from ..models.cost import multiply_adds
+from ..ops import REFERENCE, OpBackend, select_backend
+from ..parallel.communicators import Communicator
+from ..parallel.control import ControlPlane, connect
+from ..parallel.placement import contexts_of
+from ..parallel.strategies import Strategy, horovod_settings, strategy_of
+from ..runtime.process import ProcessInfo, world
+from ..system import files
+from ..tasks.registry import TASKS, Task, check_same_job
+from .build import build_communicator, build_trainer
+from .checkpoint import Checkpoint, discard_after
+from .room import check_room
+from .run_folder import Stop, checkpoint_to_resume, folder_of, locked, write_config
+from .run_logger import Quiet, RunLogger, read_metrics
+from .timetable import expected_step, timetable_of
+from .trainer import Trainer
+
+
+def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})) -> int:
+    """Train until the end, an error or a signal; return the exit status, 128 + its number for a signal.
+
+    Args:
+        written: for which train.length parts of the schedule were written, as `schedule.fitted` takes it.
+
+    Raises:
+        ValueError: whatever the user can mend; checkpoints written before stay whole.
+    """
+    process = world(os.environ)
+    strategy = strategy_of(config, process)
+    contexts = contexts_of(config.devices, process)
+    folder = folder_of(config)
+    notes = files.try_place(folder) if process.rank == 0 else []
+    task = TASKS[config.task](config)
+    config, fitting = fitted(config, written, steps_per_epoch(len(task.source), config.train.batch_size))
+    notes += fitting
+    total = timetable_of(config, len(task.source), strategy).total
+    if process.rank == 0:
+        check_room(config, task, folder, total)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        if process.rank == 0:
+            stack.enter_context(locked(folder, notes.append))
+        communicator = stack.enter_context(joined(config, strategy, process))
+        check_same_job(config, task, communicator.control)
+        backend = agree_on_backend(config, contexts, communicator.control, notes.append)
+        checkpoint = find_checkpoint(config, task, communicator.control, notes.append)
+        logger: Union[RunLogger, Quiet] = Quiet()
+        if process.rank == 0:
+            first = checkpoint.step if checkpoint else 0
+            write_config(folder, config)
+            discard_after(folder / 'best', first)  # of what this run will do anew
+            logger = stack.enter_context(RunLogger(folder, total, first))
+        for note in [*notes_of(task.source, task.held_out), *notes]:
+            logger.message(note)
+        trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
+        if process.rank == 0:
+            introduce(trainer, checkpoint, strategy, process)
+        stopped = trainer.fit(stop)
+        conclude(trainer, folder, not stopped)
+    return 128 + stopped if stopped else 0
+
+
+@contextlib.contextmanager
+def joined(config: Config, strategy: Strategy, process: ProcessInfo) -> Iterator[Communicator]:
+    """While entered, this process is a part of its job: has its control plane, and what reduces arrays."""
+    if strategy.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
+        os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
+    with connect(process, os.environ) as control:
+        yield build_communicator(strategy, process, control)
+
+
+def agree_on_backend(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]
+                     ) -> OpBackend:
+    """Select the operators of this worker: native ones, if all workers have them.
+
+    Forms differ in the last bits, also of an update, and all workers must make the same one.
+
+    Raises:
+        ValueError: the configuration asks for what only native operators do.
+    """
+    backend = select_backend(config.runtime.precision, contexts)
+    native = control.all_gather('form of the operators', backend.is_native)
+    if config.model.recompute and not all(native):
+        raise ValueError("key 'model.recompute': only native operators, on CPUs, can compute activations again, and "
+                         f'rank {native.index(False)} has none (`mxsimmim doctor` says why): write '
+                         'model.recompute=false, and use train.accumulate to need less memory')
+    if all(native) or not backend.is_native:
+        return backend
+    log(f'rank {native.index(False)} computes with reference operators (its log says why): so do all')
+    return REFERENCE
+
+
+def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Callable[[str], None]
+                    ) -> Optional[Checkpoint]:
+    """Find what this run goes on from, in all workers; only rank 0 reads it, and has its arrays.
+
+    Raises:
+        ValueError: see `checkpoint_to_resume`.
+    """
+    saved = checkpoint_to_resume(config, len(task.source), task.classes, log) if control.rank == 0 else None
+    told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
+    return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
+
+
+def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo) -> None:
+    """Say what is about to be trained, on what, and from where."""
+    config, timetable, say = trainer.config, trainer.timetable, trainer.logger.message
+    say(configfile.to_yaml(config).rstrip())
+    sizes = [int(np.prod(p.shape)) for p in named_parameters(trainer.placement.net).values()]
+    operations = multiply_adds(config.model, decoder=config.task == 'pretrain') / 1e9
+    say(f'{config.model.type}: {sum(sizes):,} parameters, {operations:.2f} GFLOPs an image (multiply-adds of a forward '
+        'pass)')
+    say(f'{len(trainer.task.source):,} training images, {timetable.per_epoch:,} steps an epoch, {timetable.total:,} in '
+        f'all, on {", ".join(map(str, trainer.placement.contexts))}')
+    say(trainer.placement.net.backend.describe())
+    if process.size > 1:
+        servers = f' through {process.servers} server{"s"[:process.servers > 1]}' if process.servers else ''
+        say(f'{process.size} workers{servers}, {strategy.aggregation} over {strategy.store}; images a step: '
+            f'{list(trainer.split.images)}')
+    if trainer.evaluator:
+        say(f'{trainer.evaluator.images:,} held-out images')
+    else:
+        say('no validation: set data.val_path or data.val_fraction to measure on held-out images')
+    if checkpoint:
+        say(f'going on from {checkpoint.path}' if checkpoint.step < timetable.total
+            else f'{checkpoint.path} is the end of this run')
+
+
+def conclude(trainer: Trainer, folder: Path, finished: bool) -> None:
+    """Say what a reader wants to know last: how good it got, and where everything is."""
+    say, task, control = trainer.logger.message, trainer.task, trainer.control
+    if trainer.plateau.ended:
+        say(f'stopped: {trainer.config.train.stop_early} validations without a new best (train.stop_early)')
+    rows = control.broadcast_object('validations', lambda: [row for row in read_metrics(folder) if 'val_loss' in row])
+    if finished and rows and trainer.evaluator:
+        with trainer.consolidated_model():
+            if task.classes or control.rank == 0:  # a classifier is evaluated by all workers
+                say(task.conclusion(trainer.evaluator, rows, trainer.timetable.total, trainer.placement, folder))
+    if any((folder / 'pictures').glob('*')):
+        say(f'pictures: {folder}/pictures')
+    say(f'curves: mxsimmim plot {folder}')

@@ -1,0 +1,47 @@
+"""A trainer of a tiny network, and batches for it that no loader has read."""
+import numpy as np
+
+from mxsimmim.config import Config
+from mxsimmim.data.loader import Batch
+from mxsimmim.ops import REFERENCE
+from mxsimmim.runtime.process import ALONE
+from mxsimmim.training.build import build_trainer
+
+SECTIONS = {
+    'model': dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2),
+    'mask': dict(patch_size=8),
+    'data': dict(path='digits', val_fraction=0, threads=1),
+    'optim': dict(schedule='constant', warmup=0),
+    'train': dict(batch_size=8, length=1000),
+    'log': dict(every=1000),
+}
+
+
+def tiny_config(rate=1e-3, **sections):
+    """What `SECTIONS` say, key by key overridden by `sections`; `rate` is the learning rate of every step."""
+    merged = {name: {**SECTIONS.get(name, {}), **keys} if isinstance(keys, dict) else keys
+              for name, keys in {**SECTIONS, **sections}.items()}
+    merged['optim'] = {'base_lr': rate * 512 / merged['train']['batch_size'], **merged['optim']}
+    return Config(**merged)
+
+
+def build_tiny_trainer(process=ALONE, communicator=None, backend=REFERENCE, **sections):
+    """The trainer of `tiny_config(**sections)`; it writes nothing."""
+    return build_trainer(tiny_config(**sections), process, communicator=communicator, backend=backend)
+
+
+def random_batches(model, steps, images, seed):
+    """Batches of random images; half of the 8 x 8 cells of each are masked."""
+    rng = np.random.default_rng(seed)
+    side, scale = model.img_size // 8, 8 // model.patch_size
+    for _ in range(steps):
+        hidden = np.argsort(rng.random((images, side * side)), 1) < max(1, side * side // 2)
+        mask = hidden.reshape(images, side, side).repeat(scale, 1).repeat(scale, 2)
+        uniform = rng.random((images, 2 * model.blocks if model.drop_path else 0), 'float32')
+        yield Batch(rng.integers(0, 256, (images, model.img_size, model.img_size, 3), 'uint8'),
+                    mask.astype('uint8'), uniform, 0, np.arange(images))
+
+
+def take(batch, part):
+    """Some images of a batch."""
+    return batch._replace(**{name: getattr(batch, name)[part] for name in ('image', 'mask', 'uniform', 'index')})
