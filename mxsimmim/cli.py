@@ -60,10 +60,9 @@ def _train(task: str, args: argparse.Namespace) -> int:
 def reconstruct(args: argparse.Namespace) -> int:
     from .training import run_folder
     from .runtime import environment
-    config = run_folder.read_config(args.run)
-    environment.prepare(config.runtime)
+    environment.prepare(run_folder.read_config(args.run).runtime)
     from .inference import reconstruct
-    print(reconstruct.reconstruct(Path(args.run), config, args.images, Path(args.output), args.seed))
+    print(reconstruct.reconstruct(Path(args.run), args.images, Path(args.output), args.seed))
     return 0
 
 

@@ -6,28 +6,23 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from ..runtime.memory import ran_out
 from .sampling import generator, split
 from .sources import Source
-from .transforms import ClassifyEvalTransform, ClassifyTransform, EvalTransform, PretrainTransform, decode
-
-Transform = Union[PretrainTransform, EvalTransform, ClassifyTransform, ClassifyEvalTransform]
+from .transforms import Fields, Transform, decode
 
 GRACE = 5.0  # seconds that the images in work may take at the end
 
 
 class Batch(NamedTuple):
     """What one update, or one worker's part of it, is computed from."""
-    image: np.ndarray  # uint8 (B, S, S, 3), or float32 (B, 3, S, S), normalised, where a classifier is trained
-    mask: np.ndarray  # uint8 (B, h, w), 1 = masked; (B, 0, 0) for a classifier
-    uniform: np.ndarray  # float32 (B, U), in [0, 1), for stochastic depth
+    fields: Fields  # (B, …) each: what the task's transform returns of B images, stacked
     epoch: int
-    index: np.ndarray  # (B,), which samples were asked for
-    label: np.ndarray = np.empty((0, 0), np.float32)  # (B, K), target distributions; K = 0 in pre-training
+    index: np.ndarray  # (B,), which images of the source were asked for
 
 
 class TooManyBroken(ValueError):
@@ -111,8 +106,7 @@ class Loader:
     def _submit(self, step: int, tasks: queue.SimpleQueue) -> Batch:
         """Queues a step's samples; returns the batch that the threads will fill."""
         epoch, index = self._batches(step)
-        image, mask, uniform, label = self._transform.allocate(len(index))
-        batch = Batch(image, mask, uniform, epoch, np.asarray(index), label)
+        batch = Batch(self._transform.allocate(len(index)), epoch, np.asarray(index))
         for positions in self._groups(len(index)):
             tasks.put((step, batch, positions))
         return batch
@@ -134,11 +128,12 @@ class Loader:
         asked = [int(batch.index[position]) for position in positions]
         for position, index in zip(positions, asked):
             found, image = self._read(index)
-            sample = self._transform(image, generator(self._seed, batch.epoch, index), found)
-            batch.image[position], batch.mask[position], batch.uniform[position], batch.label[position] = sample
+            for name, value in self._transform(image, generator(self._seed, batch.epoch, index), found).items():
+                batch.fields[name][position] = value
         if len(positions) == 2:
             pair = slice(positions.start, positions.stop)
-            self._transform.mix(batch.image[pair], batch.label[pair], generator(self._seed, batch.epoch, *asked))
+            self._transform.mix({name: array[pair] for name, array in batch.fields.items()},
+                                generator(self._seed, batch.epoch, *asked))
 
     def _read(self, index: int) -> Tuple[int, np.ndarray]:
         """The number and the pixels of this image, or of the next one after it that can be read."""

@@ -4,7 +4,7 @@ Images are uint8 (H, W, 3) RGB throughout; they become normalised floats on the 
 the transfer. A classifier's training images are the exception: the noise that erases parts of them is not in bytes.
 """
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, Optional, Protocol, Tuple
 
 import cv2
 import numba
@@ -17,15 +17,30 @@ from .decode import MAX_PIXELS, STRIP, BrokenImage, decode  # noqa: F401, for th
 from .masks import random_mask
 
 
-class Sample(NamedTuple):
-    """What the network gets of one image."""
-    image: np.ndarray  # uint8 (S, S, 3), or float32 (3, S, S), normalised, where a classifier is trained
-    mask: np.ndarray  # uint8 (h, w), 1 = masked; (0, 0) for a classifier
-    uniform: np.ndarray  # float32 (U,) in [0, 1), for stochastic depth: data, so that no device or worker matters
-    label: np.ndarray  # float32 (K,), the target distribution over the classes; K = 0 in pre-training
+Fields = Dict[str, np.ndarray]
+"""What a network gets, by name: of one image, or of a batch with one more dimension in front.
+
+image: uint8 (S, S, 3), or float32 (3, S, S), normalised, where a classifier is trained.
+mask: uint8 (h, w), 1 = masked.
+label: float32 (K,), the target distribution over the classes.
+uniform: float32 (U,) in [0, 1), for stochastic depth: data, so that no device or worker matters.
+"""
 
 
-NO_LABEL, NO_MASK = np.empty(0, np.float32), np.empty((0, 0), np.uint8)
+class Transform(Protocol):
+    """What is done to each image, and which fields of a batch are made of it."""
+    group: int = 1  # images that are transformed together: 1, or 2 that `mix` gets
+    upright: bool  # how the images it is given are decoded
+
+    def allocate(self, count: int) -> Fields:
+        """Returns uninitialised arrays for `count` images."""
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
+        """Returns the fields of image (H, W, 3), uint8, which is number `index` of its source."""
+
+    def mix(self, pair: Fields, rng: np.random.Generator) -> None:
+        """Changes the fields of two images, in place; only where `group` is 2."""
+        raise AssertionError('images of this transform stay alone')
 
 
 def random_crop(rng: np.random.Generator, height: int, width: int, scale: Tuple[float, float],
@@ -123,58 +138,48 @@ def _resize_rows(rows, out, n, base, size, start, backwards, bicubic):
             target[i] = min(max(sums[i] >> 22, 0), 255)
 
 
-class PretrainTransform:
-    """Random mask, flip and resized crop; called with (image (H, W, 3), rng, its number), returns a `Sample`.
+class PretrainTransform(Transform):
+    """Random mask, flip and resized crop: fills image, mask and, where the network drops branches, uniform.
 
     The mask is drawn first, so that it depends on the generator alone and not on the image's size.
     """
-    group = 1  # images that are transformed together
 
     def __init__(self, data: DataConfig, mask: MaskConfig, model: ModelConfig):
         self._data, self._mask, self._model = data, mask, model
-        self._uniforms, self._bicubic = _uniforms(model), data.interpolation == 'bicubic'
-        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
+        self._bicubic = data.interpolation == 'bicubic'
+        self.upright = bool(data.exif_orientation)
 
-    def allocate(self, count: int) -> Sample:
-        """Uninitialised arrays for `count` samples."""
-        return _allocate(count, self._model, self._uniforms)
+    def allocate(self, count: int) -> Fields:
+        return {'image': _pixels(count, self._model.img_size), 'mask': _masks(count, self._model),
+                **_empty_uniform(count, self._model)}
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Sample:
-        mask = _draw_mask(rng, self._mask, self._model)
-        uniform = rng.random(self._uniforms, np.float32)
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
+        mask = draw_mask(rng, self._mask, self._model)
+        uniform = _draw_uniform(rng, self._model)
         flip = rng.random() < self._data.flip
         top, left, height, width = random_crop(rng, *image.shape[:2], self._data.crop_scale, self._data.crop_ratio)
         cropped = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
-        return Sample(cropped, mask, uniform, NO_LABEL)
+        return {'image': cropped, 'mask': mask, **uniform}
 
 
-class EvalTransform:
-    """The largest square in the middle, resized as in training, with a mask from the generator; called like the above.
-
-    `Sample.uniform` is empty: nothing else is random.
-    """
-    group = 1  # images that are transformed together
+class EvalTransform(Transform):
+    """The largest square in the middle, resized as in training, with a mask: fills image and mask."""
 
     def __init__(self, data: DataConfig, mask: MaskConfig, model: ModelConfig):
         self._mask, self._model = mask, model
-        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
+        self.upright = bool(data.exif_orientation)
 
-    def allocate(self, count: int) -> Sample:
-        """Uninitialised arrays for `count` samples."""
-        return _allocate(count, self._model, 0)
+    def allocate(self, count: int) -> Fields:
+        return {'image': _pixels(count, self._model.img_size), 'mask': _masks(count, self._model)}
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Sample:
-        height, width = image.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = resize(image[top:top + side, left:left + side], self._model.img_size)
-        return Sample(square, _draw_mask(rng, self._mask, self._model), np.empty(0, np.float32), NO_LABEL)
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
+        return {'image': middle_square(image, self._model.img_size), 'mask': draw_mask(rng, self._mask, self._model)}
 
 
-class ClassifyTransform:
-    """Random flip and resized crop, RandAugment, normalisation and random erasing; called like the above.
+class ClassifyTransform(Transform):
+    """Random flip and resized crop, RandAugment, normalisation and random erasing.
 
-    `Sample.image` is float32 (3, S, S), normalised; `Sample.label` the smoothed target of the image's number.
+    Fills image, normalised; label, the smoothed target of the image's number; and uniform as in pre-training.
     """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, model: ModelConfig, labels: np.ndarray, classes: int):
@@ -188,18 +193,17 @@ class ClassifyTransform:
         self._labels, self._classes, self._bicubic = labels, classes, data.interpolation == 'bicubic'
         self._how = {'resample': Image.BICUBIC if self._bicubic else Image.BILINEAR,
                      'fillcolor': tuple(round(255 * mean) for mean in data.mean)}
-        self.group = 2 if mixes(augment) else 1  # images that are transformed together
-        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
+        self.group = 2 if mixes(augment) else 1
+        self.upright = bool(data.exif_orientation)
 
-    def allocate(self, count: int) -> Sample:
-        """Uninitialised arrays for `count` samples."""
-        size, uniforms = self._model.img_size, _uniforms(self._model)
-        return Sample(np.empty((count, 3, size, size), np.float32), np.empty((count, 0, 0), np.uint8),
-                      np.empty((count, uniforms), np.float32), np.empty((count, self._classes), np.float32))
+    def allocate(self, count: int) -> Fields:
+        size = self._model.img_size
+        return {'image': np.empty((count, 3, size, size), np.float32),
+                'label': np.empty((count, self._classes), np.float32), **_empty_uniform(count, self._model)}
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int) -> Sample:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         data, augment = self._data, self._augment
-        uniform = rng.random(_uniforms(self._model), np.float32)
+        uniform = _draw_uniform(rng, self._model)
         flip = rng.random() < data.flip
         top, left, height, width = random_crop(rng, *image.shape[:2], data.crop_scale, data.crop_ratio)
         pixels = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
@@ -207,37 +211,39 @@ class ClassifyTransform:
             pixels = np.asarray(rand_augment(Image.fromarray(pixels), rng, augment, self._how))
         result = normalise(pixels, data.mean, data.std)
         erase(result, rng, augment.erasing)
-        return Sample(result, NO_MASK, uniform, smooth_label(self._labels[index], self._classes, augment.smoothing))
+        label = smooth_label(self._labels[index], self._classes, augment.smoothing)
+        return {'image': result, 'label': label, **uniform}
 
-    def mix(self, images: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> None:
-        """mixup or CutMix of two samples, in place: images (2, 3, S, S), targets (2, K)."""
-        mix_pair(images, targets, rng, self._augment)
+    def mix(self, pair: Fields, rng: np.random.Generator) -> None:
+        """mixup or CutMix of two images and their labels, in place."""
+        mix_pair(pair['image'], pair['label'], rng, self._augment)
 
 
-class ClassifyEvalTransform:
-    """The middle of the image resized bicubically; called like the above.
+class ClassifyEvalTransform(Transform):
+    """The middle of the image resized bicubically: fills image and, where labels are given, label, one-hot.
 
     The short side becomes the integer part of img_size / data.eval_crop (192 at 0.875: 219), and the square is cut out
-    where torchvision's CenterCrop cuts it. `Sample.label` is one-hot, or empty without labels.
+    where torchvision's CenterCrop cuts it.
     """
-    group = 1  # images that are transformed together
 
     def __init__(self, data: DataConfig, model: ModelConfig, labels: Optional[np.ndarray] = None, classes: int = 0):
         self._size, self._short = model.img_size, int(model.img_size / data.eval_crop)
-        self._labels, self._classes = labels, classes if labels is not None else 0
-        self.upright = bool(data.exif_orientation)  # how the images it is given are decoded
+        self._labels, self._classes = labels, classes
+        self.upright = bool(data.exif_orientation)
 
-    def allocate(self, count: int) -> Sample:
-        """Uninitialised arrays for `count` samples."""
-        return Sample(np.empty((count, self._size, self._size, 3), np.uint8), np.empty((count, 0, 0), np.uint8),
-                      np.empty((count, 0), np.float32), np.empty((count, self._classes), np.float32))
+    def allocate(self, count: int) -> Fields:
+        fields = {'image': _pixels(count, self._size)}
+        if self._labels is not None:
+            fields['label'] = np.empty((count, self._classes), np.float32)
+        return fields
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Sample:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         width, height = _short_side(image.shape[1], image.shape[0], self._short)
         corner = round((height - self._size) / 2), round((width - self._size) / 2)
-        middle = _resize(image, (height, width), corner, (self._size, self._size), False, True)
-        label = NO_LABEL if self._labels is None else smooth_label(self._labels[index], self._classes, 0)
-        return Sample(middle, NO_MASK, NO_LABEL, label)
+        fields = {'image': _resize(image, (height, width), corner, (self._size, self._size), False, True)}
+        if self._labels is not None:
+            fields['label'] = smooth_label(self._labels[index], self._classes, 0)
+        return fields
 
 
 def normalise(image: np.ndarray, mean: Tuple[float, ...], std: Tuple[float, ...]) -> np.ndarray:
@@ -257,15 +263,31 @@ def _short_side(width: int, height: int, size: int) -> Tuple[int, int]:
     return size * width // short, size * height // short
 
 
-def _draw_mask(rng: np.random.Generator, mask: MaskConfig, model: ModelConfig) -> np.ndarray:
+def middle_square(image: np.ndarray, size: int) -> np.ndarray:
+    """The largest square in the middle of uint8 (H, W, 3), resized bilinearly to (size, size, 3)."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top:top + side, left:left + side], size)
+
+
+def draw_mask(rng: np.random.Generator, mask: MaskConfig, model: ModelConfig) -> np.ndarray:
+    """A random mask uint8 (h, w) on the grid of patches, 1 = masked."""
     return random_mask(rng, model.img_size, mask.patch_size, mask.ratio, model.patch_size)
 
 
-def _allocate(count: int, model: ModelConfig, uniforms: int) -> Sample:
-    return Sample(np.empty((count, model.img_size, model.img_size, 3), np.uint8),
-                  np.empty((count, model.grid, model.grid), np.uint8), np.empty((count, uniforms), np.float32),
-                  np.empty((count, 0), np.float32))
+def _pixels(count: int, size: int) -> np.ndarray:
+    return np.empty((count, size, size, 3), np.uint8)
 
 
-def _uniforms(model: ModelConfig) -> int:
-    return 2 * model.blocks if model.drop_path > 0 else 0  # one for each residual branch
+def _masks(count: int, model: ModelConfig) -> np.ndarray:
+    return np.empty((count, model.grid, model.grid), np.uint8)
+
+
+def _empty_uniform(count: int, model: ModelConfig) -> Fields:
+    """One number an image and residual branch, if these are dropped at random."""
+    return {'uniform': np.empty((count, 2 * model.blocks), np.float32)} if model.drop_path > 0 else {}
+
+
+def _draw_uniform(rng: np.random.Generator, model: ModelConfig) -> Fields:
+    return {'uniform': rng.random(2 * model.blocks, np.float32)} if model.drop_path > 0 else {}

@@ -10,11 +10,11 @@ from ..data.sources import notes_of, tell
 from ..ops import OpBackend
 from ..parallel.communicators import Communicator
 from ..parallel.placement import Replicated, contexts_of
-from ..parallel.strategies import strategy_of
+from ..parallel.strategies import Strategy, strategy_of
 from ..runtime.process import world
 from ..system import files
-from ..tasks.classes import check_classes
-from ..tasks.registry import TASKS, Task, check_same_job
+from ..tasks.registry import TASKS
+from ..tasks.task import Task, check_same_job
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
 from ..training.start import agree_on_backend, joined
@@ -25,6 +25,8 @@ def evaluate(config: Config) -> int:
     """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; 0."""
     place = world(os.environ)
     contexts, mode = contexts_of(config.devices, place), strategy_of(config, place)
+    if mode.store == 'dist_async':  # its servers update weights: there is nothing to update
+        mode = Strategy('dist_sync', 'sync')
     if place.rank == 0 and folder_of(config).is_dir():
         files.try_place(folder_of(config))  # for the evaluation at the end
     task = TASKS[config.task](config)
@@ -37,17 +39,17 @@ def evaluate(config: Config) -> int:
 def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: OpBackend, store: Communicator) -> int:
     folder = folder_of(config)
     check_same_job(config, task, store.control)
-    validation = task.validation(store.control)
-    if validation is None:
+    evaluator = task.evaluator(store.control)
+    if evaluator is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     if store.rank == 0:
         tell(notes_of(task.source, task.held_out))
-    trained = load_run(folder, backend, config.data)
-    check_classes(str(folder), trained.classes, task.classes, 'give data of its classes')
+    trained = load_run(folder, backend, config.data, store)
+    task.check_state(trained.state, str(folder), 'give data of its classes')
     for key, old, new in configfile.differences(trained.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
-    report = validation.report(Replicated(trained.net, contexts), folder)
+    report = evaluator.report(Replicated(trained.net, contexts), folder)
     if store.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0

@@ -12,11 +12,10 @@ from mxnet.gluon import HybridBlock
 from ..training import checkpoint
 from ..config import configfile
 from ..config import Config
-from ..data.labels import read_classes
 from ..interop import files, names, official, pth
 from ..interop.told import model_keys
-from ..models import build_classifier, build_simmim
-from ..runtime.mxnet_private import structural_parameters
+from ..tasks.registry import TASKS
+from ..tasks.task import Predictor
 from ..training.run_folder import versions, write_config
 from .trained import load_run
 
@@ -52,15 +51,14 @@ def import_weights(file: Path, run: Path, config: str = '', overrides: Sequence[
         told, assumed = model_keys(raw, arrays)
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f'{file}: its weights are not those of a whole ViT or Swin: {error!r}') from None
-    keys = {**told, 'task': kind, 'name': run.name, 'output': str(run.parent)}
+    keys = {**told, 'name': run.name, 'output': str(run.parent)}
     if not config:
         keys = {**assumed, **keys}
     resolved = configfile.load(config or os.devnull, [f'{key}={_yaml(value)}' for key, value in keys.items()]
-                               + list(overrides))
-    labels = _labels(file, arrays, classes) if kind == 'classify' else []
-    _save(file, run, resolved, arrays, labels)
-    lines = [f'{run}: {resolved.model.type}, ' + (f'{len(labels)} classes' if labels else 'pre-trained')
-             + f', {sum(array.size for array in arrays.values()):,} weights'] + notes
+                               + list(overrides) + [f'task={kind}'])
+    predictor = _save(file, run, resolved, arrays, TASKS[kind].predictor.state_of_weights(arrays, file, classes))
+    lines = [f'{run}: {resolved.model.type}, {predictor.summary}, '
+             f'{sum(array.size for array in arrays.values()):,} weights'] + notes
     given = {text.partition('=')[0] for text in overrides}
     lines += [f'assumed {key}={_yaml(value)}, which the weights do not tell: where it is wrong, import again with '
               f'{key}=…' for key, value in ({} if config else assumed).items() if key not in given]
@@ -90,36 +88,29 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _labels(file: Path, arrays: Mapping[str, np.ndarray], classes: str) -> List[str]:
-    count = len(arrays['head.weight'])
-    if not classes:
-        return [str(number) for number in range(count)]
-    labels = list(read_classes(classes))
-    if len(labels) != count:
-        raise ValueError(f'{classes} names {len(labels)} classes, and {file} has {count}: name each, one a line, in '
-                         'the order of its outputs')
-    return labels
-
-
-def _save(file: Path, run: Path, config: Config, arrays: Mapping[str, np.ndarray], labels: List[str]) -> None:
-    net = build_classifier(config.model, len(labels), None) if labels else build_simmim(config.model, None)
+def _save(file: Path, run: Path, config: Config, arrays: Mapping[str, np.ndarray], own: Mapping[str, Any]
+          ) -> Predictor:
+    """Writes the run; `own` is what its task records."""
+    kind = TASKS[config.task].predictor
+    net = kind.build_network(config.model, own)
     try:
         official.load_weights(net, {name: np.asarray(value, 'float32') for name, value in arrays.items()})
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
-    state = {'config': configfile.to_dict(config), 'samples': 0, 'versions': versions(), 'classes': labels}
+    state = {'config': configfile.to_dict(config), 'samples': 0, 'versions': versions(), **own}
     try:
         checkpoint.save(run / 'checkpoints', 0, {'weights': official.export_weights(net)}, state, keep=1)
         write_config(run, config)
     except BaseException:  # what remained would be in the way of the same command, given again
         shutil.rmtree(run, ignore_errors=True)
         raise
+    return kind(config, net, state)
 
 
 def _buffers(net: HybridBlock) -> Dict[str, np.ndarray]:
     """What the reference's networks hold beside parameters, and miss when they load strictly."""
     found = {}
-    for name, parameter in structural_parameters(net).items():
+    for name, parameter in net._collect_params_with_prefix().items():
         if name.endswith('relative_position_index'):
             index = parameter.data().asnumpy().astype('int64')
             found[name] = index.reshape((math.isqrt(index.size),) * 2)

@@ -83,7 +83,7 @@ def description(trained: Trained, graph: Graph) -> Dict[str, Any]:
     """What a program needs to know to feed the network and to understand its answer."""
     data = trained.config.data
     return {'inputs': {name: ['batch', *shape] for name, shape in graph.inputs.items()}, 'output': graph.output,
-            'classes': list(trained.classes), 'size': trained.config.model.img_size, 'channels': 'RGB',
+            'classes': list(trained.predictor.classes), 'size': trained.config.model.img_size, 'channels': 'RGB',
             'mean': list(data.mean), 'std': list(data.std), 'step': trained.step}
 
 

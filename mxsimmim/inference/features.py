@@ -44,7 +44,7 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
     hooks = [layers[number - 1].register_forward_hook(keep(number)) for number in blocks]
     found: Dict[int, List[np.ndarray]] = {number: [] for number in blocks}
     for batch in every_image(source, ClassifyEvalTransform(data, net.config), BATCH, data.threads):
-        image = mx.nd.image.to_tensor(mx.nd.array(batch.image, ctx=trained.context, dtype='uint8'))
+        image = mx.nd.image.to_tensor(mx.nd.array(batch.fields['image'], ctx=trained.context, dtype='uint8'))
         net.encoder(mx.nd.image.normalize(image, mean=data.mean, std=data.std))
         for number in blocks:
             found[number].append(pooled[number].asnumpy())

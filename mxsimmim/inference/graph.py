@@ -25,21 +25,15 @@ class Graph(NamedTuple):
 
 
 def trace(trained: Trained) -> Graph:
-    """What a classifier computes, image (B, 3, S, S) to logits (B, K); after pre-training, image and mask (B, h, w) to
+    """What the run's predictor computes: image (B, 3, S, S) to logits (B, K), or image and mask (B, h, w) to
     reconstruction (B, 3, S, S). Images are normalised; 1 in a mask is hidden.
 
     The graph is for programs that do not have our library: the network must compute with reference operators, as
     `load_run` makes it.
     """
     assert trained.net.backend == REFERENCE, trained.net.backend
-    model = trained.config.model
-    inputs = {'image': (3, model.img_size, model.img_size)}
-    if trained.classes:
-        output, call, given = 'logits', trained.net, ['image']
-    else:
-        inputs['mask'] = (model.grid, model.grid)
-        output, call, given = 'reconstruction', trained.net.reconstruct, ['image', 'mask']
-    symbol = call(*map(mx.sym.var, given))
+    predictor = trained.predictor
+    symbol = predictor.call(*map(mx.sym.var, predictor.inputs))
     parameters = structural_parameters(trained.net)
     names = {p.name: name for name, p in parameters.items()}
     content = json.loads(symbol.tojson())
@@ -48,10 +42,11 @@ def trace(trained: Trained) -> Graph:
         node['inputs'] = [_uncopied(content['nodes'], source) for source in node['inputs']]
         if node['op'] == 'null':
             node['name'] = names.get(node['name'], node['name'])
-    content['nodes'][content['heads'][0][0]]['name'] = output
+    content['nodes'][content['heads'][0][0]]['name'] = predictor.output
     symbol = mx.sym.load_json(json.dumps(content))
     used = set(symbol.list_inputs())
-    return Graph(symbol, {name: p.data() for name, p in parameters.items() if name in used}, inputs, output)
+    return Graph(symbol, {name: p.data() for name, p in parameters.items() if name in used}, predictor.inputs,
+                 predictor.output)
 
 
 def _uncopied(nodes: List[Dict[str, Any]], source: List[int]) -> List[int]:
@@ -61,16 +56,12 @@ def _uncopied(nodes: List[Dict[str, Any]], source: List[int]) -> List[int]:
 
 def random_inputs(trained: Trained) -> List[np.ndarray]:
     """A few normalised images, and masks for them after pre-training."""
-    rng, model = np.random.default_rng(SEED), trained.config.model
-    image = rng.standard_normal((BATCH, 3, model.img_size, model.img_size)).astype('float32')
-    mask = (rng.random((BATCH, model.grid, model.grid)) < trained.config.mask.ratio).astype('float32')
-    return [image] if trained.classes else [image, mask]
+    return trained.predictor.random_inputs(np.random.default_rng(SEED), BATCH)
 
 
 def answer(trained: Trained, inputs: List[np.ndarray]) -> np.ndarray:
     """What the network itself makes of them."""
-    call = trained.net if trained.classes else trained.net.reconstruct
-    return call(*map(mx.nd.array, inputs)).asnumpy()
+    return trained.predictor.call(*map(mx.nd.array, inputs)).asnumpy()
 
 
 def compare(expected: np.ndarray, found: np.ndarray, tolerance: float, what: str) -> None:

@@ -6,8 +6,8 @@ from ..data.sources import found
 from ..data.transforms import BrokenImage
 from ..runtime.memory import ran_out
 from ..system.text import one_line
-from .trained import load_for_inference
-from .predictor import Predictor, Prepared
+from .engine import Engine, Prepared
+from .trained import load_run_for
 
 BATCH = 32
 
@@ -25,20 +25,15 @@ def predict(run: Path, images: List[str], top: int) -> None:
     """
     if top < 1:
         raise ValueError(f'--top={top} must be at least 1')
-    trained = load_for_inference(run)
-    if not trained.classes:
-        raise ValueError(f'{run} is a pre-training, which knows no classes: `mxsimmim reconstruct` shows what it has '
-                         'learned, `mxsimmim finetune` makes a classifier of it')
-    predictor = Predictor(trained)
+    engine = Engine(load_run_for('predict', run))
     files, problems = found(images)
     width = max((len(one_line(file)) for file in files), default=0)
-    longest = max(len(one_line(name)) for name in trained.classes)
     for start in range(0, len(files), BATCH):
         names: List[str] = []
         batch: List[Prepared] = []
         for file in files[start:start + BATCH]:
             try:
-                batch.append(predictor.prepare(Path(file).read_bytes(), file))
+                batch.append(engine.prepare(Path(file).read_bytes(), file))
                 names.append(file)
             except BrokenImage as error:
                 if ran_out(error):
@@ -46,9 +41,7 @@ def predict(run: Path, images: List[str], top: int) -> None:
                 problems.append(str(error))
             except OSError as error:
                 problems.append(f'{one_line(file)}: cannot be read: {error.strerror}')
-        for name, row in zip(names, predictor.answer(batch) if batch else ()):
-            shown = '   '.join(f'{one_line(label):<{longest}} {value:.6f}'
-                               for label, value in predictor.ranked(row)[:top])
-            print(f'{one_line(name):<{width}}   {shown}', flush=True)
+        for name, row in zip(names, engine.answer(batch) if batch else ()):
+            print(f'{one_line(name):<{width}}   {engine.predictor.line(row, top)}', flush=True)
     if problems:
         raise ValueError('\n'.join(problems))

@@ -40,8 +40,9 @@ def quantised(trained: Trained, graph: Graph, prefix: Path, images: Optional[str
         ValueError: not a classifier, too few or wrong images, no oneDNN, or more than `max_drop` points of accuracy
             lost.
     """
-    if not trained.classes:
-        raise ValueError('int8 is for classifiers, whose accuracy tells what it costs: this run is a pre-training')
+    predictor = trained.predictor
+    if predictor.command != 'predict':
+        raise ValueError(f'int8 is for classifiers, whose accuracy tells what it costs: this run is {predictor.kind}')
     if not mx.runtime.Features().is_enabled('MKLDNN'):
         raise ValueError('int8 needs an MXNet built with oneDNN: `mxsimmim doctor` shows what this one has')
     calibration, held_out, labels = _images(trained, images)
@@ -145,7 +146,7 @@ def _speed(ratio: float) -> str:
 
 def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np.ndarray]:
     """(calibration, held-out, labels of the latter); of images given, a part calibrates and the others are held out."""
-    data = trained.config.data
+    data, classes = trained.config.data, trained.predictor.classes
     if images in (None, data.path):
         try:
             own = open_labelled(data, trained.config.seed)
@@ -153,9 +154,9 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
             raise ValueError(f'the images of the run cannot be had here ({error}): name labelled images with --images'
                              ) from None
         tell(notes_of(own.train, own.held_out))
-        if own.classes != trained.classes:
+        if own.classes != classes:
             raise ValueError(f'{data.path} has {len(own.classes)} classes ({", ".join(own.classes[:3])}, …), the run '
-                             f'{len(trained.classes)} ({", ".join(trained.classes[:3])}, …): name the right images '
+                             f'{len(classes)} ({", ".join(classes[:3])}, …): name the right images '
                              'with --images')
         if own.held_out is None:
             raise ValueError('the run held out no images that could tell what int8 costs: name '
@@ -163,7 +164,7 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
         order = generator(0).permutation(len(own.train))[:CALIBRATION]
         return Subset(own.train, order), own.held_out, own.held_out_labels
     table = data.val_labels if images == data.val_path else ''
-    source, labels, _ = labelled_source(images, trained.classes, table, 'data.val_labels' if table else '')
+    source, labels, _ = labelled_source(images, classes, table, 'data.val_labels' if table else '')
     tell(source.notes)
     if len(source) < 2:
         raise ValueError(f'{images} has {len(source)} image: int8 needs some to calibrate and others to measure with')
@@ -180,7 +181,7 @@ def _batches(trained: Trained, source: Source) -> Iterator[Batch]:
 
 def _normalised(trained: Trained, batch: Batch) -> np.ndarray:
     data = trained.config.data
-    return np.stack([normalise(image, data.mean, data.std) for image in batch.image])
+    return np.stack([normalise(image, data.mean, data.std) for image in batch.fields['image']])
 
 
 def _accuracy(trained: Trained, nets: Dict[str, Any], source: Source, labels: np.ndarray) -> Dict[str, float]:

@@ -25,15 +25,17 @@ except Exception as _error:  # a broken package raises anything
 
 from ..data.transforms import BrokenImage
 from ..runtime.memory import ran_out
-from .trained import load_for_inference
+from ..tasks.registry import TASKS
 from .batching import Batcher
-from .predictor import Predictor, Prepared
+from .engine import Engine, Prepared
+from .trained import load_for_inference
 
 QUEUE = 4  # batches' worth of requests that may be under way; more are turned away
-DECODERS = 4  # threads; what they hold together is bounded by predictor.ROOM
+DECODERS = 4  # threads; what they hold together is bounded by engine.ROOM
 UPLOAD_SECONDS = 30  # an upload may take
 SHUTDOWN_SECONDS = 60  # uploads under way may take at the end
-PATHS = ('/predict', '/reconstruct', '/healthz', '/metrics')
+ANSWERS = sorted(f'/{task.predictor.command}' for task in TASKS.values())
+PATHS = (*ANSWERS, '/healthz', '/metrics')
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +43,14 @@ log = logging.getLogger(__name__)
 class Service:
     """The routes and what they share. Threads decode, one computes, the event loop only passes on."""
 
-    def __init__(self, predictor: Predictor, max_batch: int, max_bytes: int):
+    def __init__(self, engine: Engine, max_batch: int, max_bytes: int):
         """
         Args:
-            predictor: the network; see `Predictor`.
+            engine: what answers.
             max_batch: images computed at once at most.
             max_bytes: of the body of a request.
         """
-        self._predictor, self._max_bytes, self._limit = predictor, max_bytes, QUEUE * max_batch
+        self._engine, self._max_bytes, self._limit = engine, max_bytes, QUEUE * max_batch
         self._open, self._ending = 0, False  # uploads under way; whether new ones are turned away
         self._threads = ThreadPoolExecutor(min(DECODERS, len(os.sched_getaffinity(0))), 'decoder')
         self._registry = registry = CollectorRegistry()
@@ -57,13 +59,13 @@ class Service:
                                   registry=registry)
         batches = Histogram('mxsimmim_batch_size', 'Images computed at once.', registry=registry,
                             buckets=sorted({2 ** k for k in range(max_batch.bit_length())} | {max_batch}))
-        self._batcher = Batcher(predictor.answer, max_batch, batches.observe)
+        self._batcher = Batcher(engine.answer, max_batch, batches.observe)
         Gauge('mxsimmim_queue_length', 'Images that wait.', registry=registry).set_function(self._batcher.__len__)
 
     def app(self) -> web.Application:
         """The application, for a server or a test."""
         app = web.Application(middlewares=[self._count])
-        app.add_routes([web.post('/predict', self._predict), web.post('/reconstruct', self._reconstruct),
+        app.add_routes([*(web.post(path, self._show) for path in ANSWERS),
                         web.get('/healthz', self._healthy), web.get('/metrics', self._metrics)])
         app.on_cleanup.append(self._close)
         return app
@@ -98,25 +100,14 @@ class Service:
         self._seconds.labels(path).observe(time.perf_counter() - began)
         return response
 
-    async def _predict(self, request: web.Request) -> web.Response:
-        if not self._predictor.classes:
-            raise web.HTTPConflict(text='this run is a pre-training, which knows no classes: POST to /reconstruct')
-        _, probabilities = await self._answer(request)
-        return web.json_response({'classes': [{'name': name, 'probability': value}
-                                              for name, value in self._predictor.ranked(probabilities)]})
-
-    async def _reconstruct(self, request: web.Request) -> web.Response:
-        if self._predictor.classes:
-            raise web.HTTPConflict(text='this run is a classifier, which reconstructs nothing: POST to /predict')
-        item, reconstruction = await self._answer(request)
-        body = await asyncio.get_running_loop().run_in_executor(self._threads, self._png, item, reconstruction)
-        return web.Response(body=body, content_type='image/png')
-
-    def _png(self, item: Prepared, reconstruction: Any) -> bytes:
-        from PIL import Image
-        file = io.BytesIO()
-        Image.fromarray(self._predictor.picture(item, reconstruction)).save(file, 'PNG')
-        return file.getvalue()
+    async def _show(self, request: web.Request) -> web.Response:
+        """Answers about the image in the request, if this run does what its path says."""
+        predictor = self._engine.predictor
+        if request.path != f'/{predictor.command}':
+            raise web.HTTPConflict(text=f'this run is {predictor.kind}: POST to /{predictor.command}')
+        item, answer = await self._answer(request)
+        media, body = await asyncio.get_running_loop().run_in_executor(self._threads, self._engine.body, item, answer)
+        return web.Response(body=body, headers={'Content-Type': media})
 
     async def _answer(self, request: web.Request) -> Any:
         """(the prepared upload, the network's answer)."""
@@ -135,7 +126,7 @@ class Service:
                 raise web.HTTPBadRequest(text='the upload broke off') from None
             loop = asyncio.get_running_loop()
             try:
-                item = await loop.run_in_executor(self._threads, self._predictor.prepare, data, 'the upload')
+                item = await loop.run_in_executor(self._threads, self._engine.prepare, data, 'the upload')
             except (BrokenImage, MemoryError) as error:
                 if ran_out(error):
                     raise web.HTTPServiceUnavailable(text='the service has no memory for this image now: send a '
@@ -206,11 +197,11 @@ def serve(run: Path, host: str, port: int, max_batch: int, max_bytes: int) -> No
                          '65535')
     trained = load_for_inference(run)
     listener = _listen(host, port)
-    predictor = Predictor(trained)
+    engine = Engine(trained)
     for count in (1, max_batch):  # the first of a shape is slow
-        predictor.answer([_blank(predictor)] * count)
-    service = Service(predictor, max_batch, max_bytes)
-    what = f'{len(trained.classes)} classes, POST /predict' if trained.classes else 'pre-training, POST /reconstruct'
+        engine.answer([_blank(engine)] * count)
+    service, predictor = Service(engine, max_batch, max_bytes), engine.predictor
+    what = f'{predictor.summary}, POST /{predictor.command}'
     if not _is_loopback(listener):
         print(f'mxsimmim: warning: whoever reaches {host} can use this service, without password or encryption: put a '
               'proxy with both before it, or leave --host out', file=sys.stderr, flush=True)
@@ -266,8 +257,8 @@ def _address(listener: socket.socket) -> str:
     return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
 
-def _blank(predictor: Predictor) -> Prepared:
+def _blank(engine: Engine) -> Prepared:
     file = io.BytesIO()
     from PIL import Image
     Image.new('RGB', (8, 8)).save(file, 'PNG')
-    return predictor.prepare(file.getvalue(), 'blank')
+    return engine.prepare(file.getvalue(), 'blank')

@@ -1,49 +1,62 @@
 """What a run has trained, ready to be used."""
 import sys
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import mxnet as mx
+from mxnet.gluon import HybridBlock
 
-from ..training import checkpoint
-from ..config import Config, DataConfig
+from ..config import Config, DataConfig, configfile
 from ..interop import official
-from ..models import Classifier, SimMIM, build_classifier, build_simmim
+from ..models import named_parameters
 from ..ops import REFERENCE, OpBackend, select_backend
+from ..parallel.communicators import Communicator
 from ..parallel.placement import contexts_of
+from ..tasks.registry import TASKS
+from ..tasks.task import Predictor
+from ..training import checkpoint
 from ..training.run_folder import read_config
 
 
 class Trained(NamedTuple):
     """A run's network with its weights."""
     config: Config
-    net: Union[SimMIM, Classifier]
-    classes: Tuple[str, ...]  # their names in the order of the logits; empty after pre-training
+    net: HybridBlock
+    state: Mapping[str, Any]  # what the checkpoint records besides arrays
     step: int
     context: mx.Context = mx.cpu()  # where the network is
 
+    @property
+    def predictor(self) -> Predictor:
+        """What answers with this network."""
+        return TASKS[self.config.task].predictor(self.config, self.net, self.state)
 
-def load_run(run: Path, backend: OpBackend = REFERENCE, data: Optional[DataConfig] = None) -> Trained:
+
+def load_run(run: Path, backend: OpBackend = REFERENCE, data: Optional[DataConfig] = None,
+             workers: Optional[Communicator] = None) -> Trained:
     """Load the network of a run folder on cpu(0): of its best checkpoint where it kept one, else of its newest.
 
     The averaged weights are taken where the run averages them. The network computes with `backend`, and normalises
-    uint8 images as `data` says, or as in training.
+    uint8 images as `data` says, or as in training. In a job, all workers call this with what joins them: rank 0 reads,
+    and the others get it from there.
 
     Raises:
-        ValueError: no run there, no whole checkpoint, or weights that do not fit the configuration.
+        ValueError: no run there, no whole checkpoint, or weights that do not fit the configuration; on rank 0.
     """
-    config = read_config(str(run))
-    saved = checkpoint.newest(run / 'best', print) or checkpoint.newest(run / 'checkpoints', print)
-    if saved is None:
-        raise ValueError(f'{run} has no checkpoint yet: train it first')
-    classes = tuple(saved.state.get('classes', ()))
-    data = data or config.data
-    if classes:
-        net = build_classifier(config.model, len(classes), None, backend, data.mean, data.std)
-    else:
-        net = build_simmim(config.model, None, backend, data.mean, data.std)
-    official.load_weights(net, saved.arrays.get('ema', saved.arrays['weights']))
-    return Trained(config, net, classes, saved.step)
+    saved = None
+    if workers is None or workers.rank == 0:
+        config, saved = _read(run)
+        told: Dict[str, Any] = {'config': configfile.to_dict(config), 'state': saved.state, 'step': saved.step}
+    if workers is not None:
+        told = workers.control.broadcast_object('the run', lambda: told)
+        config = configfile.from_dict(told['config'], str(run))
+    net = TASKS[config.task].predictor.build_network(config.model, told['state'], backend, data or config.data)
+    if saved:
+        official.load_weights(net, saved.arrays.get('ema', saved.arrays['weights']))
+    if workers is not None:
+        arrays = [parameter.list_data() for parameter in named_parameters(net).values()]
+        workers.broadcast(workers.register(arrays))
+    return Trained(config, net, told['state'], told['step'])
 
 
 def load_for_inference(run: Path) -> Trained:
@@ -56,6 +69,27 @@ def load_for_inference(run: Path) -> Trained:
     trained = load_run(run, backend)
     trained.net.collect_params().reset_ctx(contexts[0])
     return trained._replace(context=contexts[0])
+
+
+def load_run_for(command: str, run: Path) -> Trained:
+    """Load a run as `load_for_inference`, for a command that shows answers.
+
+    Raises:
+        ValueError: as `load_run`; or another command shows what this run answers.
+    """
+    trained = load_for_inference(run)
+    predictor = trained.predictor
+    if predictor.command != command:
+        raise ValueError(f'{run} is {predictor.kind}: {predictor.advice}')
+    return trained
+
+
+def _read(run: Path) -> Tuple[Config, checkpoint.Checkpoint]:
+    config = read_config(str(run))
+    saved = checkpoint.newest(run / 'best', print) or checkpoint.newest(run / 'checkpoints', print)
+    if saved is None:
+        raise ValueError(f'{run} has no checkpoint yet: train it first')
+    return config, saved
 
 
 def data_in_use(config: Config) -> DataConfig:

@@ -20,6 +20,7 @@ class Classifier(HybridBlock):
     ``net(image (B, 3, H, W)) -> logits (B, classes)``; ``net(image, target (B, classes)[, keep (B, 2 * blocks)]) ->
     loss (1,)``, the mean cross entropy with the distribution `target`. Image as in SimMIM; keep as in the encoders.
     """
+    inputs = ('image', 'label', 'uniform')  # fields of a batch that it is called with; uniform becomes keep
 
     def __init__(self, config: ModelConfig, classes: int, backend: OpBackend = REFERENCE,
                  mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD):

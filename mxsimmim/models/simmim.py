@@ -27,6 +27,7 @@ class SimMIM(HybridBlock):
     of patches with 1 for masked, of any type; keep as in the encoders. A cell is what one final token decodes to:
     stride x stride pixels. The network computes with `backend` for good.
     """
+    inputs = ('image', 'mask', 'uniform')  # fields of a batch that it is called with; uniform becomes keep
 
     def __init__(self, config: ModelConfig, backend: OpBackend = REFERENCE, mean: Tuple[float, ...] = MEAN,
                  std: Tuple[float, ...] = STD):

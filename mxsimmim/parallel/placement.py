@@ -71,11 +71,12 @@ class Replicated:
         if self._accumulate > 1:
             for parameter in self._parameters:
                 parameter.zero_grad()
-        for number, part in enumerate(split(len(batch.image), self._accumulate)):
+        for number, part in enumerate(split(len(batch.index), self._accumulate)):
             if number and on_micro_batch:
                 on_micro_batch()
             with autograd.record():
-                outputs = [(self.net(*inputs), weight / total) for weight, inputs in self._slices(batch, part)]
+                outputs = [(self.net(*inputs), weight / total)
+                           for weight, inputs in self._slices(batch, part, self.net.inputs)]
             autograd.backward([loss for loss, _ in outputs],
                               [mx.nd.full((1,), weight, ctx=loss.context) for loss, weight in outputs])
             losses += [loss.as_in_context(self.contexts[0]) * weight for loss, weight in outputs]
@@ -84,32 +85,37 @@ class Replicated:
     def loss(self, batch: Batch) -> mx.nd.NDArray:
         """Sum over the batch's images of their losses (1,), on the first context; no gradient."""
         return mx.nd.add_n(*(self.net(*inputs).as_in_context(self.contexts[0]) * weight
-                             for weight, inputs in self._slices(batch, slice(0, len(batch.image)))))
+                             for weight, inputs in self._slices(batch, _whole(batch), self.net.inputs)))
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The network's answer to each image alone (B, classes)."""
-        parts = [self.net(inputs[0]) for _, inputs in self._slices(batch, slice(0, len(batch.image)))]
+        parts = [self.net(*inputs) for _, inputs in self._slices(batch, _whole(batch), ('image',))]
         return np.concatenate([part.asnumpy() for part in parts])  # the first is read while the others compute
 
     def reconstruct(self, batch: Batch) -> np.ndarray:
         """The network's images (B, 3, H, W), normalised, computed on the first context."""
-        image, mask = self._inputs(batch, slice(0, len(batch.image)), self.contexts[0])[:2]
-        return self.net.reconstruct(image, mask).asnumpy()
+        return self.net.reconstruct(*self._inputs(batch, _whole(batch), ('image', 'mask'), self.contexts[0])).asnumpy()
 
-    def _slices(self, batch: Batch, part: slice) -> List[Tuple[int, Tuple[mx.nd.NDArray, ...]]]:
+    def _slices(self, batch: Batch, part: slice, names: Sequence[str]
+                ) -> List[Tuple[int, Tuple[mx.nd.NDArray, ...]]]:
         """(number of images, inputs) of each context that gets any."""
         slices = [slice(part.start + s.start, part.start + s.stop)
                   for s in split(part.stop - part.start, len(self.contexts))]
-        return [(s.stop - s.start, self._inputs(batch, s, ctx))
+        return [(s.stop - s.start, self._inputs(batch, s, names, ctx))
                 for s, ctx in zip(slices, self.contexts) if s.stop > s.start]
 
-    def _inputs(self, batch: Batch, part: slice, ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
-        """What the network takes. Bytes go to the device and are normalised there; float images are already."""
-        image = self.net.pixels.prepare(mx.nd.array(batch.image[part], ctx=ctx, dtype=batch.image.dtype))
-        if batch.label is None or not batch.label.shape[1]:
-            inputs = image, mx.nd.array(batch.mask[part], ctx=ctx, dtype='uint8')
-        else:
-            inputs = image, mx.nd.array(batch.label[part], ctx=ctx)
-        if batch.uniform.shape[1]:
-            inputs += (mx.nd.array(keep_factors(batch.uniform[part], self.net.config.drop_path), ctx=ctx),)
-        return inputs
+    def _inputs(self, batch: Batch, part: slice, names: Sequence[str], ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
+        """Those of the named fields that the batch has, on the device."""
+        return tuple(self._array(name, batch.fields[name][part], ctx) for name in names if name in batch.fields)
+
+    def _array(self, name: str, values: np.ndarray, ctx: mx.Context) -> mx.nd.NDArray:
+        """What the network takes of a field. Bytes are normalised on the device; float images are already."""
+        if name == 'uniform':
+            values = keep_factors(values, self.net.config.drop_path)
+        array = mx.nd.array(values, ctx=ctx, dtype=values.dtype)
+        return self.net.pixels.prepare(array) if name == 'image' else array
+
+
+def _whole(batch: Batch) -> slice:
+    """All images of a batch."""
+    return slice(0, len(batch.index))

@@ -17,7 +17,8 @@ from ..parallel.placement import Replicated, contexts_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
 from ..runtime.process import ALONE, ProcessInfo
-from ..tasks.registry import TASKS, Task
+from ..tasks.registry import TASKS
+from ..tasks.task import Task
 from .checkpoint import Checkpoint
 from .pretrained import load_encoder
 from .run_logger import Quiet, RunLogger
@@ -67,7 +68,7 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
                   checkpoint: Optional[Checkpoint], logger: Union[RunLogger, Quiet]) -> HybridBlock:
     """Build the network with the weights it starts from; rank 0's are the ones that count."""
     arrays = checkpoint.arrays if checkpoint else {}
-    net = task.network(not arrays, backend)
+    net = task.build_network(not arrays, backend)
     if arrays:
         official.load_weights(net, arrays['weights'])
     elif task.takes_encoder and config.model.pretrained and not checkpoint and process.rank == 0:
@@ -106,7 +107,7 @@ def build_update_rule(config: Config, task: Task, net: HybridBlock, strategy: St
     `optimizer` is that of another update rule for the same network, to be shared; by default a new one.
     """
     optim, train = config.optim, config.train
-    parameters, groups = named_parameters(net), task.groups(net)
+    parameters, groups = named_parameters(net), task.parameter_groups(net)
     scales, decays = ({name: group[i] for name, group in groups.items()} for i in range(2))
     if strategy.aggregation == 'async':
         return AsynchronousUpdate(parameters, decays, communicator, config, timetable.per_epoch, timetable.total,

@@ -14,7 +14,6 @@ from ..data.loader import Batch, Loader
 from ..data.sampling import steps_per_epoch
 from ..data.transforms import decode
 from ..models import named_parameters
-from ..models.cost import multiply_adds
 from ..ops import OpBackend
 from ..parallel.control import ControlPlane
 from ..parallel.strategies import strategy_of
@@ -22,7 +21,8 @@ from ..parallel.placement import Replicated, contexts_of
 from .timetable import timetable_of
 from .run_folder import checkpoint_to_resume, folder_of
 from ..config.schedule import fitted
-from ..tasks.registry import TASKS, Task
+from ..tasks.registry import TASKS
+from ..tasks.task import Task
 from .pretrained import load_encoder
 from .room import check_room, checkpoint_bytes
 from .start import agree_on_backend
@@ -74,9 +74,7 @@ def _devices(config: Config, process: ProcessInfo) -> Tuple[str, Tuple[List[mx.C
 
 def _data(config: Config) -> Tuple[str, Task]:
     task = TASKS[config.task](config)
-    text = f'{len(task.source):,} training images, {len(task.held_out or ()):,} held out'
-    if task.classes:
-        text += f', {len(task.classes):,} classes'
+    text = ', '.join([f'{len(task.source):,} training images', f'{len(task.held_out or ()):,} held out', *task.facts()])
     read, broken = 0, []
     for source in filter(None, (task.source, task.held_out)):
         for index in np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(int)).tolist():
@@ -102,10 +100,10 @@ def _schedule(config: Config, written: Mapping[str, Duration], process: ProcessI
 
 
 def _model(config: Config, task: Task, backend: OpBackend) -> Tuple[str, Any]:
-    net = task.network(True, backend)
+    net = task.build_network(True, backend)
     told = load_encoder(net, config.model.pretrained) if task.takes_encoder and config.model.pretrained else ''
     text = f'{config.model.type}, {_count(net):,} parameters, '
-    text += f'{multiply_adds(config.model, decoder=config.task == "pretrain") / 1e9:.2f} GFLOPs an image'
+    text += f'{task.multiply_adds() / 1e9:.2f} GFLOPs an image'
     return text + (f'; {told}' if told else ''), net
 
 
@@ -143,8 +141,8 @@ def _memory(config: Config, task: Task, process: ProcessInfo, placement: Replica
     each = max(0, taken[1] - taken[0]) / max(1, more - few)
     weights = 4 * _count(placement.net)
     moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * devices + (1 if config.train.ema else 0)
-    pixels = (4 if task.classes else 1) * 3 * config.model.img_size ** 2
-    loaded = (config.data.prefetch + 2) * config.train.batch_size / process.size * pixels
+    each_loaded = sum(array.nbytes for array in task.transform().allocate(1).values())
+    loaded = (config.data.prefetch + 2) * config.train.batch_size / process.size * each_loaded
     needed = taken[1] + each * max(0, part - more) + weights * moments + loaded
     total, free = (gib * facts.GIB for gib in facts._memory())
     there = (free + _resident()) / process.local_size
@@ -171,10 +169,10 @@ def _places(config: Config, process: ProcessInfo, task: Optional[Task], planned:
     said = [f'{folder}: can be written to']
     if task and planned:
         check_room(config, task, folder, timetable_of(planned, len(task.source), strategy_of(config, process)).total)
-        size, free = checkpoint_bytes(config, len(task.classes)), files.free(folder)
+        size, free = checkpoint_bytes(config, task), files.free(folder)
         said[0] += f', checkpoints of {size / facts.GIB:.2f} GiB' + (
             '' if free is None else f', {free / facts.GIB:.1f} GiB free')
         if (folder / 'checkpoints').is_dir():
-            saved = checkpoint_to_resume(config, len(task.source), task.classes, notes.append)
+            saved = checkpoint_to_resume(config, task, notes.append)
             said += [f'goes on from step {saved.step:,}'] if saved else []
     return '; '.join(said + notes), folder

@@ -4,17 +4,15 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Config
-from ..models import Classifier, SimMIM, named_parameters
 from ..optim import OPTIMIZERS
 from ..system import files
-from ..tasks.registry import Task
+from ..tasks.task import Task
 from . import checkpoint
 
 
-def checkpoint_bytes(config: Config, classes: int) -> int:
+def checkpoint_bytes(config: Config, task: Task) -> int:
     """Bytes of the arrays in a checkpoint: weights, moments of the optimizer, averaged weights."""
-    net = Classifier(config.model, classes) if classes else SimMIM(config.model)
-    weights = sum(int(np.prod(parameter.shape)) for parameter in named_parameters(net).values())
+    weights = sum(int(np.prod(shape)) for shape in task.shapes().values())
     return 4 * weights * (1 + len(OPTIMIZERS[config.optim.type].MOMENTS) + bool(config.train.ema))
 
 
@@ -25,4 +23,4 @@ def check_room(config: Config, task: Task, folder: Path, last: int) -> None:
     """
     saved = checkpoint.saved_steps(folder / 'checkpoints')
     if not saved or saved[-1] < last:
-        files.check_room(folder, checkpoint_bytes(config, len(task.classes)), len(saved))
+        files.check_room(folder, checkpoint_bytes(config, task), len(saved))

@@ -3,13 +3,13 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Union
 
 from .. import __version__
 from ..config import configfile
 from ..config import Config
 from ..system import files
-from ..tasks.classes import check_classes
+from ..tasks.task import Task
 from .checkpoint import Checkpoint, load, newest
 
 # Keys of the network that change none of its weights: with others the weights of a checkpoint do not fit.
@@ -90,14 +90,13 @@ def read_config(folder: Union[str, Path]) -> Config:
         raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
 
 
-def checkpoint_to_resume(config: Config, samples: int, classes: Sequence[str],
-                         log: Callable[[str], None]) -> Optional[Checkpoint]:
-    """The checkpoint `resume` asks for, checked against configuration, number of training images and classes.
+def checkpoint_to_resume(config: Config, task: Task, log: Callable[[str], None]) -> Optional[Checkpoint]:
+    """The checkpoint `resume` asks for, checked against configuration, number of training images and their task.
 
     Raises:
         ValueError: it is damaged, or the run it belongs to would not be the one that the configuration describes.
     """
-    checkpoints = folder_of(config) / 'checkpoints'
+    checkpoints, samples = folder_of(config) / 'checkpoints', len(task.source)
     if config.resume == 'none':
         if checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise ValueError(f'resume=none, but {checkpoints} has checkpoints: set name= for a new run, '
@@ -109,8 +108,8 @@ def checkpoint_to_resume(config: Config, samples: int, classes: Sequence[str],
         if later and later.step > saved.step:
             raise ValueError(f'resume={config.resume} is step {saved.step}, but {checkpoints} goes up to step '
                              f'{later.step}: set name= for a new run from there, or resume=auto to go on here')
-        check_classes(str(saved.path), saved.state.get('classes', ()), classes,
-                      'give data of its classes, or start from its encoder by model.pretrained=')
+        task.check_state(saved.state, str(saved.path),
+                         'give data of its classes, or start from its encoder by model.pretrained=')
         for key, old, new in _differences(config, samples, saved.state):
             log(f'{key} was {old} at {saved.path} and is {new} from here on')
         return saved
@@ -126,8 +125,7 @@ def checkpoint_to_resume(config: Config, samples: int, classes: Sequence[str],
                          + ': set name= for a new run'
                          + f', or resume={saved.path} to go on from there all the same' * fits)
     if saved:
-        check_classes(str(saved.path), saved.state.get('classes', ()), classes,
-                      'give data of its classes, or set name= for a new run')
+        task.check_state(saved.state, str(saved.path), 'give data of its classes, or set name= for a new run')
     return saved
 
 

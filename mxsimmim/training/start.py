@@ -13,7 +13,6 @@ from ..config.schedule import fitted
 from ..data.sampling import steps_per_epoch
 from ..data.sources import notes_of
 from ..models import named_parameters
-from ..models.cost import multiply_adds
 from ..ops import REFERENCE, OpBackend, select_backend
 from ..parallel.communicators import Communicator
 from ..parallel.control import ControlPlane, connect
@@ -21,7 +20,8 @@ from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, horovod_settings, strategy_of
 from ..runtime.process import ProcessInfo, world
 from ..system import files
-from ..tasks.registry import TASKS, Task, check_same_job
+from ..tasks.registry import TASKS
+from ..tasks.task import Task, check_same_job
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
 from .room import check_room
@@ -112,7 +112,7 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
     Raises:
         ValueError: see `checkpoint_to_resume`.
     """
-    saved = checkpoint_to_resume(config, len(task.source), task.classes, log) if control.rank == 0 else None
+    saved = checkpoint_to_resume(config, task, log) if control.rank == 0 else None
     told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
     return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
 
@@ -122,7 +122,7 @@ def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Stra
     config, timetable, say = trainer.config, trainer.timetable, trainer.logger.message
     say(configfile.to_yaml(config).rstrip())
     sizes = [int(np.prod(p.shape)) for p in named_parameters(trainer.placement.net).values()]
-    operations = multiply_adds(config.model, decoder=config.task == 'pretrain') / 1e9
+    operations = trainer.task.multiply_adds() / 1e9
     say(f'{config.model.type}: {sum(sizes):,} parameters, {operations:.2f} GFLOPs an image (multiply-adds of a forward '
         'pass)')
     say(f'{len(trainer.task.source):,} training images, {timetable.per_epoch:,} steps an epoch, {timetable.total:,} in '
@@ -143,14 +143,15 @@ def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Stra
 
 def conclude(trainer: Trainer, folder: Path, finished: bool) -> None:
     """Say what a reader wants to know last: how good it got, and where everything is."""
-    say, task, control = trainer.logger.message, trainer.task, trainer.control
+    say, control = trainer.logger.message, trainer.control
     if trainer.plateau.ended:
         say(f'stopped: {trainer.config.train.stop_early} validations without a new best (train.stop_early)')
     rows = control.broadcast_object('validations', lambda: [row for row in read_metrics(folder) if 'val_loss' in row])
     if finished and rows and trainer.evaluator:
         with trainer.consolidated_model():
-            if task.classes or control.rank == 0:  # a classifier is evaluated by all workers
-                say(task.conclusion(trainer.evaluator, rows, trainer.timetable.total, trainer.placement, folder))
+            conclusion = trainer.evaluator.conclude(rows, trainer.timetable.total, trainer.placement, folder)
+        if conclusion:
+            say(conclusion)
     if any((folder / 'pictures').glob('*')):
         say(f'pictures: {folder}/pictures')
     say(f'curves: mxsimmim plot {folder}')

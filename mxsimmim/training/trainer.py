@@ -20,7 +20,7 @@ from ..parallel.placement import Replicated
 from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
 from ..system.text import encode, one_line
-from ..tasks.registry import Task
+from ..tasks.task import Task
 from . import checkpoint
 from .plateau import PlateauTracker
 from .run_folder import Stop, folder_of, versions
@@ -55,7 +55,7 @@ class Trainer:
         self.loader = Loader(task.source, task.transform(), self.samples, config.seed, config.data.threads,
                              config.data.prefetch, config.data.max_broken, self.logger.message)
         self.metrics = StepMetrics(config.train.max_bad_steps, state.get('meter'), update_rule.combine)
-        self.evaluator = task.validation(self.control)
+        self.evaluator = task.evaluator(self.control)
         self.plateau = PlateauTracker(config.train, state.get('progress'))
         self._rate = learning_rates(config.optim, config.train, timetable.per_epoch, timetable.total)
         clipping = config.optim.recipe == 'reference' and config.train.accumulate > 1
@@ -106,7 +106,7 @@ class Trainer:
         timed = self.metrics.clock if self._is_timed(done) else None
         if timed:
             timed.start()
-        divisor = self.update_rule.loss_divisor(len(batch.image))
+        divisor = self.update_rule.loss_divisor(len(batch.index))
         loss = self.placement.forward_backward(batch, divisor, self._on_micro_batch)
         self.log()  # the updates before, while the device works on this one
         lr, floor = (self._rate(self.step, scale) * self.plateau.factor for scale in (1, 0))
@@ -129,16 +129,19 @@ class Trainer:
         self._write(values)
 
     def validate(self) -> Dict[str, float]:
-        """Measure and draw on the held-out images, keep the best classifier; return the values, {} without images."""
+        """Measure and draw on the held-out images, keep the best weights if the task is to.
+
+        Returns the values; {} without held-out images.
+        """
         if not self.evaluator:
             return {}
         with self._other_work(), self.consolidated_model():
-            values = self.evaluator.measure(self.placement)
+            values = self.evaluator.evaluate(self.placement)
             self._write(values)
-            best = self.plateau.observe(self.task.score(values))
+            best = self.plateau.observe(self.evaluator.metric.score(values))
             if self.control.rank == 0:
                 self.logger.extra('a picture', self._draw)
-                if best and self.task.classes:
+                if best and self.task.keeps_best:
                     checkpoint.save(folder_of(self.config) / 'best', self.step, {'weights': self._weights()},
                                     self.state_dict(), keep=1)
         return values
@@ -159,7 +162,7 @@ class Trainer:
         epoch, step = divmod(self.step, self.timetable.per_epoch)
         return {'config': configfile.to_dict(self.config), 'samples': len(self.task.source), 'versions': versions(),
                 'epoch': epoch, 'step_in_epoch': step, 'images': list(self.split.images),
-                'meter': self.metrics.state(), 'progress': self.plateau.state(), 'classes': list(self.task.classes)}
+                'meter': self.metrics.state(), 'progress': self.plateau.state(), **self.task.state()}
 
     def check_replicas(self) -> None:
         """Compare the weights of all replicas, if a comparison is due and they must be equal now.
@@ -226,7 +229,7 @@ class Trainer:
 
     def _draw(self) -> None:
         """The picture of a validation, if there is to be one."""
-        picture = self.task.picture(self.evaluator, self.placement)
+        picture = self.evaluator.picture(self.placement) if self.evaluator else None
         if picture is not None:
             self.logger.picture(self.step, 'reconstruction', picture)
 

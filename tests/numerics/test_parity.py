@@ -115,7 +115,7 @@ def test_twelve_steps(recorded):
                    milestones=c.get('multisteps', [1])),
         train=dict(batch_size=count, length=steps))
     official.load_weights(trainer.placement.net, recorded.group('param'))
-    rows = [trainer.train_step(Batch(image, mask, np.zeros((count, 0), 'float32'), 0, np.arange(count))).asnumpy()
+    rows = [trainer.train_step(Batch({'image': image, 'mask': mask}, 0, np.arange(count))).asnumpy()
             for image, mask in zip(images, masks.astype('uint8'))]
     rate = [lr for _, lr, *_ in trainer.metrics.state()['rows']]
     loss, norm, applied = np.transpose(rows)

@@ -21,7 +21,7 @@ def awake(net, seed=0):
 def trained(net, step=7):
     task = 'pretrain' if hasattr(net, 'decoder') else 'classify'
     config = Config(name='tiny', task=task, model=net.config, mask={'patch_size': 8}, data=DATA)
-    return Trained(config, net, () if task == 'pretrain' else ('a', 'b', 'c'), step)
+    return Trained(config, net, {} if task == 'pretrain' else {'classes': ['a', 'b', 'c']}, step)
 
 
 def stored(folder, net, step=7):
@@ -30,5 +30,5 @@ def stored(folder, net, step=7):
     (folder / 'run').mkdir(exist_ok=True)
     (folder / 'run' / 'config.yaml').write_text(configfile.to_yaml(done.config))
     checkpoint.save(folder / 'run' / 'checkpoints', step, {'weights': official.export_weights(net)},
-                    {'config': configfile.to_dict(done.config), 'classes': done.classes}, keep=1)
+                    {'config': configfile.to_dict(done.config), **done.state}, keep=1)
     return folder / 'run'

@@ -37,11 +37,11 @@ def random_batches(model, steps, images, seed):
     for _ in range(steps):
         hidden = np.argsort(rng.random((images, side * side)), 1) < max(1, side * side // 2)
         mask = hidden.reshape(images, side, side).repeat(scale, 1).repeat(scale, 2)
-        uniform = rng.random((images, 2 * model.blocks if model.drop_path else 0), 'float32')
-        yield Batch(rng.integers(0, 256, (images, model.img_size, model.img_size, 3), 'uint8'),
-                    mask.astype('uint8'), uniform, 0, np.arange(images))
+        fields = {'uniform': rng.random((images, 2 * model.blocks), 'float32')} if model.drop_path else {}
+        fields['image'] = rng.integers(0, 256, (images, model.img_size, model.img_size, 3), 'uint8')
+        yield Batch({**fields, 'mask': mask.astype('uint8')}, 0, np.arange(images))
 
 
 def take(batch, part):
     """Some images of a batch."""
-    return batch._replace(**{name: getattr(batch, name)[part] for name in ('image', 'mask', 'uniform', 'index')})
+    return Batch({name: array[part] for name, array in batch.fields.items()}, 0, batch.index[part])

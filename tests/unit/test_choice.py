@@ -19,7 +19,7 @@ from mxsimmim.config import ModelConfig
 from mxsimmim.interop import choice, files, names, official, pth
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
 from mxsimmim.ops import REFERENCE
-from mxsimmim.tasks.registry import Classification
+from mxsimmim.tasks.classify import Classification
 from mxsimmim.inference.trained import load_run
 from mxsimmim.training.pretrained import load_encoder
 
@@ -324,7 +324,7 @@ def test_the_run_says_what_it_took_and_what_it_left(tmp_path, monkeypatch):
         'model.use_shared_rpb=false', 'model.use_ape=true', 'model.init_values=null', 'data.path=digits',
         'data.val_fraction=0.1', 'task=classify']
     task = Classification(configfile.load(os.devnull, [*keys, f'model.pretrained={file}:model_ema']))
-    net = task.network(True, REFERENCE)
+    net = task.build_network(True, REFERENCE)
     assert load_encoder(net, task.config.model.pretrained) == (
         f'encoder from {file}:model_ema; left out: a head of 5 classes; new: head.weight, head.bias')
     np.testing.assert_array_equal(official.export_weights(net)['cls_token'], tree['model_ema']['cls_token'])

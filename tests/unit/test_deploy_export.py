@@ -56,7 +56,7 @@ def inputs(trained, count):
     rng, model = np.random.default_rng(SEED), trained.config.model
     image = rng.standard_normal((count, 3, model.img_size, model.img_size)).astype('float32')
     mask = (rng.random((count, model.grid, model.grid)) < 0.6).astype('float32')
-    return [image] if trained.classes else [image, mask]
+    return [image] if trained.predictor.classes else [image, mask]
 
 
 @pytest.mark.parametrize('count', [1, 5])
@@ -64,7 +64,7 @@ def test_symbol(run, tmp_path, count):
     text = export(run, tmp_path / 'out' / 'net', 'symbol')
     assert text.split() == [str(tmp_path / 'out' / name) for name in ('net-symbol.json', 'net-0000.params', 'net.json')]
     trained = load_run(run)
-    names = ['image'] if trained.classes else ['image', 'mask']
+    names = ['image'] if trained.predictor.classes else ['image', 'mask']
     net = SymbolBlock.imports(str(tmp_path / 'out/net-symbol.json'), names, str(tmp_path / 'out/net-0000.params'))
     x = inputs(trained, count)
     expected = graph.answer(trained, x)

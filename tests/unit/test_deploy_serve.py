@@ -1,11 +1,13 @@
 """What the service does when it has too much to do, and whether it hears strangers."""
 import asyncio
 import importlib
+import json
 import os
 import signal
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,15 +16,15 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from mxsimmim.data.transforms import BrokenImage
 from mxsimmim.inference import serve
-from mxsimmim.inference.predictor import Room
+from mxsimmim.inference.engine import Room
 from mxsimmim.inference.serve import QUEUE, Service
 
 DEADLINE = 20
 
 
-class FakePredictor:
+class FakeEngine:
     """Answers when `go` is set; an upload is a number, which is its answer."""
-    classes = ('even', 'odd')
+    predictor = SimpleNamespace(command='predict', kind='a game')
 
     def __init__(self):
         self.go = threading.Event()
@@ -37,21 +39,21 @@ class FakePredictor:
         assert self.go.wait(DEADLINE)
         return np.array([[1 - item % 2, item % 2] for item in batch], float)
 
-    def ranked(self, row):
-        return [('odd' if row[1] else 'even', 1.0)]
+    def body(self, item, row):
+        return 'application/json', json.dumps({'classes': [{'name': 'odd' if row[1] else 'even'}]}).encode()
 
 
 def with_service(use, max_batch=2, max_bytes=100):
-    """Runs `use(client, predictor)` against a service on a free port."""
+    """Runs `use(client, engine)` against a service on a free port."""
     async def run():
-        predictor = FakePredictor()
-        async with TestClient(TestServer(Service(predictor, max_batch, max_bytes).app())) as client:
-            return await asyncio.wait_for(use(client, predictor), DEADLINE)
+        engine = FakeEngine()
+        async with TestClient(TestServer(Service(engine, max_batch, max_bytes).app())) as client:
+            return await asyncio.wait_for(use(client, engine), DEADLINE)
     return asyncio.run(run())
 
 
 def test_more_than_the_queue_holds_is_turned_away():
-    async def use(client, predictor):
+    async def use(client, engine):
         posts = [asyncio.ensure_future(client.post('/predict', data=b'%d' % i)) for i in range(2 * QUEUE + 5)]
         refused = []
         while len(refused) < 5:  # those beyond are answered while the others wait for the network
@@ -60,7 +62,7 @@ def test_more_than_the_queue_holds_is_turned_away():
             assert all(response.status == 503 for response in refused)
             await asyncio.sleep(0.01)
         assert 'try again' in (await refused[0].json())['error'] and refused[0].headers['Retry-After'] == '1'
-        predictor.go.set()
+        engine.go.set()
         answers = [await p for p in posts]
         assert sorted(response.status for response in answers) == [200] * 2 * QUEUE + [503] * 5
         names = [(await a.json())['classes'][0]['name'] for a in answers if a.status == 200]
@@ -73,8 +75,8 @@ def test_more_than_the_queue_holds_is_turned_away():
 
 
 def test_room_is_free_again_after_each_kind_of_end():
-    async def use(client, predictor):
-        predictor.go.set()
+    async def use(client, engine):
+        engine.go.set()
         for _ in range(2 * QUEUE + 1):
             for body, status in ((b'1', 200), (b'x', 400), (b'1' * 101, 413)):
                 assert (await client.post('/predict', data=body)).status == status
@@ -82,8 +84,8 @@ def test_room_is_free_again_after_each_kind_of_end():
 
 
 def test_multipart():
-    async def use(client, predictor):
-        predictor.go.set()
+    async def use(client, engine):
+        engine.go.set()
         for name, status in (('image', 200), ('picture', 400)):
             form = FormData()
             form.add_field('note', 'first')
@@ -102,7 +104,7 @@ def test_multipart():
 def test_an_upload_that_never_ends_is_given_up(monkeypatch):
     monkeypatch.setattr(serve, 'UPLOAD_SECONDS', 0.2)
 
-    async def use(client, predictor):
+    async def use(client, engine):
         async def endless():
             yield b'1'
             await asyncio.sleep(DEADLINE)
@@ -112,7 +114,7 @@ def test_an_upload_that_never_ends_is_given_up(monkeypatch):
 
 
 def test_a_failing_network_is_a_500(caplog):
-    class Broken(FakePredictor):
+    class Broken(FakeEngine):
         def answer(self, batch):
             raise ZeroDivisionError
 
@@ -180,10 +182,10 @@ def test_a_connection_at_the_end_is_answered_or_refused():
             return upload.recv(1000)
 
     async def run(listener):
-        predictor = FakePredictor()
-        predictor.go.set()
+        engine = FakeEngine()
+        engine.go.set()
         visited = asyncio.get_running_loop().run_in_executor(None, visit, listener.getsockname())
-        await serve._run(Service(predictor, 2, 100), listener)
+        await serve._run(Service(engine, 2, 100), listener)
         assert (await visited).startswith(b'HTTP/1.1 200 OK')
 
     for _ in range(5):

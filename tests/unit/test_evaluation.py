@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from support.workers import each
 
 from mxsimmim.config import Config, DataConfig, ModelConfig, TrainConfig
 from mxsimmim.data.sources import ImageFiles
-from mxsimmim.tasks.evaluation import Evaluation
+from mxsimmim.tasks.classify import ClassEvaluator
+from support.workers import each
 
 COLORS = {'red': (250, 0, 0), 'green': (0, 250, 0), 'blue': (0, 0, 250)}
 CONFIG = Config(task='classify', model=ModelConfig(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=1),
@@ -22,9 +22,10 @@ class Colors:
         self.images = 0
 
     def outputs(self, batch):
-        assert batch.image.shape[1:] == (16, 16, 3) and batch.image.dtype == np.uint8
-        self.images += len(batch.image)
-        return (batch.image[:, 8, 8] / 125).astype('float32')
+        image = batch.fields['image']
+        assert image.shape[1:] == (16, 16, 3) and image.dtype == np.uint8
+        self.images += len(image)
+        return (image[:, 8, 8] / 125).astype('float32')
 
 
 @pytest.fixture
@@ -44,15 +45,15 @@ def work(images, size, method):
     placements = [Colors() for _ in range(size)]
 
     def run(control):
-        evaluation = Evaluation(CONFIG, ImageFiles(images[0]), images[1], list(COLORS), control)
+        evaluation = ClassEvaluator(CONFIG, ImageFiles(images[0]), images[1], list(COLORS), control)
         return method(evaluation, placements[control.rank])
     results = each(size, run)
     return results, [placement.images for placement in placements]
 
 
 @pytest.mark.parametrize('size', [1, 2, 5, 30])
-def test_measure_is_exact_for_any_number_of_workers(images, size):
-    results, counts = work(images, size, Evaluation.measure)
+def test_evaluate_is_exact_for_any_number_of_workers(images, size):
+    results, counts = work(images, size, ClassEvaluator.evaluate)
     assert sum(counts) == 23 and max(counts) - min(counts) <= 1
     for values in results:
         assert values['val_images_per_second'] > 0
@@ -80,7 +81,7 @@ def test_report(images, size, tmp_path):
 def test_an_unreadable_image_is_named(images):
     with open(images[0][7], 'wb') as file:
         file.write(b'\x89PNG broken')
-    (error,), _ = work(images, 1, Evaluation.measure)
+    (error,), _ = work(images, 1, ClassEvaluator.evaluate)
     assert isinstance(error, ValueError) and '07.png' in str(error) and 'max_broken' not in str(error)
     assert '\n' not in str(error) and 'remove or repair' in str(error)
 

@@ -101,7 +101,7 @@ def test_a_classifier_comes_in_with_its_classes(keys, tmp_path):
     (tmp_path / 'classes.txt').write_text('cat\ndog\nhen\ngrebe crêté\n', encoding='utf-8')
     exchange.import_weights(tmp_path / 'a.pth', tmp_path / 'run', classes=str(tmp_path / 'classes.txt'))
     trained = load_run(tmp_path / 'run')
-    assert trained.classes == ('cat', 'dog', 'hen', 'grebe crêté') and trained.step == 0
+    assert trained.predictor.classes == ('cat', 'dog', 'hen', 'grebe crêté') and trained.step == 0
     assert trained.config.task == 'classify'
     if config.type == 'swin':
         config = config.model_copy(update={'init_values': trained.config.model.init_values})  # of ViT alone
@@ -109,7 +109,7 @@ def test_a_classifier_comes_in_with_its_classes(keys, tmp_path):
     image = mx.nd.array(batch(config)[0])
     np.testing.assert_array_equal(trained.net(image).asnumpy(), net(image).asnumpy())
     exchange.import_weights(tmp_path / 'a.pth', tmp_path / 'numbered')
-    assert load_run(tmp_path / 'numbered').classes == ('0', '1', '2', '3')
+    assert load_run(tmp_path / 'numbered').predictor.classes == ('0', '1', '2', '3')
 
 
 def test_every_hidden_width_comes_back():

@@ -37,7 +37,7 @@ def files(folder):
 def normalised(source, model):
     """What the network gets, (n, 3, S, S), computed with Pillow and NumPy."""
     transform = ClassifyEvalTransform(DATA, model)
-    batch = np.stack([transform(np.asarray(Image.open(source.name(i))), np.random.default_rng(0)).image
+    batch = np.stack([transform(np.asarray(Image.open(source.name(i))), np.random.default_rng(0))['image']
                       for i in range(len(source))])
     return mx.nd.array(((batch / 255 - DATA.mean) / DATA.std).transpose(0, 3, 1, 2))
 

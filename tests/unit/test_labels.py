@@ -188,10 +188,10 @@ def test_records_with_a_list_of_labels(tmp_path):
 
 
 def test_digits_hold_out_the_images_of_pre_training():
-    from mxsimmim.tasks import validation
-    assert SEED == validation.SEED
+    from mxsimmim.tasks import pretrain
+    assert SEED == pretrain.SEED
     found = open_labelled(DataConfig(path='digits', val_fraction=0.2), seed=7)
-    train, held_out = hold_out(Digits(), 0.2, validation.SEED)
+    train, held_out = hold_out(Digits(), 0.2, pretrain.SEED)
     assert found.classes == tuple('0123456789')
     for mine, want, labels in ((found.train, train, found.train_labels),
                                (found.held_out, held_out, found.held_out_labels)):

@@ -118,3 +118,19 @@ def test_no_module_imports_itself_by_way_of_another():
 def test_a_circle_is_seen():
     assert circle({'prepare': {'job', 'supervise'}, 'supervise': {'prepare'}, 'job': set()}) == ['prepare', 'supervise']
     assert circle({'a': {'b', 'c'}, 'b': {'c'}, 'c': set()}) == []
+
+
+OUTSIDE_TASKS = [path for path in FILES if place(path) not in ('tasks', 'config')]
+
+
+@pytest.mark.parametrize('path', OUTSIDE_TASKS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_tasks_know_which_tasks_there_are(path):
+    """Others look one up in TASKS and ask it; a new task is a file, and a line there."""
+    assert not any(name.startswith(('mxsimmim.tasks.pretrain', 'mxsimmim.tasks.classify'))
+                   for name in imports(path, everywhere=True))
+    for node in ast.walk(ast.parse(path.read_text())):
+        asks = isinstance(node, ast.Attribute) and node.attr == 'classes' and 'task' in (
+            getattr(node.value, 'id', None), getattr(node.value, 'attr', None))
+        compares = isinstance(node, ast.Compare) and any(
+            isinstance(side, ast.Attribute) and side.attr == 'task' for side in (node.left, *node.comparators))
+        assert not asks and not compares, f'{path.name}, line {node.lineno}'

@@ -343,11 +343,12 @@ def test_exported_graphs_do_without_the_library(built, classes):
     from mxsimmim.inference.graph import answer, random_inputs, trace
     from mxsimmim.models import build_classifier, build_simmim
     from mxsimmim.inference.trained import Trained
-    config = Config(model=dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2), mask=dict(patch_size=8))
+    config = Config(model=dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2), mask=dict(patch_size=8),
+                    task='classify' if classes else 'pretrain')
 
     def net(backend):
         return build_classifier(config.model, 2, 0, backend) if classes else build_simmim(config.model, 0, backend)
-    trained, native = Trained(config, net(REFERENCE), classes, 1), net(OpBackend('native'))
+    trained, native = Trained(config, net(REFERENCE), {'classes': classes}, 1), net(OpBackend('native'))
     graph = trace(trained)
     inputs = random_inputs(trained)
     call = native if classes else native.reconstruct

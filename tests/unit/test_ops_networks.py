@@ -20,13 +20,14 @@ def batch_of(config, classes=0, images=3):
     rng = np.random.default_rng(9)
     image = rng.integers(0, 256, (images, config.img_size, config.img_size, 3), 'uint8')
     mask = (rng.random((images, config.grid, config.grid)) < 0.5).astype('uint8')
-    label = rng.random((images, classes), 'float32')
-    return Batch(image, mask, np.zeros((images, 0), 'float32'), 0, np.arange(images), label)
+    fields = {'label': rng.random((images, classes), 'float32')} if classes else {'mask': mask}
+    return Batch({'image': image, **fields}, 0, np.arange(images))
 
 
 def normalised(batch, mean, std):
-    image = mx.nd.image.normalize(mx.nd.image.to_tensor(mx.nd.array(batch.image, dtype='uint8')), mean=mean, std=std)
-    return batch._replace(image=image.asnumpy())
+    image = mx.nd.image.to_tensor(mx.nd.array(batch.fields['image'], dtype='uint8'))
+    image = mx.nd.image.normalize(image, mean=mean, std=std)
+    return batch._replace(fields={**batch.fields, 'image': image.asnumpy()})
 
 
 def seen_by(net):
@@ -46,9 +47,9 @@ def test_bytes_go_to_the_network_which_normalises_them(keys):
         batch = prepare(batch_of(config))
         placement = Replicated(net, [mx.cpu(0), mx.cpu(1)])
         types = seen_by(net)
-        results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.loss(batch).asscalar(),
+        results = [placement.forward_backward(batch, len(batch.index)).asscalar(), placement.loss(batch).asscalar(),
                    placement.reconstruct(batch)]
-        assert set(types) == {batch.image.dtype.name}
+        assert set(types) == {batch.fields['image'].dtype.name}
         found.append(results + [p.grad(mx.cpu(1)).asnumpy() for p in named_parameters(net).values()])
     assert all(np.array_equal(bytes_, floats) for bytes_, floats in zip(*found))
 
@@ -62,8 +63,8 @@ def test_a_classifier_takes_bytes(keys):
         net, batch = build_classifier(config, 5, 3, OpBackend('native'), *OTHER), prepare(batch_of(config, 5))
         placement = Replicated(net, [mx.cpu(0)])
         types = seen_by(net)
-        results = [placement.forward_backward(batch, len(batch.image)).asscalar(), placement.outputs(batch)]
-        assert set(types) == {batch.image.dtype.name}
+        results = [placement.forward_backward(batch, len(batch.index)).asscalar(), placement.outputs(batch)]
+        assert set(types) == {batch.fields['image'].dtype.name}
         found.append(results + [p.grad().asnumpy() for p in named_parameters(net).values()])
     assert all(np.array_equal(bytes_, floats) for bytes_, floats in zip(*found))
 
@@ -85,7 +86,7 @@ def test_networks_of_both_forms_agree(keys, accumulate):
     for form, precision in machine.ABLE:
         net, batch = build_simmim(config, 3, OpBackend(form, precision)), batch_of(config)
         placement = Replicated(net, [mx.cpu(0)], accumulate)
-        loss = placement.forward_backward(batch, len(batch.image)).asscalar()
+        loss = placement.forward_backward(batch, len(batch.index)).asscalar()
         found.append((loss, np.concatenate([p.grad().asnumpy().ravel() for p in named_parameters(net).values()])))
     loss, gradient = found[0]
     for precision, (ours, changes) in zip(machine.PRECISIONS, found[1:]):

@@ -62,14 +62,14 @@ def trained_net(config, backend=REFERENCE, seed=SEED):
     rng = np.random.default_rng(seed)
     for p in named_parameters(net).values():
         p.set_data(p.data() + mx.nd.array(0.1 * rng.standard_normal(p.shape)))
-    return Trained(config, net, CLASSES if classify else (), 7)
+    return Trained(config, net, {'classes': CLASSES} if classify else {}, 7)
 
 
 def make_run(folder, config):
     trained = trained_net(config)
     folder.mkdir(parents=True)
     (folder / 'config.yaml').write_text(configfile.to_yaml(config))
-    state = {'config': configfile.to_dict(config), 'classes': list(trained.classes), 'samples': 0}
+    state = {'config': configfile.to_dict(config), **trained.state, 'samples': 0}
     checkpoint.save(folder / 'checkpoints', 7, {'weights': official.export_weights(trained.net)}, state, keep=1)
     return folder
 
@@ -156,8 +156,8 @@ def test_names_go_out_and_come_back(run, tmp_path, style):
 def test_reconstruct_features_and_probe(run, images, tmp_path):
     trained = load_for_inference(run)
     model, data = trained.config.model, trained.config.data
-    if not trained.classes:
-        reconstruct(run, trained.config, [str(images / CLASSES[0])], tmp_path / 'grid.png')
+    if not trained.predictor.classes:
+        reconstruct(run, [str(images / CLASSES[0])], tmp_path / 'grid.png')
         picture = Image.open(tmp_path / 'grid.png')
         assert picture.width >= 3 * model.img_size and picture.height >= 3 * model.img_size
     source, labels, classes = open_images([str(images)])
@@ -171,7 +171,7 @@ def test_reconstruct_features_and_probe(run, images, tmp_path):
 def test_int8(run, images, tmp_path, monkeypatch):
     """Every linear map is in 8 bits: 4 a block, patch embedding, patch merging, head."""
     trained = load_run(run)
-    if not trained.classes:
+    if not trained.predictor.classes:
         pytest.skip('of classifiers')
     monkeypatch.setattr(quantise, 'LATENCY_BATCHES', (1,))
     monkeypatch.setattr(quantise, 'REPEATS', 1)
@@ -198,8 +198,12 @@ def test_both_forms_of_the_operators_give_the_same_gradient(run):
     model, rng = config.model, np.random.default_rng(SEED)
     image = rng.integers(0, 256, (2, model.img_size, model.img_size, 3), 'uint8')
     mask = (rng.random((2, model.grid, model.grid)) < 0.5).astype('uint8')
-    batch = Batch(image, mask, rng.random((2, 2 * model.blocks * (model.drop_path > 0)), 'float32'), 0, np.arange(2),
-                  rng.random((2, len(CLASSES) * (config.task == 'classify')), 'float32'))
+    fields = {'image': image, 'mask': mask}
+    if model.drop_path:
+        fields['uniform'] = rng.random((2, 2 * model.blocks), 'float32')
+    if config.task == 'classify':
+        fields['label'] = rng.random((2, len(CLASSES)), 'float32')
+    batch = Batch(fields, 0, np.arange(2))
     found = []
     for form in FORMS:
         net = trained_net(config, OpBackend(form)).net
@@ -237,6 +241,6 @@ def test_options_and_depths(options, task, tmp_path):
     files = deployed._symbol(trained, whole, tmp_path / 'net')
     assert '"_copy"' not in files[0].read_text()
     deployed._onnx(trained, whole, tmp_path / 'net.onnx')
-    if trained.classes:
+    if trained.predictor.classes:
         x, = graph.random_inputs(trained)
         check_int8(trained, graph.save_symbol(quantise.quantise(whole, x), tmp_path / 'int8'))

@@ -218,4 +218,4 @@ def test_threads_read_chunks(tmp_path):
         write(tmp_path / f'{number:03}.rec', [(0, encoded(3 * number, 'PNG'))])
     transform = ClassifyEvalTransform(DataConfig(), ModelConfig(img_size=16, patch_size=4))
     batches = list(every_image(open_source(str(tmp_path)), transform, 16, threads=4))
-    assert np.concatenate([batch.image[:, 5, 5, 0] for batch in batches]).tolist() == [3 * n for n in range(count)]
+    assert np.concatenate([batch.fields['image'][:, 5, 5, 0] for batch in batches]).tolist() == [3 * n for n in range(count)]

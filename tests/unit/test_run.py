@@ -1,6 +1,5 @@
 """What makes two workers, or a checkpoint and a run, the same job."""
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,16 +7,23 @@ import pytest
 from mxsimmim.training import checkpoint
 from mxsimmim.config import configfile
 from mxsimmim.config import Config
+from mxsimmim.data.labels import Labelled
+from mxsimmim.tasks import classify, pretrain
 from mxsimmim.tasks.classes import check_classes
+from mxsimmim.tasks.classify import Classification
+from mxsimmim.tasks.pretrain import Pretraining
+from mxsimmim.tasks.task import check_same_job
 from mxsimmim.training.run_folder import checkpoint_to_resume
-from mxsimmim.tasks.registry import check_same_job
 
 
 class Images:
-    """Three images by name."""
+    """Images by name."""
+
+    def __init__(self, count=3):
+        self._count = count
 
     def __len__(self):
-        return 3
+        return self._count
 
     def name(self, index):
         return f'/disk/{index}.png'
@@ -26,9 +32,16 @@ class Images:
 LABELS = np.array([0, 1, 1])
 
 
-def task(classes, held_out=2, labels=LABELS):
+def task(config, monkeypatch, classes, held_out=2, labels=LABELS, held_out_labels=None):
     """Three images and their classes."""
-    return SimpleNamespace(source=Images(), classes=classes, held_out=range(held_out), labels=[labels])
+    data = Labelled(Images(), labels, Images(held_out), held_out_labels, classes)
+    monkeypatch.setattr(classify, 'open_labelled', lambda *_: data)
+    return Classification(config)
+
+
+def pretraining(config, monkeypatch, images):
+    monkeypatch.setattr(pretrain, 'open_source', lambda _: Images(images))
+    return Pretraining(config)
 
 
 class Second:
@@ -36,10 +49,11 @@ class Second:
     rank, size = 1, 2
 
     def __init__(self, classes, **keys):
-        self.said = {'config': configfile.to_dict(Config(task='classify', **keys)), 'classes': classes}
+        self.said = {'config': configfile.to_dict(Config(task='classify', **keys)),
+                     'state': {'classes': classes}}
 
     def broadcast_object(self, _name, make):
-        return {**make(), 'held_out': 2, 'labels': [zlib.crc32(LABELS.tobytes())], **self.said}
+        return {**make(), 'held_out': 2, 'annotations': [zlib.crc32(LABELS.tobytes())], **self.said}
 
 
 @pytest.mark.parametrize('theirs, ours, complaint', [
@@ -59,56 +73,57 @@ def test_the_same_classes():
     check_classes('runs/a', (), (), '')
 
 
-def test_workers_need_the_same_classes():
+def test_workers_need_the_same_classes(monkeypatch):
     """Their tables and lists of names may lie elsewhere, but must say the same."""
     here = Config(task='classify', data={'labels': '/here/labels.csv', 'classes': '/here/names.txt'})
-    check_same_job(here, task(('cat', 'dog')), Second(['cat', 'dog'], data={'labels': '/there/labels.csv'}))
+    ours = task(here, monkeypatch, ('cat', 'dog'))
+    check_same_job(here, ours, Second(['cat', 'dog'], data={'labels': '/there/labels.csv'}))
     with pytest.raises(ValueError, match="rank 0 has 2 classes, .* class 0 is 'dog' there, 'cat' here: all workers ne"):
-        check_same_job(here, task(('cat', 'dog')), Second(['dog', 'cat']))
+        check_same_job(here, ours, Second(['dog', 'cat']))
     with pytest.raises(ValueError, match=r'differently from rank 0: data.labels_per_class \(rank 0 5, here 0\)'):
-        check_same_job(here, task(('cat', 'dog')), Second(['cat', 'dog'], data={'labels_per_class': 5}))
+        check_same_job(here, ours, Second(['cat', 'dog'], data={'labels_per_class': 5}))
 
 
-def test_workers_need_the_same_held_out_images():
+def test_workers_need_the_same_held_out_images(monkeypatch):
+    here = Config(task='classify', data={'val_path': '/val'})
     with pytest.raises(ValueError, match=r'data.val_path=/val: rank 1 finds 7 images here, rank 0 2: all workers need'):
-        check_same_job(Config(task='classify', data={'val_path': '/val'}), task(('a', 'b'), 7), Second(['a', 'b']))
+        check_same_job(here, task(here, monkeypatch, ('a', 'b'), 7), Second(['a', 'b']))
 
 
-def test_workers_need_the_same_labels():
+def test_workers_need_the_same_labels(monkeypatch):
+    here = Config(task='classify', data={'labels': '/a.csv'})
     with pytest.raises(ValueError, match='data.labels=/a.csv, .*other classes for rank 1 than for rank 0: all'):
-        check_same_job(Config(task='classify', data={'labels': '/a.csv'}), task(('a', 'b'), labels=1 - LABELS),
-                       Second(['a', 'b']))
+        check_same_job(here, task(here, monkeypatch, ('a', 'b'), labels=1 - LABELS), Second(['a', 'b']))
     with pytest.raises(ValueError, match='data.val_labels=/v.csv, data.val_path=/v: some images have other classes'):
-        here = task(('a', 'b'))
-        here.labels.append(1 - LABELS)
+        here = Config(task='classify', data={'val_labels': '/v.csv', 'val_path': '/v'})
         there = Second(['a', 'b'])
-        there.said['labels'] = [zlib.crc32(LABELS.tobytes())] * 2
-        check_same_job(Config(task='classify', data={'val_labels': '/v.csv', 'val_path': '/v'}), here, there)
+        there.said['annotations'] = [zlib.crc32(LABELS.tobytes())] * 2
+        check_same_job(here, task(here, monkeypatch, ('a', 'b'), held_out_labels=1 - LABELS), there)
 
 
-def test_a_checkpoint_of_other_images(tmp_path):
+def test_a_checkpoint_of_other_images(tmp_path, monkeypatch):
     """As after an update that reads more formats."""
     config = Config(output=str(tmp_path), name='run')
     checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {'config': configfile.to_dict(config), 'samples': 3}, 1)
     with pytest.raises(ValueError, match=r'the number of training images \(there 3, here 5\) \(files came or went, or '
                        'an earlier version did not read their format: take out what came, put back what went'):
-        checkpoint_to_resume(config, 5, (), print)
-    assert checkpoint_to_resume(config, 3, (), print).step == 7
+        checkpoint_to_resume(config, pretraining(config, monkeypatch, 5), print)
+    assert checkpoint_to_resume(config, pretraining(config, monkeypatch, 3), print).step == 7
 
 
 @pytest.mark.parametrize('by_name', [False, True])
-def test_a_checkpoint_of_other_classes(tmp_path, by_name):
+def test_a_checkpoint_of_other_classes(tmp_path, monkeypatch, by_name):
     config = Config(task='classify', output=str(tmp_path), name='run')
     folder = tmp_path / 'run' / 'checkpoints'
     checkpoint.save(folder, 7, {}, {'config': configfile.to_dict(config), 'samples': 3, 'classes': ['cat', 'dog']}, 1)
     if by_name:
         config = config.model_copy(update={'resume': str(folder / 'step-00000007'), 'name': 'other'})
-    assert checkpoint_to_resume(config, 3, ('cat', 'dog'), pytest.fail).step == 7
+    assert checkpoint_to_resume(config, task(config, monkeypatch, ('cat', 'dog')), pytest.fail).step == 7
     with pytest.raises(ValueError, match="step-00000007 has 2 classes, .* class 1 is 'dog' there, 'hound' here: give"):
-        checkpoint_to_resume(config, 3, ('cat', 'hound'), pytest.fail)
+        checkpoint_to_resume(config, task(config, monkeypatch, ('cat', 'hound')), pytest.fail)
 
 
-def test_a_checkpoint_of_before_there_were_classes(tmp_path):
+def test_a_checkpoint_of_before_there_were_classes(tmp_path, monkeypatch):
     config = Config(output=str(tmp_path), name='run')
     checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {'config': configfile.to_dict(config), 'samples': 3}, 1)
-    assert checkpoint_to_resume(config, 3, (), pytest.fail).step == 7
+    assert checkpoint_to_resume(config, pretraining(config, monkeypatch, 3), pytest.fail).step == 7

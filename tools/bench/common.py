@@ -145,4 +145,4 @@ def random_batch(model: 'ModelConfig', mask: Any, seed: int) -> 'Batch':
     from mxsimmim.data.loader import Batch
     count = len(mask)
     image = np.random.default_rng(seed).integers(0, 256, (count, model.img_size, model.img_size, 3), np.uint8)
-    return Batch(image=image, mask=mask, uniform=np.empty((count, 0), np.float32), epoch=0, index=np.arange(count))
+    return Batch({'image': image, 'mask': mask}, 0, np.arange(count))

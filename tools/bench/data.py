@@ -119,7 +119,7 @@ def mxsimmim(path: str, threads: int) -> Pipeline:
 
     def run(turn: int) -> Iterator[np.ndarray]:
         for _, batch in loader.iterate(turn * steps, (turn + 1) * steps):
-            for image, target in zip(batch.image, result):
+            for image, target in zip(batch.fields['image'], result):
                 for channel, plane in enumerate(cv2.split(image)):
                     np.multiply(plane, factor[channel], out=target[channel])
                     target[channel] -= offset[channel]

@@ -50,8 +50,8 @@ def measure(config, process, communicator):
                               make_communicator('local'), trainer.timetable, trainer.split, together.optimizer)
     handle = communicator.register(together.gradients())
     rng = np.random.default_rng(0)
-    batch = Batch(rng.integers(0, 256, (IMAGES, 64, 64, 3), 'uint8'), rng.integers(0, 2, (IMAGES, 8, 8), 'uint8'),
-                  np.zeros((IMAGES, 0), 'float32'), 0, np.arange(IMAGES))
+    batch = Batch({'image': rng.integers(0, 256, (IMAGES, 64, 64, 3), 'uint8'),
+                   'mask': rng.integers(0, 2, (IMAGES, 8, 8), 'uint8')}, 0, np.arange(IMAGES))
 
     def seconds(function):
         mx.nd.waitall()

@@ -34,7 +34,7 @@ def batches(seed, part):
     for _ in range(STEPS):
         image = rng.integers(0, 256, (IMAGES, 16, 16, 3), 'uint8')
         mask = (np.argsort(rng.random((IMAGES, 16)), 1) < 9).reshape(IMAGES, 4, 4).astype('uint8')
-        yield Batch(image[part], mask[part], np.zeros((IMAGES, 0), 'float32')[part], 0, np.arange(IMAGES)[part])
+        yield Batch({'image': image[part], 'mask': mask[part]}, 0, np.arange(IMAGES)[part])
 
 
 def trained(trainer):

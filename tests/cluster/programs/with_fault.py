@@ -32,7 +32,7 @@ if place.role == 'worker' and place.rank == 1:
 
     def slow(self, batch, *others):
         mx.nd.waitall()
-        time.sleep(0.004 * len(batch.image))
+        time.sleep(0.004 * len(batch.index))
         return forward_backward(self, batch, *others)
 
     def failing(*_):

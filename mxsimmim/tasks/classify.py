@@ -1,0 +1,238 @@
+"""Classification: images are to be given their class, the better the more of those held out are."""
+import json
+import time
+import zlib
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import HybridBlock
+
+from ..config import Config, DataConfig, ModelConfig
+from ..data.labels import open_labelled, read_classes
+from ..data.loader import every_image
+from ..data.sources import Source
+from ..data.transforms import ClassifyEvalTransform, ClassifyTransform, Fields
+from ..models import Classifier, build_classifier, named_parameters
+from ..models.cost import multiply_adds
+from ..ops import OpBackend
+from ..optim import parameter_groups
+from ..parallel.control import ControlPlane
+from ..parallel.placement import Replicated
+from ..system.text import encode, one_line
+from . import metrics, pictures
+from .classes import check_classes
+from .task import Metric, Predictor
+
+SHOWN = 20  # classes in the text that is printed; the file has all
+
+
+class ClassEvaluator:
+    """Tells how many labelled images get their class. Each counts once, whichever worker measures it."""
+    metric = Metric('val_top1', higher_is_better=True)
+
+    def __init__(self, config: Config, source: Source, labels: np.ndarray, classes: Sequence[str],
+                 control: ControlPlane):
+        """labels are the numbers (n,) of the images' `classes`."""
+        self._config, self._source, self._labels, self._classes = config, source, labels, classes
+        self._control = control
+        self.images = len(source)
+
+    def evaluate(self, placement: Replicated) -> Dict[str, float]:
+        """Returns val_top1, val_top5, val_ece in percent, val_loss, and val_images_per_second of all workers together.
+
+        Called by every worker at the same time.
+
+        Raises:
+            ValueError: an image that cannot be read; another in its place would count under a wrong label.
+        """
+        return self._measure(placement)[0]
+
+    def picture(self, placement: Replicated) -> Optional[np.ndarray]:
+        """Draws nothing: the confusion matrix is drawn at the end."""
+        return None
+
+    def report(self, placement: Replicated, folder: Path) -> str:
+        """Evaluates, and says it in words; rank 0 writes evaluation.json, evaluation.txt and confusion.png to `folder`.
+
+        Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
+        """
+        values, own = self._measure(placement)
+        predicted = np.concatenate([np.array(part, int) for part in self._control.all_gather('predictions', own)])
+        matrix = metrics.confusion_matrix(self._labels, predicted, len(self._classes))
+        scores = metrics.class_scores(self._labels, predicted, len(self._classes))
+        text = self._text(values, scores, matrix)
+        if self._control.rank == 0:
+            self._write(folder, values, metrics.class_table(scores, self._classes))
+            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
+            try:
+                pictures.confusion(matrix, self._classes, folder / 'confusion.png')
+                text += ', confusion.png'
+            except Exception as error:  # whatever a font or a cache folder has: the numbers are written
+                text += f'\nwarning: confusion.png could not be drawn: {" ".join(str(error).split())}'
+        return text
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Replicated, folder: Path) -> str:
+        """Writes the evaluation of the last weights, as `report`, and says which were the best."""
+        best = max(rows, key=self.metric.score)
+        return (self.report(placement, folder)
+                + f'\nbest: {best["val_top1"]:.2f} % at step {best["step"]}, kept in {folder}/best')
+
+    def _measure(self, placement: Replicated) -> Tuple[Dict[str, float], np.ndarray]:
+        """The values of all workers, and the predicted classes of this one's images."""
+        tally, predicted, clock = metrics.Tally(), [np.empty(0, int)], [time.monotonic()]
+        config, control = self._config, self._control
+        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
+        transform = ClassifyEvalTransform(config.data, config.model)
+        for part in every_image(self._source, transform, batch, config.data.threads, control.mesh.coordinate('data'),
+                                control.mesh.data):
+            predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
+            clock.append(time.monotonic())
+        first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
+        speed = [sum(map(len, predicted[1 + first:])), clock[-1] - clock[first]]
+        gathered = np.array(control.all_gather('evaluation', np.concatenate([tally.state(), speed])))
+        values = metrics.Tally(gathered[:, :-2].sum(axis=0)).values()
+        values['val_images_per_second'] = gathered[:, -2].sum() / gathered[:, -1].max()
+        return values, np.concatenate(predicted)
+
+    def _text(self, values: Dict[str, float], scores: np.ndarray, matrix: np.ndarray) -> str:
+        lines = [f"top-1 {values['val_top1']:.2f} %, top-5 {values['val_top5']:.2f} % of {self.images:,} images, "
+                 f"loss {values['val_loss']:.4f}, calibration error {values['val_ece']:.2f} %, "
+                 f"{values['val_images_per_second']:,.0f} images/s",
+                 metrics.class_table(scores, self._classes, SHOWN)]
+        if len(self._classes) > SHOWN:
+            lines.append(f'({SHOWN} of {len(self._classes):,} classes, those of least F1)')
+        confusions = metrics.worst_confusions(matrix, self._classes, 3)
+        return '\n'.join(lines + ([f'most confused: {"; ".join(confusions)}'] if confusions else []))
+
+    def _write(self, folder: Path, values: Dict[str, float], table: str) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
+            (folder / 'evaluation.json').write_text(json.dumps({'images': self.images, **finite}, indent=1) + '\n')
+            (folder / 'evaluation.txt').write_bytes(encode(table + '\n'))
+        except OSError as error:
+            raise ValueError(f'{folder}: cannot write the evaluation there: {error.strerror}') from None
+
+
+class ClassPredictor:
+    """Gives images the probabilities of their classes: (B, K)."""
+    command = 'predict'
+    kind = 'a classifier, which reconstructs nothing'
+    advice = '`mxsimmim predict` shows what it has learned'
+    output = 'logits'
+
+    def __init__(self, config: Config, net: HybridBlock, state: Mapping[str, Any]):
+        self._config, self._net = config, net
+        self.classes: Tuple[str, ...] = tuple(state['classes'])
+        self.summary = f'{len(self.classes)} classes'
+        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, config.model.img_size, config.model.img_size)}
+        self._width = max(len(one_line(name)) for name in self.classes)
+
+    @staticmethod
+    def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig
+                      ) -> Classifier:
+        return build_classifier(model, len(state['classes']), None, backend, data.mean, data.std)
+
+    @staticmethod
+    def state_of_weights(arrays: Mapping[str, np.ndarray], file: Path, classes: str) -> Dict[str, Any]:
+        """Returns the names in the file `classes`; without one, the numbers of the classifier's outputs."""
+        count = len(arrays['head.weight'])
+        if not classes:
+            return {'classes': [str(number) for number in range(count)]}
+        names = list(read_classes(classes))
+        if len(names) != count:
+            raise ValueError(f'{classes} names {len(names)} classes, and {file} has {count}: name each, one a line, in '
+                             'the order of its outputs')
+        return {'classes': names}
+
+    def transform(self, data: DataConfig) -> ClassifyEvalTransform:
+        return ClassifyEvalTransform(data, self._config.model)
+
+    def call(self, image: Any) -> Any:
+        """Images (B, 3, S, S), normalised, to logits (B, K)."""
+        return self._net(image)
+
+    def answer(self, image: mx.nd.NDArray) -> np.ndarray:
+        """Returns the probabilities (B, K)."""
+        return mx.nd.softmax(self.call(image), axis=1).asnumpy()
+
+    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
+        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
+
+    def line(self, answer: np.ndarray, top: int) -> str:
+        """Says the `top` most probable classes, each with its probability."""
+        return '   '.join(f'{one_line(name):<{self._width}} {value:.6f}' for name, value in self.ranked(answer)[:top])
+
+    def body(self, fields: Fields, answer: np.ndarray) -> Tuple[str, bytes]:
+        """Returns all classes and their probabilities in JSON."""
+        ranked = [{'name': name, 'probability': value} for name, value in self.ranked(answer)]
+        return 'application/json; charset=utf-8', json.dumps({'classes': ranked}).encode()
+
+    def ranked(self, probabilities: np.ndarray) -> List[Tuple[str, float]]:
+        """Returns (class name, probability) of one image, the most probable first."""
+        return [(self.classes[number], float(probabilities[number])) for number in np.argsort(-probabilities)]
+
+
+class Classification:
+    """Labelled images; the better the more of those held out are given their class."""
+    takes_encoder = True
+    keeps_best = True
+    predictor: Type[Predictor] = ClassPredictor
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._data = open_labelled(config.data, config.seed)
+        self.source, self.held_out, self.classes = self._data.train, self._data.held_out, self._data.classes
+
+    def build_network(self, initial: bool, backend: OpBackend) -> Classifier:
+        """Builds the network, computing with `backend`; with random initial weights if they are used, else zeros."""
+        config = self.config
+        return build_classifier(config.model, len(self.classes), config.seed if initial else None, backend,
+                                config.data.mean, config.data.std)
+
+    def shapes(self) -> Dict[str, Tuple[int, ...]]:
+        net = Classifier(self.config.model, len(self.classes))
+        return {name: p.shape for name, p in named_parameters(net).items()}
+
+    def multiply_adds(self) -> int:
+        return multiply_adds(self.config.model, decoder=False)
+
+    def parameter_groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
+        """Returns (lr_scale, weight_decay) of each parameter by name, with layer decay."""
+        optim = self.config.optim
+        return parameter_groups(net, optim.layer_decay, optim.weight_decay, optim.recipe)
+
+    def transform(self) -> ClassifyTransform:
+        return ClassifyTransform(self.config.data, self.config.augment, self.config.model, self._data.train_labels,
+                                 len(self.classes))
+
+    def evaluator(self, control: ControlPlane) -> Optional[ClassEvaluator]:
+        labels = self._data.held_out_labels
+        if not self.held_out or labels is None:
+            return None
+        return ClassEvaluator(self.config, self.held_out, labels, self.classes, control)
+
+    def facts(self) -> List[str]:
+        return [f'{len(self.classes):,} classes']
+
+    def state(self) -> Dict[str, Any]:
+        return {'classes': list(self.classes)}
+
+    def check_state(self, state: Mapping[str, Any], where: str, remedy: str) -> None:
+        """Refuses a checkpoint of other classes, or of the same in another order."""
+        check_classes(where, state.get('classes', ()), self.classes, remedy)
+
+    def annotations(self) -> List[int]:
+        """Returns a checksum of the training images' labels, and one of the held-out images'."""
+        return [zlib.crc32(labels.tobytes()) for labels in (self._data.train_labels, self._data.held_out_labels)
+                if labels is not None]
+
+    def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
+        data, own = self.config.data, self.annotations()
+        for number, where in enumerate((f'data.labels={data.labels}, data.path={data.path}',
+                                        f'data.val_labels={data.val_labels}, data.val_path={data.val_path}')):
+            if theirs[number:number + 1] != own[number:number + 1]:
+                raise ValueError(f'{where}: some images have other classes for rank {rank} than for rank 0: all '
+                                 'workers need the same')
