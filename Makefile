@@ -28,7 +28,8 @@ coverage: export COVERAGE_PROCESS_START := $(CURDIR)/pyproject.toml
 coverage: export COVERAGE_FILE := $(CURDIR)/build/coverage/data
 coverage: $(VENV)/test
 	@rm -rf build/coverage && mkdir -p build/coverage
-	@echo "import os; 'COVERAGE_PROCESS_START' in os.environ and __import__('coverage').process_startup()" > \
+	@echo "import os; 'COVERAGE_PROCESS_START' in os.environ and" \
+		"exec(open('$(CURDIR)/tests/support/measuring.py').read(), {})" > \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/measured.pth"
 	$(run_tests)
 	@env -u COVERAGE_PROCESS_START $(BIN)/coverage combine -q

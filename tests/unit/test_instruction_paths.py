@@ -26,8 +26,8 @@ NATIVE = f'{ALIKE} or reference-'
 PATHS = [
     ('', 'NEHALEM', OTHERS, ALIKE, 35),
     ('avx2', 'HASWELL', PRODUCTS + LOOPS + OTHERS, NATIVE, 220),
-    ('avx512_core', 'SKYLAKEX', PRODUCTS + OTHERS, NATIVE, 200),
-    ('avx512_core_bf16', 'SKYLAKEX', PRODUCTS + OTHERS, NATIVE, 200),
+    ('avx512_core', 'SKYLAKEX', PRODUCTS + OTHERS, NATIVE, 160),
+    ('avx512_core_bf16', 'SKYLAKEX', PRODUCTS + OTHERS, NATIVE, 160),
     ('avx512_core_amx', 'SKYLAKEX', [], NATIVE, 0),
 ]
 pytestmark = pytest.mark.slow
