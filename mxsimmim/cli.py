@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 from . import __version__
-from .config import configfile, foreign_names, schedule
+from .config import Config, ConfigError, configfile, foreign_names, schedule
 from .runtime import memory, mxnet_private
 from .system import paths, text
-from .config import Config, ConfigError
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
 TRAINING = ('-h', '--help', '--check', '--check-config', '--eval')  # options of pretrain and finetune
@@ -58,8 +57,8 @@ def _train(task: str, args: argparse.Namespace) -> int:
 
 
 def reconstruct(args: argparse.Namespace) -> int:
-    from .training import run_folder
     from .runtime import environment
+    from .training import run_folder
     environment.prepare(run_folder.read_config(args.run).runtime)
     from .inference import reconstruct
     print(reconstruct.reconstruct(Path(args.run), args.images, Path(args.output), args.seed))
@@ -67,8 +66,8 @@ def reconstruct(args: argparse.Namespace) -> int:
 
 
 def features(args: argparse.Namespace) -> int:
-    from .training import run_folder
     from .runtime import environment
+    from .training import run_folder
     environment.prepare(run_folder.read_config(args.run).runtime)
     from .inference import features
     print(features.save_features(Path(args.run), args.images, args.block, Path(args.output),
@@ -77,8 +76,8 @@ def features(args: argparse.Namespace) -> int:
 
 
 def probe(args: argparse.Namespace) -> int:
-    from .training import run_folder
     from .runtime import environment
+    from .training import run_folder
     config = run_folder.read_config(args.run)
     other = [word for word in args.overrides if not word.startswith('data.')]
     if other:
@@ -93,8 +92,8 @@ def probe(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    from .training import run_folder
     from .runtime import environment
+    from .training import run_folder
     environment.prepare(run_folder.read_config(args.run).runtime)
     from .inference import predict
     predict.predict(Path(args.run), args.images, args.top)
@@ -102,8 +101,8 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    from .training import run_folder
     from .runtime import environment
+    from .training import run_folder
     environment.prepare(run_folder.read_config(args.run).runtime)
     from .inference import serve
     serve.serve(Path(args.run), args.host, args.port, args.max_batch, args.max_bytes)
@@ -111,8 +110,8 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def import_(args: argparse.Namespace) -> int:
-    from .runtime import environment
     from .config import RuntimeConfig
+    from .runtime import environment
     environment.prepare(RuntimeConfig())
     from .inference import exchange
     print(exchange.import_weights(Path(args.file), Path(args.run), args.config, args.overrides, args.classes))
@@ -120,8 +119,8 @@ def import_(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from .training import run_folder
     from .runtime import environment
+    from .training import run_folder
     environment.prepare(run_folder.read_config(args.run).runtime)
     if args.format:
         from .inference import export

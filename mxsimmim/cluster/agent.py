@@ -18,12 +18,11 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from mxsimmim.system import guards
-from mxsimmim.runtime import environment
-from mxsimmim.runtime import fault
 from mxsimmim.cluster import inspection
 from mxsimmim.cluster.messages import OPENING, Message, MessageStream
 from mxsimmim.cluster.rendezvous import Rendezvous
+from mxsimmim.runtime import environment, fault
+from mxsimmim.system import guards
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's linux/prctl.h
 SILENCE = 20.0  # seconds without a word from the launcher after which its machine is taken to be gone

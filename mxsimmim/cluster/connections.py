@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, List, Mapping, Optional, Sequence, TypeVar
 
-from mxsimmim.runtime import fault
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.messages import OPENING, Message, MessageStream
 from mxsimmim.cluster.spec import Process
+from mxsimmim.runtime import fault
 
 PACKAGE = Path(__file__).parents[1]
 SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault', 'cluster.messages',

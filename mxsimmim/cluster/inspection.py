@@ -16,8 +16,8 @@ import subprocess
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from mxsimmim.system import paths
 from mxsimmim.runtime import environment
+from mxsimmim.system import paths
 
 SIOCGIFADDR = 0x8915  # of Linux's bits/ioctls.h
 TRIAL = 10.0  # seconds after which the job begins without having heard of its configuration

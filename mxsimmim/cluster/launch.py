@@ -2,12 +2,12 @@
 import sys
 from typing import Sequence
 
-from mxsimmim.system import guards, text
 from mxsimmim.cluster import options
 from mxsimmim.cluster.backends import BACKENDS
 from mxsimmim.cluster.prepare import ConfigurationError
 from mxsimmim.cluster.supervisor import Supervisor
 from mxsimmim.cluster.terminal import Terminal
+from mxsimmim.system import guards, text
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,10 +6,10 @@ import re
 from types import MappingProxyType
 from typing import Dict, List, Mapping, NoReturn, Sequence, Tuple
 
-from mxsimmim.system import paths
 from mxsimmim.cluster.backends import BACKENDS
 from mxsimmim.cluster.hostfile import read_hostfile
 from mxsimmim.cluster.spec import JobSpec
+from mxsimmim.system import paths
 
 HELP = """\
 Starts a training command as many processes, here or on many hosts, and ends them together.

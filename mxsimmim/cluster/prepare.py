@@ -10,8 +10,16 @@ from mxsimmim.cluster.connections import AgentConnection, Command, Lost, for_eac
 from mxsimmim.cluster.environment import environments
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.logs import FOLDER, remove_other_logs
-from mxsimmim.cluster.spec import (HostInfo, JobSpec, Process, describe_placement, part_of_cores, place_processes,
-                                   regroup, root)
+from mxsimmim.cluster.spec import (
+    HostInfo,
+    JobSpec,
+    Process,
+    describe_placement,
+    part_of_cores,
+    place_processes,
+    regroup,
+    root,
+)
 
 CONNECT, INSPECT, START = 30.0, 30.0, 15.0  # seconds for each step
 

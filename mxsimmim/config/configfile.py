@@ -15,8 +15,8 @@ from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequ
 import yaml
 from pydantic import ValidationError
 
-from . import documents, foreign_names, schedule
 from ..system import paths
+from . import documents, foreign_names, schedule
 from .schema import PATH, Config, ConfigError, Duration, Section, parse_duration
 
 Values = Dict[str, Tuple[Any, str]]  # dotted key -> (value, where it was set)

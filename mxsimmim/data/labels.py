@@ -10,8 +10,18 @@ from ..config import DataConfig
 from ..system.text import advice, decode, one_line
 from .recordio import Chunks, Records
 from .sampling import generator
-from .sources import (SEED, Digits, ImageFiles, Source, Subset, extensions, hold_out, is_ignored, open_source,
-                      other_files)
+from .sources import (
+    SEED,
+    Digits,
+    ImageFiles,
+    Source,
+    Subset,
+    extensions,
+    hold_out,
+    is_ignored,
+    open_source,
+    other_files,
+)
 
 
 class Labelled(NamedTuple):

@@ -39,8 +39,7 @@ class Loader:
 
     def __init__(self, source: Source, transform: Transform, batches: Callable[[int], Tuple[int, Sequence[int]]],
                  seed: int, threads: int, prefetch: int, max_broken: int, log: Callable[[str], None]):
-        """
-        Args:
+        """Args:
             source: the images.
             transform: what is done to each.
             batches: (epoch, sample indices) of a step.

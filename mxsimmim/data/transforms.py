@@ -16,7 +16,6 @@ from .augment import erase, mix_pair, mixes, rand_augment, smooth_label
 from .decode import MAX_PIXELS, STRIP, BrokenImage, decode  # noqa: F401, for those who import them from here
 from .masks import random_mask
 
-
 Fields = Dict[str, np.ndarray]
 """What a network gets, by name: of one image, or of a batch with one more dimension in front.
 
@@ -183,8 +182,7 @@ class ClassifyTransform(Transform):
     """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, model: ModelConfig, labels: np.ndarray, classes: int):
-        """
-        Args:
+        """Args:
             data, augment, model: what is done.
             labels: int64 (n,), the class number of each image.
             classes: how many there are.

@@ -12,8 +12,7 @@ class Batcher:
     """Groups what callers put in, computes it in one thread, and gives each its own answer."""
 
     def __init__(self, compute: Callable[[List[Any]], Sequence[Any]], largest: int, note: Callable[[int], None]):
-        """
-        Args:
+        """Args:
             compute: answers of a list of items, in their order; only ever called in the thread.
             largest: items given to it at most.
             note: told the size of each batch.

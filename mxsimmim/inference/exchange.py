@@ -9,13 +9,12 @@ from typing import Any, Dict, List, Mapping, Sequence
 import numpy as np
 from mxnet.gluon import HybridBlock
 
-from ..training import checkpoint
-from ..config import configfile
-from ..config import Config
+from ..config import Config, configfile
 from ..interop import files, names, official, pth
 from ..interop.told import model_keys
 from ..tasks.registry import TASKS
 from ..tasks.task import Predictor
+from ..training import checkpoint
 from ..training.run_folder import versions, write_config
 from .trained import load_run
 

@@ -10,8 +10,8 @@ import mxnet as mx
 
 from ..system.guards import unusable
 from ..system.text import drawn
-from .trained import Trained, load_run
 from .graph import Graph, answer, compare, load_symbol, random_inputs, save_symbol, trace
+from .trained import Trained, load_run
 
 EXACT, ONNX = 1e-5, 1e-4  # largest differences from the network
 ONE_FILE = 2 ** 31 - 2 ** 26  # bytes of weights; a protobuf ends at 2 GiB, and the graph takes some of it

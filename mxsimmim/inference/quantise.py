@@ -16,8 +16,8 @@ from ..data.loader import Batch, every_image
 from ..data.sampling import generator
 from ..data.sources import Source, Subset, notes_of, tell
 from ..data.transforms import ClassifyEvalTransform, normalise
-from .trained import Trained
 from .graph import Graph, load_symbol, save_symbol
+from .trained import Trained
 
 CALIBRATION = 256  # images whose activations set the scales
 LATENCY_BATCHES = (1, 32)

@@ -13,8 +13,21 @@ import struct
 import zipfile
 from collections import deque
 from pathlib import Path
-from typing import (Any, BinaryIO, Callable, ClassVar, Deque, Dict, List, Mapping, NamedTuple, NoReturn, Optional,
-                    Sequence, Tuple)
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    ClassVar,
+    Deque,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
 

@@ -60,7 +60,8 @@ class SimMIM(HybridBlock):
 
     def _needed(self, F: Any, mask: Any) -> Any:
         """1 for the tokens (B, prefix + cells) that the loss depends on, those of cells with masked patches, else 0;
-        None where operators could not make use of it."""
+        None where operators could not make use of it.
+        """
         if not self.backend.is_native:
             return None
         cells, patches = self._side // self._cell, self._cell // self.config.patch_size

@@ -8,8 +8,20 @@ from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
 from ..ops import OpBackend, Windows, shift_mask
-from .layers import (AUTO, LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, column, gather_bias, pair,
-                     relative_index, replace_masked, values)
+from .layers import (
+    AUTO,
+    LayerNorm,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    add_relative_table,
+    column,
+    gather_bias,
+    pair,
+    relative_index,
+    replace_masked,
+    values,
+)
 from .pixels import PixelInput
 
 EPS = 1e-5
@@ -17,7 +29,8 @@ EPS = 1e-5
 
 class WindowAttention(HybridBlock):
     """The parameters of multi-head attention with a relative position bias within windows; half a block, see
-    `OpBackend.attention`."""
+    `OpBackend.attention`.
+    """
 
     def __init__(self, width: int, heads: int, windows: Windows, backend: OpBackend):
         super().__init__()

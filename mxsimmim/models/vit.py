@@ -9,8 +9,19 @@ from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
 from ..ops import OpBackend
-from .layers import (LayerNorm, Linear, Mlp, PatchEmbed, add_relative_table, column, gather_bias, pair, relative_index,
-                     replace_masked, values)
+from .layers import (
+    LayerNorm,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    add_relative_table,
+    column,
+    gather_bias,
+    pair,
+    relative_index,
+    replace_masked,
+    values,
+)
 from .pixels import PixelInput
 
 EPS = 1e-6

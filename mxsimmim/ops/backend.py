@@ -55,7 +55,8 @@ class OpBackend:
 
     def linear(self, F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int) -> Any:
         """Multiply x (..., K) with weight (M, K) transposed, add bias (M,): (..., M), M = `units`; then, if asked,
-        apply exact GELU."""
+        apply exact GELU.
+        """
         return FORMS[self.form].linear(F, x, weight, bias, gelu, units=units, precision=self.precision)
 
     def attention(self, F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None,

@@ -65,8 +65,7 @@ def installed_file(requirement: str, ending: str) -> Optional[Path]:
 
 
 def check_machine() -> None:
-    """
-    Raises:
+    """Raises:
         NotBuilt: not Linux on x86-64.
     """
     if (platform.system(), platform.machine()) != ('Linux', 'x86_64'):

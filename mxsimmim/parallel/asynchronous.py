@@ -8,17 +8,15 @@ import mxnet as mx
 import numpy as np
 from mxnet.gluon import Parameter
 
-from ..config import configfile
-from ..config import Config
+from ..config import Config, configfile
 from ..ops import REFERENCE, OpBackend
 from ..runtime import mxnet_private
 from ..runtime.process import ProcessInfo
 from . import protocol
 from .clock import Clock
-from .updates import global_norm
-from .control import ControlPlane
 from .communicators import Communicator
-
+from .control import ControlPlane
+from .updates import global_norm
 
 KINDS = ('mean', 'var', 'weight')  # what the servers hold for each parameter, besides what workers compute with
 

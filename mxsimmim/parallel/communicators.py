@@ -131,8 +131,7 @@ class HorovodCommunicator(Communicator):
     """
 
     def __init__(self, _name: str, process: ProcessInfo, control: Optional[ControlPlane] = None):
-        """
-        Raises:
+        """Raises:
             ValueError: Horovod is missing, was built without MXNet, or sees other processes than we do.
         """
         super().__init__('device', process, control)

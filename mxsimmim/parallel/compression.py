@@ -6,8 +6,7 @@ import mxnet as mx
 import numba
 import numpy as np
 
-from .communicators import Copies, Communicator
-
+from .communicators import Communicator, Copies
 
 LAST = 4  # of a network's parameters, in order of definition: their gradients are the last that a backward pass yields
 

@@ -16,8 +16,8 @@ from collections import deque
 from concurrent.futures import Future, TimeoutError as NotYet
 from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from ..cluster.messages import Message, MessageStream, secret
 from ..cluster.inspection import interfaces
+from ..cluster.messages import Message, MessageStream, secret
 from ..runtime.process import ProcessInfo
 from .mesh import Mesh, mesh_of
 from .protocol import job_key
@@ -38,8 +38,7 @@ class Pending:
         self._name, self._future = name, future
 
     def result(self, seconds: float = DEADLINE) -> Any:
-        """
-        Raises:
+        """Raises:
             ControlError: a worker has ended, made another call, or has not made this one after `seconds`.
         """
         try:

@@ -6,7 +6,7 @@ from mxnet.gluon import Parameter
 
 from ..ops import OpBackend
 from ..runtime import mxnet_private
-from .communicators import Copies, Communicator
+from .communicators import Communicator, Copies
 
 SMALL = 1 << 20  # bytes
 LINE = 16  # float32 of a cache line, where each gradient begins

@@ -85,8 +85,7 @@ class SharedMemoryGroup:
         mxnet_private.push_host_task(function, task, (self.arrays[i], order))
 
     def check(self) -> None:
-        """
-        Raises:
+        """Raises:
             RuntimeError: another worker has ended; since then all sums are NaN.
         """
         process = self._lost()

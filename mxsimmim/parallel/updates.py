@@ -16,10 +16,10 @@ from ..data.batch_split import BatchSplit
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
 from .clock import Clock
+from .communicators import Communicator, Copies, Handle
 from .compression import TRANSPORTS
 from .control import Pending
 from .gradients import exchanged
-from .communicators import Communicator, Copies, Handle
 
 
 def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:

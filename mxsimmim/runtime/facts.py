@@ -17,8 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, FrozenSet, Iterator, NamedTuple, Tuple
 
-from . import environment
-from . import fault
+from . import environment, fault
 
 GIB = 2 ** 30
 VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OPENBLAS_CORETYPE', 'DNNL_MAX_CPU_ISA')

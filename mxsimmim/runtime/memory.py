@@ -6,8 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Iterator, List, Optional, Tuple
 
-from . import environment
 from ..config import Config, ModelConfig
+from . import environment
 
 # As MXNet's storage, cudaMalloc, the C++ library, oneDNN, OpenCV, ONNX Runtime and the kernel say it. MXNet counts
 # elements in 32 bits, and an array of more is too large for most machines, too.

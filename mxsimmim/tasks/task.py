@@ -2,8 +2,20 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import (TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple,
-                    Type)
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 import numpy as np
 
@@ -119,8 +131,7 @@ class Task(Protocol):
     predictor: Type[Predictor]
 
     def __init__(self, config: Config):
-        """
-        Raises:
+        """Raises:
             ValueError: the data are not there, or not what the task needs.
         """
 
@@ -149,8 +160,7 @@ class Task(Protocol):
         """Returns what a checkpoint records of the data, JSON-ready."""
 
     def check_state(self, state: Mapping[str, Any], where: str, remedy: str) -> None:
-        """
-        Raises:
+        """Raises:
             ValueError: the state, of `where`, is of other data than these; ends with `remedy`.
         """
 
@@ -158,8 +168,7 @@ class Task(Protocol):
         """Returns checksums of what is known about the images besides their pixels."""
 
     def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
-        """
-        Raises:
+        """Raises:
             ValueError: `theirs`, of rank 0, are not those of this worker, which is `rank`.
         """
 

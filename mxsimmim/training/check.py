@@ -6,9 +6,8 @@ from typing import Any, Callable, List, Mapping, Optional, Tuple
 import mxnet as mx
 import numpy as np
 
-from ..runtime import facts
-from ..system import files
 from ..config import Config, Duration
+from ..config.schedule import fitted
 from ..data.batch_split import split_batch
 from ..data.loader import Batch, Loader
 from ..data.sampling import steps_per_epoch
@@ -16,17 +15,18 @@ from ..data.transforms import decode
 from ..models import named_parameters
 from ..ops import OpBackend
 from ..parallel.control import ControlPlane
-from ..parallel.strategies import strategy_of
 from ..parallel.placement import Replicated, contexts_of
-from .timetable import timetable_of
-from .run_folder import checkpoint_to_resume, folder_of
-from ..config.schedule import fitted
+from ..parallel.strategies import strategy_of
+from ..runtime import facts
+from ..runtime.process import ProcessInfo, world
+from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from .pretrained import load_encoder
 from .room import check_room, checkpoint_bytes
+from .run_folder import checkpoint_to_resume, folder_of
 from .start import agree_on_backend
-from ..runtime.process import ProcessInfo, world
+from .timetable import timetable_of
 
 IMAGES = 8  # of each source that are read
 

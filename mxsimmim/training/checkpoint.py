@@ -21,8 +21,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..system.files import alive, free, sync_directory, sync_file
 from ..runtime.memory import ran_out
+from ..system.files import alive, free, sync_directory, sync_file
 
 FORMAT = 1
 MANIFEST, STATE, ARRAYS = 'manifest.json', 'state.json', '.safetensors'

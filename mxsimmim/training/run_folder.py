@@ -3,14 +3,15 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Union
 
 from .. import __version__
-from ..config import configfile
-from ..config import Config
+from ..config import Config, configfile
 from ..system import files
-from ..tasks.task import Task
 from .checkpoint import Checkpoint, load, newest
+
+if TYPE_CHECKING:
+    from ..tasks.task import Task
 
 # Keys of the network that change none of its weights: with others the weights of a checkpoint do not fit.
 WITHOUT_WEIGHTS = ('model.drop_path', 'model.loss', 'model.norm_targets', 'model.recompute', 'model.pretrained')
@@ -90,7 +91,7 @@ def read_config(folder: Union[str, Path]) -> Config:
         raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
 
 
-def checkpoint_to_resume(config: Config, task: Task, log: Callable[[str], None]) -> Optional[Checkpoint]:
+def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None]) -> Optional[Checkpoint]:
     """The checkpoint `resume` asks for, checked against configuration, number of training images and their task.
 
     Raises:

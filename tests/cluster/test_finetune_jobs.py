@@ -8,10 +8,10 @@ from support.jobs import HOROVOD, SERVERS, recorded, vector
 from support.running import DIGITS, ROOT, command
 from support.tiny import NETWORK
 
-from mxsimmim.training import checkpoint
 from mxsimmim.config import configfile
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim
+from mxsimmim.training import checkpoint
 
 SEED = 31
 COMMAND = command('finetune', ROOT / 'conf' / 'finetune_digits.yaml')

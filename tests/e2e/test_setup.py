@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import mxsimmim
-from mxsimmim.runtime import environment
 from mxsimmim.ops import build
+from mxsimmim.runtime import environment
 
 ROOT = Path(__file__).parents[2]
 MODULES = {'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}

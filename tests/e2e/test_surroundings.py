@@ -16,8 +16,8 @@ from support.running import BASE, DEADLINE, ROOT, command, metrics, weights
 from support.tiny import TINY
 
 from mxsimmim import cli
-from mxsimmim.system import files
 from mxsimmim.config import Config
+from mxsimmim.system import files
 from mxsimmim.training.room import checkpoint_bytes
 from mxsimmim.training.run_logger import RunLogger
 

@@ -1,11 +1,10 @@
 """Trained networks and their runs, without training."""
 import numpy as np
 
-from mxsimmim.training import checkpoint
-from mxsimmim.config import configfile
-from mxsimmim.config import Config, DataConfig
-from mxsimmim.interop import official
+from mxsimmim.config import Config, DataConfig, configfile
 from mxsimmim.inference.trained import Trained
+from mxsimmim.interop import official
+from mxsimmim.training import checkpoint
 
 DATA = DataConfig(threads=1)
 

@@ -13,14 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 from support.torch_saves import save, stand_in
 
-from mxsimmim.config import configfile
+from mxsimmim.config import ModelConfig, configfile
 from mxsimmim.inference import exchange
-from mxsimmim.config import ModelConfig
+from mxsimmim.inference.trained import load_run
 from mxsimmim.interop import choice, files, names, official, pth
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
 from mxsimmim.ops import REFERENCE
 from mxsimmim.tasks.classify import Classification
-from mxsimmim.inference.trained import load_run
 from mxsimmim.training.pretrained import load_encoder
 
 KEYS = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3)

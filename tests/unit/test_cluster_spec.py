@@ -3,8 +3,15 @@ import pytest
 
 from mxsimmim.cluster import environment
 from mxsimmim.cluster.hostfile import Host, read_hostfile
-from mxsimmim.cluster.spec import (HostInfo, JobSpec, Process, describe_placement, part_of_cores, place_processes,
-                                   regroup)
+from mxsimmim.cluster.spec import (
+    HostInfo,
+    JobSpec,
+    Process,
+    describe_placement,
+    part_of_cores,
+    place_processes,
+    regroup,
+)
 
 TWO = [Host('a'), Host('b')]
 

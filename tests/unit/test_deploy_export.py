@@ -10,14 +10,13 @@ import pytest
 from mxnet.gluon import SymbolBlock
 from support import tiny
 
-from mxsimmim.training import checkpoint
-from mxsimmim.config import configfile
-from mxsimmim.config import Config, DataConfig, MaskConfig, ModelConfig
+from mxsimmim.config import Config, DataConfig, MaskConfig, ModelConfig, configfile
 from mxsimmim.inference import graph, onnx_graph, quantise
 from mxsimmim.inference.export import export
+from mxsimmim.inference.trained import Trained, load_run
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim
-from mxsimmim.inference.trained import Trained, load_run
+from mxsimmim.training import checkpoint
 
 SEED = 11
 CLASSES = [str(digit) for digit in range(10)]

@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from support.workers import each
 
 from mxsimmim.config import Config, DataConfig, ModelConfig, TrainConfig
 from mxsimmim.data.sources import ImageFiles
 from mxsimmim.tasks.classify import ClassEvaluator
-from support.workers import each
 
 COLORS = {'red': (250, 0, 0), 'green': (0, 250, 0), 'blue': (0, 0, 250)}
 CONFIG = Config(task='classify', model=ModelConfig(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=1),

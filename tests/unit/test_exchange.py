@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mxsimmim.inference import exchange
 from mxsimmim.config import ConfigError, ModelConfig
+from mxsimmim.inference import exchange
+from mxsimmim.inference.trained import load_run
 from mxsimmim.interop import official, pth, told
 from mxsimmim.models import build_classifier, build_simmim
 from mxsimmim.training.run_folder import read_config
-from mxsimmim.inference.trained import load_run
 
 DATA = Path(__file__).parents[1] / 'data'
 PROGRAM = Path(__file__).parents[1] / 'support' / 'torch_files.py'

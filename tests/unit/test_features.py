@@ -8,13 +8,13 @@ from PIL import Image
 from support import tiny
 from support.runs import DATA, awake, stored, trained
 
-from mxsimmim.inference import features
 from mxsimmim.config import ModelConfig
 from mxsimmim.data.sources import Digits, ImageFiles
 from mxsimmim.data.transforms import ClassifyEvalTransform
+from mxsimmim.inference import features
+from mxsimmim.inference.trained import load_run
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim
-from mxsimmim.inference.trained import load_run
 
 VIT = dict(tiny.VIT, depth=3, use_ape=True, use_shared_rpb=False)
 SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)

@@ -5,8 +5,8 @@ from importlib import metadata, util
 
 import pytest
 
-from mxsimmim.system import guards
 from mxsimmim.runtime import fault
+from mxsimmim.system import guards
 
 PLUGINS = """
 [numba_extensions]

@@ -7,7 +7,8 @@ import pytest
 from support.workers import each
 
 from mxsimmim.config import Config
-from mxsimmim.tasks.registry import TASKS, check_same_job
+from mxsimmim.tasks.registry import TASKS
+from mxsimmim.tasks.task import check_same_job
 
 WORKERS = 4
 MANY = 1_281_000
@@ -27,7 +28,7 @@ class Names:
 
 
 def task(monkeypatch, *names):
-    monkeypatch.setattr('mxsimmim.tasks.registry.open_source', lambda _path: Names(*names))
+    monkeypatch.setattr('mxsimmim.tasks.pretrain.open_source', lambda _path: Names(*names))
     config = Config(data={'path': '/images/train', 'val_fraction': 0})
     return config, TASKS['pretrain'](config)
 

@@ -217,8 +217,8 @@ print(float((y - z).abs().max().asscalar()))
     ('native', 'reference', 'reference', ['rank 1 computes with reference operators (its log says why): so do all']),
 ])
 def test_all_workers_take_the_same_form(monkeypatch, own, others, form, said):
-    from mxsimmim.training import trainer
     from mxsimmim.config import Config
+    from mxsimmim.training import trainer
     monkeypatch.setattr(library, 'admit', lambda _: '')
     backend = OpBackend(own)
     monkeypatch.setattr(trainer, 'select_backend', lambda *_: backend)
@@ -341,8 +341,8 @@ def test_pins_agree():
 def test_exported_graphs_do_without_the_library(built, classes):
     from mxsimmim.config import Config
     from mxsimmim.inference.graph import answer, random_inputs, trace
-    from mxsimmim.models import build_classifier, build_simmim
     from mxsimmim.inference.trained import Trained
+    from mxsimmim.models import build_classifier, build_simmim
     config = Config(model=dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2), mask=dict(patch_size=8),
                     task='classify' if classes else 'pretrain')
 

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from mxnet.base import MXNetError
 
-from mxsimmim.training import checkpoint
 from mxsimmim import cli
-from mxsimmim.config import configfile
-from mxsimmim.runtime import memory
-from mxsimmim.config import Config
+from mxsimmim.config import Config, configfile
 from mxsimmim.data.loader import Loader
 from mxsimmim.data.transforms import BrokenImage
+from mxsimmim.runtime import memory
+from mxsimmim.training import checkpoint
 
 SMALL = {'model': {'img_size': 64, 'patch_size': 8, 'embed_dim': 16, 'depth': 2, 'num_heads': 2},
          'mask': {'patch_size': 8}, 'train': {'batch_size': 32}}

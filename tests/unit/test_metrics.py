@@ -3,8 +3,16 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from mxsimmim.tasks.metrics import (LONGEST, NONE, Tally, class_scores, class_table, confusion_matrix, log_softmax,
-                                    worst_confusions)
+from mxsimmim.tasks.metrics import (
+    LONGEST,
+    NONE,
+    Tally,
+    class_scores,
+    class_table,
+    confusion_matrix,
+    log_softmax,
+    worst_confusions,
+)
 
 
 def draw(seed, count, classes, scale=2.0):

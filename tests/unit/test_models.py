@@ -1,8 +1,8 @@
 """What the parity files do not show: initial weights, stochastic depth, normalised targets, export, cost."""
-from support import machine
 import mxnet as mx
 import numpy as np
 import pytest
+from support import machine
 
 from mxsimmim.config import ModelConfig
 from mxsimmim.interop import official

@@ -7,12 +7,12 @@ import textwrap
 import time
 from pathlib import Path
 
-from support import machine
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd
 from mxnet.gluon import nn
+from support import machine
 
 from mxsimmim.runtime import mxnet_private
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from support.trainer import build_tiny_trainer, random_batches, take
 
+from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.optim import SGD
+from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.gradients import exchanged
 from mxsimmim.parallel.placement import Replicated, contexts_of
-from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.updates import SynchronousUpdate
-from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.3)
 SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4)

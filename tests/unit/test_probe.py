@@ -5,9 +5,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from support import tiny
 from support.runs import stored
 
-from mxsimmim.inference import probe
 from mxsimmim.config import ModelConfig
 from mxsimmim.data.labels import Labelled
+from mxsimmim.inference import probe
 from mxsimmim.models import build_simmim
 from mxsimmim.training.run_folder import read_config
 

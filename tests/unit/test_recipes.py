@@ -13,22 +13,19 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mxsimmim.training import checkpoint
-from mxsimmim.config import configfile
-from mxsimmim.inference import exchange
-from mxsimmim.config import Config, ModelConfig
+from mxsimmim.config import Config, ModelConfig, configfile
 from mxsimmim.data.loader import Batch
-from mxsimmim.inference import export as deployed
-from mxsimmim.inference import graph, quantise
+from mxsimmim.inference import exchange, export as deployed, graph, quantise
 from mxsimmim.inference.export import export
 from mxsimmim.inference.features import extract, open_images
+from mxsimmim.inference.probe import probe
+from mxsimmim.inference.reconstruct import reconstruct
+from mxsimmim.inference.trained import Trained, load_for_inference, load_run
 from mxsimmim.interop import names, official, pth
 from mxsimmim.models import build_classifier, build_simmim, named_parameters
 from mxsimmim.ops import FORMS, REFERENCE, OpBackend
 from mxsimmim.parallel.placement import Replicated
-from mxsimmim.inference.probe import probe
-from mxsimmim.inference.reconstruct import reconstruct
-from mxsimmim.inference.trained import Trained, load_for_inference, load_run
+from mxsimmim.training import checkpoint
 
 SEED = 5
 CONF = Path(__file__).parents[2] / 'conf'

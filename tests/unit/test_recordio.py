@@ -12,7 +12,6 @@ import pytest
 from mxnet import recordio
 from PIL import Image
 
-from mxsimmim.inference import features
 from mxsimmim.cluster.inspection import unreadable
 from mxsimmim.config import DataConfig
 from mxsimmim.data import recordio as ours
@@ -20,6 +19,7 @@ from mxsimmim.data.labels import labelled_source, open_labelled
 from mxsimmim.data.loader import every_image
 from mxsimmim.data.sources import ImageFiles, Records, notes_of, open_source
 from mxsimmim.data.transforms import decode
+from mxsimmim.inference import features
 
 IM2REC = Path(mxnet.__file__).parent / 'tools' / 'im2rec.py'
 
@@ -218,4 +218,5 @@ def test_threads_read_chunks(tmp_path):
         write(tmp_path / f'{number:03}.rec', [(0, encoded(3 * number, 'PNG'))])
     transform = ClassifyEvalTransform(DataConfig(), ModelConfig(img_size=16, patch_size=4))
     batches = list(every_image(open_source(str(tmp_path)), transform, 16, threads=4))
-    assert np.concatenate([batch.fields['image'][:, 5, 5, 0] for batch in batches]).tolist() == [3 * n for n in range(count)]
+    seen = np.concatenate([batch.fields['image'][:, 5, 5, 0] for batch in batches])
+    assert seen.tolist() == [3 * n for n in range(count)]

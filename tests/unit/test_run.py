@@ -4,15 +4,14 @@ import zlib
 import numpy as np
 import pytest
 
-from mxsimmim.training import checkpoint
-from mxsimmim.config import configfile
-from mxsimmim.config import Config
+from mxsimmim.config import Config, configfile
 from mxsimmim.data.labels import Labelled
 from mxsimmim.tasks import classify, pretrain
 from mxsimmim.tasks.classes import check_classes
 from mxsimmim.tasks.classify import Classification
 from mxsimmim.tasks.pretrain import Pretraining
 from mxsimmim.tasks.task import check_same_job
+from mxsimmim.training import checkpoint
 from mxsimmim.training.run_folder import checkpoint_to_resume
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mxsimmim.runtime import environment
 from mxsimmim.config import RuntimeConfig
+from mxsimmim.runtime import environment
 
 AVX2 = frozenset({'sse4_2', 'avx', 'avx2', 'fma'})
 AVX512 = AVX2 | {'avx512f', 'avx512dq', 'avx512bw', 'avx512vl'}

@@ -9,8 +9,7 @@ import pytest
 from mxnet.gluon import Parameter
 from support import machine
 
-from mxsimmim.config import configfile
-from mxsimmim.config import Config, OptimConfig, TrainConfig
+from mxsimmim.config import Config, OptimConfig, TrainConfig, configfile
 from mxsimmim.ops import OpBackend
 from mxsimmim.optim import AdamW, learning_rates
 from mxsimmim.parallel import protocol

@@ -8,8 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim.data.sources import (Digits, ImageFiles, Records, RecordWriter, Source, Subset, extensions, found,
-                                   hold_out, image_files, notes_of, open_source)
+from mxsimmim.data.sources import (
+    Digits,
+    ImageFiles,
+    Records,
+    RecordWriter,
+    Source,
+    Subset,
+    extensions,
+    found,
+    hold_out,
+    image_files,
+    notes_of,
+    open_source,
+)
 from mxsimmim.data.transforms import decode
 
 MAGIC = struct.pack('<I', 0xced7230a)

@@ -9,12 +9,11 @@ import pytest
 import yaml
 
 from mxsimmim import cli
-from mxsimmim.config import configfile
+from mxsimmim.config import DataConfig, configfile
+from mxsimmim.data.labels import open_labelled
+from mxsimmim.system import text
 from mxsimmim.tasks import metrics
 from mxsimmim.training import run_folder
-from mxsimmim.system import text
-from mxsimmim.config import DataConfig
-from mxsimmim.data.labels import open_labelled
 
 CAFE = os.fsdecode(b'caf\xe9')  # in Latin-1
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import mxnet as mx
 import numpy as np
 import pytest
+from support.workers import each
 
 from mxsimmim.inference.trained import load_run, load_run_for
 from mxsimmim.models import Classifier, SimMIM, named_parameters
 from mxsimmim.tasks.registry import TASKS
 from mxsimmim.tasks.task import Metric
 from mxsimmim.training.run_folder import checkpoint_to_resume, read_config
-from workers import each
 
 RUNS = Path(__file__).parents[1] / 'data' / 'old_runs'  # digits, 30 steps, written before there was a protocol
 

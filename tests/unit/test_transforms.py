@@ -9,12 +9,21 @@ import pytest
 from PIL import Image
 
 from mxsimmim.config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
-from mxsimmim.data import decode as decoding
-from mxsimmim.data import transforms
+from mxsimmim.data import decode as decoding, transforms
 from mxsimmim.data.augment import erase, rand_augment
 from mxsimmim.data.sampling import generator
-from mxsimmim.data.transforms import (BrokenImage, ClassifyEvalTransform, ClassifyTransform, EvalTransform,
-                                      PretrainTransform, decode, normalise, random_crop, resize, resize_short_side)
+from mxsimmim.data.transforms import (
+    BrokenImage,
+    ClassifyEvalTransform,
+    ClassifyTransform,
+    EvalTransform,
+    PretrainTransform,
+    decode,
+    normalise,
+    random_crop,
+    resize,
+    resize_short_side,
+)
 
 VIT = ModelConfig(drop_path=0.1)
 

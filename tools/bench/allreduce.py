@@ -18,8 +18,8 @@ import sys
 import time
 from typing import Callable, Dict, List, Tuple
 
-from scale import MODES, job, join, join_gloo, one_cpu_a_core
 from common import require_torch
+from scale import MODES, job, join, join_gloo, one_cpu_a_core
 
 COMMUNICATORS = {'local': ('local, 2 devices', None, 'local'), 'device': ('device, 2 devices', None, 'device'), **MODES,
           'ddp': ('PyTorch, Gloo', *MODES['ddp'][1:])}
@@ -91,8 +91,8 @@ def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     import mxnet as mx
 
     from mxsimmim.ops import select_backend
-    from mxsimmim.parallel.control import connect
     from mxsimmim.parallel.communicators import make_communicator
+    from mxsimmim.parallel.control import connect
     backend = select_backend('float32', [mx.cpu()])
     control = connect(place, os.environ)
     store = make_communicator(COMMUNICATORS[name][2], place, control)

@@ -1,15 +1,12 @@
 """Bars of images a second, ours beside PyTorch's best: what `train.py -o` draws."""
-from typing import TYPE_CHECKING, Sequence
+from typing import Sequence
 
-from common import TITLES
+from common import TITLES, Measured
 
-if TYPE_CHECKING:
-    from train import Measured
-
-OURS, THEIRS = '#1f6fb4', '#b9bec6'
+BLUE, GREY = '#1f6fb4', '#b9bec6'
 
 
-def draw(found: 'Sequence[Measured]', ours: str, machine: str, path: str) -> None:
+def draw(found: Sequence[Measured], ours: str, machine: str, path: str) -> None:
     """A panel a model, two bars a batch and precision, and how many times as fast ours is."""
     import matplotlib
     matplotlib.use('Agg')
@@ -21,8 +18,8 @@ def draw(found: 'Sequence[Measured]', ours: str, machine: str, path: str) -> Non
         own = sorted((each for each in found if each.case.model == model),
                      key=lambda each: (each.case.precision != 'float32', each.case.batch))
         places = range(len(own))
-        sides = [(-0.2, [each.images(ours) for each in own], OURS, ours),
-                 (0.2, [each.images(each.rival) for each in own], THEIRS, 'PyTorch, its best')]
+        sides = [(-0.2, [each.images(ours) for each in own], BLUE, ours),
+                 (0.2, [each.images(each.rival) for each in own], GREY, 'PyTorch, its best')]
         for shift, values, colour, label in sides:
             bars = axes.bar([place + shift for place in places], values, 0.38, color=colour, label=label)
             axes.bar_label(bars, fmt='%.1f', padding=1, fontsize=8)

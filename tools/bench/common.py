@@ -1,5 +1,6 @@
 """What the benchmarks of a training step have in common: the models, the masks, and our side of a step."""
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ PRECISIONS = ('float32', 'bf16')
 RATE, DECAY, CLIP = 1e-4, 0.05, 5.0
 CELL, RATIO = 32, 0.6  # side of a masked cell in pixels, share of the cells: the paper's
 WARM_UP = 2  # steps before the first measured one
+OURS, *THEIRS = SIDES = ('mxsimmim', 'eager', 'compiled')
 
 
 class Case(NamedTuple):
@@ -38,6 +40,28 @@ class Case(NamedTuple):
     @property
     def title(self) -> str:
         return f'{TITLES[self.model]}, batch {self.batch}, {self.precision}'
+
+
+class Measured(NamedTuple):
+    """Of one case, by side: seconds a step of each turn; of ours in the same turn over them; peak memory in GB."""
+    case: Case
+    seconds: Dict[str, List[float]]
+    speedups: Dict[str, List[float]]
+    peaks: Dict[str, float]
+    versions: Dict[str, str]
+
+    @property
+    def rival(self) -> str:
+        """PyTorch's faster side."""
+        return min(THEIRS, key=lambda side: statistics.median(self.seconds[side]))
+
+    def images(self, side: str) -> float:
+        """Images a second."""
+        return self.case.batch / statistics.median(self.seconds[side])
+
+    def speedup(self, side: str) -> float:
+        """Our images/s over this side's: the median of the turns' ratios."""
+        return statistics.median(self.speedups[side])
 
 
 class Worker(NamedTuple):

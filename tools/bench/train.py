@@ -19,37 +19,32 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
-from common import (CLIP, DECAY, RATE, SHAPES, WARM_UP, Case, Worker, add_case_options, cases, describe,
-                    masks, memory, our_worker, require_torch)
+from common import (
+    CLIP,
+    DECAY,
+    OURS,
+    RATE,
+    SHAPES,
+    SIDES,
+    THEIRS,
+    WARM_UP,
+    Case,
+    Measured,
+    Worker,
+    add_case_options,
+    cases,
+    describe,
+    masks,
+    memory,
+    our_worker,
+    require_torch,
+)
 from product import Rates, measured_rates, step_products
 
-OURS, *THEIRS = SIDES = ('mxsimmim', 'eager', 'compiled')
 NAMES = {'mxsimmim': 'mxsimmim', 'eager': 'PyTorch', 'compiled': 'PyTorch, compiled'}
 ROOM = 1.4  # of what the first of PyTorch's processes needed must be free for the second
-
-
-class Measured(NamedTuple):
-    """Of one case, by side: seconds a step of each turn; of ours in the same turn over them; peak memory in GB."""
-    case: Case
-    seconds: Dict[str, List[float]]
-    speedups: Dict[str, List[float]]
-    peaks: Dict[str, float]
-    versions: Dict[str, str]
-
-    @property
-    def rival(self) -> str:
-        """PyTorch's faster side."""
-        return min(THEIRS, key=lambda side: statistics.median(self.seconds[side]))
-
-    def images(self, side: str) -> float:
-        """Images a second."""
-        return self.case.batch / statistics.median(self.seconds[side])
-
-    def speedup(self, side: str) -> float:
-        """Our images/s over this side's: the median of the turns' ratios."""
-        return statistics.median(self.speedups[side])
 
 
 def main() -> None:
@@ -180,7 +175,8 @@ def serve(side: str, task: Dict[str, Any]) -> None:
 def torch_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], precision: str, threads: int,
                  compiled: bool) -> Worker:
     """PyTorch at its best here: fused AdamW (half of foreach's time), gradients set to None, explicit attention, which
-    beats scaled_dot_product_attention by 3 to 5 %, and all of a bf16 forward pass, autocast included, compiled."""
+    beats scaled_dot_product_attention by 3 to 5 %, and all of a bf16 forward pass, autocast included, compiled.
+    """
     import torch
     from torch_simmim import build_simmim, parameter_groups
 

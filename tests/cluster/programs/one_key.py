@@ -4,8 +4,8 @@ import sys
 
 import mxnet as mx
 
-from mxsimmim.parallel.control import connect
 from mxsimmim.parallel.communicators import make_communicator
+from mxsimmim.parallel.control import connect
 from mxsimmim.runtime.process import world
 
 place = world(os.environ)

@@ -5,9 +5,9 @@ import sys
 import mxnet as mx
 import numpy as np
 
+from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.compression import TwoBit
 from mxsimmim.parallel.control import connect
-from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.runtime.process import world
 
 SEED, THRESHOLD, SHAPES = 11, np.float32(0.5), [(3, 5), (1,), (1000, 77)]

@@ -20,8 +20,8 @@ if place.role == 'worker' and place.rank == 1:
     environment.prepare(RuntimeConfig(threads=1))
     import mxnet as mx
 
-    from mxsimmim.parallel.updates import SynchronousUpdate
     from mxsimmim.parallel.placement import Replicated
+    from mxsimmim.parallel.updates import SynchronousUpdate
     step, forward_backward = SynchronousUpdate.step, Replicated.forward_backward
 
     def changed(self, update, *others):
