@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     """What one update, or one worker's part of it, is computed from."""
     fields: Fields  # (B, …) each: what the task's transform returns of B images, stacked
     epoch: int
-    index: np.ndarray  # (B,), which images of the source were asked for
+    index: np.ndarray  # type: ignore[assignment]  # (B,), images of the source asked for; hides tuple.index
 
 
 class TooManyBroken(ValueError):
@@ -37,9 +37,12 @@ class Loader:
     batch are partners, with a generator keyed by (seed, epoch, one, other); an odd last one stays as it is.
     """
 
-    def __init__(self, source: Source, transform: Transform, batches: Callable[[int], Tuple[int, Sequence[int]]],
-                 seed: int, threads: int, prefetch: int, max_broken: int, log: Callable[[str], None]):
-        """Args:
+    def __init__(self, source: Source, transform: Transform,
+                 batches: Callable[[int], Tuple[int, Union[Sequence[int], np.ndarray]]], seed: int, threads: int,
+                 prefetch: int, max_broken: int, log: Callable[[str], None]):
+        """Keep what batches are made of; nothing is read before `iterate`.
+
+        Args:
             source: the images.
             transform: what is done to each.
             batches: (epoch, sample indices) of a step.

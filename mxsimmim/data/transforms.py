@@ -103,7 +103,8 @@ def _reach(length: int, whole: int, start: int, count: int, bicubic: bool) -> Tu
 
 
 @numba.njit(nogil=True, error_model='numpy')
-def _resize_rows(rows, out, n, base, size, start, backwards, bicubic):
+def _resize_rows(rows: np.ndarray, out: np.ndarray, n: int, base: int, size: int, start: int, backwards: bool,
+                 bicubic: bool) -> None:
     """Weighted means of neighbouring rows, in fixed point with 22 bits as Pillow does it: uint8 (m, L) to (k, L).
 
     Of `n` rows `rows` are those from `base` on, of the `size` rows that they become `out` gets those from `start` on.
@@ -156,7 +157,8 @@ class PretrainTransform(Transform):
         mask = draw_mask(rng, self._mask, self._model)
         uniform = _draw_uniform(rng, self._model)
         flip = rng.random() < self._data.flip
-        top, left, height, width = random_crop(rng, *image.shape[:2], self._data.crop_scale, self._data.crop_ratio)
+        top, left, height, width = random_crop(rng, image.shape[0], image.shape[1], self._data.crop_scale,
+                                               self._data.crop_ratio)
         cropped = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
         return {'image': cropped, 'mask': mask, **uniform}
 
@@ -182,14 +184,16 @@ class ClassifyTransform(Transform):
     """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, model: ModelConfig, labels: np.ndarray, classes: int):
-        """Args:
+        """Keep what is done, and the class of each image.
+
+        Args:
             data, augment, model: what is done.
             labels: int64 (n,), the class number of each image.
             classes: how many there are.
         """
         self._data, self._augment, self._model = data, augment, model
         self._labels, self._classes, self._bicubic = labels, classes, data.interpolation == 'bicubic'
-        self._how = {'resample': Image.BICUBIC if self._bicubic else Image.BILINEAR,
+        self._how = {'resample': Image.Resampling.BICUBIC if self._bicubic else Image.Resampling.BILINEAR,
                      'fillcolor': tuple(round(255 * mean) for mean in data.mean)}
         self.group = 2 if mixes(augment) else 1
         self.upright = bool(data.exif_orientation)
@@ -203,7 +207,7 @@ class ClassifyTransform(Transform):
         data, augment = self._data, self._augment
         uniform = _draw_uniform(rng, self._model)
         flip = rng.random() < data.flip
-        top, left, height, width = random_crop(rng, *image.shape[:2], data.crop_scale, data.crop_ratio)
+        top, left, height, width = random_crop(rng, image.shape[0], image.shape[1], data.crop_scale, data.crop_ratio)
         pixels = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
         if augment.rand_ops:
             pixels = np.asarray(rand_augment(Image.fromarray(pixels), rng, augment, self._how))
@@ -253,7 +257,7 @@ def normalise(image: np.ndarray, mean: Tuple[float, ...], std: Tuple[float, ...]
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """Bicubic, keeping the shape, as torchvision's Resize: the long side is rounded down."""
-    return image.resize(_short_side(*image.size, size), Image.BICUBIC)
+    return image.resize(_short_side(*image.size, size), Image.Resampling.BICUBIC)
 
 
 def _short_side(width: int, height: int, size: int) -> Tuple[int, int]:

@@ -33,7 +33,7 @@ class Classifier(HybridBlock):
             self.fc_norm = LayerNorm(config.embed_dim, vit.EPS, backend) if pooling else None
             self.head = Linear(config.embed_dim * 2 ** (config.stages - 1), classes, backend)
 
-    def forward(self, image, target=None, keep=None):
+    def forward(self, image: Any, target: Any = None, keep: Any = None) -> Any:
         F = mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym
         if target is None:
             return self.head(self.pooled(F, image))
@@ -42,7 +42,7 @@ class Classifier(HybridBlock):
             keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
         return super().forward(image, target, *([] if keep is None else [keep]))
 
-    def hybrid_forward(self, F, image, target, keep=None):
+    def hybrid_forward(self, F: Any, image: Any, target: Any, keep: Any = None) -> Any:
         logits = self.head(self.pooled(F, image, keep))
         entropy = F.sum(-F.log_softmax(logits, axis=-1) * target, axis=1)          # (B,)
         return F.reshape(F.mean(entropy), shape=(1,))

@@ -3,7 +3,7 @@ import math
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Mapping
+from typing import Mapping, Tuple
 
 import numpy as np
 from mxnet.gluon import Parameter
@@ -15,7 +15,7 @@ STD = 0.02
 
 def initialise(parameters: Mapping[str, Parameter], config: ModelConfig, seed: int) -> None:
     """Draws all weights in place: a function of (seed, name) alone, whatever the number of threads."""
-    def draw(item):
+    def draw(item: Tuple[str, Parameter]) -> Tuple[Parameter, np.ndarray]:
         name, parameter = item
         rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
         return parameter, initial_value(name, parameter.shape, config, rng)

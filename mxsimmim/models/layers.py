@@ -3,11 +3,11 @@
 Attributes carry the reference implementation's names, so structural parameter names are its checkpoint's names.
 Shapes: B images, L tokens, C width, H heads, D = C/H, p the side of a patch in pixels.
 """
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import HybridBlock, Parameter, nn
+from mxnet.gluon import Constant, HybridBlock, Parameter, ParameterDict, nn
 
 from ..ops import OpBackend
 from ..ops.reference import AUTO, outer
@@ -30,7 +30,7 @@ def addable(backend: OpBackend, F: Any, parameter: Parameter, value: Any) -> Any
     return F.identity(value) if parameter.grad_req == 'add' and backend.is_native else value
 
 
-def pair(F: Any, x: Any, block: HybridBlock) -> Tuple[Any, Any]:
+def pair(F: Any, x: Any, block: Union['Linear', 'LayerNorm']) -> Tuple[Any, Any]:
     """Weight and bias of a linear map or a normalisation, the bias None where it has none."""
     weight, *bias = values(block.backend, F, x, *filter(None, (block.weight, block.bias)))
     return weight, bias[0] if bias else None
@@ -43,7 +43,7 @@ class Linear(nn.Dense):
         super().__init__(outputs, in_units=inputs, use_bias=bias, flatten=False)
         self.backend = backend
 
-    def hybrid_forward(self, F, x, weight, bias=None):
+    def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any = None) -> Any:
         return self.backend.linear(F, x, *pair(F, x, self), units=self._units)
 
 
@@ -57,12 +57,12 @@ class LayerNorm(HybridBlock):
             self.weight = self.params.get('weight', shape=(width,))
             self.bias = self.params.get('bias', shape=(width,))
 
-    def hybrid_forward(self, F, x, weight, bias):
+    def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
         return self.backend.layer_norm(F, x, *pair(F, x, self), self.eps, width=self._width)
 
 
 class PatchEmbed(HybridBlock):
-    """(B, 3, side, side) to (B, L, C). A convolution whose stride is its kernel, written as a linear map of patches:
+    """(B, 3, side, side) to (B, L, C): a convolution whose stride is its kernel, written as a linear map of patches.
 
     MXNet 1.9.1's oneDNN cannot reorder a convolution's layout inside a hybridized transformer (docs/LOG.md).
     Images are as `pixels` prepares them: normalised, or with native operators also uint8 (B, side, side, 3).
@@ -75,7 +75,7 @@ class PatchEmbed(HybridBlock):
             self.proj = Linear(3 * patch * patch, width, pixels.backend)
             self.norm = LayerNorm(width, eps, pixels.backend) if eps is not None else None
 
-    def hybrid_forward(self, F, image):
+    def hybrid_forward(self, F: Any, image: Any) -> Any:
         tokens = self.proj(self._pixels.cells(F, image, self._side, self._patch))
         return self.norm(tokens) if self.norm else tokens
 
@@ -105,11 +105,10 @@ def relative_index(side: int) -> np.ndarray:
     return (y[:, None] - y + side - 1) * (2 * side - 1) + (x[:, None] - x + side - 1)
 
 
-def add_relative_table(block: HybridBlock, index: np.ndarray, rows: int, heads: int) -> None:
-    """Gives a block a bias table (rows, H) and the constant index of each pair of tokens into it."""
-    block.relative_position_bias_table = block.params.get('relative_position_bias_table', shape=(rows, heads))
-    block.relative_position_index = block.params.get_constant('relative_position_index',
-                                                              index.reshape(-1).astype('int32'))
+def relative_table(params: ParameterDict, index: np.ndarray, rows: int, heads: int) -> Tuple[Parameter, Constant]:
+    """A block's bias table (rows, H) and the constant index of each pair of tokens into it, new among `params`."""
+    return (params.get('relative_position_bias_table', shape=(rows, heads)),
+            params.get_constant('relative_position_index', index.reshape(-1).astype('int32')))
 
 
 def gather_bias(F: Any, table: Any, index: Any, tokens: int, heads: int) -> Any:

@@ -2,7 +2,7 @@
 
 Xie et al. 2022 (arXiv:2111.09886).
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, Type, Union
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock, nn
@@ -16,7 +16,8 @@ from .pixels import MEAN, STD, PixelInput
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 
-ENCODERS = {'vit': VisionTransformer, 'swin': SwinTransformer}
+Encoder = Union[VisionTransformer, SwinTransformer]
+ENCODERS: Dict[str, Type[Encoder]] = {'vit': VisionTransformer, 'swin': SwinTransformer}
 
 
 class SimMIM(HybridBlock):
@@ -39,13 +40,13 @@ class SimMIM(HybridBlock):
             self.decoder = nn.HybridSequential()
             self.decoder.add(Linear(config.embed_dim * 2 ** (config.stages - 1), 3 * config.stride ** 2, backend))
 
-    def forward(self, image, mask, keep=None):
+    def forward(self, image: Any, mask: Any, keep: Any = None) -> Any:
         if keep is None and self.config.drop_path and isinstance(image, mx.nd.NDArray):
             # A cached graph always takes the arguments it was built with, in training and out of it.
             keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
         return super().forward(image, mask, *([] if keep is None else [keep]))
 
-    def hybrid_forward(self, F, image, mask, keep=None):
+    def hybrid_forward(self, F: Any, image: Any, mask: Any, keep: Any = None) -> Any:
         tokens = self.encoder(image, mask, keep, self._needed(F, mask))
         target = self._cells(F, image)
         if self._norm_targets:
@@ -59,7 +60,8 @@ class SimMIM(HybridBlock):
         return self.pixels.cells(F, image, self._side, self._cell)
 
     def _needed(self, F: Any, mask: Any) -> Any:
-        """1 for the tokens (B, prefix + cells) that the loss depends on, those of cells with masked patches, else 0;
+        """1 for the tokens (B, prefix + cells) that the loss depends on, those of cells with masked patches, else 0.
+
         None where operators could not make use of it.
         """
         if not self.backend.is_native:

@@ -14,11 +14,11 @@ from .layers import (
     Linear,
     Mlp,
     PatchEmbed,
-    add_relative_table,
     column,
     gather_bias,
     pair,
     relative_index,
+    relative_table,
     replace_masked,
     values,
 )
@@ -28,15 +28,17 @@ EPS = 1e-5
 
 
 class WindowAttention(HybridBlock):
-    """The parameters of multi-head attention with a relative position bias within windows; half a block, see
-    `OpBackend.attention`.
+    """The parameters of multi-head attention within windows; half a block, see `OpBackend.attention`.
+
+    Each has a relative position table of its own.
     """
 
     def __init__(self, width: int, heads: int, windows: Windows, backend: OpBackend):
         super().__init__()
         self._width, self._heads, self._windows, self.backend = width, heads, windows, backend
         with self.name_scope():
-            add_relative_table(self, relative_index(windows.window), (2 * windows.window - 1) ** 2, heads)
+            self.relative_position_bias_table, self.relative_position_index = relative_table(
+                self.params, relative_index(windows.window), (2 * windows.window - 1) ** 2, heads)
             self.qkv = Linear(width, 3 * width, backend)
             self.proj = Linear(width, width, backend)
 
@@ -64,11 +66,11 @@ class Block(HybridBlock):
             if windows.shift:
                 self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*windows))
             self.norm1 = LayerNorm(width, EPS, backend)
-            self.attn = WindowAttention(width, config.num_heads[stage], windows, backend)
+            self.attn = WindowAttention(width, config.heads[stage], windows, backend)
             self.norm2 = LayerNorm(width, EPS, backend)
             self.mlp = Mlp(width, int(width * config.mlp_ratio), backend)
 
-    def hybrid_forward(self, F, x, keep, rows=None, attn_mask=None):
+    def hybrid_forward(self, F: Any, x: Any, keep: Any, rows: Any = None, attn_mask: Any = None) -> Any:
         x = self.attn.add_to(F, x, self.norm1, attn_mask, column(F, keep, 2 * self._draw), self._recompute)
         return self.mlp.add_to(F, x, self.norm2, None, column(F, keep, 2 * self._draw + 1), rows, self._recompute)
 
@@ -83,7 +85,7 @@ class PatchMerging(HybridBlock):
             self.reduction = Linear(4 * width, 2 * width, backend, bias=False)
             self.norm = LayerNorm(4 * width, EPS, backend)
 
-    def hybrid_forward(self, F, x):
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
         half, width = self._side // 2, self._width
         x = F.reshape(x, shape=(AUTO, half, 2, half, 2, width))
         x = F.transpose(x, axes=(0, 1, 3, 4, 2, 5))           # (B, half, half, x, y, C): order (0,0),(1,0),(0,1),(1,1)
@@ -104,7 +106,7 @@ class Stage(HybridBlock):
             if not last:
                 self.downsample = PatchMerging(config.grid >> stage, config.embed_dim * 2 ** stage, backend)
 
-    def hybrid_forward(self, F, x, keep, rows=None):
+    def hybrid_forward(self, F: Any, x: Any, keep: Any, rows: Any = None) -> Any:
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, keep)
@@ -137,7 +139,8 @@ class SwinTransformer(HybridBlock):
                 self.layers.add(Stage(config, stage, backend))
             self.norm = LayerNorm(width * 2 ** (config.stages - 1), EPS, backend)
 
-    def hybrid_forward(self, F, image, mask=None, keep=None, rows=None, absolute_pos_embed=None, mask_token=None):
+    def hybrid_forward(self, F: Any, image: Any, mask: Any = None, keep: Any = None, rows: Any = None,
+                       absolute_pos_embed: Any = None, mask_token: Any = None) -> Any:
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token, self._width)

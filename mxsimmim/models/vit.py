@@ -14,11 +14,11 @@ from .layers import (
     Linear,
     Mlp,
     PatchEmbed,
-    add_relative_table,
     column,
     gather_bias,
     pair,
     relative_index,
+    relative_table,
     replace_masked,
     values,
 )
@@ -48,9 +48,11 @@ class RelativePositionBias(HybridBlock):
         super().__init__()
         self._tokens, self._heads = 1 + side * side, heads
         with self.name_scope():
-            add_relative_table(self, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
+            self.relative_position_bias_table, self.relative_position_index = relative_table(
+                self.params, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
 
-    def hybrid_forward(self, F, tokens, relative_position_bias_table, relative_position_index):
+    def hybrid_forward(self, F: Any, tokens: Any, relative_position_bias_table: Any,
+                       relative_position_index: Any) -> Any:
         # A HybridBlock must have an input; the bias does not depend on the tokens.
         return gather_bias(F, relative_position_bias_table, relative_position_index, self._tokens, self._heads)
 
@@ -78,7 +80,8 @@ class Attention(HybridBlock):
             self.q_bias = self.params.get('q_bias', shape=(width,))
             self.v_bias = self.params.get('v_bias', shape=(width,))
             if side is not None:
-                add_relative_table(self, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
+                self.relative_position_bias_table, self.relative_position_index = relative_table(
+                    self.params, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
             self.qkv = QKV(width)
             self.proj = Linear(width, width, backend)
 
@@ -108,13 +111,15 @@ class Block(HybridBlock):
                 self.gamma_1 = self.params.get('gamma_1', shape=(width,))
                 self.gamma_2 = self.params.get('gamma_2', shape=(width,))
             self.norm1 = LayerNorm(width, EPS, backend)
-            self.attn = Attention(width, config.num_heads, 1 + config.grid ** 2,
+            self.attn = Attention(width, config.heads[0], 1 + config.grid ** 2,
                                   config.grid if config.use_rpb else None, backend)
             self.norm2 = LayerNorm(width, EPS, backend)
             self.mlp = Mlp(width, int(width * config.mlp_ratio), backend)
 
-    def hybrid_forward(self, F, x, bias, keep, rows=None, gamma_1=None, gamma_2=None):
+    def hybrid_forward(self, F: Any, x: Any, bias: Any, keep: Any, rows: Any = None, gamma_1: Any = None,
+                       gamma_2: Any = None) -> Any:
         if gamma_1 is not None:
+            assert self.gamma_1 is not None and self.gamma_2 is not None  # MXNet passes what the block has
             gamma_1, gamma_2 = values(self.backend, F, x, self.gamma_1, self.gamma_2)
         x = self.attn.add_to(F, x, self.norm1, bias, gamma_1, column(F, keep, 2 * self._index), self._recompute)
         return self.mlp.add_to(F, x, self.norm2, gamma_2, column(F, keep, 2 * self._index + 1), rows, self._recompute)
@@ -141,7 +146,7 @@ class VisionTransformer(HybridBlock):
             if masked:
                 self.mask_token = self.params.get('mask_token', shape=(1, 1, width))
             self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width, pixels)
-            self.rel_pos_bias = RelativePositionBias(side, config.num_heads) if config.use_shared_rpb else None
+            self.rel_pos_bias = RelativePositionBias(side, config.heads[0]) if config.use_shared_rpb else None
             self.blocks = nn.HybridSequential()
             for index in range(config.depth):
                 self.blocks.add(Block(config, index, backend))
@@ -149,8 +154,8 @@ class VisionTransformer(HybridBlock):
             # The reference's pre-training has a classifier's norm, too, and does not use it.
             self.fc_norm = LayerNorm(width, EPS, backend) if config.use_mean_pooling and masked else None
 
-    def hybrid_forward(self, F, image, mask=None, keep=None, rows=None, cls_token=None, pos_embed=None,
-                       mask_token=None):
+    def hybrid_forward(self, F: Any, image: Any, mask: Any = None, keep: Any = None, rows: Any = None,
+                       cls_token: Any = None, pos_embed: Any = None, mask_token: Any = None) -> Any:
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token, self._width)

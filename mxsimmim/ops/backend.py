@@ -54,16 +54,16 @@ class OpBackend:
         return FORMS[self.form].layer_norm(F, x, weight, bias, eps, width=width)
 
     def linear(self, F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int) -> Any:
-        """Multiply x (..., K) with weight (M, K) transposed, add bias (M,): (..., M), M = `units`; then, if asked,
-        apply exact GELU.
+        """Multiply x (..., K) with weight (M, K) transposed, add bias (M,): (..., M), M = `units`.
+
+        Then, if asked, apply exact GELU.
         """
         return FORMS[self.form].linear(F, x, weight, bias, gelu, units=units, precision=self.precision)
 
     def attention(self, F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None,
                   keep: Any = None, mask: Any = None, *, width: int, heads: int, tokens: int, eps: float,
                   windows: Optional[Windows] = None, recompute: bool = False) -> Any:
-        """Compute a transformer's first half block: x + keep * gamma * proj(attention(qkv(norm(x)))), (B, L, C) to the
-        same.
+        """Compute a transformer's first half block: x + keep * gamma * proj(attention(qkv(norm(x)))), all (B, L, C).
 
         Each pair is a weight and a bias; qkv's weight is (3C, C). bias (1, H, N, N), or None, is added to the scores
         between the N tokens of a sequence: all L = `tokens` of an image or, with `windows`, those of one window, then
@@ -87,8 +87,9 @@ class OpBackend:
                                     recompute=recompute, precision=self.precision)
 
     def patchify(self, F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-        """Cut an image of side x side pixels into cells of cell x cell: (B, cells, 3 * cell^2), each ordered (channel,
-        y, x), as in a convolution.
+        """Cut an image of side x side pixels into cells of cell x cell: (B, cells, 3 * cell^2).
+
+        Each cell is ordered (channel, y, x), as in a convolution.
 
         image is either float32 (B, 3, side, side), normalised already, or uint8 (B, side, side, 3), and then becomes
         (image / 255 - mean) / std. As a symbol, it may be uint8 in the native form only.
@@ -97,8 +98,9 @@ class OpBackend:
 
     def masked_loss(self, F: Any, tokens: Any, decoder: Pair, target: Any, mask: Any, *, cell: int, patch: int,
                     prefix: int, kind: str) -> Any:
-        """Compute SimMIM's loss (1,): the mean over masked pixels of |d| (kind 'l1') or d^2 ('mse'), d = decoded -
-        target.
+        """Compute SimMIM's loss (1,): the mean over masked pixels of |d| (kind 'l1') or d^2 (kind 'mse').
+
+        d is what the tokens are decoded to, less the target.
 
         tokens (B, prefix + cells, C), of which the first `prefix` are ignored, are decoded by the pair (3 * cell^2, C)
         and (3 * cell^2,). target (B, cells, 3 * cell^2), of which no gradient exists. mask (B, h, w) is on the grid of
@@ -141,7 +143,8 @@ def select_backend(precision: str, contexts: Sequence[Any]) -> OpBackend:
 
 def report() -> Dict[str, Any]:
     """Return what `mxsimmim doctor` says of the operators: instructions, names, what `auto` takes; or why none."""
-    environment.prepare(SimpleNamespace(threads=0, blas_core='auto'))  # RuntimeConfig's defaults, without pydantic
+    defaults: Any = SimpleNamespace(threads=0, blas_core='auto')  # RuntimeConfig's, without pydantic
+    environment.prepare(defaults)
     try:
         instructions = library.load()
     except NotBuilt as error:

@@ -1,5 +1,6 @@
-"""Compiles the native operators, src/*.cc, into libmxsimmim.so. Standard library only: setup.py runs it before anything
-is installed, and `make sanitize` runs it as a command.
+"""Compiles the native operators, src/*.cc, into libmxsimmim.so.
+
+Standard library only: setup.py runs it before anything is installed, and `make sanitize` runs it as a command.
 
 The code is for any x86-64; what needs more, AVX2 or AVX-512, lies in files of their own, which are called only on CPUs
 that have it.
@@ -65,8 +66,10 @@ def installed_file(requirement: str, ending: str) -> Optional[Path]:
 
 
 def check_machine() -> None:
-    """Raises:
-        NotBuilt: not Linux on x86-64.
+    """Admit Linux on x86-64.
+
+    Raises:
+        NotBuilt: it is another.
     """
     if (platform.system(), platform.machine()) != ('Linux', 'x86_64'):
         raise NotBuilt(f'native operators are for Linux on x86-64, this is {platform.system()} on {platform.machine()}')

@@ -20,11 +20,13 @@ def optional(**inputs: Any) -> Tuple[list, dict]:
 
 
 def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int) -> Any:
+    """Compute `OpBackend.layer_norm`."""
     return F.mxsimmim_layer_norm(x, weight, bias, eps=eps)
 
 
 def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int,
            precision: str = 'float32') -> Any:
+    """Compute `OpBackend.linear`."""
     more, flags = optional(bias=bias)
     y = F.mxsimmim_linear(x, weight, *more, bf16=precision == 'bf16', gelu=gelu, **flags)
     return y[0] if gelu else y
@@ -33,6 +35,7 @@ def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *,
 def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None, keep: Any = None,
               mask: Any = None, *, width: int, heads: int, tokens: int, eps: float, windows: Optional[Windows] = None,
               recompute: bool = False, precision: str = 'float32') -> Any:
+    """Compute `OpBackend.attention`."""
     more, flags = optional(bias=bias, mask=mask, gamma=gamma, keep=keep)
     if windows:
         flags.update(windows._asdict())
@@ -43,18 +46,20 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
         width: int, hidden: int, eps: float, recompute: bool = False, precision: str = 'float32') -> Any:
+    """Compute `OpBackend.mlp`."""
     more, flags = optional(gamma=gamma, keep=keep, rows=rows)
     y = F.mxsimmim_mlp(x, *norm, *fc1, *fc2, *more, eps=eps, bf16=precision == 'bf16', recompute=recompute, **flags)
     return y if recompute else y[0]
 
 
 def patchify(F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Compute `OpBackend.patchify`."""
     return F.mxsimmim_patchify(image, cell=cell, **_numbered('mean', mean), **_numbered('std', std))
 
 
 def masked_loss(F: Any, tokens: Any, decoder: Pair, target: Any, mask: Any, *, cell: int, patch: int, prefix: int,
                 kind: str, precision: str = 'float32') -> Any:
-    # Masked cells only are decoded.
+    """Compute `OpBackend.masked_loss`; masked cells only are decoded."""
     loss, _ = F.mxsimmim_masked_loss(tokens, *decoder, target, mask, prefix=prefix, kind=KINDS[kind],
                                      bf16=int(precision == 'bf16'))
     return loss

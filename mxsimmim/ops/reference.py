@@ -1,6 +1,7 @@
-"""What each operator computes, in MXNet's own operators: the form for every device, and what the native one is tested
-against. Written for speed on a CPU where that costs nothing elsewhere. See `OpBackend`; `recompute` and `precision`
-are for the native form.
+"""The reference form of the operators: MXNet's own, for every device, and what the native form is tested against.
+
+Written for speed on a CPU where that costs nothing elsewhere. See `OpBackend`; `recompute` and `precision` are for the
+native form.
 
 Shapes: B images, L tokens, C channels, H heads, D = C/H, N tokens that attend to each other.
 """
@@ -35,6 +36,7 @@ def spread(F: Any, row: Any, like: Any, size: int) -> Any:
 
 
 def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int) -> Any:
+    """Compute `OpBackend.layer_norm`."""
     # F.LayerNorm with its backward three times as fast on a CPU (docs/benchmarks.md): row sums and outer products are
     # matrix products. The gradient through the mean inside the variance is zero, hence BlockGrad.
     ones = F.ones_like(weight)
@@ -47,6 +49,7 @@ def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int
 
 def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int,
            precision: str = 'float32') -> Any:
+    """Compute `OpBackend.linear`."""
     inputs = [x, weight] + ([] if bias is None else [bias])
     y = F.FullyConnected(*inputs, num_hidden=units, no_bias=bias is None, flatten=False)
     return F.LeakyReLU(y, act_type='gelu') if gelu else y
@@ -55,11 +58,13 @@ def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *,
 def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None, keep: Any = None,
               mask: Any = None, *, width: int, heads: int, tokens: int, eps: float, windows: Optional[Windows] = None,
               recompute: bool = False, precision: str = 'float32') -> Any:
+    """Compute `OpBackend.attention`."""
     y, count = layer_norm(F, x, *norm, eps, width=width), 1
     if windows:
         y = partition(F, roll(F, y, windows, width), windows, width)
         tokens = windows.window ** 2
     if mask is not None:
+        assert windows, 'only windows have a mask'
         count = (windows.side // windows.window) ** 2
         bias = F.broadcast_axis(mask, axis=1, size=heads) if bias is None else F.broadcast_add(bias, mask)
     y = attend(F, linear(F, y, *qkv, units=3 * width), heads, width, tokens, bias, count)
@@ -71,6 +76,7 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
         width: int, hidden: int, eps: float, recompute: bool = False, precision: str = 'float32') -> Any:
+    """Compute `OpBackend.mlp`; all rows are computed."""
     y = linear(F, layer_norm(F, x, *norm, eps, width=width), *fc1, gelu=True, units=hidden)
     return residual(F, x, linear(F, y, *fc2, units=width), gamma, keep, width)
 

@@ -1,9 +1,9 @@
 """Which parameters decay, and the learning rate of each relative to the schedule's."""
 from typing import Dict, Mapping, Tuple
 
-from mxnet.gluon import HybridBlock, Parameter
+from mxnet.gluon import Parameter
 
-from ..models import named_parameters
+from ..models import Network, named_parameters
 
 # Parameters, besides vectors and biases, that a recipe does not decay. The reference decays ViT's mask token and every
 # relative position table in pre-training, because its name test misses the `encoder.` prefix.
@@ -22,7 +22,7 @@ def weight_decays(parameters: Mapping[str, Parameter], recipe: str, kind: str, d
             for name, p in parameters.items()}
 
 
-def parameter_groups(net: HybridBlock, layer_decay: float, weight_decay: float,
+def parameter_groups(net: Network, layer_decay: float, weight_decay: float,
                      recipe: str = 'reference') -> Dict[str, Tuple[float, float]]:
     """(lr_scale, weight_decay) of each of a classifier's parameters, by official name.
 

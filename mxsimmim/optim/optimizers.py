@@ -59,11 +59,11 @@ class Optimizer:
         """Decays each weight by its factor, then steps with its rate."""
         raise NotImplementedError
 
-    def arrays(self) -> Dict[str, object]:
+    def arrays(self) -> Dict[str, np.ndarray]:
         """The moments as NumPy arrays, named `mean.NAME` and `var.NAME`."""
         return {name: copies[0].asnumpy() for name, copies in self.moments.items()}
 
-    def load(self, arrays: Mapping[str, object]) -> None:
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Sets the moments from what `arrays` returned."""
         for name, copies in self.moments.items():
             for copy in copies:
@@ -75,20 +75,23 @@ class AdamW(Optimizer):
 
     MOMENTS = ('mean', 'var')
 
-    def _apply(self, weights, grads, device, scale, update, rates, factors):
+    def _apply(self, weights: List[mx.nd.NDArray], grads: List[mx.nd.NDArray], device: int, scale: mx.nd.NDArray,
+               update: int, rates: List[float], factors: List[float]) -> None:
         copies = [[self.moments[f'{moment}.{name}'] for name in self._parameters] for moment in self.MOMENTS]
         means, variances = ([moment[device] for moment in moments] for moments in copies)
         steps = {rate: adamw_arguments(self._optim, update, rate) for rate in set(rates)}
-        constants = {key: steps[rates[0]][key] for key in ('beta1', 'beta2', 'epsilon')}
+        first = steps[rates[0]]  # of which all but the rate is common to all
         adamw.update(weights, grads, means, variances,
                      [(steps[rate]['lr'], factor) for rate, factor in zip(rates, factors)],
-                     scale, backend=self.backend, shared=len(copies[0][0]) > 1, **constants)
+                     scale, backend=self.backend, shared=len(copies[0][0]) > 1, beta1=first['beta1'],
+                     beta2=first['beta2'], epsilon=first['epsilon'])
 
 
 class SGD(Optimizer):
     """w <- w - lr g, no momentum."""
 
-    def _apply(self, weights, grads, device, scale, update, rates, factors):
+    def _apply(self, weights: List[mx.nd.NDArray], grads: List[mx.nd.NDArray], device: int, scale: mx.nd.NDArray,
+               update: int, rates: List[float], factors: List[float]) -> None:
         adamw.decay(weights, factors, scale)
         for weight, grad, rate in zip(weights, grads, rates):
             # NaN times 0 is NaN: a skipped step needs a choice, not a product.

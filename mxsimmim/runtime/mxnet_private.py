@@ -123,6 +123,7 @@ def data_address(array: 'mx.nd.NDArray') -> int:
     """
     address = ctypes.c_void_p()
     _call('MXNDArrayGetData', array.handle, ctypes.byref(address))
+    assert address.value is not None  # memory is there before the elements are
     return address.value
 
 

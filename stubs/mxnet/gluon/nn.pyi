@@ -1,4 +1,4 @@
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from .block import HybridBlock
 from .parameter import Parameter
@@ -12,6 +12,6 @@ class Dense(HybridBlock):
 
 class HybridSequential(HybridBlock):
     def add(self, *blocks: HybridBlock) -> None: ...
-    def __getitem__(self, key: int) -> HybridBlock: ...
-    def __iter__(self) -> Iterator[HybridBlock]: ...  # by __getitem__
+    def __getitem__(self, key: int) -> Any: ...  # a block of the type that was added
+    def __iter__(self) -> Iterator[Any]: ...  # by __getitem__
     def __len__(self) -> int: ...
