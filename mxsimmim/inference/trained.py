@@ -8,7 +8,7 @@ from mxnet.gluon import HybridBlock
 
 from ..config import Config, DataConfig, configfile
 from ..interop import official
-from ..models import named_parameters
+from ..models import parameter_specs
 from ..ops import REFERENCE, OpBackend, select_backend
 from ..parallel.communicators import Communicator
 from ..parallel.placement import contexts_of
@@ -54,7 +54,7 @@ def load_run(run: Path, backend: OpBackend = REFERENCE, data: Optional[DataConfi
     if saved:
         official.load_weights(net, saved.arrays.get('ema', saved.arrays['weights']))
     if workers is not None:
-        arrays = [parameter.list_data() for parameter in named_parameters(net).values()]
+        arrays = [spec.parameter.list_data() for spec in parameter_specs(net)]
         workers.broadcast(workers.register(arrays))
     return Trained(config, net, told['state'], told['step'])
 

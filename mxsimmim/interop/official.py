@@ -10,13 +10,13 @@ from typing import Callable, Dict, List, Mapping, Tuple, Union
 import numpy as np
 from mxnet.gluon import HybridBlock
 
-from ..models import Classifier, named_parameters
+from ..models import Classifier, named_parameters, parameter_specs
 from .files import read_weights
 from .names import to_official
 from .resize import absolute_table, relative_table
 from .told import changes
 
-BUFFERS = ('relative_position_index', 'attn_mask')  # in its checkpoints, but computed here
+COMPUTED = ('relative_position_index', 'attn_mask')  # in its checkpoints, but computed here
 SHOWN = 3  # of what is wrong with a file, in one line
 
 
@@ -29,13 +29,13 @@ def official_shape(name: str, shape: Tuple[int, ...]) -> Tuple[int, ...]:
 
 
 def load_weights(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
-    """Sets every parameter of the network from arrays under the reference's names and in its layouts.
+    """Sets every weight and buffer of the network from arrays under the reference's names and in its layouts.
 
     Raises:
         ValueError: a missing, unknown or wrongly shaped array, each named.
     """
-    parameters = named_parameters(net)
-    given = {name: np.asarray(value) for name, value in arrays.items() if not name.endswith(BUFFERS)}
+    parameters = {spec.name: spec.parameter for spec in parameter_specs(net)}
+    given = {name: np.asarray(value) for name, value in arrays.items() if not name.endswith(COMPUTED)}
     problems = [f'missing: {name}' for name in parameters if name not in given]
     problems += [f'unknown: {name}' for name in given if name not in parameters]
     for name, value in given.items():
@@ -54,12 +54,12 @@ def _refuse(problems: List[str], remedy: str) -> None:
 
 
 def export_weights(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
-    """Every parameter, or its gradient on the first device, under the reference's name and in its layout.
+    """Returns every weight and buffer, or every weight's gradient, under the reference's name and in its layout.
 
-    A parameter that the last backward pass did not reach has a gradient of zeros.
+    Of several copies the first is taken. A weight that the last backward pass did not reach has a gradient of zeros.
     """
     return {name: (p.list_grad()[0] if grad else p.list_data()[0]).asnumpy().reshape(official_shape(name, p.shape))
-            for name, p in named_parameters(net).items()}
+            for name, p, *_ in parameter_specs(net) if p.grad_req != 'null' or not grad}
 
 
 NEW = 'cls_token', 'head.', 'fc_norm.'  # what an encoder may be without
@@ -95,7 +95,7 @@ def load_encoder_weights(net: Classifier, arrays: Mapping[str, np.ndarray], log:
     parameters = named_parameters(net)
     encoder = {name[len('encoder.'):]: value for name, value in arrays.items() if name.startswith('encoder.')}
     given = {name: np.asarray(value, 'float32') for name, value in (encoder or arrays).items()
-             if not name.endswith(BUFFERS)}
+             if not name.endswith(COMPUTED)}
     needed = changes(net.config, given)
     shared = given.pop(SHARED, None)
     for name in parameters:

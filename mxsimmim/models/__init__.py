@@ -2,9 +2,10 @@
 from typing import Union
 
 from .classifier import Classifier, build_classifier
-from .layers import named_parameters
 from .simmim import SimMIM, build_simmim
+from .specs import ParameterSpec, named_parameters, parameter_specs
 
 Network = Union[SimMIM, Classifier]  # what the tasks train
 
-__all__ = ['Classifier', 'Network', 'SimMIM', 'build_classifier', 'build_simmim', 'named_parameters']
+__all__ = ['Classifier', 'Network', 'ParameterSpec', 'SimMIM', 'build_classifier', 'build_simmim', 'named_parameters',
+           'parameter_specs']

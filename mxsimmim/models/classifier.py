@@ -9,9 +9,10 @@ from ..ops import REFERENCE, OpBackend
 from ..runtime.mxnet_private import children, structural_parameters
 from . import vit
 from .initial import initialise
-from .layers import LayerNorm, Linear, named_parameters
+from .layers import LayerNorm, Linear
 from .pixels import MEAN, STD, PixelInput
 from .simmim import ENCODERS
+from .specs import named_parameters
 
 
 class Classifier(HybridBlock):

@@ -3,7 +3,7 @@
 Attributes carry the reference implementation's names, so structural parameter names are its checkpoint's names.
 Shapes: B images, L tokens, C width, H heads, D = C/H, p the side of a patch in pixels.
 """
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -11,13 +11,7 @@ from mxnet.gluon import Constant, HybridBlock, Parameter, ParameterDict, nn
 
 from ..ops import OpBackend
 from ..ops.reference import AUTO, outer
-from ..runtime.mxnet_private import structural_parameters
 from .pixels import PixelInput
-
-
-def named_parameters(net: HybridBlock) -> Dict[str, Parameter]:
-    """Trained parameters by structural name, which is the reference's name; constants are left out."""
-    return {name: p for name, p in structural_parameters(net).items() if p.grad_req != 'null'}
 
 
 def values(backend: OpBackend, F: Any, x: Any, *parameters: Parameter) -> List[Any]:

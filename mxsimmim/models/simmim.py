@@ -11,8 +11,9 @@ from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
 from ..ops.pixels import AUTO, from_cells
 from .initial import initialise
-from .layers import Linear, named_parameters, pair
+from .layers import Linear, pair
 from .pixels import MEAN, STD, PixelInput
+from .specs import named_parameters
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 

@@ -1,12 +1,12 @@
 """Optimisers: how gradients become updates, on each device alike."""
 import math
-from typing import Dict, Iterable, List, Mapping, Optional, Tuple, Type
+from typing import Dict, Iterable, List, Mapping, Sequence, Tuple, Type
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import Parameter
 
 from ..config import OptimConfig
+from ..models import ParameterSpec
 from ..ops import REFERENCE, OpBackend, adamw
 
 
@@ -23,44 +23,49 @@ def adamw_arguments(optim: OptimConfig, update: int, lr: float) -> Dict[str, flo
 
 
 class Optimizer:
-    """Decoupled weight decay, and what the optimisers have in common: their state is some moments a parameter.
+    """Decoupled weight decay, and what the optimisers have in common: their state is some moments a weight.
 
-    Moments are float32, shaped like their parameter, one copy a device. The state of all devices is equal, because
-    they see equal gradients.
+    Moments are float32, shaped like their weight, one copy on each of its contexts. The state of all replicas is equal,
+    because they see equal gradients.
     """
 
     MOMENTS: Tuple[str, ...] = ()
 
-    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], optim: OptimConfig,
-                 lr_scales: Optional[Mapping[str, float]] = None, backend: OpBackend = REFERENCE):
-        self.backend = backend
-        self._parameters, self._decays, self._optim = parameters, decays, optim
-        self._scales = lr_scales or dict.fromkeys(parameters, 1.0)
+    def __init__(self, specs: Iterable[ParameterSpec], optim: OptimConfig, backend: OpBackend = REFERENCE):
+        """Prepare to update the trainable ones of `specs`; their contexts are those of this moment."""
+        self.backend, self._optim = backend, optim
+        self._specs = [spec for spec in specs if spec.trainable]
         self.moments: Dict[str, List[mx.nd.NDArray]] = {
-            f'{moment}.{name}': [mx.nd.zeros(p.shape, ctx=ctx) for ctx in p.list_ctx()]
-            for moment in self.MOMENTS for name, p in parameters.items()}
+            f'{moment}.{spec.name}': [mx.nd.zeros(spec.parameter.shape, ctx=ctx) for ctx in spec.parameter.list_ctx()]
+            for moment in self.MOMENTS for spec in self._specs}
+        self._places: Dict[mx.Context, List[Tuple[int, int]]] = {}  # of each context: (weight, its copy there)
+        for number, spec in enumerate(self._specs):
+            for copy, ctx in enumerate(spec.parameter.list_ctx()):
+                self._places.setdefault(ctx, []).append((number, copy))
 
-    def update(self, update: int, lr: float, scales: Iterable[mx.nd.NDArray], floor: float = 0.0) -> None:
-        """Update number `update`, counted from 0, on each device with its gradients times its scale (1,).
+    def update(self, update: int, lr: float, scale: mx.nd.NDArray, floor: float = 0.0) -> None:
+        """Makes update number `update`, counted from 0, on each context with its gradients times scale (1,).
 
-        A scale of 0 leaves weights and moments alone; that is decided on the device. A parameter's rate lies between
+        A scale of 0 leaves weights and moments alone; that is decided on the device. A weight's rate lies between
         `floor`, the schedule's rate for a base rate of 0, and `lr`, as its lr_scale says.
         """
-        rates = [lr if self._scales[name] == 1 else floor + self._scales[name] * (lr - floor)
-                 for name in self._parameters]
-        factors = [rate * self._decays[name] for name, rate in zip(self._parameters, rates)]
-        for device, scale in enumerate(scales):
-            weights = [p.list_data()[device] for p in self._parameters.values()]
-            grads = [p.list_grad()[device] for p in self._parameters.values()]
-            self._apply(weights, grads, device, scale, update, rates, factors)
+        rates = [lr if spec.lr_scale == 1 else floor + spec.lr_scale * (lr - floor) for spec in self._specs]
+        for ctx, places in self._places.items():
+            self._apply(places, scale.as_in_context(ctx), update, [rates[number] for number, _ in places],
+                        [rates[number] * self._specs[number].decay for number, _ in places])
 
-    def _apply(self, weights: List[mx.nd.NDArray], grads: List[mx.nd.NDArray], device: int, scale: mx.nd.NDArray,
-               update: int, rates: List[float], factors: List[float]) -> None:
+    def _apply(self, places: Sequence[Tuple[int, int]], scale: mx.nd.NDArray, update: int, rates: List[float],
+               factors: List[float]) -> None:
         """Decays each weight by its factor, then steps with its rate."""
         raise NotImplementedError
 
+    def _arrays(self, places: Sequence[Tuple[int, int]]) -> Tuple[List[mx.nd.NDArray], List[mx.nd.NDArray]]:
+        """Weights and gradients on one context."""
+        parameters = [(self._specs[number].parameter, copy) for number, copy in places]
+        return [p.list_data()[copy] for p, copy in parameters], [p.list_grad()[copy] for p, copy in parameters]
+
     def arrays(self) -> Dict[str, np.ndarray]:
-        """The moments as NumPy arrays, named `mean.NAME` and `var.NAME`."""
+        """Return the moments, named `mean.NAME` and `var.NAME`."""
         return {name: copies[0].asnumpy() for name, copies in self.moments.items()}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -75,23 +80,25 @@ class AdamW(Optimizer):
 
     MOMENTS = ('mean', 'var')
 
-    def _apply(self, weights: List[mx.nd.NDArray], grads: List[mx.nd.NDArray], device: int, scale: mx.nd.NDArray,
-               update: int, rates: List[float], factors: List[float]) -> None:
-        copies = [[self.moments[f'{moment}.{name}'] for name in self._parameters] for moment in self.MOMENTS]
-        means, variances = ([moment[device] for moment in moments] for moments in copies)
+    def _apply(self, places: Sequence[Tuple[int, int]], scale: mx.nd.NDArray, update: int, rates: List[float],
+               factors: List[float]) -> None:
+        weights, grads = self._arrays(places)
+        means, variances = ([self.moments[f'{moment}.{self._specs[number].name}'][copy] for number, copy in places]
+                            for moment in self.MOMENTS)
         steps = {rate: adamw_arguments(self._optim, update, rate) for rate in set(rates)}
         first = steps[rates[0]]  # of which all but the rate is common to all
         adamw.update(weights, grads, means, variances,
-                     [(steps[rate]['lr'], factor) for rate, factor in zip(rates, factors)],
-                     scale, backend=self.backend, shared=len(copies[0][0]) > 1, beta1=first['beta1'],
-                     beta2=first['beta2'], epsilon=first['epsilon'])
+                     [(steps[rate]['lr'], factor) for rate, factor in zip(rates, factors)], scale,
+                     backend=self.backend, shared=any(len(self._specs[n].parameter.list_ctx()) > 1 for n, _ in places),
+                     beta1=first['beta1'], beta2=first['beta2'], epsilon=first['epsilon'])
 
 
 class SGD(Optimizer):
     """w <- w - lr g, no momentum."""
 
-    def _apply(self, weights: List[mx.nd.NDArray], grads: List[mx.nd.NDArray], device: int, scale: mx.nd.NDArray,
-               update: int, rates: List[float], factors: List[float]) -> None:
+    def _apply(self, places: Sequence[Tuple[int, int]], scale: mx.nd.NDArray, update: int, rates: List[float],
+               factors: List[float]) -> None:
+        weights, grads = self._arrays(places)
         adamw.decay(weights, factors, scale)
         for weight, grad, rate in zip(weights, grads, rates):
             # NaN times 0 is NaN: a skipped step needs a choice, not a product.

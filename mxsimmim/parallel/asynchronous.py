@@ -6,9 +6,9 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import Parameter
 
 from ..config import Config, configfile
+from ..models import ParameterSpec
 from ..ops import REFERENCE, OpBackend
 from ..runtime import mxnet_private
 from ..runtime.process import ProcessInfo
@@ -62,17 +62,18 @@ class AsynchronousUpdate:
 
     Dean et al. 2012 (Downpour SGD) with AdamW on the servers. There, one update is one worker's push: the schedule of
     a job of n workers counts n of them as one step, and applies each at an n-th of the rate, which is for the whole
-    batch. A gradient that is not finite is not applied to its parameter.
+    batch. A gradient that is not finite is not applied to its parameter. Buffers are each worker's
+    own, and rank 0's are saved.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], store: WeightServers,
-                 config: Config, per_epoch: int, total: int, lr_scales: Optional[Mapping[str, float]] = None,
-                 backend: OpBackend = REFERENCE):
+    def __init__(self, specs: Sequence[ParameterSpec], store: WeightServers, config: Config, per_epoch: int,
+                 total: int, backend: OpBackend = REFERENCE):
+        weights = [spec for spec in specs if spec.trainable]
         self.workers, self._backend = store, backend
-        self._names, self._parameters = list(parameters), list(parameters.values())
+        self._names, self._parameters = [spec.name for spec in weights], [spec.parameter for spec in weights]
         self._local = Communicator('device')
         self._gradients = self._local.register([p.list_grad() for p in self._parameters])
-        self._layout = protocol.Layout(len(parameters), len(KINDS), store.servers)
+        self._layout = protocol.Layout(len(weights), len(KINDS), store.servers)
         self._boards = [mx.nd.zeros(protocol.BOARD_SHAPE) for _ in range(2)]
         self._reported, self._time, self._stop_at = np.zeros(protocol.FIELDS), time.monotonic(), None
         self._images = 0
@@ -83,8 +84,8 @@ class AsynchronousUpdate:
             store.init([self._moment(kind, key) for key in keys], [mx.nd.zeros_like(first) for first in firsts])
         store.init([self._layout.board], self._boards[:1])
         self._settings = {'config': configfile.to_dict(config), 'layout': list(self._layout),
-                          'decays': [decays[name] for name in self._names], 'workers': store.size,
-                          'scales': [(lr_scales or {}).get(name, 1.0) for name in self._names],
+                          'decays': [spec.decay for spec in weights], 'workers': store.size,
+                          'scales': [spec.lr_scale for spec in weights],
                           'per_epoch': per_epoch, 'total': total}
         self.load_state_dict(None, 0)
 

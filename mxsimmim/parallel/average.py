@@ -1,27 +1,28 @@
 """An average of the weights over time."""
 import contextlib
-from typing import Dict, Iterator, Mapping, Optional
+from typing import Dict, Iterator, Mapping, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import Parameter
 
 from ..interop.official import official_shape
+from ..models import ParameterSpec
 from .communicators import Communicator
 
 
 class WeightAverage:
-    """average <- d average + (1 - d) weights after each update (Polyak and Juditsky 1992), on the first device.
+    """average <- d average + (1 - d) weights after each update (Polyak and Juditsky 1992), on their first devices.
 
     d grows as (1 + k) / (10 + k) after k updates, up to `decay`, so that initial weights are soon forgotten.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], decay: float,
+    def __init__(self, specs: Sequence[ParameterSpec], decay: float,
                  saved: Optional[Mapping[str, np.ndarray]] = None):
-        self._parameters, self._decay = parameters, decay
-        self._average = {name: p.list_data()[0].copy() for name, p in parameters.items()}
-        for name, value in (saved or {}).items():
-            self._average[name][:] = value.reshape(self._average[name].shape)
+        self._decay, self._buffers = decay, [spec for spec in specs if not spec.trainable]
+        self._parameters = {spec.name: spec.parameter for spec in specs if spec.trainable}
+        self._average = {name: p.list_data()[0].copy() for name, p in self._parameters.items()}
+        for name, average in self._average.items() if saved else ():
+            average[:] = saved[name].reshape(average.shape)
 
     def update(self, done: int) -> None:
         """Take in the weights after update number `done`, counted from 1."""
@@ -45,9 +46,9 @@ class WeightAverage:
         communicator.broadcast(communicator.register([[value] for value in self._average.values()]))
 
     def arrays(self) -> Dict[str, np.ndarray]:
-        """Return the average under the reference's names and in its layouts."""
-        return {name: value.asnumpy().reshape(official_shape(name, value.shape))
-                for name, value in self._average.items()}
+        """Return the average, and buffers as they are, under the reference's names and in its layouts."""
+        values = {**self._average, **{spec.name: spec.parameter.list_data()[0] for spec in self._buffers}}
+        return {name: value.asnumpy().reshape(official_shape(name, value.shape)) for name, value in values.items()}
 
     def _set(self, values: Mapping[str, mx.nd.NDArray]) -> None:
         for name, p in self._parameters.items():

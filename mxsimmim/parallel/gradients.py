@@ -1,7 +1,8 @@
 """Gradients as they are exchanged: large ones by themselves, small ones together."""
 from itertools import accumulate
-from typing import List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
+import mxnet as mx
 from mxnet.gluon import Parameter
 
 from ..ops import OpBackend
@@ -21,7 +22,16 @@ def exchanged(parameters: Sequence[Parameter], communicator: Communicator, backe
     apart, for the very end of the backward pass; the large ones must not wait for these. Nothing may reallocate
     gradients after this, as `Parameter.cast` and `reset_ctx` do.
     """
-    contexts = parameters[0].list_ctx()
+    groups: Dict[Tuple[mx.Context, ...], List[Parameter]] = {}
+    for p in parameters:
+        groups.setdefault(tuple(p.list_ctx()), []).append(p)
+    return [array for contexts, group in groups.items()
+            for array in _on_contexts(group, contexts, communicator, backend)]
+
+
+def _on_contexts(parameters: Sequence[Parameter], contexts: Sequence[mx.Context], communicator: Communicator,
+                 backend: OpBackend) -> List[Copies]:
+    """`exchanged` for parameters that lie on the same contexts."""
     sizes = {p: p.data(contexts[0]).size for p in parameters}
     small, large = ([p for p in parameters if (4 * sizes[p] < SMALL) == kind] for kind in (True, False))
     firsts = list(accumulate([0] + [-(-sizes[p] // LINE) * LINE for p in small]))

@@ -1,9 +1,8 @@
 """Whether all replicas of a model, over devices and workers, are still the same, bit by bit."""
 import hashlib
-from typing import List, Mapping
+from typing import Any, Dict, List, Sequence
 
-from mxnet.gluon import Parameter
-
+from ..models import ParameterSpec
 from .control import ControlPlane
 
 
@@ -11,22 +10,22 @@ class ReplicasDiffer(ValueError):
     """Weights that should be equal are not."""
 
 
-def fingerprints(parameters: Mapping[str, Parameter]) -> List[str]:
-    """Return a hash of all parameters on each device."""
-    hashes = [hashlib.blake2b(digest_size=16) for _ in next(iter(parameters.values())).list_ctx()]
-    for parameter in parameters.values():
-        for digest, copy in zip(hashes, parameter.list_data()):
-            digest.update(copy.asnumpy())
-    return [digest.hexdigest() for digest in hashes]
+def fingerprints(specs: Sequence[ParameterSpec]) -> List[str]:
+    """Return a hash of the weights of each replica in this process: all first copies, all second ones and so on."""
+    hashes: Dict[int, Any] = {}
+    for spec in specs:
+        for replica, copy in enumerate(spec.parameter.list_data() if spec.trainable else ()):
+            hashes.setdefault(replica, hashlib.blake2b(digest_size=16)).update(copy.asnumpy().data)
+    return [digest.hexdigest() for digest in hashes.values()]
 
 
-def compare(parameters: Mapping[str, Parameter], control: ControlPlane, step: int) -> None:
-    """Compare all replicas with rank 0's first device, in all workers at once.
+def compare(specs: Sequence[ParameterSpec], control: ControlPlane, step: int) -> None:
+    """Compare the weights of all replicas with those of rank 0's first device, in all workers at once.
 
     Raises:
         ReplicasDiffer: in every worker, naming ranks and devices.
     """
-    everybody = control.all_gather('comparison of replicas', fingerprints(parameters))
+    everybody = control.all_gather('comparison of replicas', fingerprints(specs))
     different = [f'rank {rank}' + (f' device {device}' if len(row) > 1 else '') for rank, row in
                  enumerate(everybody) for device, own in enumerate(row) if own != everybody[0][0]]
     if different:

@@ -9,10 +9,10 @@ from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional,
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import Parameter
 
 from ..config import TrainConfig
 from ..data.batch_split import BatchSplit
+from ..models import ParameterSpec
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
 from .clock import Clock
@@ -23,8 +23,12 @@ from .gradients import exchanged
 
 
 def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
-    """Return the L2 norm (1,) of all first copies."""
-    return mx.nd.sqrt(adamw.square_sum([first for first, *_ in arrays], backend))
+    """Return the L2 norm (1,) of all first copies, on the context of the first of them."""
+    there: Dict[mx.Context, List[mx.nd.NDArray]] = {}
+    for first, *_ in arrays:
+        there.setdefault(first.context, []).append(first)
+    sums = [adamw.square_sum(firsts, backend).as_in_context(arrays[0][0].context) for firsts in there.values()]
+    return mx.nd.sqrt(mx.nd.add_n(*sums) if len(sums) > 1 else sums[0])
 
 
 class SynchronousUpdate:
@@ -33,15 +37,16 @@ class SynchronousUpdate:
     Nothing here waits for the device: a non-finite step is recognised and skipped there, by all replicas.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
+    def __init__(self, specs: Sequence[ParameterSpec], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float]):
         self._communicator = self.workers = communicator
         self.optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
-        self._parameters = list(parameters.values())
-        self._contexts = self._parameters[0].list_ctx()
+        self._parameters = [spec.parameter for spec in specs if spec.trainable]
+        self._buffers = [spec.parameter for spec in specs if not spec.trainable]
+        self._buffer_handle: Optional[Handle] = None
         # What leaves compressed leaves from other arrays: the communicator's own memory would be of no use.
         home = communicator if train.compression == 'none' else Communicator('device')
-        together = communicator.size > 1 or len(self._contexts) > 1
+        together = communicator.size > 1 or any(len(p.list_ctx()) > 1 for p in self._parameters)
         self._exchanged = exchanged(self._parameters, home, optimizer.backend) if together else None
         self._transport = TRANSPORTS[train.compression](communicator, self.gradients(), train.threshold)
         self._votes: Optional[Pending] = None  # of the last step
@@ -63,14 +68,15 @@ class SynchronousUpdate:
         """
         if self._communicator.size > 1:  # the others do not see this loss: let it spoil the gradient that they do see
             smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
-            mx.nd.broadcast_add(smallest, loss * 0, out=smallest)
+            mx.nd.broadcast_add(smallest, (loss * 0).as_in_context(smallest.context), out=smallest)
         self._transport.all_reduce(clock and clock.computed)
         if clock:
             clock.communicated()
         norm = self._norm()
+        loss = loss.as_in_context(norm.context)
         applied = mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss)
         scale = mx.nd.where(applied, self._scale(norm), mx.nd.zeros_like(norm))
-        self.optimizer.update(update, lr, [scale.as_in_context(ctx) for ctx in self._contexts], floor)
+        self.optimizer.update(update, lr, scale, floor)
         return mx.nd.concat(loss, norm, applied, dim=0)
 
     def clip_partial(self) -> None:
@@ -81,7 +87,8 @@ class SynchronousUpdate:
         self._transport.all_reduce()
         scale = self._scale(self._norm())
         for first, *others in self.gradients():
-            mx.nd.broadcast_mul(first.reshape((-1,)), scale, out=first.reshape((-1,)))
+            flat = first.reshape((-1,))
+            mx.nd.broadcast_mul(flat, scale.as_in_context(first.context), out=flat)
             for other in others + ([first] if self._communicator.rank else []):
                 other[:] = 0
 
@@ -96,7 +103,11 @@ class SynchronousUpdate:
         return step if votes and any(votes.result()) else None
 
     def consolidated_weights(self) -> ContextManager[None]:
-        """Show the model that the job has trained so far: while entered, the parameters hold it."""
+        """Show the model that the job has trained so far: while entered, the parameters hold it.
+
+        Buffers then hold their means over all replicas, which go on from these.
+        """
+        self._average_buffers()
         return contextlib.nullcontext()
 
     def in_sync(self, _step: int) -> bool:
@@ -129,13 +140,23 @@ class SynchronousUpdate:
         """Return the parameters' handle, under whose keys their moments are broadcast, too."""
         return self.workers.register([p.list_data() for p in self._parameters])
 
+    def _average_buffers(self) -> None:
+        """Replace each buffer by its mean over all replicas, whose parts of a batch are equal, or nearly."""
+        if self._buffers:
+            arrays = [p.list_data() for p in self._buffers]
+            for copies in arrays:
+                for copy in copies:
+                    copy /= len(copies) * self.workers.size
+            self._buffer_handle = self._buffer_handle or self.workers.register(arrays)
+            self.workers.all_reduce(self._buffer_handle)
+
     def _moments(self) -> List[List[Copies]]:
         """Return the moments by kind, of each one array for each parameter."""
         copies, count = list(self.optimizer.moments.values()), len(self._parameters)
         return [copies[first:first + count] for first in range(0, len(copies), count)]
 
     def _norm(self) -> mx.nd.NDArray:
-        return global_norm(self.gradients(), self._optimizer.backend)
+        return global_norm(self.gradients(), self.optimizer.backend)
 
     def _scale(self, norm: mx.nd.NDArray) -> mx.nd.NDArray:
         """What clipping multiplies gradients with, as PyTorch's clip_grad_norm_."""
@@ -150,9 +171,9 @@ class PeriodicAveraging(SynchronousUpdate):
     Within a worker all is as ever: its devices' gradients are added up, and the norm that is clipped is the worker's.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
+    def __init__(self, specs: Sequence[ParameterSpec], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
-        super().__init__(parameters, optimizer, Communicator('device'), train, clip)
+        super().__init__(specs, optimizer, Communicator('device'), train, clip)
         self.workers = communicator
         self._split, self._every, self._last = split, train.local_steps, last
         self._handle = super()._weights()
@@ -214,9 +235,9 @@ class LocalSGD(PeriodicAveraging):
     McMahan et al. 2017 (arXiv:1602.05629), Stich 2019 (arXiv:1805.09767): w <- sum_i (n_i / n) w_i.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
+    def __init__(self, specs: Sequence[ParameterSpec], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
-        super().__init__(parameters, optimizer, communicator, train, clip, split, last)
+        super().__init__(specs, optimizer, communicator, train, clip, split, last)
         self._with_moments = train.average_moments
 
     def _meet(self) -> None:
@@ -235,9 +256,9 @@ class ElasticAverage(PeriodicAveraging):
     must be subtracted, as here.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], optimizer: Optimizer, communicator: Communicator,
+    def __init__(self, specs: Sequence[ParameterSpec], optimizer: Optimizer, communicator: Communicator,
                  train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
-        super().__init__(parameters, optimizer, communicator, train, clip, split, last)
+        super().__init__(specs, optimizer, communicator, train, clip, split, last)
         self._strength = train.elastic
         self._centre = [p.list_data()[0].copy() for p in self._parameters]
 

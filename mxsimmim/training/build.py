@@ -6,7 +6,7 @@ from mxnet.gluon import HybridBlock
 from ..config import Config
 from ..data.batch_split import BatchSplit, split_batch
 from ..interop import official
-from ..models import named_parameters
+from ..models import parameter_specs
 from ..ops import OpBackend, select_backend
 from ..optim import OPTIMIZERS, Optimizer
 from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
@@ -58,7 +58,7 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
     average = None
     if config.train.ema:
         # All workers hold the same one: rank 0's, of its checkpoint.
-        average = WeightAverage(named_parameters(net), config.train.ema, arrays.get('ema'))
+        average = WeightAverage(parameter_specs(net), config.train.ema, arrays.get('ema'))
         if checkpoint:
             average.share(communicator)
     return Trainer(config, timetable, task, placement, update_rule, split, average, logger, step, state)
@@ -107,13 +107,11 @@ def build_update_rule(config: Config, task: Task, net: HybridBlock, strategy: St
     `optimizer` is that of another update rule for the same network, to be shared; by default a new one.
     """
     optim, train = config.optim, config.train
-    parameters, groups = named_parameters(net), task.parameter_groups(net)
-    scales, decays = ({name: group[i] for name, group in groups.items()} for i in range(2))
+    specs = parameter_specs(net, task.parameter_groups(net))
     if strategy.aggregation == 'async':
-        return AsynchronousUpdate(parameters, decays, communicator, config, timetable.per_epoch, timetable.total,
-                                  scales, net.backend)
-    optimizer = optimizer or OPTIMIZERS[optim.type](parameters, decays, optim, scales, net.backend)
+        return AsynchronousUpdate(specs, communicator, config, timetable.per_epoch, timetable.total, net.backend)
+    optimizer = optimizer or OPTIMIZERS[optim.type](specs, optim, net.backend)
     if strategy.aggregation == 'sync':
-        return SynchronousUpdate(parameters, optimizer, communicator, train, optim.clip_grad)
+        return SynchronousUpdate(specs, optimizer, communicator, train, optim.clip_grad)
     kind = {'local_sgd': LocalSGD, 'elastic': ElasticAverage}[strategy.aggregation]
-    return kind(parameters, optimizer, communicator, train, optim.clip_grad, split, timetable.total)
+    return kind(specs, optimizer, communicator, train, optim.clip_grad, split, timetable.total)

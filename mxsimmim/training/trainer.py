@@ -12,7 +12,7 @@ from ..data.batch_split import BatchSplit
 from ..data.loader import Batch, Loader
 from ..data.sampling import batch_at
 from ..interop import official
-from ..models import named_parameters
+from ..models import parameter_specs
 from ..optim import learning_rates
 from ..parallel.asynchronous import AsynchronousUpdate
 from ..parallel.average import WeightAverage
@@ -173,7 +173,7 @@ class Trainer:
         check = self.timetable.check
         if check and self.step % check == 0 and self.update_rule.in_sync(self.step):
             with self.update_rule.consolidated_weights():
-                compare(named_parameters(self.placement.net), self.control, self.step)
+                compare(parameter_specs(self.placement.net), self.control, self.step)
 
     @contextlib.contextmanager
     def consolidated_model(self) -> Iterator[None]:

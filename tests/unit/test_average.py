@@ -3,10 +3,11 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet.gluon import Parameter
+from support.specs import specs_of
 
 from mxsimmim.config import ModelConfig
 from mxsimmim.interop import official
-from mxsimmim.models import build_classifier, named_parameters
+from mxsimmim.models import build_classifier, named_parameters, parameter_specs
 from mxsimmim.parallel.average import WeightAverage
 
 SEED = 12
@@ -35,7 +36,7 @@ def test_the_formula(contexts):
     print('seed', SEED)
     rng = np.random.default_rng(SEED)
     made = parameters(contexts, a=rng.standard_normal((3, 2)), b=rng.standard_normal(5))
-    average = WeightAverage(made, 0.6)
+    average = WeightAverage(specs_of(made), 0.6)
     expected = {name: held(p).astype('float64') for name, p in made.items()}
     for k in range(1, 31):
         for name, p in made.items():
@@ -56,7 +57,7 @@ def test_the_formula(contexts):
 def test_a_constant_decay_in_closed_form():
     """From 1 towards weights of 0, late in a run: decay to the power of the updates."""
     made = parameters([mx.cpu()], w=np.ones(3))
-    average = WeightAverage(made, 0.99)
+    average = WeightAverage(specs_of(made), 0.99)
     made['w'].set_data(mx.nd.zeros(3))
     for k in range(10_000, 10_100):
         average.update(k)
@@ -66,7 +67,7 @@ def test_a_constant_decay_in_closed_form():
 def test_initial_weights_are_soon_forgotten():
     """With d = (1 + k) / (10 + k) they count prod_k d_k = 10! / ((n + 2) … (n + 10)) after n updates."""
     made = parameters([mx.cpu()], w=np.ones(1))
-    average = WeightAverage(made, 0.9999)
+    average = WeightAverage(specs_of(made), 0.9999)
     made['w'].set_data(mx.nd.zeros(1))
     for k in range(1, 21):
         average.update(k)
@@ -78,7 +79,7 @@ def test_initial_weights_are_soon_forgotten():
 @pytest.mark.parametrize('contexts', CONTEXTS, ids=len)
 def test_own_weights_come_back_after_an_error(contexts):
     made = parameters(contexts, w=np.zeros(2))
-    average = WeightAverage(made, 0.5, {'w': np.ones(2, 'float32')})
+    average = WeightAverage(specs_of(made), 0.5, {'w': np.ones(2, 'float32')})
     with pytest.raises(KeyError, match='what went wrong'):
         with average.applied():
             assert held(made['w']).tolist() == [1, 1]
@@ -90,7 +91,7 @@ def test_what_is_saved_is_taken_up_again_bit_by_bit():
     """In the reference's layouts, of which the patch embedding's is another than ours."""
     config = ModelConfig(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=2)
     net = build_classifier(config, 3, seed=SEED)
-    average = WeightAverage(named_parameters(net), 0.9)
+    average = WeightAverage(parameter_specs(net), 0.9)
     for p in named_parameters(net).values():
         p.set_data(p.data() + 1)
     average.update(1)
@@ -98,7 +99,7 @@ def test_what_is_saved_is_taken_up_again_bit_by_bit():
     assert {name: value.shape for name, value in saved.items()} == {
         name: value.shape for name, value in official.export_weights(net).items()}
     assert saved['patch_embed.proj.weight'].shape == (8, 3, 4, 4)
-    again = WeightAverage(named_parameters(net), 0.9, saved)
+    again = WeightAverage(parameter_specs(net), 0.9, saved)
     for both in (average, again):
         both.update(2)
     assert all(np.array_equal(again.arrays()[name], value) for name, value in average.arrays().items())

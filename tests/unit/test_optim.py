@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mxnet.gluon import Parameter
 from support import machine
+from support.specs import specs_of
 
 from mxsimmim.config import OptimConfig, TrainConfig
 from mxsimmim.ops import OpBackend
@@ -81,18 +82,18 @@ def test_adamw_is_the_published_formula(backend):
     weight = rng.standard_normal((5, 4))
     parameter.set_data(mx.nd.array(weight))
     optim = OptimConfig(betas=(0.8, 0.9), eps=1e-2)
-    adamw = AdamW({'w': parameter}, {'w': 0.3}, optim, backend=backend)
+    adamw = AdamW(specs_of({'w': parameter}, {'w': 0.3}), optim, backend)
     mean = var = np.zeros_like(weight)
     for step in range(6):
         lr, scale, gradient = 0.1 / (step + 1), 0.5, rng.standard_normal((5, 4))
         parameter.list_grad()[0][:] = gradient
-        adamw.update(step, lr, [mx.nd.array([scale])])
+        adamw.update(step, lr, mx.nd.array([scale]))
         gradient = gradient * scale
         mean, var = 0.8 * mean + 0.2 * gradient, 0.9 * var + 0.1 * gradient ** 2
         step_size = mean / (1 - 0.8 ** (step + 1)) / (np.sqrt(var / (1 - 0.9 ** (step + 1))) + 1e-2)
         weight = weight * (1 - lr * 0.3) - lr * step_size
     np.testing.assert_allclose(parameter.data().asnumpy(), weight, rtol=1e-5)
-    again = AdamW({'w': parameter}, {'w': 0.3}, optim, backend=backend)
+    again = AdamW(specs_of({'w': parameter}, {'w': 0.3}), optim, backend)
     again.load(adamw.arrays())
     assert all(np.array_equal(again.arrays()[n], value) for n, value in adamw.arrays().items())
 
@@ -103,9 +104,8 @@ def test_adamw_waits_for_copies_of_its_gradient(backend):
     parameters = {f'p{i}': Parameter(f'p{i}', shape=(size,), init='zeros') for i in range(count)}
     for p in parameters.values():
         p.initialize(ctx=contexts)
-    adamw = AdamW(parameters, dict.fromkeys(parameters, 0.0), OptimConfig(), backend=backend)
+    adamw = AdamW(specs_of(parameters), OptimConfig(), backend)
     scale = mx.nd.array([0.5])
-    scales = [scale.as_in_context(ctx) for ctx in contexts]
     big, ones, expected = mx.nd.ones((1000, 1000), ctx=contexts[1]), mx.nd.ones((size,)), 0.0
     for update in range(5):
         for p in parameters.values():
@@ -113,7 +113,7 @@ def test_adamw_waits_for_copies_of_its_gradient(backend):
             mx.nd.elemwise_mul(ones * update, ones, out=first)
             first.copyto(other)  # waits for the second device's last update, which waits for this product:
         mx.nd.dot(big, big)
-        adamw.update(update, 1e-3, scales)
+        adamw.update(update, 1e-3, scale)
         expected = 0.9 * expected + 0.1 * 0.5 * update
     for name in parameters:
         for copy in adamw.moments[f'mean.{name}']:
@@ -162,7 +162,7 @@ def test_groups_have_their_own_rate_and_decay(backend, kind, devices):
         p.initialize(ctx=contexts)
         p.set_data(mx.nd.array(weights[name]))
     optim = OptimConfig(betas=(0.8, 0.9), eps=1e-2)
-    optimizer = kind(made, decays, optim, scales, backend)
+    optimizer = kind(specs_of(made, decays, scales), optim, backend)
     moments = {name: [np.zeros(shape), np.zeros(shape)] for name, shape in shapes.items()}
     for step in range(6):
         lr, floor = 0.2 / (step + 1), 0.05
@@ -175,7 +175,7 @@ def test_groups_have_their_own_rate_and_decay(backend, kind, devices):
             var += 0.1 * (gradient ** 2 - var)
             adam = mean / (1 - 0.8 ** (step + 1)) / (np.sqrt(var / (1 - 0.9 ** (step + 1))) + 1e-2)
             weights[name] = weights[name] * (1 - own * decays[name]) - own * (adam if kind is AdamW else gradient)
-        optimizer.update(step, lr, [mx.nd.ones((1,), ctx=ctx) for ctx in contexts], floor)
+        optimizer.update(step, lr, mx.nd.ones((1,)), floor)
     for name, p in made.items():
         for copy in p.list_data():
             np.testing.assert_allclose(copy.asnumpy(), weights[name], rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ from support.trainer import build_tiny_trainer, random_batches, take
 
 from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
 from mxsimmim.interop import official
-from mxsimmim.models import build_simmim, named_parameters
+from mxsimmim.models import build_simmim, named_parameters, parameter_specs
 from mxsimmim.optim import SGD
 from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.gradients import exchanged
@@ -88,8 +88,8 @@ def test_who_compresses_asks_the_store_for_no_memory(monkeypatch, compression, a
     Replicated(net, [mx.cpu(0), mx.cpu(1)])
     allocate = Mock(side_effect=store.allocate)
     monkeypatch.setattr(store, 'allocate', allocate)
-    parameters = named_parameters(net)
-    SynchronousUpdate(parameters, SGD(parameters, {}, OptimConfig()), store, TrainConfig(compression=compression), None)
+    specs = parameter_specs(net)
+    SynchronousUpdate(specs, SGD(specs, OptimConfig()), store, TrainConfig(compression=compression), None)
     assert allocate.called == asked
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mxnet.gluon import Parameter
 from support import machine
+from support.specs import specs_of
 
 from mxsimmim.config import Config, OptimConfig, TrainConfig, configfile
 from mxsimmim.ops import OpBackend
@@ -135,15 +136,16 @@ def test_it_computes_what_workers_compute(scales, form):
     for key, p in enumerate(parameters.values()):
         p.initialize()
         p.set_data(mx.nd.array(weights[key]))
-    adamw = AdamW(parameters, {str(key): decay for key, decay in enumerate(DECAYS)}, config().optim,
-                  {str(key): scale for key, scale in enumerate(scales)}, OpBackend(form))
+    specs = specs_of(parameters, {str(key): decay for key, decay in enumerate(DECAYS)},
+                     {str(key): scale for key, scale in enumerate(scales)})
+    adamw = AdamW(specs, config().optim, OpBackend(form))
     rate = learning_rates(config().optim, config().train, 5, 10)
     for update in range(8):
         for key, p in enumerate(parameters.values()):
             gradient = rng.standard_normal(SHAPES[key]).astype('float32')
             store.push(key, gradient)
             p.list_grad()[0][:] = gradient
-        adamw.update(update, rate(update), [mx.nd.ones((1,))], rate(update, 0))
+        adamw.update(update, rate(update), mx.nd.ones((1,)), rate(update, 0))
     for key, p in enumerate(parameters.values()):
         exactly = form == 'reference' and scales[key] == 1
         np.testing.assert_allclose(store[key], p.data().asnumpy(), rtol=0 if exactly else 1e-6)
