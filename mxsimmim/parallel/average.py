@@ -21,8 +21,9 @@ class WeightAverage:
         self._decay, self._buffers = decay, [spec for spec in specs if not spec.trainable]
         self._parameters = {spec.name: spec.parameter for spec in specs if spec.trainable}
         self._average = {name: p.list_data()[0].copy() for name, p in self._parameters.items()}
-        for name, average in self._average.items() if saved else ():
-            average[:] = saved[name].reshape(average.shape)
+        if saved:
+            for name, average in self._average.items():
+                average[:] = saved[name].reshape(average.shape)
 
     def update(self, done: int) -> None:
         """Take in the weights after update number `done`, counted from 1."""

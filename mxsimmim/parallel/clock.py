@@ -13,7 +13,7 @@ class Clock:
     Waiting for data is counted always; the others on steps that are timed, which cannot overlap with their neighbours.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._mark = 0.0
         self.steps: List[float] = []  # how long each timed step computed, until somebody empties the list
         self.reset()

@@ -131,7 +131,9 @@ class HorovodCommunicator(Communicator):
     """
 
     def __init__(self, _name: str, process: ProcessInfo, control: Optional[ControlPlane] = None):
-        """Raises:
+        """Join Horovod's job.
+
+        Raises:
             ValueError: Horovod is missing, was built without MXNet, or sees other processes than we do.
         """
         super().__init__('device', process, control)
@@ -143,7 +145,7 @@ class HorovodCommunicator(Communicator):
         # Of each host the first worker, if hosts are reduced in shared memory and there are several.
         firsts = process.firsts if 1 < len(process.firsts) < process.size else ()
         self._hosts = hvd.ProcessSet(firsts) if firsts else None
-        hvd.init(process_sets=[self._hosts] if firsts else [])
+        hvd.init(process_sets=[self._hosts] if self._hosts else [])
         self._horovod = hvd
         if (hvd.rank(), hvd.size()) != (process.rank, process.size):
             raise ValueError(f'Horovod calls this process {hvd.rank()} of {hvd.size()}, its launcher {process.rank} of '
@@ -175,11 +177,12 @@ class HorovodCommunicator(Communicator):
         for key, (first, *others) in zip(reversed(handle.keys), reversed(handle.arrays)):
             if others:
                 self._store.pushpull(key, [first] + others, out=[first] + others, priority=-key)
-            memory, i = self._shared.get(id(first), (None, 0))
-            if memory is None:
+            shared = self._shared.get(id(first))
+            if shared is None:
                 self._in_turn(key, first)
                 self._allreduce(key, first)
             else:
+                memory, i = shared
                 memory.all_reduce(i)
                 if self._hosts:
                     if memory.first:

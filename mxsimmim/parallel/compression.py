@@ -1,6 +1,6 @@
 """What gradients become on the wire: halves, or two bits with error feedback."""
 import math
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Union
 
 import mxnet as mx
 import numba
@@ -83,9 +83,9 @@ class TwoBit:
                 computed()
             self._communicator.all_reduce(self._handle.part(i, i + 1))
         self._communicator.all_reduce(self._handle.part(len(sent)))
-        for (first, *_), (words,) in zip(self._arrays, sent):
+        for (first, *_), (summed,) in zip(self._arrays, sent):
             total = np.empty(first.shape, 'float32')
-            unpack(words.asnumpy(), total.reshape(-1), self.digits, self._base, self._threshold)
+            unpack(summed.asnumpy(), total.reshape(-1), self.digits, self._base, self._threshold)
             first[:] = total
         if bad.asscalar():
             self._arrays[0][0][:] = float('nan')
@@ -154,7 +154,7 @@ class _Devices:
                 first.copyto(other)
 
 
-TRANSPORTS: Dict[str, Callable[[Communicator, List[Copies], float], object]] = {
+TRANSPORTS: Dict[str, Callable[[Communicator, List[Copies], float], Union[Plain, HalfPrecision, TwoBit]]] = {
     'none': lambda communicator, arrays, _: Plain(communicator, arrays),
     'fp16': lambda communicator, arrays, _: HalfPrecision(communicator, arrays),
     '2bit': TwoBit,

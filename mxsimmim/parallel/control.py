@@ -38,7 +38,9 @@ class Pending:
         self._name, self._future = name, future
 
     def result(self, seconds: float = DEADLINE) -> Any:
-        """Raises:
+        """Return what the call gave, as soon as all workers have made it.
+
+        Raises:
             ControlError: a worker has ended, made another call, or has not made this one after `seconds`.
         """
         try:
@@ -132,8 +134,10 @@ class ControlPlane:
             self.close()
 
     def _open(self, key: bytes) -> None:
-        self._channel = MessageStream(self._loop, *2 * [self._connection.fileno()], self._answered,
-                                lambda: self._lose('rank 0 has ended, or knows another key'), key, launcher=False)
+        number = self._connection.fileno()
+        self._channel = MessageStream(self._loop, number, number, self._answered,
+                                      lambda: self._lose('rank 0 has ended, or knows another key'), key,
+                                      launcher=False)
 
     def _post(self, call: str, name: str, value: Any) -> Pending:
         future: 'Future[Any]' = Future()
@@ -200,7 +204,8 @@ class _Hub:
             connection.close()
             if rank and not self._leaving:
                 self._lose(f'rank {rank[0]} has ended: its log says why')
-        channel = MessageStream(self._loop, *2 * [connection.fileno()], received, closed, secret(self._key, nonce))
+        number = connection.fileno()
+        channel = MessageStream(self._loop, number, number, received, closed, secret(self._key, nonce))
         channel.write(nonce + b'\n')
         if self._lost:
             channel.send(lost=self._lost)

@@ -20,8 +20,10 @@ BOARD_SHAPE = (2, FIELDS)
 
 
 class Layout(NamedTuple):
-    """Keys by number. A weight, its moments and their slices lie on one server, as MXNet takes a small array's key
-    modulo the number of servers for its place: numbers of what belongs together differ by multiples of it.
+    """Keys by number.
+
+    A weight, its moments and their slices lie on one server, as MXNet takes a small array's key modulo the number of
+    servers for its place: numbers of what belongs together differ by multiples of it.
     """
     weights: int
     moments: int

@@ -143,10 +143,10 @@ def _memory(array: Any) -> np.ndarray:
 def adamw(weight: np.ndarray, gradient: np.ndarray, mean: np.ndarray, var: np.ndarray, ahead: np.ndarray,
           kept: np.float32, rate: np.float32, beta1: np.float32, beta2: np.float32, epsilon: np.float32,
           further: np.float32) -> None:
-    """One update in place of float32 arrays (n,): weight *= kept, then weight -= step = rate * mean / (sqrt(var) +
-    epsilon) with the new moments of gradient; ahead = weight - further * step.
+    """Make one update in place of float32 arrays (n,).
 
-    In float32 throughout, as MXNet's adamw_update rounds it: see `optim.adamw_arguments`.
+    weight *= kept, then weight -= step = rate * mean / (sqrt(var) + epsilon) with the new moments of gradient; ahead =
+    weight - further * step. In float32 throughout, as MXNet's adamw_update rounds it: see `optim.adamw_arguments`.
     """
     rest1, rest2 = np.float32(1) - beta1, np.float32(1) - beta2
     for i in range(len(mean)):  # not one loop: LLVM does not vectorise it with five arrays, 5 times as slow

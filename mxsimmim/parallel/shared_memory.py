@@ -85,7 +85,9 @@ class SharedMemoryGroup:
         mxnet_private.push_host_task(function, task, (self.arrays[i], order))
 
     def check(self) -> None:
-        """Raises:
+        """See that all workers of the host are there.
+
+        Raises:
             RuntimeError: another worker has ended; since then all sums are NaN.
         """
         process = self._lost()
@@ -124,4 +126,5 @@ def mapped(size: int, own: range, first: bool, rank: int, process: int, control:
     failed = next((rank for rank, text in enumerate(errors) if text), None)
     if failed is not None:
         raise OSError(f'rank {failed} cannot share memory on its host: {errors[failed]}')
+    assert memory is not None
     return memory

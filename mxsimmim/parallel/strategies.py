@@ -30,7 +30,7 @@ def strategy_of(config: Config, world: ProcessInfo) -> Strategy:
         ValueError: naming the keys that do not go together, and what to use instead.
     """
     train = config.train
-    store = train.store
+    store: str = train.store
     if store == 'auto':
         store = {'ps': 'dist_sync', 'horovod': 'horovod', None: 'device'}[world.transport]
     aggregation = train.aggregation
