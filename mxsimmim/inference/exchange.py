@@ -12,6 +12,8 @@ from mxnet.gluon import HybridBlock
 from ..config import Config, configfile
 from ..interop import files, names, official, pth
 from ..interop.told import model_keys
+from ..ops import REFERENCE
+from ..runtime.mxnet_private import structural_parameters
 from ..tasks.registry import TASKS
 from ..tasks.task import Predictor
 from ..training import checkpoint
@@ -91,7 +93,7 @@ def _save(file: Path, run: Path, config: Config, arrays: Mapping[str, np.ndarray
           ) -> Predictor:
     """Writes the run; `own` is what its task records."""
     kind = TASKS[config.task].predictor
-    net = kind.build_network(config.model, own)
+    net = kind.build_network(config.model, own, REFERENCE, config.data)
     try:
         official.load_weights(net, {name: np.asarray(value, 'float32') for name, value in arrays.items()})
     except ValueError as error:
@@ -109,7 +111,7 @@ def _save(file: Path, run: Path, config: Config, arrays: Mapping[str, np.ndarray
 def _buffers(net: HybridBlock) -> Dict[str, np.ndarray]:
     """What the reference's networks hold beside parameters, and miss when they load strictly."""
     found = {}
-    for name, parameter in net._collect_params_with_prefix().items():
+    for name, parameter in structural_parameters(net).items():
         if name.endswith('relative_position_index'):
             index = parameter.data().asnumpy().astype('int64')
             found[name] = index.reshape((math.isqrt(index.size),) * 2)

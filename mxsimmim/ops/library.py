@@ -96,7 +96,7 @@ def function(name: str) -> Any:
 def load() -> str:
     """Makes the operators known to MXNet, once a process; the instructions they use, as in `Opened`.
 
-    Comes after `runtime.prepare`: it imports mxnet.
+    Comes after `environment.prepare`: it imports mxnet.
 
     Raises:
         NotBuilt: as `open_library`, or MXNet refuses the library.

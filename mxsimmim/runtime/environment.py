@@ -48,7 +48,7 @@ def prepare(config: 'RuntimeConfig') -> None:
     if 'mxnet' in sys.modules:
         if changes:
             late = ', '.join(f'{name}={value}' for name, value in changes.items())
-            raise RuntimeError(f'runtime.prepare() came after `import mxnet`, too late for {late}: call it first')
+            raise RuntimeError(f'environment.prepare() came after `import mxnet`, too late for {late}: call it first')
         return
     os.environ.update(changes)
     if _installed('mxnet-cu112'):

@@ -37,13 +37,13 @@ class MaskedEvaluator:
         self.images = min(config.validation.images, len(source))
         self._distances: Optional[float] = None
 
-    def batches(self, rank: int = 0, size: int = 1) -> Iterator[Batch]:
-        """Yields one of `size` parts of the images, in batches no larger than a worker's in training."""
+    def batches(self, part: int = 0, parts: int = 1) -> Iterator[Batch]:
+        """Yield one of `parts` parts of the images, in batches no larger than a worker's in training."""
         config = self._config
         batch = -(-config.train.batch_size // (config.train.accumulate * self._control.mesh.data))
         transform = EvalTransform(config.data, config.mask, config.model)
         return fixed_batches(self._source, transform, min(batch, self.images), self.images, SEED,
-                             config.data.threads, config.data.max_broken, rank=rank, size=size)
+                             config.data.threads, config.data.max_broken, part=part, parts=parts)
 
     def evaluate(self, placement: Replicated) -> Dict[str, float]:
         """Returns val_loss, the mean masked loss over the held-out images, and val_avg_dist, their masks' AvgDist.

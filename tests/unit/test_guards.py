@@ -90,7 +90,7 @@ def test_a_crash_names_its_line_though_mxnet_has_a_handler_too(tmp_path):
 def test_without_a_standard_error_of_use_nothing_happens(stream):
     code = f"""
 import faulthandler, io, os, sys
-from mxsimmim import guards
+from mxsimmim.system import guards
 class Odd:
     def fileno(self): return -1
     def flush(self): pass

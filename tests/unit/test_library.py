@@ -197,8 +197,8 @@ def test_library_beside_horovods_and_mxnets_onednn(built):
     code = '''
 import ctypes
 from types import SimpleNamespace
-from mxsimmim import runtime
-runtime.prepare(SimpleNamespace(threads=1, blas_core='auto'))
+from mxsimmim.runtime import environment
+environment.prepare(SimpleNamespace(threads=1, blas_core='auto'))
 import mxnet as mx, os
 ctypes.CDLL(os.path.join(os.path.dirname(mx.__file__), 'libmxnet.so'), mode=ctypes.RTLD_GLOBAL)
 from mxsimmim.ops import REFERENCE, OpBackend
@@ -218,13 +218,13 @@ print(float((y - z).abs().max().asscalar()))
 ])
 def test_all_workers_take_the_same_form(monkeypatch, own, others, form, said):
     from mxsimmim.config import Config
-    from mxsimmim.training import trainer
+    from mxsimmim.training import start
     monkeypatch.setattr(library, 'admit', lambda _: '')
     backend = OpBackend(own)
-    monkeypatch.setattr(trainer, 'select_backend', lambda *_: backend)
+    monkeypatch.setattr(start, 'select_backend', lambda *_: backend)
     control = SimpleNamespace(all_gather=lambda _, value: [value, others == 'native'])
     log = []
-    assert trainer.agree_on_backend(Config(), [CPU], control, log.append) is (backend if form == own else REFERENCE)
+    assert start.agree_on_backend(Config(), [CPU], control, log.append) is (backend if form == own else REFERENCE)
     assert log == said
 
 

@@ -129,22 +129,22 @@ def _python(code: str, **environ) -> str:
 def test_mxnet_obeys_what_was_prepared():
     code = '''
 import ctypes, os
-from mxsimmim import runtime
+from mxsimmim.runtime import environment
 from mxsimmim.config import RuntimeConfig
 config = RuntimeConfig(threads=3, blas_core='NEHALEM')
-runtime.prepare(config)
+environment.prepare(config)
 import mxnet
 blas = ctypes.CDLL(os.path.join(os.path.dirname(mxnet.__file__), 'libopenblas.so.0'))
 blas.openblas_get_corename.restype = ctypes.c_char_p
-runtime.prepare(config)  # changes nothing, so not too late
+environment.prepare(config)  # changes nothing, so not too late
 print(blas.openblas_get_corename().decode(), ctypes.CDLL('libgomp.so.1').omp_get_max_threads())
 try:
-    runtime.prepare(RuntimeConfig(threads=4, blas_core='NEHALEM'))
+    environment.prepare(RuntimeConfig(threads=4, blas_core='NEHALEM'))
 except RuntimeError as error:
     print(error)
 '''
     assert _python(code, OMP_NUM_THREADS=None, OPENBLAS_CORETYPE=None).splitlines() == [
-        'Nehalem 3', 'runtime.prepare() came after `import mxnet`, too late for OMP_NUM_THREADS=4: call it first']
+        'Nehalem 3', 'environment.prepare() came after `import mxnet`, too late for OMP_NUM_THREADS=4: call it first']
 
 
 def test_runtime_imports_no_mxnet_numpy_or_pydantic():

@@ -9,6 +9,7 @@ from support.workers import each
 
 from mxsimmim.inference.trained import load_run, load_run_for
 from mxsimmim.models import Classifier, SimMIM, named_parameters
+from mxsimmim.ops import REFERENCE
 from mxsimmim.tasks.registry import TASKS
 from mxsimmim.tasks.task import Metric
 from mxsimmim.training.run_folder import checkpoint_to_resume, read_config
@@ -65,10 +66,10 @@ class Workers:
     def __init__(self, control):
         self.rank, self.control = control.rank, control
 
-    def keys(self, arrays):
-        return list(range(len(arrays)))
+    def register(self, arrays):
+        return arrays
 
-    def broadcast(self, _keys, arrays):
+    def broadcast(self, arrays):
         values = self.control.broadcast_object('weights', lambda: [copy.asnumpy().tolist() for copy, in arrays])
         for (copy,), value in zip(arrays, values):
             copy[:] = mx.nd.array(np.array(value, 'float32').reshape(copy.shape))
@@ -77,7 +78,7 @@ class Workers:
 def test_in_a_job_rank_0_alone_reads(tmp_path):
     """The others do not have the run."""
     def run(control):
-        trained = load_run(RUNS / 'classify' if control.rank == 0 else tmp_path / 'nothing', Workers(control))
+        trained = load_run(RUNS / 'classify' if control.rank == 0 else tmp_path / 'nothing', workers=Workers(control))
         return trained.config.name, trained.step, trained.predictor.classes, trained.net(inputs()[0]).asnumpy()
     first, *others = each(3, run)
     assert first[:3] == ('ft', 10, tuple('0123456789'))
@@ -94,4 +95,4 @@ def test_the_higher_score_is_better(metric, score):
 @pytest.mark.parametrize('kind', ['pretrain', 'classify'])
 def test_shapes_are_those_of_the_network(kind):
     task = TASKS[kind](read_config(RUNS / kind))
-    assert task.shapes() == {name: p.shape for name, p in named_parameters(task.build_network(False)).items()}
+    assert task.shapes() == {name: p.shape for name, p in named_parameters(task.build_network(False, REFERENCE)).items()}
