@@ -3,7 +3,7 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, Iterable, List, Optional, Tuple
 
 WAIT = 0.003  # seconds that the first of a batch waits for others
 
@@ -11,8 +11,10 @@ WAIT = 0.003  # seconds that the first of a batch waits for others
 class Batcher:
     """Groups what callers put in, computes it in one thread, and gives each its own answer."""
 
-    def __init__(self, compute: Callable[[List[Any]], Sequence[Any]], largest: int, note: Callable[[int], None]):
-        """Args:
+    def __init__(self, compute: Callable[[List[Any]], Iterable[Any]], largest: int, note: Callable[[int], None]):
+        """Start the thread.
+
+        Args:
             compute: answers of a list of items, in their order; only ever called in the thread.
             largest: items given to it at most.
             note: told the size of each batch.
@@ -57,7 +59,7 @@ class Batcher:
     def _take(self) -> Tuple[List[Tuple[Any, 'Future[Any]']], bool]:
         """(what is queued, at least one and at most a batch; whether the end was met)."""
         taken: List[Any] = []
-        deadline = None
+        deadline: Optional[float] = None
         while len(taken) < self._largest:
             try:
                 entry = self._queue.get(timeout=None if deadline is None else max(0, deadline - time.monotonic()))

@@ -59,7 +59,7 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
     return features
 
 
-def _layers(encoder: HybridBlock, model: ModelConfig) -> List[HybridBlock]:
+def _layers(encoder: Any, model: ModelConfig) -> List[HybridBlock]:
     """What puts out the tokens of each block: the blocks, but for the last one the encoder."""
     stages = [encoder] if model.type == 'vit' else encoder.layers
     return [block for stage in stages for block in stage.blocks][:-1] + [encoder]
@@ -96,8 +96,9 @@ def cached(run: Path, trained: Trained, data: DataConfig, source: Source, blocks
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
     files = {number: Path(run) / 'features' / f'step-{trained.step:08d}-block-{number:02d}-{digest[:12]}.npz'
              for number in blocks}
-    features = {number: _read(file, digest) for number, file in files.items()}
-    missing = [number for number in blocks if features[number] is None]
+    kept = {number: _read(file, digest) for number, file in files.items()}
+    features = {number: values for number, values in kept.items() if values is not None}
+    missing = [number for number in blocks if number not in features]
     for number, values in extract(trained, data, source, missing).items() if missing else ():
         features[number] = values
         with contextlib.suppress(OSError, ValueError):  # another's run, a full disk: it costs time, no more
@@ -110,7 +111,7 @@ def _weights(trained: Trained) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(official.export_weights(trained.net).items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

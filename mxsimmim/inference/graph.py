@@ -25,8 +25,10 @@ class Graph(NamedTuple):
 
 
 def trace(trained: Trained) -> Graph:
-    """What the run's predictor computes: image (B, 3, S, S) to logits (B, K), or image and mask (B, h, w) to
-    reconstruction (B, 3, S, S). Images are normalised; 1 in a mask is hidden.
+    """Return what the run's predictor computes, as a graph.
+
+    That is image (B, 3, S, S) to logits (B, K), or image and mask (B, h, w) to reconstruction (B, 3, S, S). Images are
+    normalised; 1 in a mask is hidden.
 
     The graph is for programs that do not have our library: the network must compute with reference operators, as
     `load_run` makes it.

@@ -147,7 +147,7 @@ def _speed(ratio: float) -> str:
 def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np.ndarray]:
     """(calibration, held-out, labels of the latter); of images given, a part calibrates and the others are held out."""
     data, classes = trained.config.data, trained.predictor.classes
-    if images in (None, data.path):
+    if images is None or images == data.path:
         try:
             own = open_labelled(data, trained.config.seed)
         except ValueError as error:  # it speaks of keys, which an export does not take
@@ -158,7 +158,7 @@ def _images(trained: Trained, images: Optional[str]) -> Tuple[Source, Source, np
             raise ValueError(f'{data.path} has {len(own.classes)} classes ({", ".join(own.classes[:3])}, …), the run '
                              f'{len(classes)} ({", ".join(classes[:3])}, …): name the right images '
                              'with --images')
-        if own.held_out is None:
+        if own.held_out is None or own.held_out_labels is None:
             raise ValueError('the run held out no images that could tell what int8 costs: name '
                              f'{"others" if images else "some"} with --images')
         order = generator(0).permutation(len(own.train))[:CALIBRATION]

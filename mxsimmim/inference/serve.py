@@ -44,7 +44,9 @@ class Service:
     """The routes and what they share. Threads decode, one computes, the event loop only passes on."""
 
     def __init__(self, engine: Engine, max_batch: int, max_bytes: int):
-        """Args:
+        """Start the thread that computes.
+
+        Args:
             engine: what answers.
             max_batch: images computed at once at most.
             max_bytes: of the body of a request.

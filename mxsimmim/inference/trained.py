@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import mxnet as mx
-from mxnet.gluon import HybridBlock
 
 from ..config import Config, DataConfig, configfile
 from ..interop import official
-from ..models import parameter_specs
+from ..models import Network, parameter_specs
 from ..ops import REFERENCE, OpBackend, select_backend
 from ..parallel.communicators import Communicator
 from ..parallel.placement import contexts_of
@@ -21,7 +20,7 @@ from ..training.run_folder import read_config
 class Trained(NamedTuple):
     """A run's network with its weights."""
     config: Config
-    net: HybridBlock
+    net: Network
     state: Mapping[str, Any]  # what the checkpoint records besides arrays
     step: int
     context: mx.Context = mx.cpu()  # where the network is

@@ -5,10 +5,10 @@ from typing import Any, List, Optional, Sequence, Tuple
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import HybridBlock
 
 from ..data.loader import Batch
 from ..data.sampling import split
+from ..models import Network, SimMIM
 from ..models.layers import keep_factors
 from ..runtime.process import ALONE, ProcessInfo
 
@@ -49,7 +49,7 @@ class Replicated:
     each weighted with its images: slices may be uneven.
     """
 
-    def __init__(self, net: HybridBlock, contexts: Sequence[mx.Context], accumulate: int = 1):
+    def __init__(self, net: Network, contexts: Sequence[mx.Context], accumulate: int = 1):
         self.net, self.contexts, self._accumulate = net, list(contexts), accumulate
         net.collect_params().reset_ctx(self.contexts)
         self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
@@ -94,6 +94,7 @@ class Replicated:
 
     def reconstruct(self, batch: Batch) -> np.ndarray:
         """The network's images (B, 3, H, W), normalised, computed on the first context."""
+        assert isinstance(self.net, SimMIM)
         return self.net.reconstruct(*self._inputs(batch, _whole(batch), ('image', 'mask'), self.contexts[0])).asnumpy()
 
     def _slices(self, batch: Batch, part: slice, names: Sequence[str]

@@ -69,7 +69,7 @@ class SynchronousUpdate:
         if self._communicator.size > 1:  # the others do not see this loss: let it spoil the gradient that they do see
             smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
             mx.nd.broadcast_add(smallest, (loss * 0).as_in_context(smallest.context), out=smallest)
-        self._transport.all_reduce(clock and clock.computed)
+        self._transport.all_reduce(clock.computed if clock else None)
         if clock:
             clock.communicated()
         norm = self._norm()

@@ -4,7 +4,9 @@ from typing import Sequence
 
 
 def check_classes(where: str, theirs: Sequence[str], ours: Sequence[str], remedy: str) -> None:
-    """Raises:
+    """Compare the classes of two sources.
+
+    Raises:
         ValueError: the classes `theirs`, of `where`, are not `ours`, of the data here, in the same order.
     """
     for number, (old, new) in enumerate(zip_longest(theirs, ours)):

@@ -7,14 +7,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import HybridBlock
 
 from ..config import Config, DataConfig, ModelConfig
 from ..data.labels import open_labelled, read_classes
 from ..data.loader import every_image
 from ..data.sources import Source
 from ..data.transforms import ClassifyEvalTransform, ClassifyTransform, Fields
-from ..models import Classifier, build_classifier, named_parameters
+from ..models import Classifier, Network, build_classifier, named_parameters
 from ..models.cost import multiply_adds
 from ..ops import OpBackend
 from ..optim import parameter_groups
@@ -123,7 +122,7 @@ class ClassPredictor:
     advice = '`mxsimmim predict` shows what it has learned'
     output = 'logits'
 
-    def __init__(self, config: Config, net: HybridBlock, state: Mapping[str, Any]):
+    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
         self._config, self._net = config, net
         self.classes: Tuple[str, ...] = tuple(state['classes'])
         self.summary = f'{len(self.classes)} classes'
@@ -199,7 +198,7 @@ class Classification:
     def multiply_adds(self) -> int:
         return multiply_adds(self.config.model, decoder=False)
 
-    def parameter_groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
+    def parameter_groups(self, net: Network) -> Dict[str, Tuple[float, float]]:
         """Returns (lr_scale, weight_decay) of each parameter by name, with layer decay."""
         optim = self.config.optim
         return parameter_groups(net, optim.layer_decay, optim.weight_decay, optim.recipe)

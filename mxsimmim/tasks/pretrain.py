@@ -6,14 +6,13 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import HybridBlock
 
 from ..config import Config, DataConfig, ModelConfig
 from ..data.loader import Batch, fixed_batches
 from ..data.masks import average_distance
 from ..data.sources import SEED, Source, hold_out, open_source
 from ..data.transforms import EvalTransform, Fields, PretrainTransform
-from ..models import SimMIM, build_simmim, named_parameters
+from ..models import Network, SimMIM, build_simmim, named_parameters
 from ..models.cost import multiply_adds
 from ..ops import OpBackend
 from ..optim import weight_decays
@@ -119,7 +118,7 @@ class Reconstructor:
     classes: Tuple[str, ...] = ()
     output = 'reconstruction'
 
-    def __init__(self, config: Config, net: HybridBlock, state: Mapping[str, Any]):
+    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
         assert isinstance(net, SimMIM)
         self._config, self._net, model = config, net, config.model
         self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, model.img_size, model.img_size),
@@ -187,7 +186,7 @@ class Pretraining:
     def multiply_adds(self) -> int:
         return multiply_adds(self.config.model, decoder=True)
 
-    def parameter_groups(self, net: HybridBlock) -> Dict[str, Tuple[float, float]]:
+    def parameter_groups(self, net: Network) -> Dict[str, Tuple[float, float]]:
         """Returns (lr_scale, weight_decay) of each parameter by name."""
         optim = self.config.optim
         decays = weight_decays(named_parameters(net), optim.recipe, self.config.model.type, optim.weight_decay)

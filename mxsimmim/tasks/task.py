@@ -24,8 +24,7 @@ from ..data.sources import Source
 from ..data.transforms import Fields, Transform
 
 if TYPE_CHECKING:
-    from mxnet.gluon import HybridBlock
-
+    from ..models import Network
     from ..ops import OpBackend
     from ..parallel.control import ControlPlane
     from ..parallel.placement import Replicated
@@ -76,12 +75,12 @@ class Predictor(Protocol):
     inputs: Dict[str, Tuple[int, ...]]  # the fields that `call` takes, float32: name -> shape of one image's
     output: str  # what `call` returns, in a word
 
-    def __init__(self, config: Config, net: 'HybridBlock', state: Mapping[str, Any]):
+    def __init__(self, config: Config, net: 'Network', state: Mapping[str, Any]):
         """`state` is what the run's checkpoint records."""
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: 'OpBackend', data: DataConfig
-                      ) -> 'HybridBlock':
+                      ) -> 'Network':
         """Builds the network of a checkpoint that records `state`, with zeros for weights.
 
         It computes with `backend`, and normalises uint8 images as `data` says.
@@ -131,11 +130,13 @@ class Task(Protocol):
     predictor: Type[Predictor]
 
     def __init__(self, config: Config):
-        """Raises:
+        """Open the data.
+
+        Raises:
             ValueError: the data are not there, or not what the task needs.
         """
 
-    def build_network(self, initial: bool, backend: 'OpBackend') -> 'HybridBlock':
+    def build_network(self, initial: bool, backend: 'OpBackend') -> 'Network':
         """Builds the network, computing with `backend`; with random initial weights if they are used, else zeros."""
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
@@ -144,7 +145,7 @@ class Task(Protocol):
     def multiply_adds(self) -> int:
         """Counts the multiply-adds of one image's forward pass in training."""
 
-    def parameter_groups(self, net: 'HybridBlock') -> Dict[str, Tuple[float, float]]:
+    def parameter_groups(self, net: 'Network') -> Dict[str, Tuple[float, float]]:
         """Returns (lr_scale, weight_decay) of each parameter by name."""
 
     def transform(self) -> Transform:
@@ -160,7 +161,9 @@ class Task(Protocol):
         """Returns what a checkpoint records of the data, JSON-ready."""
 
     def check_state(self, state: Mapping[str, Any], where: str, remedy: str) -> None:
-        """Raises:
+        """Compare what a checkpoint or another worker records with the data here.
+
+        Raises:
             ValueError: the state, of `where`, is of other data than these; ends with `remedy`.
         """
 
@@ -168,7 +171,9 @@ class Task(Protocol):
         """Returns checksums of what is known about the images besides their pixels."""
 
     def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
-        """Raises:
+        """Compare checksums of `annotations`.
+
+        Raises:
             ValueError: `theirs`, of rank 0, are not those of this worker, which is `rank`.
         """
 

@@ -1,12 +1,10 @@
 """Builds a trainer of a configuration: network, placement, division of the batch, update rule, averaged weights."""
 from typing import List, Optional, Union
 
-from mxnet.gluon import HybridBlock
-
 from ..config import Config
 from ..data.batch_split import BatchSplit, split_batch
 from ..interop import official
-from ..models import parameter_specs
+from ..models import Network, parameter_specs
 from ..ops import OpBackend, select_backend
 from ..optim import OPTIMIZERS, Optimizer
 from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
@@ -65,7 +63,7 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
 
 
 def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpBackend,
-                  checkpoint: Optional[Checkpoint], logger: Union[RunLogger, Quiet]) -> HybridBlock:
+                  checkpoint: Optional[Checkpoint], logger: Union[RunLogger, Quiet]) -> Network:
     """Build the network with the weights it starts from; rank 0's are the ones that count."""
     arrays = checkpoint.arrays if checkpoint else {}
     net = task.build_network(not arrays, backend)
@@ -100,7 +98,7 @@ def build_split(config: Config, task: Task, communicator: Communicator, needed: 
     return BatchSplit(images, mesh.coordinate('data'), least, group)
 
 
-def build_update_rule(config: Config, task: Task, net: HybridBlock, strategy: Strategy, communicator: Communicator,
+def build_update_rule(config: Config, task: Task, net: Network, strategy: Strategy, communicator: Communicator,
                       timetable: Timetable, split: BatchSplit, optimizer: Optional[Optimizer] = None) -> UpdateRule:
     """Build the update rule that `strategy` names, for a network that has been placed.
 
@@ -109,6 +107,7 @@ def build_update_rule(config: Config, task: Task, net: HybridBlock, strategy: St
     optim, train = config.optim, config.train
     specs = parameter_specs(net, task.parameter_groups(net))
     if strategy.aggregation == 'async':
+        assert isinstance(communicator, WeightServers)
         return AsynchronousUpdate(specs, communicator, config, timetable.per_epoch, timetable.total, net.backend)
     optimizer = optimizer or OPTIMIZERS[optim.type](specs, optim, net.backend)
     if strategy.aggregation == 'sync':

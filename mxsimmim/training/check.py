@@ -1,4 +1,5 @@
 """`mxsimmim pretrain --check` and `finetune --check`: tries all that a run needs, trains nothing and leaves nothing."""
+import math
 import os
 from pathlib import Path
 from typing import Any, Callable, List, Mapping, Optional, Tuple
@@ -12,7 +13,7 @@ from ..data.batch_split import split_batch
 from ..data.loader import Batch, Loader
 from ..data.sampling import steps_per_epoch
 from ..data.transforms import decode
-from ..models import named_parameters
+from ..models import Network, named_parameters
 from ..ops import OpBackend
 from ..parallel.control import ControlPlane
 from ..parallel.placement import Replicated, contexts_of
@@ -92,7 +93,7 @@ def _schedule(config: Config, written: Mapping[str, Duration], process: ProcessI
               contexts: List[mx.Context]) -> Tuple[str, Config]:
     config, notes = fitted(config, written, steps_per_epoch(len(task.source), config.train.batch_size))
     per_epoch, total, _, save, *_ = timetable_of(config, len(task.source), strategy_of(config, process))
-    least = np.full(process.size, len(contexts) * config.train.accumulate)
+    least = [len(contexts) * config.train.accumulate] * process.size
     split_batch(config.train.batch_size, [1] * process.size, least, task.transform().group)
     text = (f'{total:,} steps of {config.train.batch_size:,} images, {per_epoch:,} an epoch; warm-up '
             f'{config.optim.warmup.steps(per_epoch, total):,}; every {save:,} a checkpoint')
@@ -107,8 +108,8 @@ def _model(config: Config, task: Task, backend: OpBackend) -> Tuple[str, Any]:
     return text + (f'; {told}' if told else ''), net
 
 
-def _count(net: mx.gluon.Block) -> int:
-    return sum(int(np.prod(parameter.shape)) for parameter in named_parameters(net).values())
+def _count(net: Network) -> int:
+    return sum(math.prod(parameter.shape) for parameter in named_parameters(net).values())
 
 
 def _batch(config: Config, task: Task, images: int) -> Batch:
@@ -119,7 +120,7 @@ def _batch(config: Config, task: Task, images: int) -> Batch:
     return next(batch for _, batch in list(loader.iterate(0, 1)))
 
 
-def _forward(config: Config, task: Task, net: mx.gluon.Block, contexts: List[mx.Context]) -> Tuple[str, Replicated]:
+def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Tuple[str, Replicated]:
     placement = Replicated(net, contexts)
     images = 2 * len(contexts)
     loss = float(placement.loss(_batch(config, task, images)).asscalar()) / images

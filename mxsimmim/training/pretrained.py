@@ -1,19 +1,20 @@
 """The encoder that a run starts from."""
 from pathlib import Path
-
-from mxnet.gluon import HybridBlock
+from typing import List
 
 from ..interop import official
+from ..models import Classifier, Network
 from . import checkpoint
 
 
-def load_encoder(net: HybridBlock, path: str) -> str:
+def load_encoder(net: Network, path: str) -> str:
     """Gives the network the encoder of a run or a file; returns a sentence about it.
 
     Raises:
         ValueError: there is none, or it does not fit.
     """
-    notes = []
+    assert isinstance(net, Classifier)
+    notes: List[str] = []
     if Path(path).is_dir():
         saved = checkpoint.newest(Path(path) / 'checkpoints', print)
         if saved is None:

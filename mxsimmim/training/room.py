@@ -17,7 +17,9 @@ def checkpoint_bytes(config: Config, task: Task) -> int:
 
 
 def check_room(config: Config, task: Task, folder: Path, last: int) -> None:
-    """Raises:
+    """See that the checkpoints of a run have room.
+
+    Raises:
         ValueError: there is no room in the folder of a run for the checkpoints up to step `last`.
     """
     saved = checkpoint.saved_steps(folder / 'checkpoints')

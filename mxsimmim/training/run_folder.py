@@ -62,7 +62,7 @@ def write_config(folder: Path, config: Config) -> None:
 class Stop:
     """While entered, the first SIGTERM or Ctrl-C is remembered in `signal` for the loop to see; a second one acts."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal = 0
 
     def __enter__(self) -> 'Stop':
@@ -71,7 +71,7 @@ class Stop:
 
     def _note(self, number: int, _frame: Any) -> None:
         self.signal = number
-        signal.signal(number, self._previous[number])
+        signal.signal(number, self._previous[signal.Signals(number)])
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
@@ -104,19 +104,19 @@ def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None
                              'remove the folder, or resume=auto')
         return None
     if config.resume != 'auto':  # a checkpoint named by hand may start another run than the one it comes from
-        saved = load(Path(config.resume))
+        named = load(Path(config.resume))
         later = newest(checkpoints, log)
-        if later and later.step > saved.step:
-            raise ValueError(f'resume={config.resume} is step {saved.step}, but {checkpoints} goes up to step '
+        if later and later.step > named.step:
+            raise ValueError(f'resume={config.resume} is step {named.step}, but {checkpoints} goes up to step '
                              f'{later.step}: set name= for a new run from there, or resume=auto to go on here')
-        task.check_state(saved.state, str(saved.path),
+        task.check_state(named.state, str(named.path),
                          'give data of its classes, or start from its encoder by model.pretrained=')
-        for key, old, new in _differences(config, samples, saved.state):
-            log(f'{key} was {old} at {saved.path} and is {new} from here on')
-        return saved
+        for key, old, new in _differences(config, samples, named.state):
+            log(f'{key} was {old} at {named.path} and is {new} from here on')
+        return named
     saved = newest(checkpoints, log)
     changed = _differences(config, samples, saved.state) if saved else []
-    if changed:
+    if saved and changed:
         images = saved.state['samples'] != samples
         fits = not any(key == 'task' or key.startswith('model.') and key not in WITHOUT_WEIGHTS for key, *_ in changed)
         raise ValueError(f'{folder_of(config)} holds a run that differs in '

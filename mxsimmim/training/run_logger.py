@@ -50,7 +50,7 @@ class RunLogger:
         self._bar = self.extra('the progress bar', self._open_bar)
         self._began = time.monotonic()
 
-    def write(self, step: int, values: Mapping[str, float], echo: bool = True) -> None:
+    def write(self, step: int, values: Mapping[str, Any], echo: bool = True) -> None:
         """Records `values` after `step` updates and moves the bar there, never back.
 
         With `echo` they are shown, in the bar if one is a loss, else as a line.
@@ -139,6 +139,7 @@ class RunLogger:
     def _move(self, step: int, text: Optional[str] = None) -> None:
         """Moves the bar to `step`, or writes behind it."""
         def move() -> bool:
+            assert self._bar is not None
             if text is None:
                 self._bar.update(max(0, step - self._bar.n))
             else:
@@ -181,7 +182,7 @@ class RunLogger:
 
 
 class Quiet:
-    """The monitor of every worker but rank 0: messages go to standard error, nothing is recorded."""
+    """The logger of every worker but rank 0: messages go to standard error, nothing is recorded."""
 
     def write(self, step: int, values: Mapping[str, float], echo: bool = True) -> None:
         """Rank 0 does."""
@@ -191,6 +192,9 @@ class Quiet:
         show(text, sys.stderr)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Rank 0 does."""
+
+    def extra(self, what: str, do: Callable[..., Any], *arguments: Any) -> Any:
         """Rank 0 does."""
 
     def __enter__(self) -> 'Quiet':

@@ -44,8 +44,9 @@ class StepMetrics:
         self._since, self._counted = time.monotonic(), 0
         if state:
             self.skipped, self._bad_in_a_row = state['skipped'], state['bad_in_a_row']
-            self._rows = [Row(step, lr, *(float('nan') if x is None else x for x in numbers), applied)
-                          for step, lr, *numbers, applied in state['rows']]
+            nan = float('nan')  # JSON has none
+            self._rows = [Row(step, lr, nan if loss is None else loss, nan if norm is None else norm, applied)
+                          for step, lr, loss, norm, applied in state['rows']]
 
     def add(self, step: int, lr: float, stats: mx.nd.NDArray) -> None:
         """Notes an update without reading it: stats (3,) as `SynchronousUpdate.step` returns it."""

@@ -58,8 +58,10 @@ class Trainer:
         self.evaluator = task.evaluator(self.control)
         self.plateau = PlateauTracker(config.train, state.get('progress'))
         self._rate = learning_rates(config.optim, config.train, timetable.per_epoch, timetable.total)
-        clipping = config.optim.recipe == 'reference' and config.train.accumulate > 1
-        self._on_micro_batch = update_rule.clip_partial if clipping else None
+        self._on_micro_batch = None
+        if config.optim.recipe == 'reference' and config.train.accumulate > 1:
+            assert isinstance(update_rule, SynchronousUpdate)
+            self._on_micro_batch = update_rule.clip_partial
 
     def fit(self, stop: Optional[Stop] = None) -> int:
         """Train to the end of the timetable; return 0, or the number of the signal that ended it before.

@@ -95,4 +95,5 @@ def test_the_higher_score_is_better(metric, score):
 @pytest.mark.parametrize('kind', ['pretrain', 'classify'])
 def test_shapes_are_those_of_the_network(kind):
     task = TASKS[kind](read_config(RUNS / kind))
-    assert task.shapes() == {name: p.shape for name, p in named_parameters(task.build_network(False, REFERENCE)).items()}
+    net = task.build_network(False, REFERENCE)
+    assert task.shapes() == {name: p.shape for name, p in named_parameters(net).items()}

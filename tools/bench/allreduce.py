@@ -109,7 +109,7 @@ def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     return {size: made(size) for size in SIZES}, lambda: control.barrier('round'), place.rank
 
 
-def torch_sums(_: str) -> Tuple[Dict[int, Sum], Sum, int]:
+def torch_sums(_name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     """As `mxnet_sums`."""
     import torch
     rank, _ = join_gloo()

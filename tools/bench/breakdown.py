@@ -68,7 +68,7 @@ def main() -> None:
     rates = measured_rates(args, args.threads)
     for case in cases(args):
         found = ask(case, args)
-        floors = floors_of(case, found, rates and rates[case.arithmetic])
+        floors = floors_of(case, found, rates[case.arithmetic] if rates else None)
         print('\n'.join(table(case, found, floors, args.all)), flush=True)
 
 

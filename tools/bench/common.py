@@ -98,8 +98,8 @@ def masks(model: str, batch: int) -> List[List[List[int]]]:
     import numpy as np
 
     from mxsimmim.data.masks import random_mask
-    keys, rng = SHAPES[model], np.random.default_rng(0)
-    return [random_mask(rng, keys['img_size'], CELL, RATIO, keys['patch_size']).tolist() for _ in range(batch)]
+    shape, rng = model_config(model), np.random.default_rng(0)
+    return [random_mask(rng, shape.img_size, CELL, RATIO, shape.patch_size).tolist() for _ in range(batch)]
 
 
 def describe(machine: 'Facts', threads: int) -> str:
@@ -114,7 +114,7 @@ def require_torch(python: str) -> None:
         found = subprocess.run([python, '-c', 'import torch'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         problem = found.stdout.decode().strip().rsplit('\n', 1)[-1] if found.returncode else ''
     except OSError as error:
-        problem = error.strerror
+        problem = str(error.strerror)
     if problem:
         sys.exit(f"{python}: cannot import torch ({problem}): pip install -e '.[bench]' (Python 3.10 or newer), or "
                  'name an interpreter that has PyTorch by --torch-python PATH')
@@ -122,7 +122,9 @@ def require_torch(python: str) -> None:
 
 def memory(field: str, file: str = '/proc/self/status') -> float:
     """A size from a file of Linux's /proc, such as VmHWM, the largest resident set this process had; GB."""
-    return int(re.search(rf'{field}:\s*(\d+) kB', Path(file).read_text())[1]) * 1024 / 1e9
+    found = re.search(rf'{field}:\s*(\d+) kB', Path(file).read_text())
+    assert found, field
+    return int(found[1]) * 1024 / 1e9
 
 
 def our_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], precision: str, threads: int) -> Worker:

@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from multiprocessing.pool import ThreadPool
-from typing import Callable, Dict, Iterator, List
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import cv2
 import numpy as np
@@ -38,7 +38,7 @@ from mxsimmim.data.transforms import PretrainTransform, random_crop
 SEED, BATCH, DISTINCT = 5, 64, 128
 DATA, MASK, MODEL = DataConfig(), MaskConfig(), ModelConfig()
 SIZE = MODEL.img_size
-MEAN, STD = np.float32(DATA.mean), np.float32(DATA.std)
+MEAN, STD = np.array(DATA.mean, np.float32), np.array(DATA.std, np.float32)
 
 
 def main() -> None:
@@ -81,7 +81,8 @@ def jpeg(rng: np.random.Generator) -> bytes:
     for cells in (4, 8, 16, 32, 64, 128, 256):
         for channels, strength in ((1, 100), (3, 40)):  # mostly grey detail, some colour
             layer = rng.normal(0, strength / math.sqrt(cells), (cells, cells, channels)).astype(np.float32)
-            pixels += np.stack([np.asarray(Image.fromarray(layer[..., c]).resize((width, height), Image.BICUBIC))
+            pixels += np.stack([np.asarray(Image.fromarray(layer[..., c]).resize((width, height),
+                                                                                 Image.Resampling.BICUBIC))
                                 for c in range(channels)], axis=-1)
     pixels += rng.normal(0, 2, (height, width, 1))  # grain
     buffer = io.BytesIO()
@@ -159,13 +160,13 @@ def pillow(path: str, threads: int) -> Pipeline:
     """Decoding, cropping, resizing and converting an image at a time, as torchvision's transforms do."""
     source, pool, result = Records(path), ThreadPool(threads), np.empty((BATCH, 3, SIZE, SIZE), np.float32)
 
-    def sample(key: List[int]) -> tuple:
+    def sample(key: Tuple[int, int]) -> tuple:
         rng = generator(SEED, *key)
         image = Image.open(io.BytesIO(source.read(key[1]))).convert('RGB')
         top, left, height, width = random_crop(rng, image.height, image.width, DATA.crop_scale, DATA.crop_ratio)
-        image = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.BILINEAR)
+        image = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         if rng.random() < DATA.flip:
-            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
         pixels /= 255
         pixels -= MEAN[:, None, None]

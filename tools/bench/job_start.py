@@ -77,6 +77,7 @@ def started(tree: Path, folder: Path, images: int, workers: int, horovod: bool) 
     signal.signal(signal.SIGALRM, lambda *_: job.terminate())
     signal.alarm(SECONDS)
     try:
+        assert job.stdout
         for line in job.stdout:
             said.append(line)
             if BEGINS in line:

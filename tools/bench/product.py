@@ -31,7 +31,7 @@ class Product(NamedTuple):
     part: str
     phase: str
     shape: Shape
-    count: int
+    count: int  # type: ignore[assignment]  # tuple has a method of this name
 
     @property
     def flops(self) -> float:
@@ -59,14 +59,14 @@ def products(config: 'ModelConfig', images: int, masked: int) -> List[Product]:
             found += _linear('linear', images * tokens, 2 * width, width)
     found += _linear('loss', images * masked, width, 3 * config.stride ** 2)
     total: Dict[Tuple[str, str, Shape], int] = {}
-    for *key, count in found:
-        total[tuple(key)] = total.get(tuple(key), 0) + count
+    for part, phase, shape, count in found:
+        total[part, phase, shape] = total.get((part, phase, shape), 0) + count
     return [Product(*key, count) for key, count in total.items()]
 
 
 def _stages(config: 'ModelConfig') -> List[Tuple[int, int]]:
     """(blocks, heads) of each stage."""
-    return list(zip(config.depths, config.num_heads)) if config.type == 'swin' else [(config.depth, config.num_heads)]
+    return list(zip(config.depths if config.type == 'swin' else (config.depth,), config.heads))
 
 
 def _linear(part: str, rows: int, inputs: int, outputs: int, first: bool = False) -> Iterator[Product]:

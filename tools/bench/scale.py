@@ -29,6 +29,7 @@ from common import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, random_batch, req
 
 if TYPE_CHECKING:
     from mxsimmim.runtime.process import ProcessInfo
+    from mxsimmim.training.trainer import UpdateRule
 
 LAUNCH = Path(__file__).resolve().parents[1] / 'launch.py'
 MODES = {  # title, the launcher's options, the store's name
@@ -37,7 +38,7 @@ MODES = {  # title, the launcher's options, the store's name
     'dist_sync': ('dist_sync, 1 server', ['-s', '1'], 'dist_sync'),
     'dist_device_sync': ('dist_device_sync, 1 server', ['-s', '1'], 'dist_device_sync'),
     'p3': ('dist_sync, 1 server, P3', ['-s', '1', '--p3'], 'dist_sync'),
-    'ddp': ('PyTorch DDP, Gloo', ['--horovod'], None),  # for the ranks in the environment; PyTorch does the rest
+    'ddp': ('PyTorch DDP, Gloo', ['--horovod'], ''),  # for the ranks in the environment; PyTorch does the rest
 }
 BUCKET = 25 * 2 ** 20 // 4  # DDP's own size of an allreduce, elements
 Seconds = Dict[str, List[float]]  # what was measured -> seconds a step, one a round
@@ -203,12 +204,12 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
                           process.rank)
     updates = iter(range(sys.maxsize))
 
-    def step(update_rule: SynchronousUpdate) -> None:
+    def step(update_rule: 'UpdateRule') -> None:
         update = next(updates)
         update_rule.step(update, RATE, placement.forward_backward(images, total))
         update_rule.poll_stop(update + 1, False)
 
-    return Worker(lambda: step(together), lambda: step(alone), lambda: communicator.all_reduce(handle),
+    return Worker(lambda: step(trainer.update_rule), lambda: step(alone), lambda: communicator.all_reduce(handle),
                   mx.nd.waitall, lambda: control.barrier('round'), process.rank, process.size)
 
 

@@ -57,7 +57,7 @@ def write_pictures(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-        coarse.resize((500, 375), Image.BICUBIC).save(folder / f'{i}.jpg')
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f'{i}.jpg')
 
 
 def clock(command: List[str], status: int) -> float:
