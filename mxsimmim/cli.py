@@ -36,17 +36,17 @@ def _train(task: str, args: argparse.Namespace) -> int:
         schedule.check(config, written)
     from .runtime import environment
     from .runtime.process import world
-    place = world(os.environ)
+    process = world(os.environ)
     if args.check_config:
         from .parallel.strategies import strategy_of
-        strategy_of(config, place)
+        strategy_of(config, process)
         environment.settings(config.runtime, os.environ, environment.cpu_flags(), environment.cores())
         return 0
     environment.prepare(config.runtime)
     if args.check:
         from .training import check
-        return check.check(config, written) if place.role == 'worker' else 0
-    if place.role != 'worker':
+        return check.check(config, written) if process.role == 'worker' else 0
+    if process.role != 'worker':
         from .parallel.server import serve
         return serve()
     if getattr(args, 'eval', False):
@@ -156,7 +156,7 @@ def config(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their arguments."""
+    """Makes the parser of all commands and their arguments."""
     main = argparse.ArgumentParser('mxsimmim', description='SimMIM pre-training of vision transformers on MXNet.')
     main.add_argument('--version', action='version', version=f'mxsimmim {__version__}')
     commands = main.add_subparsers(title='commands', metavar='COMMAND', dest='command', required=True)
@@ -226,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def arguments(argv: Optional[List[str]]) -> argparse.Namespace:
-    """The command line, of this process where `argv` is None; a wrong one ends it with status 2.
+    """Parses the command line, of this process where `argv` is None; a wrong one ends it with status 2.
 
     Raises:
         ConfigError: options of other tools, with ours.

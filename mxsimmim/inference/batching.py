@@ -25,7 +25,7 @@ class Batcher:
         self._thread.start()
 
     def __len__(self) -> int:
-        """Items that wait."""
+        """Count the items that wait."""
         return self._queue.qsize()
 
     def put(self, item: Any) -> 'Future[Any]':

@@ -29,7 +29,7 @@ class Room:
 
     @contextlib.contextmanager
     def taken(self, amount: int) -> Iterator[None]:
-        """While entered, `amount` is taken; it must not be more than there is in all."""
+        """Takes `amount` while entered; it must not be more than there is in all."""
         with self._turn, self._changed:  # one waits, so that what needs much is not put off for ever
             self._changed.wait_for(lambda: self._free >= amount)
             self._free -= amount

@@ -22,34 +22,35 @@ from .trained import load_run
 
 
 def evaluate(config: Config) -> int:
-    """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; 0."""
-    place = world(os.environ)
-    contexts, mode = contexts_of(config.devices, place), strategy_of(config, place)
-    if mode.store == 'dist_async':  # its servers update weights: there is nothing to update
-        mode = Strategy('dist_sync', 'sync')
-    if place.rank == 0 and folder_of(config).is_dir():
+    """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; returns 0."""
+    process = world(os.environ)
+    contexts, strategy = contexts_of(config.devices, process), strategy_of(config, process)
+    if strategy.store == 'dist_async':  # its servers update weights: there is nothing to update
+        strategy = Strategy('dist_sync', 'sync')
+    if process.rank == 0 and folder_of(config).is_dir():
         files.try_place(folder_of(config))  # for the evaluation at the end
     task = TASKS[config.task](config)
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(joined(config, mode, place))
-        backend = agree_on_backend(config, contexts, store.control, Quiet().message)
-        return _evaluate(config, task, contexts, backend, store)
+        communicator = stack.enter_context(joined(config, strategy, process))
+        backend = agree_on_backend(config, contexts, communicator.control, Quiet().message)
+        return _evaluate(config, task, contexts, backend, communicator)
 
 
-def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: OpBackend, store: Communicator) -> int:
+def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: OpBackend,
+              communicator: Communicator) -> int:
     folder = folder_of(config)
-    check_same_job(config, task, store.control)
-    evaluator = task.evaluator(store.control)
+    check_same_job(config, task, communicator.control)
+    evaluator = task.evaluator(communicator.control)
     if evaluator is None:
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
-    if store.rank == 0:
+    if communicator.rank == 0:
         tell(notes_of(task.source, task.held_out))
-    trained = load_run(folder, backend, config.data, store)
+    trained = load_run(folder, backend, config.data, communicator)
     task.check_state(trained.state, str(folder), 'give data of its classes')
     for key, old, new in configfile.differences(trained.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
     report = evaluator.report(Replicated(trained.net, contexts), folder)
-    if store.rank == 0:
+    if communicator.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0

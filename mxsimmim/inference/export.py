@@ -80,7 +80,7 @@ def _drafts(parent: Path) -> Iterator[Path]:
 
 
 def description(trained: Trained, graph: Graph) -> Dict[str, Any]:
-    """What a program needs to know to feed the network and to understand its answer."""
+    """Describes what a program needs to know to feed the network and to understand its answer."""
     data = trained.config.data
     return {'inputs': {name: ['batch', *shape] for name, shape in graph.inputs.items()}, 'output': graph.output,
             'classes': list(trained.predictor.classes), 'size': trained.config.model.img_size, 'channels': 'RGB',

@@ -24,7 +24,7 @@ DRAWN = 5000  # images at most in a picture: t-SNE takes minutes for many more
 
 
 def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence[int]) -> Dict[int, np.ndarray]:
-    """Block -> float32 (n, C), the mean of the patch tokens that the block puts out, for each image of `source`.
+    """Returns block -> float32 (n, C), the mean of the patch tokens that the block puts out for each image.
 
     Blocks count from 1, in Swin through all stages; after the last one comes the encoder's final norm, if it has one.
     The images are transformed as for evaluation, as `data` says; the network must not be hybridized.
@@ -66,7 +66,7 @@ def _layers(encoder: Any, model: ModelConfig) -> List[HybridBlock]:
 
 
 def blocks_named(text: str, model: ModelConfig) -> List[int]:
-    """The blocks that '' (the last), 'all' or a number stands for.
+    """Returns the blocks that '' (the last), 'all' or a number stands for.
 
     Raises:
         ValueError: there is no such block.
@@ -82,7 +82,7 @@ def blocks_named(text: str, model: ModelConfig) -> List[int]:
 
 def cached(run: Path, trained: Trained, data: DataConfig, source: Source, blocks: Sequence[int]
            ) -> Dict[int, np.ndarray]:
-    """As `extract`, from the files in RUN/features where they hold the same weights, images and transform.
+    """Returns what `extract` does, from files in RUN/features where they hold the same weights, images and transform.
 
     What cannot be kept there is computed every time.
 
@@ -156,7 +156,7 @@ def write(file: Path, **arrays: Any) -> None:
 
 
 def open_images(paths: Sequence[str]) -> Tuple[Source, Optional[np.ndarray], Tuple[str, ...]]:
-    """(images, int64 (n,) labels or None, class names): files and folders, or what a data.path can be.
+    """Opens files and folders, or what a data.path can be; returns (images, int64 (n,) labels or None, class names).
 
     Labels come with the digits, a RecordIO file, and one folder that has all its images in class folders.
 
@@ -203,7 +203,7 @@ def save_features(run: Path, paths: Sequence[str], block: str, out: Path, pictur
 
 
 def draw(features: np.ndarray, labels: Optional[np.ndarray], classes: Sequence[str], title: str, out: Path) -> None:
-    """A t-SNE of features (n, C), of 5,000 random ones at most, as a PNG file."""
+    """Draws a t-SNE of features (n, C), of 5,000 random ones at most, as a PNG file."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 

@@ -57,12 +57,12 @@ def _uncopied(nodes: List[Dict[str, Any]], source: List[int]) -> List[int]:
 
 
 def random_inputs(trained: Trained) -> List[np.ndarray]:
-    """A few normalised images, and masks for them after pre-training."""
+    """Returns a few normalised images, and masks for them after pre-training."""
     return trained.predictor.random_inputs(np.random.default_rng(SEED), BATCH)
 
 
 def answer(trained: Trained, inputs: List[np.ndarray]) -> np.ndarray:
-    """What the network itself makes of them."""
+    """Returns what the network itself makes of them."""
     return trained.predictor.call(*map(mx.nd.array, inputs)).asnumpy()
 
 
@@ -86,7 +86,7 @@ def save_symbol(graph: Graph, prefix: Path) -> List[Path]:
 
 
 def load_symbol(files: List[Path], graph: Graph) -> SymbolBlock:
-    """The network that the two files describe, as any MXNet program loads it."""
+    """Loads the network that the two files describe, as any MXNet program does."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # that it cannot tell the inputs' type: float32, its default
         net = SymbolBlock.imports(str(files[0]), list(graph.inputs), str(files[1]))

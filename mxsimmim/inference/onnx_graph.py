@@ -32,7 +32,7 @@ class _Writer:
         return name
 
     def constant(self, value: Any, dtype: str = 'float32') -> str:
-        """The name of a constant, shared by all who use the same."""
+        """Returns the name of a constant, shared by all who use the same."""
         array = np.asarray(value, dtype)
         name = f'constant.{dtype}.{"x".join(map(str, array.shape))}.{array.reshape(-1).tolist()}'
         self.constants.setdefault(name, numpy_helper.from_array(array, name))
@@ -132,7 +132,7 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
 
 
 def to_onnx(graph: Graph) -> onnx.ModelProto:
-    """The same graph in ONNX, with a batch of any size.
+    """Translates a graph to ONNX, with a batch of any size.
 
     Raises:
         ValueError: an operator that has no translation here.

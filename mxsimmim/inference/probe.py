@@ -58,7 +58,7 @@ def probe(run: Path, config: Config, block: str, draws: int) -> str:
 
 
 def measure(block: int, train: np.ndarray, held_out: np.ndarray, data: Labelled, chosen: Sequence[np.ndarray]) -> Row:
-    """Both probes on features (n, C) and (m, C); `chosen` are the training images (s,) of each draw."""
+    """Makes both probes on features (n, C) and (m, C); `chosen` are the training images (s,) of each draw."""
     accuracies: Dict[str, List[float]] = {'linear': [], 'neighbours': []}
     for images in chosen:
         given = train[images], data.train_labels[images], held_out
@@ -68,7 +68,7 @@ def measure(block: int, train: np.ndarray, held_out: np.ndarray, data: Labelled,
 
 
 def linear(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Classes (m,) of features (m, C), by logistic regression on standardised features (n, C) with labels (n,).
+    """Predicts the classes (m,) of features (m, C) by logistic regression on standardised ones (n, C) with labels (n,).
 
     Its penalty is chosen by cross-validation among the training images; it is 1 where a class has but one.
     """
@@ -89,7 +89,7 @@ def linear(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.nd
 
 
 def nearest(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray, classes: int) -> np.ndarray:
-    """Classes (m,) of features (m, C), by a vote of the 20 features (n, C) nearest in cosine similarity s.
+    """Predicts the classes (m,) of features (m, C) by a vote of the 20 of (n, C) nearest in cosine similarity s.
 
     Each votes with exp(s / 0.07), all where there are fewer. Of equal votes the lower class wins.
     """
@@ -107,7 +107,7 @@ def nearest(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray, classes
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a block: mean, and standard deviation over several draws."""
+    """Formats a line a block: mean, and standard deviation over several draws."""
     def cell(values: np.ndarray) -> str:
         return f'{values.mean():.2f} ± {values.std(ddof=1):.2f} %' if len(values) > 1 else f'{values[0]:.2f} %'
     lines = [f"block  {'linear top-1':>16}  {'k-NN top-1':>16}"]

@@ -62,7 +62,7 @@ def quantised(trained: Trained, graph: Graph, prefix: Path, images: Optional[str
 
 
 def quantise(graph: Graph, calibration: np.ndarray) -> Graph:
-    """The graph with its parameters' matrix products in int8, their scales from normalised images (N, 3, S, S).
+    """Puts a graph's products with parameters into int8, their scales from normalised images (N, 3, S, S).
 
     Everything else stays in float32: norms, softmax, GELU and attention's own products, and also our row sums and outer
     products, which are matrix products only in form. Weights have a scale an output, activations one a layer, the
@@ -87,7 +87,7 @@ def quantise(graph: Graph, calibration: np.ndarray) -> Graph:
 
 
 def narrow(graph: Graph) -> Graph:
-    """The quantised graph with weights from -64 to 64, whose products come out right on every CPU.
+    """Limits a quantised graph's weights to -64 .. 64, whose products come out right on every CPU.
 
     Without VNNI oneDNN adds products of activations, which it shifts to 0 .. 255, and weights in pairs, and keeps the
     sum in 16 bits: 2 * 255 * 127 saturates there, 2 * 255 * 64 does not. The exported file does not know where it will
@@ -127,7 +127,7 @@ def narrow(graph: Graph) -> Graph:
 
 
 def table(measured: Dict[str, Measured], images: int, calibration: int) -> str:
-    """Accuracy and latency of each precision, one a row, and what int8 changes."""
+    """Formats accuracy and latency of each precision, one a row, and what int8 changes."""
     plain, int8 = measured['float32'], measured['int8']
     head = ''.join(f'{f"batch {batch}":>14}' for batch in plain.latency)
     lines = [f'{"":<9}{"accuracy":>10}{head}    ({images:,} held-out images, {calibration:,} for calibration)']

@@ -64,7 +64,7 @@ class Service:
         Gauge('mxsimmim_queue_length', 'Images that wait.', registry=registry).set_function(self._batcher.__len__)
 
     def app(self) -> web.Application:
-        """The application, for a server or a test."""
+        """Builds the application, for a server or a test."""
         app = web.Application(middlewares=[self._count])
         app.add_routes([*(web.post(path, self._show) for path in ANSWERS),
                         web.get('/healthz', self._healthy), web.get('/metrics', self._metrics)])

@@ -27,7 +27,7 @@ class Trained(NamedTuple):
 
     @property
     def predictor(self) -> Predictor:
-        """What answers with this network."""
+        """The predictor that answers with this network."""
         return TASKS[self.config.task].predictor(self.config, self.net, self.state)
 
 
@@ -92,7 +92,7 @@ def _read(run: Path) -> Tuple[Config, checkpoint.Checkpoint]:
 
 
 def data_in_use(config: Config) -> DataConfig:
-    """How a run's network sees what users give it, with a note where that is not upright."""
+    """Return how a run's network sees what users give it, with a note where that is not upright."""
     if config.data.exif_orientation is False:
         print('mxsimmim: note: EXIF orientation is ignored, as in training: the run has data.exif_orientation=false',
               file=sys.stderr, flush=True)

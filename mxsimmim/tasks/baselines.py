@@ -4,7 +4,7 @@ from scipy import ndimage
 
 
 def masked_loss(image: np.ndarray, predicted: np.ndarray, pixels: np.ndarray, loss: str) -> np.ndarray:
-    """Mean error over masked pixels and channels, one number an image (B,).
+    """Returns the mean error over masked pixels and channels, one number an image (B,).
 
     image and predicted (B, 3, H, W), pixels (B, H, W) with 1 for masked, loss 'l1' or 'mse'.
     """
@@ -14,14 +14,14 @@ def masked_loss(image: np.ndarray, predicted: np.ndarray, pixels: np.ndarray, lo
 
 
 def visible_mean(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Each image's channels filled with their mean over visible pixels; shapes as in `masked_loss`."""
+    """Fills each image's channels with their mean over visible pixels; shapes as in `masked_loss`."""
     seen = 1 - pixels[:, None].astype('float32')
     mean = (image * seen).sum((2, 3), keepdims=True) / seen.sum((2, 3), keepdims=True)
     return np.broadcast_to(mean, image.shape)
 
 
 def nearest_visible(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Each pixel replaced by the nearest visible one of its image; shapes as in `masked_loss`."""
+    """Replaces each pixel by the nearest visible one of its image; shapes as in `masked_loss`."""
     filled = np.empty_like(image)
     for b, hidden in enumerate(pixels):
         y, x = ndimage.distance_transform_edt(hidden, return_distances=False, return_indices=True)

@@ -33,7 +33,7 @@ class ClassEvaluator:
 
     def __init__(self, config: Config, source: Source, labels: np.ndarray, classes: Sequence[str],
                  control: ControlPlane):
-        """labels are the numbers (n,) of the images' `classes`."""
+        """Keeps what is measured; `labels` are the numbers (n,) of the images' `classes`."""
         self._config, self._source, self._labels, self._classes = config, source, labels, classes
         self._control = control
         self.images = len(source)
@@ -150,7 +150,7 @@ class ClassPredictor:
         return ClassifyEvalTransform(data, self._config.model)
 
     def call(self, image: Any) -> Any:
-        """Images (B, 3, S, S), normalised, to logits (B, K)."""
+        """Maps images (B, 3, S, S), normalised, to logits (B, K)."""
         return self._net(image)
 
     def answer(self, image: mx.nd.NDArray) -> np.ndarray:

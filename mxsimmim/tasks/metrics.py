@@ -15,13 +15,13 @@ class Tally:
     """Sums over images. The state of all images is the sum of the states of their parts, however they are split."""
 
     def __init__(self, state: Optional[np.ndarray] = None):
-        """Empty, or what a `state` held."""
+        """Begins empty, or with what a `state` held."""
         # Images, top-1 hits, top-5 hits, negative log-likelihood; images, confidence and hits of each bin.
         self._sums = np.zeros(4 + 3 * BINS) if state is None else np.array(state, 'float64')
         assert self._sums.shape == (4 + 3 * BINS,)
 
     def state(self) -> np.ndarray:
-        """float64 (49,), to be added to others'."""
+        """Returns the sums, float64 (49,), to be added to others'."""
         return self._sums.copy()
 
     def add(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ class Tally:
         return predicted
 
     def values(self) -> Dict[str, float]:
-        """val_top1, val_top5 and val_ece, the expected calibration error, in percent; val_loss, in nats."""
+        """Returns val_top1, val_top5 and val_ece (expected calibration error), in percent, and val_loss, in nats."""
         images, top1, top5, loss = self._sums[:4]
         _, confidence, hits = self._sums[4:].reshape(3, BINS)
         assert images > 0
@@ -56,20 +56,20 @@ class Tally:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 (B, K); NaN in a row with NaN or +inf, and in one of nothing but -inf."""
+    """Returns float64 (B, K); NaN in a row with NaN or +inf, and in one of nothing but -inf."""
     with np.errstate(invalid='ignore', divide='ignore'):
         shifted = logits.astype('float64') - logits.max(axis=1, keepdims=True).astype('float64')
         return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """int64 (K, K): images of each class (row) by what they were taken for (column); `NONE` is left out."""
+    """Counts images of each class (row) by the predicted one (column), int64 (K, K); `NONE` is left out."""
     known = predicted != NONE
     return np.bincount(labels[known] * classes + predicted[known], minlength=classes ** 2).reshape(classes, classes)
 
 
 def class_scores(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """float64 (K, 4): images, recall (a class's accuracy), precision and F1, in percent; NaN for 0 of 0."""
+    """Returns images, recall (a class's accuracy), precision and F1 in percent, float64 (K, 4); NaN for 0 of 0."""
     images = np.bincount(labels, minlength=classes)
     taken = np.bincount(predicted[predicted != NONE], minlength=classes)
     hits = np.bincount(labels[labels == predicted], minlength=classes)
@@ -78,7 +78,7 @@ def class_scores(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.
 
 
 def class_table(scores: np.ndarray, names: Sequence[str], limit: Optional[int] = None) -> str:
-    """`class_scores` as aligned lines; of more than `limit` classes the ones of least F1, those first."""
+    """Formats `class_scores` as aligned lines; of more than `limit` classes the ones of least F1, those first."""
     rows = list(range(len(names)))
     if limit is not None and len(rows) > limit:
         rows = sorted(rows, key=lambda k: (np.nan_to_num(scores[k, 3], nan=np.inf), k))[:limit]
@@ -93,7 +93,7 @@ def class_table(scores: np.ndarray, names: Sequence[str], limit: Optional[int] =
 
 
 def worst_confusions(matrix: np.ndarray, names: Sequence[str], limit: int) -> List[str]:
-    """The largest entries off the diagonal of `confusion_matrix`, a line each."""
+    """Says the largest entries off the diagonal of `confusion_matrix`, a line each."""
     off = matrix - np.diag(np.diag(matrix))
     mistakes = np.flatnonzero(off)  # few, where there are many classes
     order = mistakes[np.argsort(-off.flat[mistakes], kind='stable')[:limit]]

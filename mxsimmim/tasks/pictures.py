@@ -14,16 +14,17 @@ FIELDS = 1500  # a side of a drawn matrix, about as many as its pixels
 
 
 def to_uint8(normalised: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """(N, 3, H, W), with `mean` subtracted and divided by `std` per channel of [0, 1], to (N, H, W, 3) of 0 to 255.
+    """Turns normalised images (N, 3, H, W) into pixels (N, H, W, 3) of 0 to 255.
 
-    What lies outside is clipped; NaN becomes 0.
+    `mean` was subtracted from channels of [0, 1], and the rest divided by `std`. What lies outside is clipped; NaN
+    becomes 0.
     """
     images = normalised.transpose(0, 2, 3, 1) * np.asarray(std, 'float32') + np.asarray(mean, 'float32')
     return np.rint(np.nan_to_num(images.clip(0, 1)) * 255).astype('uint8')
 
 
 def grid(image: np.ndarray, mask: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
-    """One row an image: original, masked cells grey, and the reconstruction pasted into the masked cells.
+    """Draws a row an image: original, masked cells grey, and the reconstruction pasted into the masked cells.
 
     Args:
         image: (N, H, W, 3), uint8.

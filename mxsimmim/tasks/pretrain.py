@@ -37,7 +37,7 @@ class MaskedEvaluator:
         self._distances: Optional[float] = None
 
     def batches(self, part: int = 0, parts: int = 1) -> Iterator[Batch]:
-        """Yield one of `parts` parts of the images, in batches no larger than a worker's in training."""
+        """Yields one of `parts` parts of the images, in batches no larger than a worker's in training."""
         config = self._config
         batch = -(-config.train.batch_size // (config.train.accumulate * self._control.mesh.data))
         transform = EvalTransform(config.data, config.mask, config.model)
@@ -100,7 +100,7 @@ class MaskedEvaluator:
 
 
 def table(first: Optional[float], last: float, others: Dict[str, float]) -> str:
-    """Losses and their ratio to the mean of the visible pixels."""
+    """Formats losses and their ratio to that of the mean of the visible pixels."""
     rows = {'at the start': first, 'at the end': last, **others}
     reference = others['mean of the visible pixels']
     lines = [f"{'validation loss':<28}{'':>9}   of the visible mean's"]
@@ -136,7 +136,7 @@ class Reconstructor:
         return EvalTransform(data, self._config.mask, self._config.model)
 
     def call(self, image: Any, mask: Any) -> Any:
-        """Images (B, 3, S, S) and masks (B, h, w), 1 = masked, to images (B, 3, S, S), normalised like the input."""
+        """Maps images (B, 3, S, S) and masks (B, h, w), 1 = masked, to images (B, 3, S, S), normalised like these."""
         return self._net.reconstruct(image, mask)
 
     def answer(self, image: mx.nd.NDArray, mask: mx.nd.NDArray) -> np.ndarray:
@@ -212,4 +212,4 @@ class Pretraining:
         return []
 
     def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
-        """Nothing is known about the images."""
+        """Does nothing: nothing is known about the images."""

@@ -76,7 +76,7 @@ class Predictor(Protocol):
     output: str  # what `call` returns, in a word
 
     def __init__(self, config: Config, net: 'Network', state: Mapping[str, Any]):
-        """`state` is what the run's checkpoint records."""
+        """Takes the network; `state` is what the run's checkpoint records."""
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: 'OpBackend', data: DataConfig

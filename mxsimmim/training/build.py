@@ -76,7 +76,7 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
 
 def build_communicator(strategy: Strategy, process: ProcessInfo, control: Optional[ControlPlane] = None
                        ) -> Communicator:
-    """Build what reduces arrays over the workers of a job."""
+    """Build the communicator over the workers of a job."""
     make = WeightServers if strategy.store == 'dist_async' else make_communicator
     return make(strategy.store, process, control)
 

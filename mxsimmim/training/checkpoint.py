@@ -77,7 +77,7 @@ def save(folder: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]]
 
 
 def saved_steps(folder: Path) -> List[int]:
-    """The steps of the checkpoints in `folder`, ascending, whole or not."""
+    """Lists the steps of the checkpoints in `folder`, ascending, whole or not."""
     return sorted(_found(Path(folder)))
 
 
@@ -89,7 +89,7 @@ def discard_after(folder: Path, step: int) -> None:
 
 
 def kept(steps: Iterable[int], keep: int, keep_every: Optional[int]) -> Set[int]:
-    """The retention rule: the newest `keep` of `steps`, and the multiples of `keep_every`."""
+    """Applies the retention rule: the newest `keep` of `steps`, and the multiples of `keep_every`."""
     steps = sorted(steps)
     return set(steps[-keep:]) | {step for step in steps if keep_every and step % keep_every == 0}
 
@@ -107,7 +107,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path, log: Callable[[str], None]) -> Optional[Checkpoint]:
-    """The newest whole checkpoint in `folder`, None if there are none at all; `log` hears of each that is passed over.
+    """Reads the newest whole checkpoint in `folder`, None if there are none; `log` hears of those passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.

@@ -16,7 +16,7 @@ class PlateauTracker:
 
     @property
     def factor(self) -> float:
-        """What the schedule's learning rate is multiplied with."""
+        """The factor of the schedule's learning rate."""
         return self._state['factor']
 
     @property
@@ -38,5 +38,5 @@ class PlateauTracker:
         return better
 
     def state(self) -> Dict[str, Any]:
-        """JSON-ready."""
+        """Returns what a checkpoint records of it, JSON-ready."""
         return dict(self._state)

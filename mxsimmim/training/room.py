@@ -11,7 +11,7 @@ from . import checkpoint
 
 
 def checkpoint_bytes(config: Config, task: Task) -> int:
-    """Bytes of the arrays in a checkpoint: weights, moments of the optimizer, averaged weights."""
+    """Counts the bytes of a checkpoint's arrays: weights, moments of the optimizer, averaged weights."""
     weights = sum(int(np.prod(shape)) for shape in task.shapes().values())
     return 4 * weights * (1 + len(OPTIMIZERS[config.optim.type].MOMENTS) + bool(config.train.ema))
 

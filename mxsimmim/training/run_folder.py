@@ -18,7 +18,7 @@ WITHOUT_WEIGHTS = ('model.drop_path', 'model.loss', 'model.norm_targets', 'model
 
 
 def folder_of(config: Config) -> Path:
-    """``output/name``."""
+    """Returns the folder of a run, ``output/name``."""
     return Path(config.output) / config.name
 
 
@@ -79,7 +79,7 @@ class Stop:
 
 
 def read_config(folder: Union[str, Path]) -> Config:
-    """The resolved configuration of a run.
+    """Reads the resolved configuration of a run.
 
     Raises:
         ValueError: not the folder of a run.
@@ -92,7 +92,7 @@ def read_config(folder: Union[str, Path]) -> Config:
 
 
 def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None]) -> Optional[Checkpoint]:
-    """The checkpoint `resume` asks for, checked against configuration, number of training images and their task.
+    """Reads the checkpoint `resume` asks for, checked against configuration, number of images and task.
 
     Raises:
         ValueError: it is damaged, or the run it belongs to would not be the one that the configuration describes.
@@ -138,7 +138,7 @@ def _differences(config: Config, samples: int, state: Dict[str, Any]) -> list:
 
 
 def versions() -> Dict[str, str]:
-    """What computed a checkpoint, for the one who has to explain its numbers later."""
+    """Returns what computes a checkpoint, for the one who has to explain its numbers later."""
     import platform
 
     import mxnet

@@ -36,7 +36,7 @@ class RunLogger:
     """
 
     def __init__(self, run: Path, total: int, start: int = 0, stream: Optional[TextIO] = None) -> None:
-        """`total`: steps of the whole run; `start`: those done before; `stream`: by default standard error."""
+        """Opens the files; `total`: steps of the run; `start`: those done before; `stream`: by default stderr."""
         self.run, self.total, self.start = Path(run), total, start
         self.stream = sys.stderr if stream is None else stream
         self._failed: Set[str] = set()
@@ -185,17 +185,17 @@ class Quiet:
     """The logger of every worker but rank 0: messages go to standard error, nothing is recorded."""
 
     def write(self, step: int, values: Mapping[str, float], echo: bool = True) -> None:
-        """Rank 0 does."""
+        """Does nothing: rank 0 records."""
 
     def message(self, text: str) -> None:
         """Shows `text`, which its launcher puts into this worker's own log."""
         show(text, sys.stderr)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Rank 0 does."""
+        """Does nothing: rank 0 records."""
 
     def extra(self, what: str, do: Callable[..., Any], *arguments: Any) -> Any:
-        """Rank 0 does."""
+        """Does nothing: rank 0 records."""
 
     def __enter__(self) -> 'Quiet':
         return self
@@ -205,7 +205,7 @@ class Quiet:
 
 
 def read_metrics(run: Path) -> List[Dict[str, Any]]:
-    """The records of a run in the order written; values that were not finite are None.
+    """Reads the records of a run in the order written; values that were not finite are None.
 
     Raises:
         ValueError: there is no metrics.jsonl, or it is not one.

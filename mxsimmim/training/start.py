@@ -77,7 +77,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
 
 @contextlib.contextmanager
 def joined(config: Config, strategy: Strategy, process: ProcessInfo) -> Iterator[Communicator]:
-    """While entered, this process is a part of its job: has its control plane, and what reduces arrays."""
+    """Join the job: while entered, this process has its control plane and a communicator."""
     if strategy.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
         os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
     with connect(process, os.environ) as control:

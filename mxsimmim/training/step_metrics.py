@@ -80,7 +80,7 @@ class StepMetrics:
                     'are those of before', step)
 
     def summary(self) -> Dict[str, float]:
-        """Means over the rows since the last summary, which this ends; loss and norm over applied updates only."""
+        """Averages the rows since the last summary, and forgets them; loss and norm over applied updates only."""
         self.read()
         rows, self._rows = self._rows, []
         good = [row for row in rows if row.applied]
@@ -99,7 +99,7 @@ class StepMetrics:
         self._since += seconds
 
     def state(self) -> Dict[str, Any]:
-        """JSON-ready; non-finite numbers, which JSON does not have, become null."""
+        """Returns what a checkpoint records of it; non-finite numbers, which JSON does not have, become null."""
         self.read()
         return {'skipped': self.skipped, 'bad_in_a_row': self._bad_in_a_row,
                 'rows': [[x if not isinstance(x, float) or math.isfinite(x) else None for x in row]

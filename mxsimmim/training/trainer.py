@@ -46,7 +46,7 @@ class Trainer:
                  update_rule: UpdateRule, split: BatchSplit, average: Optional[WeightAverage] = None,
                  logger: Union[RunLogger, Quiet, None] = None, step: int = 0,
                  state: Optional[Mapping[str, Any]] = None):
-        """`average` is that of train.ema; `state` is what `state_dict` returned after `step` updates."""
+        """Keep the parts; `average` is that of train.ema, `state` what `state_dict` returned after `step` updates."""
         state = state or {}
         self.config, self.timetable, self.task, self.step = config, timetable, task, step
         self.placement, self.update_rule, self.split, self.average = placement, update_rule, split, average
@@ -179,7 +179,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def consolidated_model(self) -> Iterator[None]:
-        """While entered, the network is what the run would hand out now: of all workers, averaged if it is to be."""
+        """Hold in the network, while entered, what the run would hand out now: of all workers, averaged if so set."""
         with self.update_rule.consolidated_weights():
             with self.average.applied() if self.average else contextlib.nullcontext():
                 yield

@@ -18,6 +18,7 @@ from support.tiny import TINY
 from mxsimmim import cli
 from mxsimmim.config import Config
 from mxsimmim.system import files
+from mxsimmim.tasks.registry import TASKS
 from mxsimmim.training.room import checkpoint_bytes
 from mxsimmim.training.run_logger import RunLogger
 
@@ -190,7 +191,7 @@ def test_a_run_goes_on_without_its_extras(inside, monkeypatch, tmp_path):
         def isatty(self):
             raise OSError(errno.EIO, 'gone')
     monkeypatch.setattr(sys, 'stderr', Terminal())
-    monkeypatch.setattr('mxsimmim.tasks.validation.grid', fail)
+    monkeypatch.setattr('mxsimmim.tasks.pretrain.grid', fail)
     monkeypatch.setattr(RunLogger, '_event', fail)
     log = inside('pretrain', BASE, *SHORT, 'validation.every=5', 'name=pre')
     assert [line[20:] for line in log.splitlines() if 'warning' in line] == [
@@ -210,8 +211,9 @@ def test_a_run_goes_on_without_its_extras(inside, monkeypatch, tmp_path):
 
 def test_no_room(inside, monkeypatch, tmp_path, capsys):
     """One line before anything is trained, and nothing left behind."""
-    size = checkpoint_bytes(Config(model={'img_size': 16, 'patch_size': 4, 'embed_dim': 16, 'depth': 2, 'num_heads': 2},
-                                   mask={'patch_size': 4}), 0)
+    config = Config(model={'img_size': 16, 'patch_size': 4, 'embed_dim': 16, 'depth': 2, 'num_heads': 2},
+                    mask={'patch_size': 4}, data={'path': 'digits'})
+    size = checkpoint_bytes(config, TASKS['pretrain'](config))
     monkeypatch.setattr(files, 'free', lambda folder: 2 * size - 1)
     inside('pretrain', BASE, *TINY, 'name=run', status=1)
     assert capsys.readouterr().err == (f'mxsimmim: error: runs/run: checkpoints need {2 * size:,} bytes there '

@@ -209,7 +209,7 @@ def test_a_state_that_is_not_json_leaves_nothing_behind(tmp_path):
 SAVE_FOR_EVER = '''
 import sys
 from pathlib import Path
-from mxsimmim import checkpoint
+from mxsimmim.training import checkpoint
 from support.checkpoints import arrays_of
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 print('ready', flush=True)
@@ -251,7 +251,7 @@ def test_sigkill_at_random_moments(tmp_path):
 KILL_EVERYWHERE = '''
 import itertools, os, shutil, signal, sys
 from pathlib import Path
-from mxsimmim import checkpoint
+from mxsimmim.training import checkpoint
 from support.checkpoints import arrays_of
 folder = Path(sys.argv[1])
 count = 0

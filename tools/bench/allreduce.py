@@ -87,26 +87,26 @@ def clock(call: Sum, barrier: Sum, calls: int) -> float:
 def mxnet_sums(name: str) -> Tuple[Dict[int, Sum], Sum, int]:
     """For each size the sum of an array of that size; a barrier; the rank."""
     alone = COMMUNICATORS[name][1] is None
-    place = join(threads=0 if alone else 1)
+    process = join(threads=0 if alone else 1)
     import mxnet as mx
 
     from mxsimmim.ops import select_backend
     from mxsimmim.parallel.communicators import make_communicator
     from mxsimmim.parallel.control import connect
     backend = select_backend('float32', [mx.cpu()])
-    control = connect(place, os.environ)
-    store = make_communicator(COMMUNICATORS[name][2], place, control)
+    control = connect(process, os.environ)
+    communicator = make_communicator(COMMUNICATORS[name][2], process, control)
 
     def made(size: int) -> Sum:
-        copies, = store.allocate([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)], backend)
-        handle = store.register([copies])
+        copies, = communicator.allocate([size // 4], [mx.cpu(device) for device in range(2 if alone else 1)], backend)
+        handle = communicator.register([copies])
 
         def call() -> None:
-            store.all_reduce(handle)
+            communicator.all_reduce(handle)
             for copy in copies:
                 copy.wait_to_read()
         return call
-    return {size: made(size) for size in SIZES}, lambda: control.barrier('round'), place.rank
+    return {size: made(size) for size in SIZES}, lambda: control.barrier('round'), process.rank
 
 
 def torch_sums(_name: str) -> Tuple[Dict[int, Sum], Sum, int]:
