@@ -66,7 +66,7 @@ def test_a_template_in_a_configuration(tmp_path):
 @pytest.mark.parametrize('base, complaint', [
     ('folder', 'Is a directory'), ('missing.yaml', 'No such file or directory'), ('/dev/zero', 'larger than 256 KiB'),
     ('pipe', 'a pipe that nobody writes to'), ('huge', 'larger than 256 KiB'), ('loop', 'Too many levels of symbolic'),
-    ('socket', 'No such device or address'), ('"a\\0b"', 'not the name of a file'), ('x' * 300, 'File name too long')],
+    ('socket', 'No such device or address'), ('"a\\0b"', 'not the name of a file'), ('x' * 256, 'File name too long')],
                          ids=lambda value: value[:12])
 def test_what_is_no_file(base, complaint, tmp_path):
     import socket
