@@ -35,8 +35,8 @@ def _train(task: str, args: argparse.Namespace) -> int:
     if not getattr(args, 'eval', False):
         schedule.check(config, written)
     from .runtime import environment
-    from .runtime.process import world
-    process = world(os.environ)
+    from .runtime.process import process_info
+    process = process_info(os.environ)
     if args.check_config:
         from .parallel.strategies import strategy_of
         strategy_of(config, process)

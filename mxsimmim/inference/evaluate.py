@@ -11,7 +11,7 @@ from ..ops import OpBackend
 from ..parallel.communicators import Communicator
 from ..parallel.placement import Replicated, contexts_of
 from ..parallel.strategies import Strategy, strategy_of
-from ..runtime.process import world
+from ..runtime.process import process_info
 from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
@@ -23,7 +23,7 @@ from .trained import load_run
 
 def evaluate(config: Config) -> int:
     """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; returns 0."""
-    process = world(os.environ)
+    process = process_info(os.environ)
     contexts, strategy = contexts_of(config.devices, process), strategy_of(config, process)
     if strategy.store == 'dist_async':  # its servers update weights: there is nothing to update
         strategy = Strategy('dist_sync', 'sync')

@@ -49,9 +49,7 @@ def load_run(run: Path, backend: OpBackend = REFERENCE, data: Optional[DataConfi
     if workers is not None:
         told = workers.control.broadcast_object('the run', lambda: told)
         config = configfile.from_dict(told['config'], str(run))
-    net = TASKS[config.task].predictor.build_network(config.model, told['state'], backend, data or config.data)
-    if saved:
-        official.load_weights(net, saved.arrays.get('ema', saved.arrays['weights']))
+    net = _network(config, told['state'], saved, backend, data or config.data)
     if workers is not None:
         arrays = [spec.parameter.list_data() for spec in parameter_specs(net)]
         workers.broadcast(workers.register(arrays))
@@ -64,10 +62,11 @@ def load_for_inference(run: Path) -> Trained:
     Raises:
         ValueError: as `load_run`.
     """
-    contexts, backend = devices_for(read_config(str(run)))
-    trained = load_run(run, backend)
-    trained.net.collect_params().reset_ctx(contexts[0])
-    return trained._replace(context=contexts[0])
+    config, saved = _read(run)
+    contexts, backend = devices_for(config)
+    net = _network(config, saved.state, saved, backend, config.data)
+    net.collect_params().reset_ctx(contexts[0])
+    return Trained(config, net, saved.state, saved.step, contexts[0])
 
 
 def load_run_for(command: str, run: Path) -> Trained:
@@ -89,6 +88,15 @@ def _read(run: Path) -> Tuple[Config, checkpoint.Checkpoint]:
     if saved is None:
         raise ValueError(f'{run} has no checkpoint yet: train it first')
     return config, saved
+
+
+def _network(config: Config, state: Mapping[str, Any], saved: Optional[checkpoint.Checkpoint], backend: OpBackend,
+             data: DataConfig) -> Network:
+    """The network of a checkpoint that records `state`, with its weights where it was read here."""
+    net = TASKS[config.task].predictor.build_network(config.model, state, backend, data)
+    if saved:
+        official.load_weights(net, saved.arrays.get('ema', saved.arrays['weights']))
+    return net
 
 
 def data_in_use(config: Config) -> DataConfig:

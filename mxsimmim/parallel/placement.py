@@ -13,7 +13,7 @@ from ..models.layers import keep_factors
 from ..runtime.process import ALONE, ProcessInfo
 
 
-def contexts_of(devices: Any, world: ProcessInfo = ALONE) -> List[mx.Context]:
+def contexts_of(devices: Any, process: ProcessInfo = ALONE) -> List[mx.Context]:
     """MXNet contexts for `devices`: 'auto' (every GPU, else cpu(0)) or names such as 'gpu(0)'.
 
     Processes of one machine that see all of its GPUs divide them under 'auto'.
@@ -24,8 +24,8 @@ def contexts_of(devices: Any, world: ProcessInfo = ALONE) -> List[mx.Context]:
     gpus = mx.context.num_gpus()
     if devices == 'auto':
         own = range(gpus)
-        if gpus >= world.local_size > 1 and 'CUDA_VISIBLE_DEVICES' not in os.environ:
-            own = own[split(gpus, world.local_size)[world.local_rank]]
+        if gpus >= process.local_size > 1 and 'CUDA_VISIBLE_DEVICES' not in os.environ:
+            own = own[split(gpus, process.local_size)[process.local_rank]]
         devices = [f'gpu({i})' for i in own] or ['cpu(0)']
     found = [mx.Context(name[:3], int(name[4:-1])) for name in devices]
     missing = [str(ctx) for ctx in found if ctx.device_type == 'gpu' and ctx.device_id >= gpus]

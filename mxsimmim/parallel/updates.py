@@ -43,7 +43,7 @@ class SynchronousUpdate:
         self.optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = [spec.parameter for spec in specs if spec.trainable]
         self._buffers = [spec.parameter for spec in specs if not spec.trainable]
-        self._buffer_handle: Optional[Handle] = None
+        self._registered: Optional[Handle] = None  # the buffers, once somebody needs them
         # What leaves compressed leaves from other arrays: the communicator's own memory would be of no use.
         home = communicator if train.compression == 'none' else Communicator('device')
         together = communicator.size > 1 or any(len(p.list_ctx()) > 1 for p in self._parameters)
@@ -129,12 +129,14 @@ class SynchronousUpdate:
         return self.optimizer.arrays()
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], _update: int) -> None:
-        """Go on from rank 0's parameters and, unless None, the moments of its checkpoint."""
+        """Go on from rank 0's weights and buffers and, unless None, the moments of its checkpoint."""
         if moments:
             self.optimizer.load(moments)
         weights = self._weights()
         for arrays in [weights.arrays] + self._moments():
             self.workers.broadcast(weights.with_arrays(arrays))
+        if self._buffers:
+            self.workers.broadcast(self._buffer_handle())
 
     def _weights(self) -> Handle:
         """Return the parameters' handle, under whose keys their moments are broadcast, too."""
@@ -143,12 +145,16 @@ class SynchronousUpdate:
     def _average_buffers(self) -> None:
         """Replace each buffer by its mean over all replicas, whose parts of a batch are equal, or nearly."""
         if self._buffers:
-            arrays = [p.list_data() for p in self._buffers]
-            for copies in arrays:
+            handle = self._buffer_handle()
+            for copies in handle.arrays:
                 for copy in copies:
                     copy /= len(copies) * self.workers.size
-            self._buffer_handle = self._buffer_handle or self.workers.register(arrays)
-            self.workers.all_reduce(self._buffer_handle)
+            self.workers.all_reduce(handle)
+
+    def _buffer_handle(self) -> Handle:
+        if self._registered is None:
+            self._registered = self.workers.register([p.list_data() for p in self._buffers])
+        return self._registered
 
     def _moments(self) -> List[List[Copies]]:
         """Return the moments by kind, of each one array for each parameter."""
@@ -216,7 +222,6 @@ class PeriodicAveraging(SynchronousUpdate):
     def _weights(self) -> Handle:
         return self._handle  # one for all: servers keep an array for each key
 
-
     def _average(self, arrays: Sequence[Copies]) -> None:
         """Replace arrays shaped like the parameters by their mean over the workers, weighted with their images."""
         for first, *others in arrays:
@@ -278,6 +283,7 @@ class ElasticAverage(PeriodicAveraging):
 
     @contextlib.contextmanager
     def consolidated_weights(self) -> Iterator[None]:
+        self._average_buffers()
         own = [p.list_data()[0].copy() for p in self._parameters]
         self._set(self._centre)
         yield

@@ -30,7 +30,7 @@ class ProcessInfo(NamedTuple):
 ALONE = ProcessInfo()
 
 
-def world(environ: Mapping[str, str]) -> ProcessInfo:
+def process_info(environ: Mapping[str, str]) -> ProcessInfo:
     """The place that the environment describes.
 
     DMLC_* (parameter servers) comes first, since such a job may have been started through mpirun or srun; then

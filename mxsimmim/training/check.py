@@ -19,7 +19,7 @@ from ..parallel.control import ControlPlane
 from ..parallel.placement import Replicated, contexts_of
 from ..parallel.strategies import strategy_of
 from ..runtime import facts
-from ..runtime.process import ProcessInfo, world
+from ..runtime.process import ProcessInfo, process_info
 from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
@@ -38,7 +38,7 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
     Args:
         written: as for `schedule.fitted`.
     """
-    process, failed = world(os.environ), []
+    process, failed = process_info(os.environ), []
 
     def part(name: str, function: Callable[..., Tuple[str, Any]], *needed: Any) -> Any:
         """What a part makes, None if it fails or something that it needs has."""

@@ -18,7 +18,7 @@ from ..parallel.communicators import Communicator
 from ..parallel.control import ControlPlane, connect
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, horovod_settings, strategy_of
-from ..runtime.process import ProcessInfo, world
+from ..runtime.process import ProcessInfo, process_info
 from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
@@ -40,7 +40,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     Raises:
         ValueError: whatever the user can mend; checkpoints written before stay whole.
     """
-    process = world(os.environ)
+    process = process_info(os.environ)
     strategy = strategy_of(config, process)
     contexts = contexts_of(config.devices, process)
     folder = folder_of(config)

@@ -15,7 +15,7 @@ def config(optim=None, weights='equal', **train):
     return Config(train=train, optim=optim or {}, data={'worker_weights': weights})
 
 
-@pytest.mark.parametrize('world, keys, expected', [
+@pytest.mark.parametrize('process, keys, expected', [
     (ALONE, {}, ('device', 'sync')),
     (PS, {}, ('dist_sync', 'sync')),
     (HOROVOD, {}, ('horovod', 'sync')),
@@ -30,11 +30,11 @@ def config(optim=None, weights='equal', **train):
     (PS, {'aggregation': 'local_sgd', 'lr_on_plateau': 0.5}, ('dist_sync', 'local_sgd')),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'stop_early': 3}, ('dist_async', 'async')),
 ])
-def test_modes(world, keys, expected):
-    assert strategy_of(config(**keys), world) == expected
+def test_modes(process, keys, expected):
+    assert strategy_of(config(**keys), process) == expected
 
 
-@pytest.mark.parametrize('world, keys, message', [
+@pytest.mark.parametrize('process, keys, message', [
     (ALONE, {'store': 'dist_sync'}, r'train.store=dist_sync needs parameter servers.*tools/launch.py -n 2 -s 1'),
     (HOROVOD, {'store': 'dist_sync'}, 'started as Horovod ranks'),
     (PS._replace(servers=0), {}, 'needs a server, and the job has none'),
@@ -61,9 +61,9 @@ def test_modes(world, keys, expected):
      'train.lr_on_plateau=0.5 cannot work with train.store=dist_async, .*: set train.lr_on_plateau=1, or train.store='),
     (PS, {'weights': (1, 2, 3)}, r'data.worker_weights=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
 ])
-def test_what_cannot_work_is_refused_by_name(world, keys, message):
+def test_what_cannot_work_is_refused_by_name(process, keys, message):
     with pytest.raises(ValueError, match=message):
-        strategy_of(config(**keys), world)
+        strategy_of(config(**keys), process)
 
 
 @pytest.mark.parametrize('step, milliseconds', [(0.001, 1), (0.5, 5), (2.4, 24), (60, 50)])

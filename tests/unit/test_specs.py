@@ -9,6 +9,7 @@ from mxnet.gluon import HybridBlock, Parameter, nn
 from support.specs import specs_of
 
 from mxsimmim.config import ModelConfig, OptimConfig, TrainConfig
+from mxsimmim.data.batch_split import BatchSplit
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, parameter_specs
 from mxsimmim.ops import REFERENCE
@@ -16,7 +17,7 @@ from mxsimmim.optim import OPTIMIZERS, AdamW, parameter_groups
 from mxsimmim.parallel.average import WeightAverage
 from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.replicas import fingerprints
-from mxsimmim.parallel.updates import SynchronousUpdate, global_norm
+from mxsimmim.parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate, global_norm
 
 CONTEXTS = [mx.cpu(0), mx.cpu(1)]
 SEED = 31
@@ -96,6 +97,27 @@ def test_buffers_of_replicas_become_their_mean():
     assert all(np.array_equal(official.export_weights(again)[name], value) for name, value in saved.items())
     image = mx.nd.array(np.random.default_rng(1).standard_normal((2, 3)))
     np.testing.assert_array_equal(again(image).asnumpy(), net(image).asnumpy())
+
+
+@pytest.mark.parametrize('kind', ['sync', 'local_sgd', 'elastic'])
+def test_all_workers_go_on_from_the_buffers_of_rank_0(kind, monkeypatch):
+    """A resumed worker other than rank 0 has read no checkpoint; every rule consolidates buffers, too."""
+    net = normalised(CONTEXTS)
+    specs, communicator = parameter_specs(net), make_communicator('local')
+    arguments = specs, AdamW(specs, OptimConfig()), communicator, TrainConfig(), 1.0
+    rule = {'sync': lambda: SynchronousUpdate(*arguments),
+            'local_sgd': lambda: LocalSGD(*arguments, BatchSplit([4], 0, [1]), 9),
+            'elastic': lambda: ElasticAverage(*arguments, BatchSplit([4], 0, [1]), 9)}[kind]()
+    told = []
+    monkeypatch.setattr(communicator, 'broadcast', lambda handle: told.extend(handle.arrays))
+    rule.load_state_dict(None, 0)
+    buffers = [spec.parameter for spec in specs if not spec.trainable]
+    assert all(any(copies[0] is p.list_data()[0] for copies in told) for p in buffers) and len(buffers) == 2
+    for p in buffers:
+        for number, copy in enumerate(p.list_data()):
+            copy[:] = number + 1
+    with rule.consolidated_weights():
+        assert all(copy.asnumpy().tolist() == [1.5] * 3 for p in buffers for copy in p.list_data())
 
 
 def test_gradients_are_of_weights_alone():

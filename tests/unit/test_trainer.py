@@ -50,6 +50,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, capsys):
         assert all(np.array_equal(ours[name], expected[name]) for name in ours)
 
 
+def test_a_trainer_without_a_logger_validates(tmp_path):
+    trainer = build_tiny_trainer(output=str(tmp_path), name='run', data=dict(val_fraction=0.1),
+                                 validation=dict(images=16, pictures=2))
+    values = trainer.validate()
+    assert 0.5 < values['val_loss'] < 3 and trainer.validate() == values
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_step_counts_and_tells_what_it_did():
     trainer = build_tiny_trainer(train=dict(batch_size=4))
     before = weights(trainer)

@@ -151,9 +151,9 @@ def join(threads: int) -> 'ProcessInfo':
     """Prepare MXNet's environment; return which process of its job this is; a server or scheduler ends in here."""
     from mxsimmim import config as cfg
     from mxsimmim.runtime import environment
-    from mxsimmim.runtime.process import world
+    from mxsimmim.runtime.process import process_info
     environment.prepare(cfg.RuntimeConfig(threads=threads))
-    process = world(os.environ)
+    process = process_info(os.environ)
     if process.role != 'worker':
         from mxsimmim.parallel.server import serve
         sys.exit(serve())

@@ -6,9 +6,9 @@ import mxnet as mx
 
 from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.control import connect
-from mxsimmim.runtime.process import world
+from mxsimmim.runtime.process import process_info
 
-place = world(os.environ)
+place = process_info(os.environ)
 control = connect(place, os.environ)
 communicator = make_communicator(sys.argv[1], place, control)
 sizes = (10, 300, 70_000, 1_500_000)  # the last is spread over servers

@@ -14,7 +14,7 @@ import time
 from mxsimmim.config import Config, RuntimeConfig
 from mxsimmim.parallel.strategies import Strategy
 from mxsimmim.runtime.environment import prepare
-from mxsimmim.runtime.process import world
+from mxsimmim.runtime.process import process_info
 
 MODEL = dict(img_size=64, patch_size=8, embed_dim=384, depth=8, num_heads=6)  # 14 million parameters
 IMAGES, STEPS = 16, 3  # of a worker; images make the pass about as long as the exchange
@@ -22,7 +22,7 @@ IMAGES, STEPS = 16, 3  # of a worker; images make the pass about as long as the 
 
 def main():
     prepare(RuntimeConfig(threads=1))
-    process = world(os.environ)
+    process = process_info(os.environ)
     if process.role != 'worker':
         from mxsimmim.parallel.server import serve
         sys.exit(serve())

@@ -14,7 +14,7 @@ from mxsimmim.data.loader import Batch
 from mxsimmim.interop import official
 from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.control import connect
-from mxsimmim.runtime.process import ALONE, world
+from mxsimmim.runtime.process import ALONE, process_info
 from mxsimmim.training.build import build_trainer
 
 STEPS, IMAGES, RATE = 4, 12, 1e-2
@@ -47,7 +47,7 @@ def trained(trainer):
 
 def main():
     store, times, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    process = world(os.environ)
+    process = process_info(os.environ)
     communicator = make_communicator(store, process, connect(process, os.environ))
     for seed in range(times):
         ours = trained(build_trainer(config_of(seed, store, devices), process, communicator=communicator))

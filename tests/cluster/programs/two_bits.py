@@ -8,11 +8,11 @@ import numpy as np
 from mxsimmim.parallel.communicators import make_communicator
 from mxsimmim.parallel.compression import TwoBit
 from mxsimmim.parallel.control import connect
-from mxsimmim.runtime.process import world
+from mxsimmim.runtime.process import process_info
 
 SEED, THRESHOLD, SHAPES = 11, np.float32(0.5), [(3, 5), (1,), (1000, 77)]
 print('seed', SEED)
-place = world(os.environ)
+place = process_info(os.environ)
 store = make_communicator(sys.argv[1], place, connect(place, os.environ))
 arrays = [[mx.nd.zeros(shape, ctx=mx.cpu(i)) for i in range(2)] for shape in SHAPES]
 transport = TwoBit(store, arrays, THRESHOLD)

@@ -11,10 +11,10 @@ import time
 
 import mxsimmim.cli
 from mxsimmim.config import RuntimeConfig
-from mxsimmim.runtime.process import world
+from mxsimmim.runtime.process import process_info
 
 fault, *arguments = sys.argv[1:]
-place = world(os.environ)
+place = process_info(os.environ)
 if place.role == 'worker' and place.rank == 1:
     from mxsimmim.runtime import environment
     environment.prepare(RuntimeConfig(threads=1))

@@ -1,7 +1,7 @@
 """Who a process is, from what each launcher leaves in the environment."""
 import pytest
 
-from mxsimmim.runtime.process import ALONE, ProcessInfo, world
+from mxsimmim.runtime.process import ALONE, ProcessInfo, process_info
 
 PS = {'DMLC_ROLE': 'worker', 'DMLC_WORKER_ID': '2', 'DMLC_NUM_WORKER': '4', 'DMLC_NUM_SERVER': '3'}
 HOROVOD = {'HOROVOD_RANK': '1', 'HOROVOD_SIZE': '4', 'HOROVOD_LOCAL_RANK': '1', 'HOROVOD_LOCAL_SIZE': '2'}
@@ -26,7 +26,7 @@ MPI = {'OMPI_COMM_WORLD_RANK': '3', 'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORL
       'SLURM_NTASKS_PER_NODE': '4'}, ProcessInfo('worker', 5, 8, 1, 4, transport='horovod')),
 ])
 def test_world(environ, expected):
-    assert world(environ) == expected
+    assert process_info(environ) == expected
 
 
 @pytest.mark.parametrize('environ, message', [
@@ -36,4 +36,4 @@ def test_world(environ, expected):
 ])
 def test_what_makes_no_sense_is_named(environ, message):
     with pytest.raises(ValueError, match=message):
-        world(environ)
+        process_info(environ)
