@@ -25,7 +25,7 @@ def evaluate(config: Config) -> int:
     """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; returns 0."""
     process = process_info(os.environ)
     contexts, strategy = contexts_of(config.devices, process), strategy_of(config, process)
-    if strategy.store == 'dist_async':  # its servers update weights: there is nothing to update
+    if strategy.store_can.updates_weights:  # its servers update weights: there is nothing to update
         strategy = Strategy('dist_sync', 'sync')
     if process.rank == 0 and folder_of(config).is_dir():
         files.try_place(folder_of(config))  # for the evaluation at the end

@@ -1,16 +1,58 @@
-"""Which store and which aggregation a process uses, and which combinations cannot work. Nothing here imports mxnet."""
-from typing import Dict, NamedTuple
+"""Which store and which aggregation a process uses, and which combinations cannot work. Nothing here imports mxnet.
+
+Each choice declares what it can do, and one checker, `strategy_of`, refuses what does not go together.
+"""
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from ..config import Config
 from ..runtime.process import ProcessInfo
 
-DIST = ('dist_sync', 'dist_device_sync', 'dist_async')
+
+class Store(NamedTuple):
+    """What a `train.store` can do."""
+    transport: Optional[str] = None  # what its workers must be started with; None: it reduces one worker's devices
+    updates_weights: bool = False  # servers update with each gradient as it arrives, and send back weights
+    supports_p3: bool = False
+    compressions: Tuple[str, ...] = ()  # of `train.compression`, besides none
+
+
+class Aggregation(NamedTuple):
+    """What a `train.aggregation` can do."""
+    needs_workers: bool = False  # nothing to do for a worker alone
+    every_step: bool = True  # workers meet after each step, not every `train.local_steps`
+    shares_weights: bool = False  # after each update all workers hold the same weights
+    updates_on_servers: bool = False  # as the store does: no global norm, no micro-batches, no schedule from outside
+
+
+STORES: Dict[str, Store] = {
+    'local': Store(), 'device': Store(), 'nccl': Store(),
+    'dist_sync': Store('ps', supports_p3=True, compressions=('2bit',)),
+    'dist_device_sync': Store('ps', supports_p3=True, compressions=('2bit',)),
+    'dist_async': Store('ps', updates_weights=True),
+    'horovod': Store('horovod', compressions=('fp16', '2bit')),
+}
+AGGREGATIONS: Dict[str, Aggregation] = {
+    'sync': Aggregation(shares_weights=True),
+    'async': Aggregation(updates_on_servers=True),
+    'local_sgd': Aggregation(needs_workers=True, every_step=False),
+    'elastic': Aggregation(needs_workers=True, every_step=False),
+}
 
 
 class Strategy(NamedTuple):
     """`train.store` and `train.aggregation` without 'auto'."""
     store: str
     aggregation: str
+
+    @property
+    def store_can(self) -> Store:
+        """Return what its store can do."""
+        return STORES[self.store]
+
+    @property
+    def aggregation_can(self) -> Aggregation:
+        """Return what its aggregation can do."""
+        return AGGREGATIONS[self.aggregation]
 
 
 def horovod_settings(step: float) -> Dict[str, str]:
@@ -35,79 +77,93 @@ def strategy_of(config: Config, process: ProcessInfo) -> Strategy:
         store = {'ps': 'dist_sync', 'horovod': 'horovod', None: 'device'}[process.transport]
     aggregation = train.aggregation
     if aggregation == 'auto':
-        aggregation = 'async' if store == 'dist_async' else 'sync'
-    for wrong, message in _transport(store, process) + _aggregation(store, aggregation, config, process) + _compression(
-            store, aggregation, config, process):
-        if wrong:
-            raise ValueError(message)
-    return Strategy(store, aggregation)
+        aggregation = 'async' if STORES[store].updates_weights else 'sync'
+    strategy = Strategy(store, aggregation)
+    for check in (_transport, _aggregation, _compression):
+        for wrong, message in check(strategy, config, process):
+            if wrong:
+                raise ValueError(message)
+    return strategy
 
 
-def _transport(store: str, process: ProcessInfo) -> list:
+Refusals = List[Tuple[bool, str]]  # whether it cannot work, and what to do instead
+
+
+def _transport(strategy: Strategy, config: Config, process: ProcessInfo) -> Refusals:
+    store, needed = strategy.store, strategy.store_can.transport
     started = {'ps': 'with parameter servers', 'horovod': 'as Horovod ranks', None: 'alone'}[process.transport]
     return [
-        (store in DIST and process.transport != 'ps',
+        (needed == 'ps' and process.transport != 'ps',
          f'train.store={store} needs parameter servers, and this process was started {started}: '
          'tools/launch.py -n 2 -s 1 -- mxsimmim pretrain …'),
-        (store in DIST and process.servers == 0,
+        (needed == 'ps' and process.servers == 0,
          f'train.store={store} needs a server, and the job has none: tools/launch.py -s 1'),
-        (store == 'horovod' and process.transport != 'horovod',
-         f'train.store=horovod needs Horovod ranks, and this process was started {started}: '
+        (needed == 'horovod' and process.transport != 'horovod',
+         f'train.store={store} needs Horovod ranks, and this process was started {started}: '
          'tools/launch.py -n 2 --horovod -- mxsimmim pretrain …'),
-        (store in ('local', 'device', 'nccl') and process.transport is not None,
+        (needed is None and process.transport is not None,
          f'train.store={store} adds up the devices of one process, and this is one of {process.size} started {started}'
          ': leave train.store=auto, or start mxsimmim without a launcher'),
-        (process.p3 and store not in ('dist_sync', 'dist_device_sync'),
-         f'--p3 works with train.store=dist_sync or dist_device_sync, not {store}: leave one of the two out'),
+        (process.p3 and not strategy.store_can.supports_p3,
+         f'--p3 works with {_choices("train.store", [name for name, can in STORES.items() if can.supports_p3])}, '
+         f'not {store}: leave one of the two out'),
     ]
 
 
-def _aggregation(store: str, aggregation: str, config: Config, process: ProcessInfo) -> list:
+def _aggregation(strategy: Strategy, config: Config, process: ProcessInfo) -> Refusals:
+    (store, aggregation), can = strategy, strategy.aggregation_can
     train, optim, weights = config.train, config.optim, config.data.worker_weights
-    alone = aggregation in ('local_sgd', 'elastic')
-    asynchronous = aggregation == 'async'
+    on_servers = can.updates_on_servers
     return [
-        (asynchronous != (store == 'dist_async'),
+        (on_servers != strategy.store_can.updates_weights,
          f'train.aggregation={aggregation} does not go with train.store={store}: servers that update at once are '
          'train.store=dist_async with train.aggregation=async; all else needs dist_sync, dist_device_sync or horovod'),
-        (alone and process.size == 1,
+        (can.needs_workers and process.size == 1,
          f'train.aggregation={aggregation} needs several workers, and there is one: tools/launch.py -n 2'),
-        (train.ema > 0 and aggregation != 'sync',
+        (train.ema > 0 and not can.shares_weights,
          f'train.ema={train.ema} averages weights that all workers share after each update, which '
          f'train.aggregation={aggregation} does not have: set train.ema=0, or train.aggregation=sync'),
-        (train.lr_on_plateau < 1 and asynchronous,
-         f'train.lr_on_plateau={train.lr_on_plateau} cannot work with train.store=dist_async, whose servers keep their '
+        (train.lr_on_plateau < 1 and on_servers,
+         f'train.lr_on_plateau={train.lr_on_plateau} cannot work with train.store={store}, whose servers keep their '
          'own schedule: set train.lr_on_plateau=1, or train.store=dist_sync'),
-        (asynchronous and optim.clip_grad is not None,
-         f'optim.clip_grad={optim.clip_grad} cannot work with train.store=dist_async: a server never sees the whole '
+        (optim.clip_grad is not None and on_servers,
+         f'optim.clip_grad={optim.clip_grad} cannot work with train.store={store}: a server never sees the whole '
          'gradient, so it has no global norm: set optim.clip_grad=null, or train.store=dist_sync'),
-        (asynchronous and train.accumulate > 1,
-         f'train.accumulate={train.accumulate} cannot work with train.store=dist_async: a server updates with each '
+        (train.accumulate > 1 and on_servers,
+         f'train.accumulate={train.accumulate} cannot work with train.store={store}: a server updates with each '
          'push: set train.accumulate=1 and a smaller train.batch_size, or train.store=dist_sync'),
-        (asynchronous and optim.type != 'adamw',
-         f'optim.type={optim.type} cannot work with train.store=dist_async, whose servers run adamw: set '
+        (optim.type != 'adamw' and on_servers,
+         f'optim.type={optim.type} cannot work with train.store={store}, whose servers run adamw: set '
          'optim.type=adamw'),
-        (asynchronous and weights == 'auto',
-         'data.worker_weights=auto needs workers that wait for each other, which train.store=dist_async spares them: '
+        (weights == 'auto' and on_servers,
+         f'data.worker_weights=auto needs workers that wait for each other, which train.store={store} spares them: '
          'leave data.worker_weights=equal, or give weights such as [3, 1]'),
         (not isinstance(weights, str) and len(weights) != process.size,
          f'data.worker_weights={list(weights)} has {len(weights)} weights for {process.size} workers: one a worker'),
     ]
 
 
-def _compression(store: str, aggregation: str, config: Config, process: ProcessInfo) -> list:
-    kind = config.train.compression
+def _compression(strategy: Strategy, config: Config, process: ProcessInfo) -> Refusals:
+    (store, aggregation), kind = strategy, config.train.compression
+    if kind == 'none':
+        return []
+    able = [name for name, can in STORES.items() if kind in can.compressions]
     return [
-        (kind != 'none' and process.size == 1,
+        (process.size == 1,
          f'train.compression={kind} is for several workers, and there is one: set train.compression=none'),
-        (kind != 'none' and aggregation == 'async',
-         f'train.compression={kind} cannot work with train.store=dist_async: what comes back are weights, which '
+        (strategy.store_can.updates_weights,
+         f'train.compression={kind} cannot work with train.store={store}: what comes back are weights, which '
          'must be whole: set train.compression=none, or train.store=dist_sync'),
-        (kind != 'none' and aggregation in ('local_sgd', 'elastic'),
+        (not strategy.aggregation_can.every_step,
          f'train.compression={kind} is for gradients, and train.aggregation={aggregation} sends weights: set '
          'train.compression=none and a larger train.local_steps'),
-        (kind == 'fp16' and store != 'horovod',
-         'train.compression=fp16 works with train.store=horovod: with parameter servers take train.compression=2bit'),
-        (kind != 'none' and process.p3,
+        (store not in able,
+         f'train.compression={kind} works with {_choices("train.store", able)}: with train.store={store} take '
+         f'train.compression={" or ".join(strategy.store_can.compressions)}'),
+        (process.p3,
          f'--p3 cannot work with train.compression={kind}: P3 cuts dense arrays into slices: leave one of the two out'),
     ]
+
+
+def _choices(key: str, names: List[str]) -> str:
+    return f'{key}={" or ".join(names)}'

@@ -77,7 +77,7 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
 def build_communicator(strategy: Strategy, process: ProcessInfo, control: Optional[ControlPlane] = None
                        ) -> Communicator:
     """Build the communicator over the workers of a job."""
-    make = WeightServers if strategy.store == 'dist_async' else make_communicator
+    make = WeightServers if strategy.store_can.updates_weights else make_communicator
     return make(strategy.store, process, control)
 
 
@@ -106,7 +106,7 @@ def build_update_rule(config: Config, task: Task, net: Network, strategy: Strate
     """
     optim, train = config.optim, config.train
     specs = parameter_specs(net, task.parameter_groups(net))
-    if strategy.aggregation == 'async':
+    if strategy.aggregation_can.updates_on_servers:
         assert isinstance(communicator, WeightServers)
         return AsynchronousUpdate(specs, communicator, config, timetable.per_epoch, timetable.total, net.backend)
     optimizer = optimizer or OPTIMIZERS[optim.type](specs, optim, net.backend)

@@ -31,7 +31,7 @@ def timetable_of(config: Config, samples: int, strategy: Strategy) -> Timetable:
         raise ValueError(f'optim.warmup={config.optim.warmup} is {warmup} steps, longer than the {total} of '
                          f'train.length={config.train.length}: shorten the warm-up, for instance optim.warmup=5%')
 
-    meeting = config.train.local_steps if strategy.aggregation in ('local_sgd', 'elastic') else 1
+    meeting = 1 if strategy.aggregation_can.every_step else config.train.local_steps
 
     def period(length: Duration) -> int:
         """At least 1, and where workers meet."""

@@ -1,8 +1,10 @@
 """Which stores and aggregations go together, and that the others are refused with what to do instead."""
+from typing import get_args
+
 import pytest
 
-from mxsimmim.config import Config
-from mxsimmim.parallel.strategies import horovod_settings, strategy_of
+from mxsimmim.config import Config, TrainConfig
+from mxsimmim.parallel.strategies import AGGREGATIONS, STORES, horovod_settings, strategy_of
 from mxsimmim.runtime.process import ALONE, ProcessInfo
 
 PS = ProcessInfo('worker', 0, 2, servers=1, transport='ps')
@@ -64,6 +66,13 @@ def test_modes(process, keys, expected):
 def test_what_cannot_work_is_refused_by_name(process, keys, message):
     with pytest.raises(ValueError, match=message):
         strategy_of(config(**keys), process)
+
+
+def test_every_choice_declares_what_it_can():
+    for key, declared in ('store', STORES), ('aggregation', AGGREGATIONS):
+        assert {'auto', *declared} == set(get_args(TrainConfig.model_fields[key].annotation))
+    compressions = {kind for can in STORES.values() for kind in can.compressions}
+    assert {'none', *compressions} == set(get_args(TrainConfig.model_fields['compression'].annotation))
 
 
 @pytest.mark.parametrize('step, milliseconds', [(0.001, 1), (0.5, 5), (2.4, 24), (60, 50)])
