@@ -68,6 +68,7 @@ class ControlPlane:
         """
         self.mesh = mesh or Mesh()
         self.rank, self.size = self.mesh.rank, self.mesh.size
+        self.key, self.address = key, '127.0.0.1'  # what signs the job's messages; of this worker, for the others
         self._waiting: List['Future[Any]'] = []
         self._lost = ''
         self._hub: Optional[_Hub] = None
@@ -79,6 +80,7 @@ class ControlPlane:
         self._thread = threading.Thread(target=self._loop.run_forever, name='control', daemon=True)
         self._thread.start()
         self._connection, nonce = _reach(addresses)
+        self.address = self._connection.getsockname()[0]
         self._loop.call_soon_threadsafe(self._open, secret(key, nonce))
         self._post('hello', 'the start', self.rank).result(CONNECT)
 
@@ -187,7 +189,7 @@ class _Hub:
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
         self._connections.append(connection)
-        _tune(connection)
+        tune(connection)
         nonce = secrets.token_hex(16).encode()
         rank: List[int] = []  # of this connection, once it has said hello
 
@@ -278,7 +280,7 @@ def _by_horovod(listener: Optional[socket.socket]) -> Tuple[List[Tuple[str, int]
     return [(address, port) for address in known], bytes.fromhex(key)
 
 
-def _tune(connection: socket.socket) -> None:
+def tune(connection: socket.socket) -> None:
     """Has small messages sent at once, and a host that vanishes missed after half a minute."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -299,7 +301,7 @@ def _reach(addresses: Sequence[Tuple[str, int]]) -> Tuple[socket.socket, bytes]:
                     if not data or len(nonce) > 64:
                         raise OSError('it is not a job of ours')
                     nonce += data
-                _tune(connection)
+                tune(connection)
                 return connection, nonce.strip()
             except OSError as error:
                 why = error

@@ -9,10 +9,10 @@ SECONDS = 60
 KEY = b'k' * 32
 
 
-def each(count, function, keys=()):
+def each(count, function, keys=(), axis='data'):
     """[function(control plane)] of `count` workers at once; an exception in place of a result.
 
-    `keys` are the keys of some ranks that have another one.
+    `keys` are the keys of some ranks that have another one, `axis` is that of the mesh along which the workers lie.
     """
     results = [None] * count
     listener = _listen('127.0.0.1', 0, count)
@@ -20,7 +20,7 @@ def each(count, function, keys=()):
 
     def run(rank):
         try:
-            control = ControlPlane(Mesh(data=count, rank=rank), [address], dict(keys).get(rank, KEY),
+            control = ControlPlane(Mesh(**{axis: count}, rank=rank), [address], dict(keys).get(rank, KEY),
                                    None if rank else listener)
         except Exception as error:
             results[rank] = error

@@ -1,0 +1,244 @@
+"""Channels: hand arrays to the neighbour along a pipeline and take its own, in order, without waiting for either.
+
+Both ends of a channel send and receive: activations go one way, their gradients the other. Between two devices of one
+worker it is a copy; between two workers a TCP connection whose messages are signed with the job's key. MXNet has no
+transfer between two processes of its own, and Horovod none in which not all of a group take part.
+"""
+import contextlib
+import hashlib
+import hmac
+import json
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from typing import Any, Deque, Optional, Protocol, Sequence, Tuple
+
+import mxnet as mx
+import numpy as np
+
+from ..cluster.messages import MAC, secret
+from .control import DEADLINE, ControlError, ControlPlane, tune
+
+OPENING = 120.0  # seconds until both neighbours must have connected
+GREETING = 5.0  # seconds for one who connects to show that it knows the key
+NONCE = 16  # bytes
+
+
+class Channel(Protocol):
+    """One end of a channel."""
+
+    def send(self, array: mx.nd.NDArray) -> None:
+        """Hand on what `array` holds at this point of the program; returns before it is computed."""
+
+    def receive(self) -> mx.nd.NDArray:
+        """Return the next array that the other end has sent, on this end's device.
+
+        Raises:
+            ControlError: the worker at the other end is gone or late.
+        """
+
+
+class LocalChannel:
+    """One end of a channel between two devices of a worker; MXNet's engine waits where one must wait."""
+
+    def __init__(self, context: mx.Context):
+        self.context, self.other = context, self
+        self._arrived: Deque[mx.nd.NDArray] = deque()
+
+    def send(self, array: mx.nd.NDArray) -> None:
+        """Begin to copy to the other end's device."""
+        self.other._arrived.append(array.copyto(self.other.context))
+
+    def receive(self) -> mx.nd.NDArray:
+        """Return the next array, of which the copy may be under way."""
+        assert self._arrived, 'the worker itself must have sent it before'
+        return self._arrived.popleft()
+
+
+def local_channel(first: mx.Context, second: mx.Context) -> Tuple[LocalChannel, LocalChannel]:
+    """Make both ends of a channel between two devices of this worker."""
+    ends = LocalChannel(first), LocalChannel(second)
+    ends[0].other, ends[1].other = ends[1], ends[0]
+    return ends
+
+
+class SocketChannel:
+    """One end of a channel between two workers. A thread sends what is computed, another one receives meanwhile."""
+
+    def __init__(self, connection: socket.socket, key: bytes, peer: int, context: mx.Context, upper: bool):
+        """`peer` is the rank at the other end, `upper` whether it comes later in the pipeline."""
+        self._connection, self._key, self._peer, self._context = connection, key, peer, context
+        self._names = (b'up', b'down') if upper else (b'down', b'up')
+        self._outgoing: 'queue.Queue[Optional[mx.nd.NDArray]]' = queue.Queue()
+        self._arrived: 'queue.Queue[Any]' = queue.Queue()  # arrays of NumPy, and at the end a ControlError
+        self._lost: Optional[ControlError] = None
+        self._threads = [threading.Thread(target=work, name=f'channel to rank {peer}', daemon=True)
+                         for work in (self._send_all, self._receive_all)]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, array: mx.nd.NDArray) -> None:
+        """Begin to copy to the host's memory, from where it is sent as soon as it is there.
+
+        Raises:
+            ControlError: the worker at the other end is gone.
+        """
+        if self._lost:
+            raise self._lost
+        self._outgoing.put(array.copyto(mx.cpu()))
+
+    def receive(self, seconds: float = DEADLINE) -> mx.nd.NDArray:
+        """Wait for the next array.
+
+        Raises:
+            ControlError: the worker at the other end is gone, or has sent nothing for `seconds`.
+        """
+        try:
+            arrived = self._arrived.get(timeout=seconds)
+        except queue.Empty:
+            raise ControlError(f'channel: rank {self._peer} has sent nothing for {seconds:g} s: its log says what it '
+                               'does') from None
+        if isinstance(arrived, ControlError):
+            self._arrived.put(arrived)
+            raise arrived
+        return mx.nd.array(arrived, self._context, arrived.dtype)
+
+    def close(self) -> None:
+        """Send what is on its way, and say that nothing follows; what has not been received yet is lost."""
+        self._outgoing.put(None)
+        self._threads[0].join(GREETING)
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _send_all(self) -> None:
+        number = 0
+        with contextlib.suppress(OSError):  # the other thread meets it, too
+            while (array := self._outgoing.get()) is not None:
+                try:
+                    values = np.ascontiguousarray(array.asnumpy())
+                except mx.MXNetError as error:  # of an operator that has made the array
+                    return self._lose(str(error))
+                head = json.dumps([values.dtype.name, values.shape]).encode()
+                self._connection.sendall(len(head).to_bytes(2, 'big') + head + self._sign(0, number, head))
+                self._connection.sendall(values.data.cast('B') if values.size else b'')
+                self._connection.sendall(self._sign(0, number, values))
+                number += 1
+
+    def _receive_all(self) -> None:
+        number, why = 0, f'rank {self._peer} has ended: its log says why'
+        with contextlib.suppress(OSError):
+            while True:
+                head = self._read(int.from_bytes(self._read(2), 'big'))
+                if not hmac.compare_digest(self._read(MAC), self._sign(1, number, head)):
+                    why = f'what arrives is not signed by rank {self._peer}'
+                    break
+                dtype, shape = json.loads(head.decode())
+                values = np.empty(shape, dtype)
+                self._read_into(values.data.cast('B') if values.size else memoryview(b''))
+                if not hmac.compare_digest(self._read(MAC), self._sign(1, number, values)):
+                    why = f'what arrives is not signed by rank {self._peer}'
+                    break
+                self._arrived.put(values)
+                number += 1
+        self._lose(why)
+
+    def _lose(self, why: str) -> None:
+        self._lost = ControlError(f'channel: {why}')
+        self._arrived.put(self._lost)
+
+    def _sign(self, side: int, number: int, data: Any) -> bytes:
+        return _mac(self._key, self._names[side] + number.to_bytes(8, 'big'), data)
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray(size)
+        self._read_into(memoryview(data))
+        return bytes(data)
+
+    def _read_into(self, data: memoryview) -> None:
+        _read_into(self._connection, data)
+
+
+def pipeline_channels(control: ControlPlane, context: mx.Context
+                      ) -> Tuple[Optional[SocketChannel], Optional[SocketChannel]]:
+    """Open channels to the workers before and after this one in its pipeline; None where there is none.
+
+    All workers of the job do this at once. Each listens in the network through which it reaches rank 0.
+
+    Raises:
+        ControlError: a neighbour cannot be reached, or does not know the job's key.
+    """
+    mesh = control.mesh
+    stages, stage = mesh.group('pipeline'), mesh.coordinate('pipeline')
+    with socket.socket() as listener:
+        listener.bind((control.address, 0))
+        listener.listen()
+        places = control.all_gather('channels', listener.getsockname())
+        before = after = None
+        if stage > 0:
+            peer = stages[stage - 1]
+            before = SocketChannel(*_connect(places[peer], control.key, mesh.rank), peer, context, False)
+        if stage < len(stages) - 1:
+            peer = stages[stage + 1]
+            after = SocketChannel(*_accept(listener, control.key, peer), peer, context, True)
+        control.barrier('channels are open')
+    return before, after
+
+
+def _connect(place: Sequence[Any], key: bytes, rank: int) -> Tuple[socket.socket, bytes]:
+    try:
+        connection = socket.create_connection(tuple(place), OPENING)
+        nonce = bytearray(NONCE)
+        _read_into(connection, memoryview(nonce))
+        own = secret(key, bytes(nonce))
+        connection.sendall(_mac(own, b'channel', str(rank).encode()))
+    except OSError as error:
+        raise ControlError(f'channel: {place[0]}:{place[1]} cannot be reached: {error}') from None
+    return _ready(connection), own
+
+
+def _accept(listener: socket.socket, key: bytes, peer: int) -> Tuple[socket.socket, bytes]:
+    """Wait for the worker `peer`; whoever else connects is turned away."""
+    limit = time.monotonic() + OPENING
+    while time.monotonic() < limit:
+        listener.settimeout(max(limit - time.monotonic(), 0.01))
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            connection.settimeout(GREETING)
+            nonce, answer = secrets.token_bytes(NONCE), bytearray(MAC)
+            own = secret(key, nonce)
+            with contextlib.suppress(OSError):
+                connection.sendall(nonce)
+                _read_into(connection, memoryview(answer))
+            if hmac.compare_digest(bytes(answer), _mac(own, b'channel', str(peer).encode())):
+                return _ready(connection), own
+            connection.close()
+    raise ControlError(f'channel: rank {peer} has not connected within {OPENING:g} s: its log says what it does')
+
+
+def _ready(connection: socket.socket) -> socket.socket:
+    connection.settimeout(None)
+    tune(connection)
+    return connection
+
+
+def _mac(key: bytes, head: bytes, data: Any) -> bytes:
+    digest = hmac.new(key, head, hashlib.sha256)
+    digest.update(data)
+    return digest.digest()
+
+
+def _read_into(connection: socket.socket, data: memoryview) -> None:
+    """Fill `data`.
+
+    Raises:
+        OSError: the connection ended before.
+    """
+    while data:
+        size = connection.recv_into(data)
+        if not size:
+            raise ConnectionResetError('the connection has ended')
+        data = data[size:]
