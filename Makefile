@@ -51,7 +51,7 @@ lint: $(LINT)/ready  # checks style and types
 	$(LINT)/bin/clang-format --dry-run -Werror mxsimmim/ops/src/*
 
 sanitize: $(VENV)/test  # runs the tests of the native operators under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(BIN)/python tools/sanitize.py tests/unit/test_ops*.py
+	@$(BIN)/python tools/sanitize.py tests/unit/test_ops*.py tests/unit/test_transforms.py
 
 bench: $(VENV)/bench  # measures speed beside PyTorch
 	$(BIN)/python tools/bench/train.py -o step.png

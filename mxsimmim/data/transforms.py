@@ -6,15 +6,14 @@ the transfer. A classifier's training images are the exception: the noise that e
 import math
 from typing import Dict, Optional, Protocol, Tuple
 
-import cv2
-import numba
 import numpy as np
 from PIL import Image
 
 from ..config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
 from .augment import erase, mix_pair, mixes, rand_augment, smooth_label
-from .decode import MAX_PIXELS, STRIP, BrokenImage, decode  # noqa: F401, for those who import them from here
+from .decode import MAX_PIXELS, BrokenImage, decode  # noqa: F401, for those who import them from here
 from .masks import random_mask
+from .resampling import resize, resize_part
 
 Fields = Dict[str, np.ndarray]
 """What a network gets, by name: of one image, or of a batch with one more dimension in front.
@@ -61,81 +60,6 @@ def random_crop(rng: np.random.Generator, height: int, width: int, scale: Tuple[
     elif width / height > ratio[1]:
         w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def resize(image: np.ndarray, size: int, flip: bool = False, bicubic: bool = False) -> np.ndarray:
-    """uint8 (H, W, 3) to (size, size, 3), optionally mirrored left to right.
-
-    Bit for bit Pillow's `Image.resize((size, size), BILINEAR)`, or BICUBIC, which averages over a triangle as wide as
-    two output pixels or a cubic as wide as four, in a fraction of its time: each pass works on whole rows, with columns
-    transposed into rows by OpenCV.
-    """
-    return _resize(image, (size, size), (0, 0), (size, size), flip, bicubic)
-
-
-def _resize(image: np.ndarray, whole: Tuple[int, int], corner: Tuple[int, int], shape: Tuple[int, int],
-            flip: bool, bicubic: bool) -> np.ndarray:
-    """The part of `shape` (h, w) at `corner` (top, left) of the image resized to `whole` (H', W'), and nothing else.
-
-    What is computed and kept depends on `shape` and the image alone, however large `whole` is.
-    """
-    (height, width), (first, last) = image.shape[:2], _reach(image.shape[0], whole[0], corner[0], shape[0], bicubic)
-    left, right = _reach(width, whole[1], corner[1], shape[1], bicubic)
-    rows = np.empty((last - first, shape[1] * 3), np.uint8)
-    step = max(1, STRIP // (right - left))
-    for start in range(first, last, step):
-        part = cv2.transpose(image[start:min(start + step, last), left:right]).reshape(right - left, -1)
-        columns = np.empty((shape[1], part.shape[1]), np.uint8)
-        _resize_rows(part, columns, width, left, whole[1], corner[1], flip, bicubic)
-        strip = cv2.transpose(columns.reshape(shape[1], -1, 3)).reshape(-1, shape[1] * 3)
-        rows[start - first:][:len(strip)] = strip
-    result = np.empty((*shape, 3), np.uint8)
-    _resize_rows(rows, result.reshape(shape[0], -1), height, first, whole[0], corner[0], False, bicubic)
-    return result
-
-
-def _reach(length: int, whole: int, start: int, count: int, bicubic: bool) -> Tuple[int, int]:
-    """From and up to which of `length` rows the output rows from `start` on are made of; see `_resize_rows`."""
-    scale = length / whole
-    support = max(scale, 1.0) * (2 if bicubic else 1)
-    return (max(int((start + 0.5) * scale - support + 0.5), 0),
-            min(int((start + count - 0.5) * scale + support + 0.5), length))
-
-
-@numba.njit(nogil=True, error_model='numpy')
-def _resize_rows(rows: np.ndarray, out: np.ndarray, n: int, base: int, size: int, start: int, backwards: bool,
-                 bicubic: bool) -> None:
-    """Weighted means of neighbouring rows, in fixed point with 22 bits as Pillow does it: uint8 (m, L) to (k, L).
-
-    Of `n` rows `rows` are those from `base` on, of the `size` rows that they become `out` gets those from `start` on.
-    """
-    scale = n / size
-    inverse = 1.0 / max(scale, 1.0)
-    support = max(scale, 1.0) * (2 if bicubic else 1)
-    weights = np.empty(2 * math.ceil(support) + 1)
-    sums = np.empty(rows.shape[1], np.int32)
-    for y in range(len(out)):
-        centre = (start + y + 0.5) * scale
-        first = max(int(centre - support + 0.5), 0)
-        count = min(int(centre + support + 0.5), n) - first
-        for k in range(count):
-            x = abs((k + first - centre + 0.5) * inverse)
-            if not bicubic:
-                weights[k] = max(0.0, 1.0 - x)
-            elif x < 1:  # Keys (1981) with a = -0.5
-                weights[k] = (1.5 * x - 2.5) * x * x + 1
-            else:
-                weights[k] = (((x - 5) * x + 8) * x - 4) * -0.5 if x < 2 else 0.0
-        total = weights[:count].sum()
-        sums[:] = 1 << 21  # rounds to nearest
-        for k in range(count):
-            exact, row = weights[k] / total * (1 << 22), rows[first + k - base]
-            weight = np.int32(exact + 0.5 if exact >= 0 else exact - 0.5)
-            for i in range(len(sums)):
-                sums[i] += np.int32(row[i]) * weight
-        target = out[len(out) - 1 - y] if backwards else out[y]
-        for i in range(len(sums)):
-            target[i] = min(max(sums[i] >> 22, 0), 255)
 
 
 class PretrainTransform(Transform):
@@ -242,7 +166,7 @@ class ClassifyEvalTransform(Transform):
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         width, height = _short_side(image.shape[1], image.shape[0], self._short)
         corner = round((height - self._size) / 2), round((width - self._size) / 2)
-        fields = {'image': _resize(image, (height, width), corner, (self._size, self._size), False, True)}
+        fields = {'image': resize_part(image, (height, width), corner, (self._size, self._size), False, True)}
         if self._labels is not None:
             fields['label'] = smooth_label(self._labels[index], self._classes, 0)
         return fields

@@ -3,9 +3,9 @@ import math
 from typing import Callable, Dict, List, Optional, Sequence, Union
 
 import mxnet as mx
-import numba
 import numpy as np
 
+from ..system.compiled import compiled
 from .communicators import Communicator, Copies
 
 LAST = 4  # of a network's parameters, in order of definition: their gradients are the last that a backward pass yields
@@ -93,7 +93,7 @@ class TwoBit:
         self._devices.broadcast()
 
 
-@numba.njit(nogil=True, error_model='numpy')
+@compiled
 def pack(gradient: np.ndarray, residual: np.ndarray, words: np.ndarray, digits: int, base: int,
          threshold: float) -> bool:
     """Add gradient (n,) to residual (n,), move what exceeds the threshold into words (ceil(n / digits),).
@@ -124,7 +124,7 @@ def pack(gradient: np.ndarray, residual: np.ndarray, words: np.ndarray, digits: 
     return bad
 
 
-@numba.njit(nogil=True, error_model='numpy')
+@compiled
 def unpack(words: np.ndarray, total: np.ndarray, digits: int, base: int, threshold: float) -> None:
     """Write the sum of all workers' codes times the threshold to total (n,); takes `words` apart."""
     n, stride, workers = len(total), len(words), (base - 1) // 2

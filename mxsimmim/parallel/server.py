@@ -11,10 +11,10 @@ import sys
 import traceback
 from typing import Any, Callable, Dict, List, Optional
 
-import numba
 import numpy as np
 
 from ..runtime import mxnet_private
+from ..system.compiled import compiled
 from . import protocol
 
 
@@ -139,7 +139,7 @@ def _memory(array: Any) -> np.ndarray:
     return np.frombuffer(content, kind)
 
 
-@numba.njit(nogil=True, error_model='numpy')
+@compiled
 def adamw(weight: np.ndarray, gradient: np.ndarray, mean: np.ndarray, var: np.ndarray, ahead: np.ndarray,
           kept: np.float32, rate: np.float32, beta1: np.float32, beta2: np.float32, epsilon: np.float32,
           further: np.float32) -> None:

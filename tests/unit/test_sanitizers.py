@@ -19,7 +19,8 @@ SECONDS = 600  # one of them to compile, half a minute to run
 @machine.natively
 @pytest.mark.skipif(bool(os.environ.get(library.VARIABLE)), reason='these are the tests that it runs')
 def test_operators_under_sanitizers():
-    files = sorted(str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob('test_ops*.py'))
+    files = sorted(str(path.relative_to(ROOT)) for name in ('test_ops*.py', 'test_transforms.py')
+                   for path in Path(__file__).parent.glob(name))
     child = subprocess.run([sys.executable, 'tools/sanitize.py', '-q', '-p', 'no:cacheprovider', '-k',
                             'not (reference- or reference])', *files],  # MXNet's own operators are not instrumented
                            cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,

@@ -7,9 +7,10 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
+from support import machine
 
 from mxsimmim.config import AugmentConfig, DataConfig, MaskConfig, ModelConfig
-from mxsimmim.data import decode as decoding, transforms
+from mxsimmim.data import decode as decoding, resampling
 from mxsimmim.data.augment import erase, rand_augment
 from mxsimmim.data.sampling import generator
 from mxsimmim.data.transforms import (
@@ -127,10 +128,20 @@ def test_decompression_bomb(form, monkeypatch):
         decode(encode(RGB, form), 'x.png')
 
 
+@pytest.fixture(params=['native', 'python'])
+def passes(request, monkeypatch):
+    """How passes are computed: by the library, or as where there is none."""
+    if request.param == 'native':
+        machine.need_native()
+        assert resampling._one_pass() is not resampling.resize_rows
+    else:
+        monkeypatch.setattr(resampling, '_one_pass', lambda: resampling.resize_rows)
+
+
 @pytest.mark.parametrize('width, height, size', [(500, 375, 224), (231, 224, 224), (40, 700, 32), (8, 8, 32),
                                                  (224, 224, 224), (1, 1, 7), (3, 500, 64), (1200, 900, 192), (5, 2, 1)])
 @pytest.mark.parametrize('bicubic', [False, True])
-def test_resize_equals_pillow(width, height, size, bicubic):
+def test_resize_equals_pillow(width, height, size, bicubic, passes):
     image = picture(width, height, seed=width)
     image[:, ::3] = np.where(image[:, ::3] < 128, 0, 255)  # edges that a cubic overshoots at
     want = np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC if bicubic else Image.BILINEAR))
@@ -277,11 +288,11 @@ def test_very_thin_images(length):
 
 @pytest.mark.parametrize('size', [(3000, 1500), (1500, 3000)])
 @pytest.mark.parametrize('bicubic', [False, True])
-def test_resize_in_strips(size, bicubic):
+def test_resize_in_strips(size, bicubic, passes):
     image = picture(*size)
     want = Image.fromarray(image).resize((64, 64), Image.BICUBIC if bicubic else Image.BILINEAR)
-    for strip in (transforms.STRIP, 100_000):
-        with mock.patch.object(transforms, 'STRIP', strip):
+    for strip in (resampling.STRIP, 100_000):
+        with mock.patch.object(resampling, 'STRIP', strip):
             assert (resize(image, 64, bicubic=bicubic) == np.asarray(want)).all()
 
 

@@ -51,6 +51,10 @@ struct Kernels {
   void (*residual)(const float* x, const float* branch, float factor, const float* gamma, float* y, int64_t n);
   // Element i of both is multiplied and added to lanes[i % LANES].
   void (*dot)(const float* a, const float* b, int64_t n, double* lanes);
+  // Whole numbers, so that all instruction sets give the same: sums += weight * row, and their 22 bits after the point
+  // cut off, as bytes.
+  void (*add_row)(const uint8_t* row, int32_t weight, int32_t* sums, int64_t n);
+  void (*to_bytes)(const int32_t* sums, uint8_t* out, int64_t n);
   // One update; copy is the new weight, or null.
   void (*adamw)(const AdamW& a, const float* grad, float* weight, float* mean, float* var, Bf16* copy, int64_t n);
 };

@@ -225,6 +225,17 @@ void dot(const float* __restrict a, const float* __restrict b, int64_t n, double
   for (int64_t j = 0; i + j < n; ++j) lanes[j] += double(a[i + j]) * double(b[i + j]);
 }
 
+void add_row(const uint8_t* __restrict row, int32_t weight, int32_t* __restrict sums, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sums[i] += weight * int32_t(row[i]);
+}
+
+void to_bytes(const int32_t* __restrict sums, uint8_t* __restrict out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t value = sums[i] >> 22;
+    out[i] = uint8_t(value < 0 ? 0 : value > 255 ? 255 : value);
+  }
+}
+
 void adamw(const AdamW& given, const float* __restrict grad, float* __restrict weight, float* __restrict mean,
            float* __restrict var, Bf16* __restrict copy, int64_t n) {
   constexpr int64_t block = 1024;  // its arrays stay in the innermost cache from loop to loop
@@ -252,7 +263,8 @@ template <class T> constexpr RowKernels<T> row_kernels() {
           convert<T>,   convert_scaled<T>, widen<T>,         add<T>,     errors<T>};
 }
 
-constexpr Kernels table{row_kernels<float>(), row_kernels<Bf16>(), normalise_backward, scale, residual, dot, adamw};
+constexpr Kernels table{
+    row_kernels<float>(), row_kernels<Bf16>(), normalise_backward, scale, residual, dot, add_row, to_bytes, adamw};
 
 }  // namespace
 }  // namespace simmim
