@@ -150,6 +150,9 @@ def test_digits():
     source: Source = open_source('digits')
     image = source.read(5)
     assert len(source) == 1797 and source.name(5) == 'digits#5'
+    digits = load_digits()
+    assert (source.labels() == digits.target).all()
+    assert all((source.read(i) == np.round(digits.images[i] * 255 / 16)).all() for i in range(1797))
     assert image.dtype == np.uint8 and image.shape == (8, 8)
     assert np.abs(image / 255 * 16 - load_digits().images[5]).max() <= 8 / 255 + 1e-9  # half a grey level
     assert max(source.read(i).max() for i in range(1797)) == 255
