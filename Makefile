@@ -42,8 +42,9 @@ define run_tests
 	exit $$status
 endef
 
-soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, commands that fail; 35 minutes
+soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, commands that fail; 50 minutes
 	$(BIN)/python -m pytest -v tests/*/soak_*.py
+	SOAK=1 $(BIN)/python -m pytest -v -m soak
 
 lint: $(LINT)/ready  # checks style and types
 	$(LINT)/bin/ruff check .

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, SERVERS, assert_close, newest, steps
-from support.running import ROOT
+from support.running import ROOT, rounds
 from support.tiny import TEN_STEPS
 
 LONG = TEN_STEPS + ['train.length=200', 'validation.every=100', 'checkpoint.every=50', 'train.check_replicas=40']
@@ -36,11 +36,11 @@ def test_a_stopped_job_goes_on(launcher, launch, keys, exact):
     stopped, _ = newest(run)
     assert 20 <= stopped < 200, launcher.text('err')
     launcher.run(*words, 'name=stopped')
-    launcher.run(*words, 'name=whole')
-    (last, ours), (_, expected) = newest(run), newest(launcher.folder / 'runs' / 'whole')
+    last, ours = newest(run)
     assert last == 200 and len(set(steps(run))) == len(steps(run))
     if exact:
-        assert_close(ours, expected)
+        launcher.run(*words, 'name=whole')
+        assert_close(ours, newest(launcher.folder / 'runs' / 'whole')[1])
     else:  # each goes its own way; both learn
         with open(run / 'metrics.jsonl') as file:
             losses = [row['val_loss'] for row in map(json.loads, file) if 'val_loss' in row]
@@ -122,15 +122,17 @@ def test_what_cannot_work_is_refused_at_the_start(launcher, launch, keys, messag
     assert message in out + err
 
 
+@pytest.mark.soak
 def test_every_mode_learns_as_dist_sync_does():
-    """Digits, 10 epochs: a validation loss near that of dist_sync on the same samples.
+    """Digits, 10 epochs (here 2): a validation loss near that of dist_sync on the same samples.
 
     Within 10 %, as at the 25 epochs of docs/benchmarks.md; asynchronous workers, of which no two runs are alike, ended
-    between 1.00 and 1.03 times there.
+    between 1.00 and 1.03 times there, and at 4 epochs.
     """
-    result = subprocess.run([sys.executable, ROOT / 'tools' / 'bench' / 'modes.py', '--epochs', '10', '--limit', '1.1'],
-                            timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    result = subprocess.run([sys.executable, ROOT / 'tools' / 'bench' / 'modes.py', '--epochs', str(rounds(2, 10)),
+                             '--limit', '1.1'], timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            universal_newlines=True)
     assert result.returncode == 0, result.stdout
     losses = dict(re.findall(r'\| (\w+) \| ([\d.]+) \|', result.stdout))
     assert set(losses) == {'dist_sync', 'dist_async', 'local_sgd', 'elastic'}
-    assert all(float(loss) < 0.7 for loss in losses.values()), losses  # 1.47 at the start
+    assert all(float(loss) < rounds(1.0, 0.7) for loss in losses.values()), losses  # 1.47 at the start

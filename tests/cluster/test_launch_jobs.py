@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.launcher import Launcher
-from support.running import DIGITS
+from support.running import DIGITS, rounds
 from support.tiny import TINY
 
 SLEEP = ['python', '-c', 'import time; print("ready", flush=True); time.sleep(600)']
@@ -140,10 +140,11 @@ TRAIN = [*TINY, 'name=tiny', 'model.drop_path=0', 'train.length=999999', 'valida
          'validation.pictures=0', 'checkpoint.every=999999', 'log.every=1', 'data.threads=1']
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('victim', ['worker', 'server', 'scheduler', 'launcher', 'rank'])
 def test_kill_9_at_a_random_step(tmp_path, victim):
     with ThreadPoolExecutor(3) as pool:  # a job waits more than it computes
-        list(pool.map(lambda seed: kill_9(victim, seed, tmp_path / str(seed)), range(5)))
+        list(pool.map(lambda seed: kill_9(victim, seed, tmp_path / str(seed)), range(rounds(2, 5))))
 
 
 def kill_9(victim, seed, folder):

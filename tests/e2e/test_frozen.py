@@ -2,8 +2,11 @@
 import numpy as np
 import pytest
 from PIL import Image
+from support.images import noise
 from support.running import ROOT
 from support.tiny import TINY
+
+from mxsimmim import cli
 
 
 @pytest.fixture
@@ -13,11 +16,15 @@ def run(mxsimmim):
     return 'runs/run'
 
 
-def test_features_and_probe(run, mxsimmim, tmp_path):
-    said = mxsimmim('features', run, 'digits', '--block', 1, '--picture', 'embedding.png').stdout
-    assert said == 'features.npz: 1,797 x 16 after block 1 of 2, step 4, 10 classes\nembedding.png\n'
+def test_features_and_probe(run, mxsimmim, tmp_path, monkeypatch, capfd):
+    said = mxsimmim('features', run, 'digits', '--block', 1).stdout
+    assert said == 'features.npz: 1,797 x 16 after block 1 of 2, step 4, 10 classes\n'
     with np.load(tmp_path / 'features.npz') as saved:
         assert saved['features'].shape == (1797, 16) and saved['labels'].shape == (1797,)
+    for name in ('some/a', 'some/b'):
+        noise(tmp_path / name, 20)
+    said = mxsimmim('features', run, 'some', '-o', 'some.npz', '--picture', 'embedding.png').stdout
+    assert said == 'some.npz: 40 x 16 after block 2 of 2, step 4, 2 classes\nembedding.png\n'
     assert Image.open(tmp_path / 'embedding.png').size[0] > 500
 
     probe = 'probe', run, 'data.labels_per_class=3', '--block', 'all', '--seeds', 2
@@ -29,11 +36,15 @@ def test_features_and_probe(run, mxsimmim, tmp_path):
 
     (tmp_path / 'flat').mkdir()
     Image.new('RGB', (20, 20)).save(tmp_path / 'flat' / 'a.png')
+    # In this process, which has MXNet, with whatever threads other tests gave it.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('mxsimmim.runtime.environment.prepare', lambda config: None)
     for arguments, status, complaint in (
             (('features', run, 'digits', '--block', 3), 1, '--block 3: this vit has blocks 1 to 2'),
             (('features', run, 'flat', '-o', 'none/f.npz'), 1, 'none/f.npz: cannot be written'),
             (('probe', run, 'data.path=flat'), 1, 'in no class folder'),
             (('probe', run, 'model.depth=3'), 2, "'model.depth=3': only data.… can be changed"),
             (('probe', run, 'data.labels_per_class=500'), 1, 'data.labels_per_class=500, but class')):
-        errors = mxsimmim(*arguments, status=status).stderr.splitlines()
+        assert cli.main(list(map(str, arguments))) == status
+        errors = [line for line in capfd.readouterr().err.splitlines() if 'error' in line]
         assert errors[-1].startswith('mxsimmim: error: ') and complaint in errors[-1] and 'Traceback' not in str(errors)

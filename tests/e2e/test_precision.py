@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 from support import machine
-from support.running import BASE, DEADLINE, DIGITS, command, metrics, weights
+from support.running import BASE, DEADLINE, DIGITS, command, metrics, rounds, weights
 from support.tiny import TINY
 
 WITHOUT = {**os.environ, 'MXSIMMIM_LIBRARY': '/nowhere/libmxsimmim.so'}
@@ -15,12 +15,13 @@ def pretrain(folder, *arguments, **keys):
                           stderr=subprocess.STDOUT, universal_newlines=True, **keys)
 
 
+@pytest.mark.soak
 def test_digits_in_bf16_end_where_float32_does(tmp_path):
-    """The demo, a fifth of its epochs."""
+    """The demo, a fifth of its epochs (here two)."""
     losses = {}
     for precision in ('float32', 'bf16'):
         done = pretrain(tmp_path, DIGITS, f'name={precision}', f'runtime.precision={precision}',
-                        'train.length=10 epochs', 'validation.pictures=1')
+                        f'train.length={rounds(2, 10)} epochs', 'optim.warmup=1 epochs', 'validation.pictures=1')
         if precision == 'bf16' and 'bf16' not in machine.PRECISIONS:  # a CPU without AVX-512 says so
             assert done.returncode == 1 and "key 'runtime.precision': bf16 needs " in done.stdout, done.stdout
             assert 'write runtime.precision=float32' in done.stdout and 'Traceback' not in done.stdout, done.stdout

@@ -7,10 +7,10 @@ import subprocess
 import time
 
 import pytest
-from support.running import BASE, DEADLINE, command, last_step, metrics, wait_for, weights
+from support.running import BASE, DEADLINE, command, last_step, metrics, rounds, wait_for, weights
 from support.tiny import TINY
 
-SEED, KILLS = 20261120, 20
+SEED, KILLS = 20261120, rounds(6, 20)
 
 
 @pytest.fixture(scope='module')
@@ -21,7 +21,8 @@ def whole(tmp_path_factory):
     return folder / 'runs' / 'run'
 
 
-def test_killed_twenty_times(whole, start, mxsimmim, tmp_path):
+@pytest.mark.soak
+def test_killed_again_and_again(whole, start, mxsimmim, tmp_path):
     """SIGKILL at random steps, and at random moments between: bit-identical weights, metrics without gap or double."""
     print('seed', SEED)
     chance = random.Random(SEED)

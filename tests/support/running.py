@@ -1,5 +1,6 @@
 """The command as tests call it, and what a run left."""
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,11 @@ ROOT = Path(__file__).parents[2]
 BASE, DIGITS = ROOT / 'conf' / 'base.yaml', ROOT / 'conf' / 'digits.yaml'
 DATA = ROOT / 'tests' / 'data'
 DEADLINE = 120  # seconds, for any one command
+
+
+def rounds(here, soak):
+    """How often, or how long, a test marked `soak` does what it does: `soak` under `make soak`, else `here`."""
+    return soak if os.environ.get('SOAK') else here
 
 
 def command(*arguments):

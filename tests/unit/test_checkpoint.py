@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.checkpoints import arrays_of
+from support.running import rounds
 
 from mxsimmim.training import checkpoint
 from mxsimmim.training.checkpoint import CheckpointError
@@ -227,13 +228,14 @@ def python(program, *arguments, **options):
                             env={**os.environ, 'PYTHONPATH': path}, **options)
 
 
+@pytest.mark.soak
 def test_sigkill_at_random_moments(tmp_path):
     seed = random.randrange(2 ** 32)
     print(f'seed {seed}')
     draw = random.Random(seed)
     checkpoint.save(tmp_path, 1, arrays_of(1), {'value': 1}, keep=1)
     last = 1
-    for _ in range(20):
+    for _ in range(rounds(6, 20)):
         process = python(SAVE_FOR_EVER, tmp_path, last + 1)
         assert process.stdout.readline() == 'ready\n'
         time.sleep(draw.uniform(0, 0.1))
