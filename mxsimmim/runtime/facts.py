@@ -81,8 +81,9 @@ def collect() -> Facts:
 def _ask(function: str, module: str = 'runtime.facts') -> Dict[str, Any]:
     """What a function of ours returns in a process of its own; {'error': …} if it fails or crashes."""
     code = ('import json\nfrom mxsimmim.system import guards\nguards.name_crashes()\n'
-            f'from mxsimmim.{module.replace(".", " import ")} as module\ntry:\n'
-            f'    with guards.alone(): answer = module.{function}()\n'
+            'try:\n    with guards.alone():\n'
+            f'        from mxsimmim.{module.replace(".", " import ")} as module\n'
+            f'        answer = module.{function}()\n'
             'except Exception as error: answer = dict(error=f"{type(error).__name__}: {error}")\n'
             'print("\\n" + json.dumps(answer), flush=True)')
     env = {name: value for name, value in os.environ.items() if name != 'DMLC_ROLE'}  # a server's import never returns

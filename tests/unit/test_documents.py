@@ -53,7 +53,7 @@ def test_complaints(text, complaint):
     with pytest.raises(documents.NotYaml) as error:
         documents.parse(text)
     assert complaint in str(error.value) and '\n' not in str(error.value)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # on a busy machine; 1 to 2 s
 
 
 def test_a_template_in_a_configuration(tmp_path):
