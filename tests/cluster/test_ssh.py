@@ -118,7 +118,7 @@ def test_a_job_on_three_hosts(launch, hosts, tmp_path, options, keys, logs):
     assert max(record['step'] for record in records) == 20
     assert sorted(path.stem for path in (tmp_path / 'job' / 'logs').iterdir()) == logs  # of all hosts, fetched
     assert f'network: eth0, {hosts.address(0)} {hosts.address(1)} {hosts.address(2)}\n' in said
-    assert left(hosts, tmp_path) == []
+    wait_for(lambda: not left(hosts, tmp_path), 'nothing is left of the job', 5)
 
 
 def test_the_job_goes_through_the_network_of_the_interface(launch, hosts):
@@ -197,7 +197,7 @@ def test_all_problems_of_all_hosts_at_once(launch, hosts, tmp_path):
     assert re.search(r'host host1: .*Permission denied \(publickey\)', said)
     assert f"host host2: data '{images}' cannot be read (No such file or directory)" in said
     assert re.search(r'host no-such-host: .*Could not resolve hostname no-such-host', said)
-    assert left(hosts, tmp_path) == []
+    wait_for(lambda: not left(hosts, tmp_path), 'nothing is left of the job', 5)
 
 
 def test_hosts_with_other_versions(launch, hosts, tmp_path):
@@ -257,7 +257,7 @@ def test_kill_9_of_a_remote_worker(training, hosts, tmp_path, options):
     said = (tmp_path / 'said').read_text()
     assert 'worker 1 on host1 was killed by SIGKILL; its log is logs/worker-1.log' in said
     assert 'step' in (tmp_path / 'job' / 'logs' / 'worker-0.log').read_text()  # fetched after the failure
-    assert left(hosts, tmp_path) == []
+    wait_for(lambda: not left(hosts, tmp_path), 'nothing is left of the job', 5)
 
 
 @pytest.mark.parametrize('which', ['agent', 'ssh'])

@@ -24,8 +24,8 @@ def test_operators_under_sanitizers():
                    for path in Path(__file__).parent.glob(name))
     child = subprocess.run([sys.executable, 'tools/sanitize.py', '-q', '-p', 'no:cacheprovider', '-k',
                             'not (reference- or reference])', *files],  # MXNet's own operators are not instrumented
-                           cwd=str(ROOT), env=unmeasured(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
-                           timeout=SECONDS)
+                           cwd=str(ROOT), env=unmeasured(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           universal_newlines=True, timeout=SECONDS)
     if child.returncode == LACKING:
         pytest.skip(child.stdout.strip().splitlines()[-1])
     assert child.returncode == 0, child.stdout[-10_000:]
