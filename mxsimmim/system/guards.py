@@ -47,11 +47,11 @@ def alone() -> Iterator[None]:
     registered = [kind.entry_points for kind in kinds]
     for kind in kinds:
         kind.entry_points = property(lambda self: [])
-    sys.meta_path.insert(0, _NotForMXNet)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NotForMXNet)
     try:
         yield
     finally:
-        sys.meta_path.remove(_NotForMXNet)  # type: ignore[arg-type]
+        sys.meta_path.remove(_NotForMXNet)
         for kind, kept in zip(kinds, registered):
             kind.entry_points = kept
         for name in hidden:
