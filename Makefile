@@ -42,7 +42,7 @@ define run_tests
 	exit $$status
 endef
 
-soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, commands that fail; 50 minutes
+soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, commands that fail
 	$(BIN)/python -m pytest -v tests/*/soak_*.py
 	SOAK=1 $(BIN)/python -m pytest -v -m soak
 

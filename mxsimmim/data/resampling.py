@@ -96,9 +96,10 @@ def resize_rows(rows: np.ndarray, out: np.ndarray, n: int, base: int, size: int,
 def _one_pass() -> Callable[..., None]:
     """Choose how `resize_rows` is computed in this process."""
     try:
-        loop = ctypes.CDLL(str(library.open_library().path)).mxsimmim_resize_rows
+        library.open_library()
     except NotBuilt:
         return resize_rows
+    loop = library.function('mxsimmim_resize_rows')
     loop.restype, pointer, number = None, ctypes.c_void_p, ctypes.c_int64
     loop.argtypes = [pointer] * 2 + [number] * 6 + [ctypes.c_int32] * 2 + [pointer] * 2
 

@@ -224,7 +224,7 @@ class Digits:
     notes: Sequence[str] = ()
 
     def __init__(self) -> None:
-        # Its load_digits reads the same file, half a second later: importing it brings half of SciPy.
+        # Its load_digits reads the same file, 0.4 s later: importing it brings half of SciPy.
         found = find_spec('sklearn')
         assert found and found.origin, 'setup.py names it'
         with gzip.open(Path(found.origin).with_name('datasets') / 'data' / 'digits.csv.gz') as file:

@@ -1,4 +1,4 @@
-"""Loops in Python that numba compiles when they are first called: importing it alone takes 0.3 s and 60 MB."""
+"""Loops in Python that numba compiles when they are first called: importing it alone takes 0.2 s and 65 MB."""
 import functools
 import threading
 from typing import Any, Callable, Dict

@@ -60,7 +60,7 @@ def alone() -> Iterator[None]:
 
 
 class _NotForMXNet:
-    """Finds nothing, and has MXNet's model.py not find scikit-learn, which costs half a second.
+    """Finds nothing, and has MXNet's model.py not find scikit-learn, which costs 0.3 s.
 
     It asks for the base class of an estimator that nobody here makes, and does without.
     """

@@ -118,7 +118,7 @@ def test_a_job_on_three_hosts(launch, hosts, tmp_path, options, keys, logs):
     assert max(record['step'] for record in records) == 20
     assert sorted(path.stem for path in (tmp_path / 'job' / 'logs').iterdir()) == logs  # of all hosts, fetched
     assert f'network: eth0, {hosts.address(0)} {hosts.address(1)} {hosts.address(2)}\n' in said
-    wait_for(lambda: not left(hosts, tmp_path), 'nothing is left of the job', 5)
+    assert left(hosts, tmp_path) == []
 
 
 def test_the_job_goes_through_the_network_of_the_interface(launch, hosts):
@@ -197,7 +197,7 @@ def test_all_problems_of_all_hosts_at_once(launch, hosts, tmp_path):
     assert re.search(r'host host1: .*Permission denied \(publickey\)', said)
     assert f"host host2: data '{images}' cannot be read (No such file or directory)" in said
     assert re.search(r'host no-such-host: .*Could not resolve hostname no-such-host', said)
-    wait_for(lambda: not left(hosts, tmp_path), 'nothing is left of the job', 5)
+    assert left(hosts, tmp_path) == []
 
 
 def test_hosts_with_other_versions(launch, hosts, tmp_path):

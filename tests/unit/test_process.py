@@ -25,7 +25,7 @@ MPI = {'OMPI_COMM_WORLD_RANK': '3', 'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORL
     ({'SLURM_PROCID': '5', 'SLURM_NTASKS': '8', 'SLURM_STEP_ID': '0', 'SLURM_LOCALID': '1',
       'SLURM_NTASKS_PER_NODE': '4'}, ProcessInfo('worker', 5, 8, 1, 4, transport='horovod')),
 ])
-def test_world(environ, expected):
+def test_process_info(environ, expected):
     assert process_info(environ) == expected
 
 
