@@ -34,7 +34,7 @@ class Attempt:
         self.failed: List[Exit] = []
         self.lost: List[AgentConnection] = []
         self.logs = FetchedLogs()
-        self.running = self.ending = False
+        self.running = self.ending = self.finishing = False  # finishing: agents are told to go
         self.signal = 0
         self.changed, self.hurry = asyncio.Event(), asyncio.Event()
         self.preparing: Optional['asyncio.Task[None]'] = None
@@ -55,7 +55,7 @@ class Attempt:
             else:
                 self.exits[process] = Exit(process, agent.name, message['code'], message['time'] - agent.offset,
                                            message['tail'], message['crash'])
-        elif event == 'lost' and not self.ending and agent not in self.lost:
+        elif event == 'lost' and not self.finishing and agent not in self.lost:
             self.lost.append(agent)
         self.changed.set()
 
@@ -105,7 +105,7 @@ class Attempt:
             if not self.signal:  # it was not `stop`
                 raise
         finally:
-            self.ending = True
+            self.ending = self.finishing = True
             await self._finish()
         lost = tuple((agent.name, agent.last_words()) for agent in self.lost)
         return Outcome(self.signal, tuple(self.failed), lost)

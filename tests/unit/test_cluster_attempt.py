@@ -114,6 +114,14 @@ def test_a_second_attempt_owes_nothing_to_the_first():
     assert second == Outcome(signal=signal.SIGTERM)  # worker 1 ended well, the others had to be stopped
 
 
+def test_a_host_that_is_missed_after_a_worker_has_failed_for_want_of_it():
+    """Its agent's end may be seen last: the guardian clears up first."""
+    spec = job(f'case {WHO} in worker0) exit 3;; worker1) trap "" TERM; sleep 1; kill -9 $PPID;; esac; exec sleep 600')
+    outcome = asyncio.run(attempt(spec, Elsewhere(), Screen()))
+    assert [(exit.process[:2], exit.code) for exit in outcome.failed] == [(('worker', 0), 3)]
+    assert outcome.lost == (('down', ''),)
+
+
 SILENT = Elsewhere(['sleep', '600'])
 
 
