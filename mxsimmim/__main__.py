@@ -2,13 +2,14 @@
 import sys
 from typing import List, Optional
 
+from .runtime.mxnet_private import light_import
 from .system.guards import alone, name_crashes
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command; its exit status."""
     name_crashes()
-    with alone():
+    with alone(), light_import():
         from .cli import main as command
         return command(argv)
 

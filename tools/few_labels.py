@@ -16,6 +16,7 @@ from typing import List
 
 from mxsimmim.config import configfile
 from mxsimmim.runtime import environment
+from mxsimmim.runtime.mxnet_private import light_import
 from mxsimmim.system import text
 from mxsimmim.system.guards import alone, name_crashes
 
@@ -62,5 +63,5 @@ def main() -> None:
 if __name__ == '__main__':
     name_crashes()
     text.open_streams()
-    with alone():
+    with alone(), light_import():
         main()

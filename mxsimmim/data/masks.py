@@ -2,7 +2,6 @@
 import math
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
 
 def random_mask(rng: np.random.Generator, img_size: int, mask_patch: int, ratio: float, patch: int) -> np.ndarray:
@@ -44,6 +43,7 @@ def average_distance(masks: np.ndarray, patch: int) -> float:
     Raises:
         ValueError: nothing is masked, or all of an image is.
     """
+    from scipy.ndimage import distance_transform_edt  # 0.1 s, which most processes have no use for
     masked = int(np.count_nonzero(masks)) * patch * patch
     if masked == 0:
         raise ValueError(f'none of the {len(masks)} masks hides anything: there is no distance to measure')

@@ -80,8 +80,9 @@ def collect() -> Facts:
 
 def _ask(function: str, module: str = 'runtime.facts') -> Dict[str, Any]:
     """What a function of ours returns in a process of its own; {'error': …} if it fails or crashes."""
-    code = ('import json\nfrom mxsimmim.system import guards\nguards.name_crashes()\n'
-            'try:\n    with guards.alone():\n'
+    code = ('import json\nfrom mxsimmim.runtime.mxnet_private import light_import\n'
+            'from mxsimmim.system import guards\nguards.name_crashes()\n'
+            'try:\n    with guards.alone(), light_import():\n'
             f'        from mxsimmim.{module.replace(".", " import ")} as module\n'
             f'        answer = module.{function}()\n'
             'except Exception as error: answer = dict(error=f"{type(error).__name__}: {error}")\n'

@@ -35,7 +35,7 @@ def name_crashes() -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Keeps out of this process what nobody asked for: `OPTIONAL`, plugins, and scikit-learn while MXNet is imported.
+    """Keeps out of this process what nobody asked for: `OPTIONAL`, and plugins.
 
     An import of one of `OPTIONAL` raises ModuleNotFoundError, unless it was imported before. Plugins are what installed
     packages register with pydantic and numba, which import it all at the first class or compilation. After the
@@ -47,29 +47,14 @@ def alone() -> Iterator[None]:
     registered = [kind.entry_points for kind in kinds]
     for kind in kinds:
         kind.entry_points = property(lambda self: [])
-    sys.meta_path.insert(0, _NotForMXNet)
     try:
         yield
     finally:
-        sys.meta_path.remove(_NotForMXNet)
         for kind, kept in zip(kinds, registered):
             kind.entry_points = kept
         for name in hidden:
             if sys.modules.get(name, '') is None:
                 del sys.modules[name]
-
-
-class _NotForMXNet:
-    """Finds nothing, and has MXNet's model.py not find scikit-learn, which costs 0.3 s.
-
-    It asks for the base class of an estimator that nobody here makes, and does without.
-    """
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-        asking = sys.modules.get('mxnet.model')
-        if name == 'sklearn' and asking and not hasattr(asking, 'FeedForward'):
-            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 
 
 def unusable(what: str, error: Exception) -> ValueError:

@@ -1,6 +1,5 @@
 """Two predictions of hidden pixels that need no network: what a trained one has to beat."""
 import numpy as np
-from scipy import ndimage
 
 
 def masked_loss(image: np.ndarray, predicted: np.ndarray, pixels: np.ndarray, loss: str) -> np.ndarray:
@@ -22,6 +21,7 @@ def visible_mean(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 def nearest_visible(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Replaces each pixel by the nearest visible one of its image; shapes as in `masked_loss`."""
+    from scipy import ndimage  # 0.1 s, which most processes have no use for
     filled = np.empty_like(image)
     for b, hidden in enumerate(pixels):
         y, x = ndimage.distance_transform_edt(hidden, return_distances=False, return_indices=True)

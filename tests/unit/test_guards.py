@@ -68,15 +68,6 @@ def test_an_error_gives_back_what_was_hidden(somebodys):
     assert __import__('comet_ml').here and registered()
 
 
-def test_mxnet_comes_without_scikit_learn_and_others_with_it():
-    program = ('import sys\nfrom mxsimmim.system import guards\nwith guards.alone():\n'
-               '    import mxnet\n    print("sklearn" in sys.modules, mxnet.model.FeedForward.__name__)\n'
-               '    import sklearn.linear_model\nprint(len(sys.meta_path))\nimport sklearn.cluster')
-    before = run('-c', 'import sys; print(len(sys.meta_path))')
-    done = run('-W', 'ignore', '-c', program)
-    assert done.stdout == f'False FeedForward\n{before.stdout}', done.stderr
-
-
 def test_packages_that_were_asked_for_and_do_not_load():
     missing = ModuleNotFoundError("No module named 'onnx'", name='onnx')
     assert str(guards.unusable('ONNX', missing)) == "ONNX needs the package onnx: pip install 'mxsimmim[deploy]'"

@@ -1,6 +1,7 @@
 """What this package relies on of MXNet's private functions, each in numbers."""
 import ast
 import ctypes
+import json
 import subprocess
 import sys
 import textwrap
@@ -53,6 +54,49 @@ def test_another_version_is_refused():
     with pytest.raises(ValueError, match=r'mxnet 1\.8\.0 is installed, .* of mxnet 1\.9\.1: .* -m pip install '
                                          r'mxnet==1\.9\.1'):
         mxnet_private.check_version('1.8.0')
+
+
+LIGHT = """
+import json, sys
+from mxsimmim.runtime.mxnet_private import light_import
+finders = len(sys.meta_path)
+with light_import():
+    import mxnet as mx
+    found = [name for name in ('sklearn', 'scipy', 'cv2', 'onnx') if name in sys.modules]
+    import scipy.ndimage
+    from mxnet.gluon import nn
+assert found == [] and len(sys.meta_path) == finders, found
+import sklearn.cluster
+assert not hasattr(mx.base._init_op_module, '__wrapped__') and not hasattr(mx.base._init_np_op_module, '__wrapped__')
+modules = {name: module for name, module in sys.modules.items() if name.startswith('mxnet.')}
+operators = {name: sorted(n for n, value in vars(module).items() if callable(value))
+             for name, module in modules.items() if name.startswith(('mxnet.ndarray', 'mxnet.symbol', 'mxnet.numpy'))}
+x = mx.nd.array([[1, 2], [3, 4]])
+dense = nn.Dense(2, activation='relu')
+dense.initialize(mx.init.One())
+dense.hybridize()
+try:
+    mx.nd.Convolution(x, kernel=(1, 1))
+    error = ''
+except mx.MXNetError as raised:
+    error = str(raised).splitlines()[-1]
+print(json.dumps([operators, dense(x).asnumpy().tolist(), mx.nd.contrib.arange_like(x, axis=0).asnumpy().tolist(),
+                  mx.np.sum(x.as_np_ndarray()).item(), mx.nd.op.batch_dot.__name__, mx.nd.op.batch_dot.__module__,
+                  mx.sym.dot(mx.sym.var('a'), mx.sym.var('b'), name='c').list_outputs(), error]))
+"""
+
+
+def test_a_light_import_differs_in_what_it_costs_alone():
+    def told(program):
+        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, timeout=SECONDS,
+                              check=True, universal_newlines=True)
+        return json.loads(done.stdout)
+    light = told(LIGHT)
+    whole = told(LIGHT.replace('with light_import():', 'if True:').replace('assert found', 'assert True or found'))
+    assert {name: len(names) for name, names in light[0].items()} == {name: len(whole[0][name]) for name in light[0]}
+    assert light == whole
+    assert sum(map(len, light[0].values())) > 2500
+    assert light[1:4] == [[[3, 3], [7, 7]], [0, 1], 10] and 'num_filter' in light[-1]
 
 
 class Two(nn.HybridBlock):
