@@ -1,7 +1,10 @@
 """For all tests: their tiers, what beside each other they may use, and what none leaves to the next."""
 import os
 import signal
+import sys
 from pathlib import Path
+
+import pytest
 
 # Two workers of pytest-xdist have a core each: with more threads in each they would wait for each other. MXNet reads
 # it when it is imported, and commands that tests start inherit it.
@@ -23,3 +26,13 @@ def pytest_collection_modifyitems(items):
         item.add_marker(TIERS[item.path.relative_to(Path(__file__).parent).parts[0]])
         if item.path.name.startswith('soak_'):
             item.add_marker('slow')
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Traces nothing for coverage while a test runs that is marked `unmeasured`."""
+    tracer = sys.gettrace()
+    if item.get_closest_marker('unmeasured'):
+        sys.settrace(None)
+    yield
+    sys.settrace(tracer)

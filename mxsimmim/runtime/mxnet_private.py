@@ -9,6 +9,7 @@ import ctypes
 import functools
 import inspect
 import sys
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -79,19 +80,22 @@ _REGISTERING = ('_init_op_module', '_init_np_op_module')  # of mxnet.base, for n
 
 
 class _LightImport:
-    """Finds no module: sees which one MXNet imports next."""
+    """Sees which module MXNet imports next."""
 
     @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
         base = sys.modules.get('mxnet.base')
-        if base is None or getattr(base, '__version__', None) != SUPPORTED or hasattr(sys.modules['mxnet'], 'gluon'):
-            return
+        if base is None or getattr(base, '__version__', None) != SUPPORTED or hasattr(sys.modules['mxnet'], 'api'):
+            return None
         if name in _OPTIONAL:
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+        if name == 'distutils':  # for a class of version.py: Python's own, as that of setuptools brings the rest along
+            return PathFinder.find_spec(name)
         if name in ('mxnet.symbol.register', 'mxnet.ndarray.register'):
             for each in _REGISTERING:
                 if not hasattr(getattr(base, each), '__wrapped__'):
                     setattr(base, each, _registering_lazily(getattr(base, each)))
+        return None
 
 
 def _registering_lazily(register: Callable[..., None]) -> Callable[..., None]:

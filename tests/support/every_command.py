@@ -25,7 +25,7 @@ class Last:
     @staticmethod
     def find_spec(name, path=None, target=None):
         frame = sys._getframe(1)
-        while 'importlib' in frame.f_code.co_filename:
+        while 'importlib' in frame.f_code.co_filename or frame.f_code.co_name == 'untraced':  # of measuring.py
             frame = frame.f_back
         if path is None:
             missed.add((name, frame.f_globals['__name__'].partition('.')[0]))

@@ -15,6 +15,7 @@ from mxsimmim.optim import learning_rates
 from mxsimmim.parallel.strategies import Strategy
 from mxsimmim.training.timetable import timetable_of
 
+pytestmark = pytest.mark.unmeasured
 CONF = Path(__file__).parents[2] / 'conf'
 RECIPES = {path.name: path.read_text() for path in sorted(CONF.glob('*.yaml'))}
 RECIPES['base.yaml'] = 'seed: 0\n'  # its keys are the defaults, and it is long

@@ -27,6 +27,7 @@ from mxsimmim.ops import FORMS, REFERENCE, OpBackend
 from mxsimmim.parallel.placement import Replicated
 from mxsimmim.training import checkpoint
 
+pytestmark = pytest.mark.unmeasured
 SEED = 5
 CONF = Path(__file__).parents[2] / 'conf'
 NARROW = {'vit': ['model.embed_dim=12', 'model.num_heads=3'],
