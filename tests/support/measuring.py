@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 
-
 RANKS = ('DMLC_WORKER_ID', 'DMLC_SERVER_ID', 'HOROVOD_RANK', 'OMPI_COMM_WORLD_RANK')
 
 
