@@ -30,7 +30,7 @@ KERNELS = {
     + REORDER,
 }
 LINK = ['-shared', '-fopenmp', '-Wl,--no-undefined', '-Wl,-Bsymbolic']
-SANITIZE = ['-g', '-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer']
+SANITIZE = ['-g1', '-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer']
 
 
 class NotBuilt(Exception):

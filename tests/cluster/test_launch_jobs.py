@@ -40,18 +40,19 @@ def script(text):
     return ['python', '-W', 'ignore', '-c', text]
 
 
-def test_ten_jobs_at_once_do_not_collide(tmp_path):
-    launchers = []
-    for number in range(10):
+@pytest.mark.soak
+def test_jobs_at_once_do_not_collide(tmp_path):
+    jobs, launchers = rounds(5, 10), []
+    for number in range(jobs):
         (tmp_path / str(number)).mkdir()
         launchers.append(Launcher(tmp_path / str(number)))
     try:
-        with ThreadPoolExecutor(10) as pool:
+        with ThreadPoolExecutor(jobs) as pool:
             results = list(pool.map(lambda one: one.run('-n', 1, '-s', 1, *script(SUM), seconds=120), launchers))
     finally:
         for launcher in launchers:
             launcher.close()
-    assert [out for out, _ in results] == ['sum [1.0, 1.0, 1.0] of 1\n'] * 10
+    assert [out for out, _ in results] == ['sum [1.0, 1.0, 1.0] of 1\n'] * jobs
 
 
 def offered(port):

@@ -15,14 +15,14 @@ from support.tiny import TINY
 LAUNCH = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
 PRETRAIN = command('pretrain', BASE)
 RATE = '200mbit'  # of each host's link, in either direction
-FIRST, LAST = 3, 13  # steps between which time and traffic are measured
+FIRST, LAST = 3, 9  # steps between which time and traffic are measured
 PARAMETERS = 4_766_208
 DEADLINE = 120  # seconds for one job
 TURNS = 3  # that the table takes the medians of
 # 4.8 million parameters and a batch that takes a fraction of the time that their gradients take.
 MODEL = [*TINY, 'name=slow', 'model.embed_dim=256', 'model.depth=6', 'model.num_heads=4', 'model.drop_path=0',
          'data.val_fraction=0', 'train.batch_size=4', f'train.length={LAST + 3}', 'optim.warmup=1',
-         'optim.milestones=[15]', 'checkpoint.every=1000', 'log.every=1', 'data.threads=1']
+         'optim.milestones=[11]', 'checkpoint.every=1000', 'log.every=1', 'data.threads=1']
 MODES = {  # words of the launcher, keys of the configuration
     'dist_sync': (['-s', '2'], []),
     'dist_sync, 2bit': (['-s', '2'], ['train.compression=2bit']),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.hosts import three_hosts
 from support.jobs import HOROVOD, MESSAGES, PRETRAIN, PROGRAMS, SERVERS, recorded, vector
+from support.running import rounds
 from support.tiny import TEN_STEPS
 
 SGD = ['optim.type=sgd', 'optim.clip_grad=null', 'optim.base_lr=1']
@@ -80,11 +81,13 @@ def test_hosts_of_several_horovod_ranks(launcher, alone, tmp_path):
 @pytest.mark.parametrize('launch, store, devices', [
     (['-n', 2, '-s', 1], 'dist_sync', 2), (['-n', 3, '-s', 2], 'dist_sync', 1),
     (['-n', 2, '-s', 2], 'dist_device_sync', 2), (HOROVOD, 'horovod', 2), (HOROVOD + MESSAGES, 'horovod', 2)])
-def test_twenty_starts(launcher, launch, store, devices):
+@pytest.mark.soak
+def test_starts(launcher, launch, store, devices):
     """Of the races among MXNet's first pushes and pulls, each shows within a few starts."""
-    words = launcher.run(*launch, '--', sys.executable, '-W', 'ignore', PROGRAMS / 'repeat.py', store, 20, devices,
+    times = rounds(10, 20)
+    words = launcher.run(*launch, '--', sys.executable, '-W', 'ignore', PROGRAMS / 'repeat.py', store, times, devices,
                          seconds=180)
-    assert 'ok 20' in words[0] + words[1]
+    assert f'ok {times}' in words[0] + words[1]
 
 
 @pytest.mark.parametrize('launch, store', [(SERVERS, 'dist_sync'), (HOROVOD, 'horovod')])
