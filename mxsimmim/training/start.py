@@ -78,7 +78,8 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
 @contextlib.contextmanager
 def joined(config: Config, strategy: Strategy, process: ProcessInfo) -> Iterator[Communicator]:
     """Join the job: while entered, this process has its control plane and a communicator."""
-    if strategy.store == 'horovod' and not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
+    # Without GPUs, Horovod's looking around costs a core's time.
+    if strategy.store_can.transport == 'horovod' and not mx.context.num_gpus():
         os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
     with connect(process, os.environ) as control:
         yield build_communicator(strategy, process, control)

@@ -14,8 +14,8 @@ from mxsimmim.config import RuntimeConfig
 from mxsimmim.runtime.process import process_info
 
 fault, *arguments = sys.argv[1:]
-place = process_info(os.environ)
-if place.role == 'worker' and place.rank == 1:
+process = process_info(os.environ)
+if process.role == 'worker' and process.rank == 1:
     from mxsimmim.runtime import environment
     environment.prepare(RuntimeConfig(threads=1))
     import mxnet as mx
