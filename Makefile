@@ -114,6 +114,7 @@ $(VENV)/horovod-$(HOROVOD): | $(VENV)/base
 	$(call install,cmake==3.31.10 cloudpickle psutil packaging)
 	@rm -rf $@.part
 	@env -u MAKELEVEL MAKEFLAGS=-j$$(nproc) HOROVOD_CMAKE='$(CURDIR)/$(BIN)/cmake' CXXFLAGS='-include cstdint' \
+		CMAKE_TOOLCHAIN_FILE='$(CURDIR)/tools/horovod.cmake' \
 		HOROVOD_WITH_MXNET=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 \
 		HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 \
 		$(BIN)/python -m pip wheel -q --no-cache-dir --no-build-isolation --no-deps -w $@.part horovod==$(HOROVOD)

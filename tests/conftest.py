@@ -30,9 +30,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
-    """Traces nothing for coverage while a test runs that is marked `unmeasured`."""
-    tracer = sys.gettrace()
-    if item.get_closest_marker('unmeasured'):
-        sys.settrace(None)
+    """Traces nothing for coverage, in no process, while a test runs that is marked `unmeasured`."""
+    if not item.get_closest_marker('unmeasured'):
+        yield
+        return
+    tracer, measured = sys.gettrace(), os.environ.pop('COVERAGE_PROCESS_START', None)
+    sys.settrace(None)
     yield
     sys.settrace(tracer)
+    if measured is not None:
+        os.environ['COVERAGE_PROCESS_START'] = measured

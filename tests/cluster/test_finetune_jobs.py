@@ -13,6 +13,8 @@ from mxsimmim.interop import official
 from mxsimmim.models import build_simmim
 from mxsimmim.training import checkpoint
 
+pytestmark = pytest.mark.unmeasured
+
 SEED = 31
 COMMAND = command('finetune', ROOT / 'conf' / 'finetune_digits.yaml')
 # All that is random is on: mixup and CutMix of pairs, RandAugment, erasing, stochastic depth.

@@ -14,6 +14,8 @@ from support.launcher import Launcher
 from support.running import DIGITS, rounds
 from support.tiny import TINY
 
+pytestmark = pytest.mark.unmeasured
+
 SLEEP = ['python', '-c', 'import time; print("ready", flush=True); time.sleep(600)']
 SUM = """
 import mxnet as mx

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.hosts import three_hosts, wait_for
 
+pytestmark = pytest.mark.unmeasured
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / 'launch' / 'security'
 PROGRAM = [sys.executable, '-W', 'ignore', Path(__file__).parent / 'programs' / 'commands.py', 'ours', '']

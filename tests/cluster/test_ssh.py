@@ -13,6 +13,8 @@ from support import tiny
 from support.hosts import three_hosts, wait_for, words_of
 from support.running import BASE, ROOT, command
 
+pytestmark = pytest.mark.unmeasured
+
 LAUNCH = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
 PRETRAIN = command('pretrain', BASE)
 TINY = [*tiny.TINY, 'name=tiny', 'model.drop_path=0', 'train.length=20', 'optim.milestones=[15]',

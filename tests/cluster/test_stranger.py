@@ -18,6 +18,8 @@ from support.jobs import PRETRAIN, vector
 
 from mxsimmim.parallel import protocol
 
+pytestmark = pytest.mark.unmeasured
+
 COMMANDS = [sys.executable, '-W', 'ignore', Path(__file__).parent / 'programs' / 'commands.py']
 TINY = [*tiny.TINY, 'optim.schedule=cosine', 'optim.base_lr=1e-2', 'optim.clip_grad=null', 'validation.every=60',
         'validation.images=51', 'checkpoint.every=20', 'data.threads=1']

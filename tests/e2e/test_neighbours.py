@@ -13,6 +13,8 @@ from support.tiny import TINY
 
 from mxsimmim.system.guards import OPTIONAL
 
+pytestmark = pytest.mark.unmeasured
+
 NEIGHBOURS = {
     'torch', 'torchvision', 'torchaudio', 'tensorflow', 'keras', 'tensorboard', 'jax', 'jaxlib', 'flax', 'gluoncv',
     'gluonnlp', 'autogluon', 'comet_ml', 'wandb', 'mlflow', 'visdom', 'moviepy', 'imageio', 'soundfile', 'librosa',

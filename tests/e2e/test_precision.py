@@ -7,6 +7,8 @@ from support import machine
 from support.running import BASE, DEADLINE, DIGITS, command, metrics, rounds, weights
 from support.tiny import TINY
 
+pytestmark = pytest.mark.unmeasured
+
 WITHOUT = {**os.environ, 'MXSIMMIM_LIBRARY': '/nowhere/libmxsimmim.so'}
 
 

@@ -10,6 +10,8 @@ import pytest
 from support.running import BASE, DEADLINE, command, last_step, metrics, rounds, wait_for, weights
 from support.tiny import TINY
 
+pytestmark = pytest.mark.unmeasured
+
 SEED, KILLS = 20261120, rounds(6, 20)
 
 

@@ -22,6 +22,8 @@ from mxsimmim.tasks.registry import TASKS
 from mxsimmim.training.room import checkpoint_bytes
 from mxsimmim.training.run_logger import RunLogger
 
+pytestmark = pytest.mark.unmeasured
+
 SHORT = [*TINY, 'train.length=10', 'optim.milestones=[8]', 'validation.every=10', 'log.every=5']
 NAMES = [b'caf\xe9', b'-x', b'a\nb', b'\x1b[31m', 'größe, "q"'.encode(), '\u202eمرحبا'.encode(), b'$x^{$', b'n' * 200]
 CLASSES = [*SHORT, 'data.path=data', 'data.val_fraction=0.25', 'train.batch_size=8', 'name=ft',
