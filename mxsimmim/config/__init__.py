@@ -11,6 +11,7 @@ from .schema import (
                      MaskConfig,
                      ModelConfig,
                      OptimConfig,
+                     ParallelConfig,
                      RuntimeConfig,
                      Section,
                      TrainConfig,
@@ -19,5 +20,5 @@ from .schema import (
 )
 
 __all__ = ['PATH', 'AugmentConfig', 'CheckpointConfig', 'Config', 'ConfigError', 'DataConfig', 'Duration', 'LogConfig',
-           'MaskConfig', 'ModelConfig', 'OptimConfig', 'RuntimeConfig', 'Section', 'TrainConfig', 'ValidationConfig',
-           'parse_duration']
+           'MaskConfig', 'ModelConfig', 'OptimConfig', 'ParallelConfig', 'RuntimeConfig', 'Section', 'TrainConfig',
+           'ValidationConfig', 'parse_duration']

@@ -325,6 +325,23 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(10, gt=0, description='non-finite steps in a row that end the run; each is skipped')
 
 
+class ParallelConfig(Section):
+    """How a model is divided over devices. Data parallelism takes what is left of them."""
+    pipeline: int = Field(1, gt=0, description='stages of a pipeline, each of consecutive blocks on a device of its '
+                          'own')
+    split: Tuple[int, ...] = Field((), description='blocks of each stage, e.g. [7, 5]; empty: by what they cost')
+    micro_batches: int = Field(8, gt=0, description='pipeline: parts in which a batch passes through the stages')
+    schedule: Literal['1f1b', 'gpipe'] = Field('1f1b', description='pipeline: 1f1b, or gpipe, which keeps the '
+                                               'activations of all micro-batches; both compute the same')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'ParallelConfig':
+        _require(not self.split or len(self.split) == self.pipeline and min(self.split) > 0,
+                 f'split={_list(self.split)} must give each of the {self.pipeline} stages of pipeline={self.pipeline} '
+                 'a block or more')
+        return self
+
+
 class ValidationConfig(Section):
     """Masked loss on held-out images, with masks that never change."""
     every: Time = Field(Duration(1, 'epochs'), description='time between validations; the last step always validates')
@@ -372,6 +389,7 @@ class Config(Section):
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -398,12 +416,28 @@ class Config(Section):
                      f'train.accumulate={self.train.accumulate}')
         _require(self.train.accumulate <= self.train.batch_size,
                  f'train.accumulate={self.train.accumulate} exceeds train.batch_size={self.train.batch_size}')
+        if self.parallel.pipeline > 1:
+            self._check_pipeline()
         _require(self.train.length.unit != '%' and self.train.length.value > 0,
                  f'train.length={self.train.length} must be a positive number of steps or epochs')
         for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
                             ('checkpoint.keep_every', self.checkpoint.keep_every)):
             _require(period is None or period.value > 0, f'{key}={period} must be positive')
         return self
+
+    def _check_pipeline(self) -> None:
+        stages, split, blocks, train = self.parallel.pipeline, self.parallel.split, self.model.blocks, self.train
+        parts = self.parallel.micro_batches * train.accumulate
+        _require(stages <= blocks, f'parallel.pipeline={stages} is more stages than the network has blocks, {blocks}: '
+                 'lower it')
+        _require(not split or sum(split) == blocks, f'parallel.split={_list(split)} divides {sum(split)} blocks, and '
+                 f'the network has {blocks}')
+        _require(parts <= train.batch_size, f'train.batch_size={train.batch_size} is less than parallel.micro_batches='
+                 f'{self.parallel.micro_batches} x train.accumulate={train.accumulate}: lower one of these')
+        if self.devices != 'auto':
+            _require(len(self.devices) % stages == 0,
+                     f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and devices='
+                     f'{_list(self.devices)} names {len(self.devices)}: name more of them, or lower it')
 
     def _check_nothing_of_fine_tuning(self) -> None:
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),

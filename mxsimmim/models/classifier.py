@@ -1,5 +1,5 @@
 """An encoder with a classification head: what pre-training is for."""
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock
@@ -11,6 +11,7 @@ from . import vit
 from .initial import initialise
 from .layers import LayerNorm, Linear
 from .pixels import MEAN, STD, PixelInput
+from .segments import Segment
 from .simmim import ENCODERS
 from .specs import named_parameters
 
@@ -44,14 +45,32 @@ class Classifier(HybridBlock):
         return super().forward(image, target, *([] if keep is None else [keep]))
 
     def hybrid_forward(self, F: Any, image: Any, target: Any, keep: Any = None) -> Any:
-        logits = self.head(self.pooled(F, image, keep))
+        return self._entropy(F, self.head(self.pooled(F, image, keep)), target)
+
+    def segments(self) -> List[Segment]:
+        """Return those of the encoder, and the head, which computes the loss (1,)."""
+        head = Segment(lambda F, x, given: self._entropy(F, self._logits(F, x), given['label']),
+                       list(filter(None, [self.encoder.norm, self.fc_norm, self.head])), ('label',))
+        return [*self.encoder.segments(), head]
+
+    def answer(self, x: mx.nd.NDArray, image: mx.nd.NDArray) -> mx.nd.NDArray:
+        """The logits (B, classes) from what the last block has computed of `image`."""
+        return self._logits(mx.nd, x)
+
+    def _logits(self, F: Any, x: Any) -> Any:
+        return self.head(self._pooled(F, self.encoder.finish(x)))
+
+    def _entropy(self, F: Any, logits: Any, target: Any) -> Any:
+        """The mean cross entropy (1,) with a distribution (B, classes)."""
         entropy = F.sum(-F.log_softmax(logits, axis=-1) * target, axis=1)          # (B,)
         return F.reshape(F.mean(entropy), shape=(1,))
 
     def pooled(self, F: Any, image: Any, keep: Any = None) -> Any:
         """What the head sees of each image (B, C): the mean of its patch tokens, or ViT's cls token."""
         # The second argument of an encoder is a mask, which there is none of.
-        tokens = self.encoder(image) if keep is None else self.encoder(image, None, keep)
+        return self._pooled(F, self.encoder(image) if keep is None else self.encoder(image, None, keep))
+
+    def _pooled(self, F: Any, tokens: Any) -> Any:
         if self.config.type == 'vit' and not self.config.use_mean_pooling:
             return F.reshape(F.slice_axis(tokens, axis=1, begin=0, end=1), shape=(0, -1))
         mean = F.mean(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None), axis=1)

@@ -1,4 +1,6 @@
 """What a forward pass costs, counted from the configuration."""
+from typing import List
+
 from ..config import ModelConfig
 
 
@@ -7,20 +9,23 @@ def multiply_adds(config: ModelConfig, decoder: bool = True) -> int:
 
     Matrix products only; normalisation, softmax and activations are a few per cent more.
     """
+    return sum(segment_costs(config, decoder))
+
+
+def segment_costs(config: ModelConfig, decoder: bool = True) -> List[int]:
+    """Multiply-adds of each of a network's `segments()`: embedding, blocks, head. A classifier's head costs nothing."""
     width, tokens = config.embed_dim, config.grid ** 2
-    total = tokens * 3 * config.patch_size ** 2 * width
-    if config.type == 'vit':
-        tokens += 1  # cls
-        total += config.depth * _block(tokens, width, tokens, config.mlp_ratio)
-        tokens -= 1
+    costs = [tokens * 3 * config.patch_size ** 2 * width]
+    if config.type == 'vit':  # whose blocks see the cls token, too
+        costs += config.depth * [_block(tokens + 1, width, tokens + 1, config.mlp_ratio)]
     else:
         for stage, depth in enumerate(config.depths):
             window = min(config.window_size, config.grid >> stage)
-            total += depth * _block(tokens, width, window * window, config.mlp_ratio)
+            costs += depth * [_block(tokens, width, window * window, config.mlp_ratio)]
             if stage < config.stages - 1:  # four tokens of this width become one of twice the width
                 tokens, width = tokens // 4, 2 * width
-                total += tokens * 2 * width * width
-    return total + (tokens * width * 3 * config.stride ** 2 if decoder else 0)
+                costs[-1] += tokens * 2 * width * width
+    return [*costs, tokens * width * 3 * config.stride ** 2 if decoder else 0]
 
 
 def _block(tokens: int, width: int, seen: int, mlp_ratio: float) -> int:

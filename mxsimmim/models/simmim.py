@@ -2,7 +2,8 @@
 
 Xie et al. 2022 (arXiv:2111.09886).
 """
-from typing import Any, Dict, Optional, Tuple, Type, Union
+from functools import partial
+from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock, nn
@@ -13,6 +14,7 @@ from ..ops.pixels import AUTO, from_cells
 from .initial import initialise
 from .layers import Linear, pair
 from .pixels import MEAN, STD, PixelInput
+from .segments import Run, Segment
 from .specs import named_parameters
 from .swin import SwinTransformer
 from .vit import VisionTransformer
@@ -48,7 +50,26 @@ class SimMIM(HybridBlock):
         return super().forward(image, mask, *([] if keep is None else [keep]))
 
     def hybrid_forward(self, F: Any, image: Any, mask: Any, keep: Any = None) -> Any:
-        tokens = self.encoder(image, mask, keep, self._needed(F, mask))
+        return self._loss(F, self.encoder(image, mask, keep, self._needed(F, mask)), image, mask)
+
+    def segments(self) -> List[Segment]:
+        """Return those of the encoder, and the head, which computes the loss (1,)."""
+        *segments, last = self.encoder.segments()
+        if self.backend.is_native:  # the last block spares what the loss does not depend on
+            last = last._replace(run=partial(self._run_last, last.run), inputs=(*last.inputs, 'mask'))
+        head = Segment(lambda F, x, given: self._loss(F, self.encoder.finish(x), given['image'], given['mask']),
+                       [self.decoder, *filter(None, [self.encoder.norm])], ('image', 'mask'))
+        return [*segments, last, head]
+
+    def _run_last(self, run: Run, F: Any, x: Any, given: Dict[str, Any]) -> Any:
+        return run(F, x, {**given, 'rows': self._needed(F, given['mask'])})
+
+    def answer(self, x: mx.nd.NDArray, image: mx.nd.NDArray) -> mx.nd.NDArray:
+        """The predicted image (B, 3, H, W) of `image`, normalised, from what the last block has computed."""
+        return self._restored(mx.nd, self.encoder.finish(x), image)
+
+    def _loss(self, F: Any, tokens: Any, image: Any, mask: Any) -> Any:
+        """The loss (1,) of the encoder's tokens."""
         target = self._cells(F, image)
         if self._norm_targets:
             target, _, _ = normalise_cells(F, target)
@@ -73,15 +94,14 @@ class SimMIM(HybridBlock):
         prefix = F.slice_axis(F.zeros_like(needed), axis=1, begin=0, end=1)
         return F.concat(*[prefix] * self.encoder.prefix_tokens, needed, dim=1)
 
-    def _predict(self, F: Any, image: Any, mask: Any) -> Any:
-        """Decoded cells (B, cells, 3*cell*cell)."""
-        tokens = self.encoder(image, mask)
-        return self.decoder(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None))
-
     def reconstruct(self, image: Any, mask: Any) -> Any:
         """The predicted image (B, 3, H, W), normalised as the input is; also where nothing was masked."""
         F = mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym
-        cells = self._predict(F, image, mask)
+        return self._restored(F, self.encoder(image, mask), image)
+
+    def _restored(self, F: Any, tokens: Any, image: Any) -> Any:
+        """The image (B, 3, H, W) that the decoder makes of the encoder's tokens."""
+        cells = self.decoder(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None))
         if self._norm_targets:
             _, mean, deviation = normalise_cells(F, self._cells(F, image))
             cells = F.broadcast_add(F.broadcast_mul(cells, deviation), mean)

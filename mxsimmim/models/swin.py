@@ -2,7 +2,8 @@
 
 Liu et al. 2021 (arXiv:2103.14030), with the reference's parameter names.
 """
-from typing import Any
+from functools import partial
+from typing import Any, Dict, List
 
 from mxnet.gluon import HybridBlock, nn
 
@@ -23,6 +24,7 @@ from .layers import (
     values,
 )
 from .pixels import PixelInput
+from .segments import Segment, own
 
 EPS = 1e-5
 
@@ -107,10 +109,22 @@ class Stage(HybridBlock):
                 self.downsample = PatchMerging(config.grid >> stage, config.embed_dim * 2 ** stage, backend)
 
     def hybrid_forward(self, F: Any, x: Any, keep: Any, rows: Any = None) -> Any:
+        for index in range(len(self.blocks)):
+            x = self._run_block(index, F, x, {'keep': keep, 'rows': rows})
+        return x
+
+    def segments(self) -> List[Segment]:
+        """Return the blocks, the last with the merging after it."""
         *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, keep)
-        x = last(x, keep, rows)
+        after = [self.downsample] if self.downsample else []
+        return [*(Segment(partial(self._run_block, index), [block], ('keep',)) for index, block in enumerate(blocks)),
+                Segment(partial(self._run_block, len(blocks)), [last, *after], ('keep',))]
+
+    def _run_block(self, index: int, F: Any, x: Any, given: Dict[str, Any]) -> Any:
+        """One block; the last takes `rows`, and the merging follows it."""
+        if index < len(self.blocks) - 1:
+            return self.blocks[index](x, given.get('keep'))
+        x = self.blocks[index](x, given.get('keep'), given.get('rows'))
         return self.downsample(x) if self.downsample else x
 
 
@@ -141,13 +155,28 @@ class SwinTransformer(HybridBlock):
 
     def hybrid_forward(self, F: Any, image: Any, mask: Any = None, keep: Any = None, rows: Any = None,
                        absolute_pos_embed: Any = None, mask_token: Any = None) -> Any:
-        x = self.patch_embed(image)
-        if mask is not None:
-            x = replace_masked(F, x, mask, mask_token, self._width)
-        if absolute_pos_embed is not None:
-            x = F.broadcast_add(x, absolute_pos_embed)
+        x = self._embed(F, image, mask, absolute_pos_embed, mask_token)
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, keep)
-        x = last(x, keep, rows)
+        return self.finish(last(x, keep, rows))
+
+    def segments(self) -> List[Segment]:
+        """Return the embedding and the blocks, of which the last takes `rows`; `finish` is left to the head."""
+        tokens = self.absolute_pos_embed, self.mask_token
+        masked = ('mask',) if self.mask_token else ()
+        embedding = Segment(lambda F, _, given: self._embed(F, given['image'], given.get('mask'),
+                                                            *own(F, given['image'], *tokens)),
+                            [self.patch_embed], ('image', *masked), tokens)
+        return [embedding, *(segment for layer in self.layers for segment in layer.segments())]
+
+    def finish(self, x: Any) -> Any:
+        """What follows the last block, (B, L, C) to the same."""
         return self.norm(x)
+
+    def _embed(self, F: Any, image: Any, mask: Any, absolute_pos_embed: Any, mask_token: Any) -> Any:
+        """The tokens (B, side*side, C) that the first block takes."""
+        x = self.patch_embed(image)
+        if mask is not None:
+            x = replace_masked(F, x, mask, mask_token, self._width)
+        return x if absolute_pos_embed is None else F.broadcast_add(x, absolute_pos_embed)

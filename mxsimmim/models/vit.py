@@ -2,7 +2,8 @@
 
 Dosovitskiy et al. 2021 (arXiv:2010.11929); Bao et al. 2022 (arXiv:2106.08254); Xie et al. 2022 (arXiv:2111.09886).
 """
-from typing import Any, Optional
+from functools import partial
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 from mxnet.gluon import HybridBlock, nn
@@ -23,6 +24,7 @@ from .layers import (
     values,
 )
 from .pixels import PixelInput
+from .segments import Segment, own
 
 EPS = 1e-6
 
@@ -156,19 +158,47 @@ class VisionTransformer(HybridBlock):
 
     def hybrid_forward(self, F: Any, image: Any, mask: Any = None, keep: Any = None, rows: Any = None,
                        cls_token: Any = None, pos_embed: Any = None, mask_token: Any = None) -> Any:
+        x = self._embed(F, image, mask, cls_token, pos_embed, mask_token)
+        given = {'keep': keep, 'rows': rows}
+        for index in range(len(self.blocks)):
+            x = self._run_block(index, F, x, given)
+        return self.finish(x)
+
+    def segments(self) -> List[Segment]:
+        """Return the embedding and the blocks, of which the last takes `rows`; `finish` is left to the head."""
+        tokens = self.cls_token, self.pos_embed, self.mask_token
+        shared = [self.rel_pos_bias] if self.rel_pos_bias else []
+        masked = ('mask',) if self.mask_token else ()
+        embedding = Segment(lambda F, _, given: self._embed(F, given['image'], given.get('mask'),
+                                                            *own(F, given['image'], *tokens)),
+                            [self.patch_embed], ('image', *masked), tokens)
+        return [embedding, *(Segment(partial(self._run_block, index), [block, *shared], ('keep',))
+                             for index, block in enumerate(self.blocks))]
+
+    def finish(self, x: Any) -> Any:
+        """What follows the last block, (B, 1 + L, C) to the same."""
+        return self.norm(x) if self.norm else x
+
+    def _embed(self, F: Any, image: Any, mask: Any, cls_token: Any, pos_embed: Any, mask_token: Any) -> Any:
+        """The tokens (B, 1 + L, C) that the first block takes."""
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token, self._width)
         # A row of cls tokens for each image of a batch whose size the graph does not know.
         cls = F.broadcast_like(cls_token, F.slice_axis(x, axis=1, begin=0, end=1), lhs_axes=(0,), rhs_axes=(0,))
         x = F.concat(cls, x, dim=1)
-        if pos_embed is not None:
-            x = F.broadcast_add(x, pos_embed)
-        bias = self.rel_pos_bias(x) if self.rel_pos_bias else None
-        for index, block in enumerate(self.blocks):
+        return x if pos_embed is None else F.broadcast_add(x, pos_embed)
+
+    def _run_block(self, index: int, F: Any, x: Any, given: Dict[str, Any]) -> Any:
+        """One block. The bias that all of them share is in `given` once the first of a stage has computed it."""
+        if self.rel_pos_bias:
+            bias, users = given.get('bias') or (self.rel_pos_bias(x), 0)
             # From 8 users of an array on, MXNet lets each add to its gradient, which native operators cannot do. A
             # chain of copies, because it merges equal copies of one array.
-            if bias is not None and index % 6 == 5:
+            if users % 6 == 5:
                 bias = F.identity(bias)
-            x = block(x, bias, keep, rows if index == len(self.blocks) - 1 else None)
-        return self.norm(x) if self.norm else x
+            given['bias'] = bias, users + 1
+        else:
+            bias = None
+        return self.blocks[index](x, bias, given.get('keep'),
+                                  given.get('rows') if index == len(self.blocks) - 1 else None)

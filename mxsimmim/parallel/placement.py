@@ -1,6 +1,6 @@
 """Placements: where the model lives and how a batch becomes gradients."""
 import os
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
@@ -42,6 +42,53 @@ def contexts_of(devices: Any, process: ProcessInfo = ALONE) -> List[mx.Context]:
     return found
 
 
+class Placement(Protocol):
+    """Where a model lives and how a batch becomes gradients."""
+    net: Network
+    contexts: List[mx.Context]
+
+    def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
+        """See `Replicated`."""
+
+    def loss(self, batch: Batch) -> mx.nd.NDArray:
+        """See `Replicated`."""
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """See `Replicated`."""
+
+    def reconstruct(self, batch: Batch) -> np.ndarray:
+        """See `Replicated`."""
+
+
+class Inputs:
+    """What a network takes of a batch, on a device."""
+
+    def __init__(self, net: Network):
+        self._net = net
+
+    def take(self, batch: Batch, part: slice, names: Sequence[str], ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
+        """Return those of the named fields that the batch has."""
+        return tuple(self._array(name, batch.fields[name][part], ctx) for name in names if name in batch.fields)
+
+    def of_stage(self, batch: Batch, part: slice, names: Sequence[str], ctx: mx.Context) -> List[mx.nd.NDArray]:
+        """Return a pipeline stage's inputs; `keep` is of ones where the batch has no draws, none without drop path."""
+        found: List[mx.nd.NDArray] = []
+        for name in names:
+            if name != 'keep':
+                found += self.take(batch, part, (name,), ctx)
+            elif self._net.config.drop_path:
+                ones = (part.stop - part.start, 2 * self._net.config.blocks)
+                found += self.take(batch, part, ('uniform',), ctx) or [mx.nd.ones(ones, ctx=ctx)]
+        return found
+
+    def _array(self, name: str, values: np.ndarray, ctx: mx.Context) -> mx.nd.NDArray:
+        """What the network takes of a field. Bytes are normalised on the device; float images are already."""
+        if name == 'uniform':
+            values = keep_factors(values, self._net.config.drop_path)
+        array = mx.nd.array(values, ctx=ctx, dtype=values.dtype)
+        return self._net.pixels.prepare(array) if name == 'image' else array
+
+
 class Replicated:
     """The whole network on each context; a batch is split over them, and over `accumulate` parts in time.
 
@@ -50,7 +97,7 @@ class Replicated:
     """
 
     def __init__(self, net: Network, contexts: Sequence[mx.Context], accumulate: int = 1):
-        self.net, self.contexts, self._accumulate = net, list(contexts), accumulate
+        self.net, self.contexts, self._accumulate, self._inputs = net, list(contexts), accumulate, Inputs(net)
         net.collect_params().reset_ctx(self.contexts)
         self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
         if accumulate > 1:
@@ -85,38 +132,28 @@ class Replicated:
     def loss(self, batch: Batch) -> mx.nd.NDArray:
         """Sum over the batch's images of their losses (1,), on the first context; no gradient."""
         return mx.nd.add_n(*(self.net(*inputs).as_in_context(self.contexts[0]) * weight
-                             for weight, inputs in self._slices(batch, _whole(batch), self.net.inputs)))
+                             for weight, inputs in self._slices(batch, whole(batch), self.net.inputs)))
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The network's answer to each image alone (B, classes)."""
-        parts = [self.net(*inputs) for _, inputs in self._slices(batch, _whole(batch), ('image',))]
+        parts = [self.net(*inputs) for _, inputs in self._slices(batch, whole(batch), ('image',))]
         return np.concatenate([part.asnumpy() for part in parts])  # the first is read while the others compute
 
     def reconstruct(self, batch: Batch) -> np.ndarray:
         """The network's images (B, 3, H, W), normalised, computed on the first context."""
         assert isinstance(self.net, SimMIM)
-        return self.net.reconstruct(*self._inputs(batch, _whole(batch), ('image', 'mask'), self.contexts[0])).asnumpy()
+        return self.net.reconstruct(*self._inputs.take(batch, whole(batch), ('image', 'mask'), self.contexts[0])
+                                    ).asnumpy()
 
     def _slices(self, batch: Batch, part: slice, names: Sequence[str]
                 ) -> List[Tuple[int, Tuple[mx.nd.NDArray, ...]]]:
         """(number of images, inputs) of each context that gets any."""
         slices = [slice(part.start + s.start, part.start + s.stop)
                   for s in split(part.stop - part.start, len(self.contexts))]
-        return [(s.stop - s.start, self._inputs(batch, s, names, ctx))
+        return [(s.stop - s.start, self._inputs.take(batch, s, names, ctx))
                 for s, ctx in zip(slices, self.contexts) if s.stop > s.start]
 
-    def _inputs(self, batch: Batch, part: slice, names: Sequence[str], ctx: mx.Context) -> Tuple[mx.nd.NDArray, ...]:
-        """Those of the named fields that the batch has, on the device."""
-        return tuple(self._array(name, batch.fields[name][part], ctx) for name in names if name in batch.fields)
 
-    def _array(self, name: str, values: np.ndarray, ctx: mx.Context) -> mx.nd.NDArray:
-        """What the network takes of a field. Bytes are normalised on the device; float images are already."""
-        if name == 'uniform':
-            values = keep_factors(values, self.net.config.drop_path)
-        array = mx.nd.array(values, ctx=ctx, dtype=values.dtype)
-        return self.net.pixels.prepare(array) if name == 'image' else array
-
-
-def _whole(batch: Batch) -> slice:
+def whole(batch: Batch) -> slice:
     """All images of a batch."""
     return slice(0, len(batch.index))

@@ -1,6 +1,6 @@
 """Whether all replicas of a model, over devices and workers, are still the same, bit by bit."""
 import hashlib
-from typing import Any, Dict, List, Sequence
+from typing import Any, List, Sequence
 
 from ..models import ParameterSpec
 from .control import ControlPlane
@@ -11,12 +11,17 @@ class ReplicasDiffer(ValueError):
 
 
 def fingerprints(specs: Sequence[ParameterSpec]) -> List[str]:
-    """Return a hash of the weights of each replica in this process: all first copies, all second ones and so on."""
-    hashes: Dict[int, Any] = {}
-    for spec in specs:
-        for replica, copy in enumerate(spec.parameter.list_data() if spec.trainable else ()):
-            hashes.setdefault(replica, hashlib.blake2b(digest_size=16)).update(copy.asnumpy().data)
-    return [digest.hexdigest() for digest in hashes.values()]
+    """Return a hash of the weights of each replica in this process: all first copies, all second ones and so on.
+
+    A parameter of which there are fewer copies, as not all stages of a pipeline have it, counts with its first again.
+    """
+    weights = [spec.parameter.list_data() for spec in specs if spec.trainable]
+    hashes: List[Any] = [hashlib.blake2b(digest_size=16) for _ in range(max(map(len, weights)))]
+    for copies in weights:
+        values = [copy.asnumpy().data for copy in copies]
+        for replica, digest in enumerate(hashes):
+            digest.update(values[replica if replica < len(values) else 0])
+    return [digest.hexdigest() for digest in hashes]
 
 
 def compare(specs: Sequence[ParameterSpec], control: ControlPlane, step: int) -> None:

@@ -21,8 +21,11 @@ THREADS = 2
 
 
 def is_supported(context: mx.Context, environ: Mapping[str, str], backend: OpBackend) -> bool:
-    """Tell whether what these operators compute on this device can lie in memory that its host's workers share."""
-    return (context.device_type == 'cpu' and backend.is_native and hasattr(os, 'memfd_create')
+    """Tell whether what these operators compute on this device can lie in memory that its host's workers share.
+
+    MXNet takes memory that it has not allocated for that of cpu(0), not of other CPU contexts.
+    """
+    return (context == mx.cpu() and backend.is_native and hasattr(os, 'memfd_create')
             and int(environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
 
 

@@ -148,6 +148,17 @@ def set_gradients(parameter: 'Parameter', arrays: 'Sequence[mx.nd.NDArray]') -> 
     autograd.mark_variables(parameter.list_data(), parameter._grad, parameter.grad_req)
 
 
+def renew(parameter: 'Parameter') -> None:
+    """Give a parameter without gradient other NDArray objects, of the same memory.
+
+    1.9.1: a backward pass forgets what autograd knows of an array without gradient (`Imperative::Backward`,
+    `AGInfo::Clear`), also where another graph that is still to go back has the same object: its pass then fails with
+    "The any container is empty". So two graphs that are recorded before either goes back need different ones.
+    """
+    _base()
+    parameter._data = [copy.detach() for copy in parameter._data]
+
+
 # Parameter servers
 
 def barrier(store: 'mx.kvstore.KVStore') -> None:

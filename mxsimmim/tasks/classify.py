@@ -18,7 +18,7 @@ from ..models.cost import multiply_adds
 from ..ops import OpBackend
 from ..optim import parameter_groups
 from ..parallel.control import ControlPlane
-from ..parallel.placement import Replicated
+from ..parallel.placement import Placement
 from ..system.text import encode, one_line
 from . import metrics, pictures
 from .classes import check_classes
@@ -38,7 +38,7 @@ class ClassEvaluator:
         self._control = control
         self.images = len(source)
 
-    def evaluate(self, placement: Replicated) -> Dict[str, float]:
+    def evaluate(self, placement: Placement) -> Dict[str, float]:
         """Returns val_top1, val_top5, val_ece in percent, val_loss, and val_images_per_second of all workers together.
 
         Called by every worker at the same time.
@@ -48,11 +48,11 @@ class ClassEvaluator:
         """
         return self._measure(placement)[0]
 
-    def picture(self, placement: Replicated) -> Optional[np.ndarray]:
+    def picture(self, placement: Placement) -> Optional[np.ndarray]:
         """Draws nothing: the confusion matrix is drawn at the end."""
         return None
 
-    def report(self, placement: Replicated, folder: Path) -> str:
+    def report(self, placement: Placement, folder: Path) -> str:
         """Evaluates, and says it in words; rank 0 writes evaluation.json, evaluation.txt and confusion.png to `folder`.
 
         Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
@@ -72,13 +72,13 @@ class ClassEvaluator:
                 text += f'\nwarning: confusion.png could not be drawn: {" ".join(str(error).split())}'
         return text
 
-    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Replicated, folder: Path) -> str:
+    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Placement, folder: Path) -> str:
         """Writes the evaluation of the last weights, as `report`, and says which were the best."""
         best = max(rows, key=self.metric.score)
         return (self.report(placement, folder)
                 + f'\nbest: {best["val_top1"]:.2f} % at step {best["step"]}, kept in {folder}/best')
 
-    def _measure(self, placement: Replicated) -> Tuple[Dict[str, float], np.ndarray]:
+    def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
         """The values of all workers, and the predicted classes of this one's images."""
         tally, predicted, clock = metrics.Tally(), [np.empty(0, int)], [time.monotonic()]
         config, control = self._config, self._control

@@ -17,7 +17,7 @@ from ..models.cost import multiply_adds
 from ..ops import OpBackend
 from ..optim import weight_decays
 from ..parallel.control import ControlPlane
-from ..parallel.placement import Replicated
+from ..parallel.placement import Placement
 from . import baselines
 from .classes import check_classes
 from .pictures import grid, to_uint8
@@ -44,7 +44,7 @@ class MaskedEvaluator:
         return fixed_batches(self._source, transform, min(batch, self.images), self.images, SEED,
                              config.data.threads, config.data.max_broken, part=part, parts=parts)
 
-    def evaluate(self, placement: Replicated) -> Dict[str, float]:
+    def evaluate(self, placement: Placement) -> Dict[str, float]:
         """Returns val_loss, the mean masked loss over the held-out images, and val_avg_dist, their masks' AvgDist.
 
         Each image counts once, however many workers share them.
@@ -59,7 +59,7 @@ class MaskedEvaluator:
         loss, distance = np.sum(self._control.all_gather('validation', own), axis=0) / self.images
         return {'val_loss': loss, 'val_avg_dist': distance}
 
-    def picture(self, placement: Replicated) -> Optional[np.ndarray]:
+    def picture(self, placement: Placement) -> Optional[np.ndarray]:
         """Draws the first images: original, masked, reconstruction; uint8 (H, W, 3)."""
         count = self._config.validation.pictures
         if not count:
@@ -69,14 +69,14 @@ class MaskedEvaluator:
         predicted = to_uint8(placement.reconstruct(batch), self._config.data.mean, self._config.data.std)
         return grid(batch.fields['image'], batch.fields['mask'], predicted)
 
-    def report(self, placement: Replicated, folder: Path) -> str:
+    def report(self, placement: Placement, folder: Path) -> str:
         """Evaluates and compares with predictions that need no network; writes no file."""
         values = self.evaluate(placement)
         if self._control.rank:
             return ''
         return self._compared(None, values['val_loss']) or f"validation loss {values['val_loss']:.4f}"
 
-    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Replicated, folder: Path) -> str:
+    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Placement, folder: Path) -> str:
         """Compares the loss at the end with that at the start, and with predictions that need no network."""
         losses = {row['step']: row['val_loss'] for row in rows}
         if last_step not in losses or self._control.rank:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..models import Network
     from ..ops import OpBackend
     from ..parallel.control import ControlPlane
-    from ..parallel.placement import Replicated
+    from ..parallel.placement import Placement
 
 
 class Metric(NamedTuple):
@@ -45,16 +45,16 @@ class Evaluator(Protocol):
     images: int
     metric: Metric
 
-    def evaluate(self, placement: 'Replicated') -> Dict[str, float]:
+    def evaluate(self, placement: 'Placement') -> Dict[str, float]:
         """Returns the values of all workers together; called by all at the same time."""
 
-    def picture(self, placement: 'Replicated') -> Optional[np.ndarray]:
+    def picture(self, placement: 'Placement') -> Optional[np.ndarray]:
         """Draws what the network makes of some images, uint8 (H, W, 3); None where nothing is to be drawn."""
 
-    def report(self, placement: 'Replicated', folder: Path) -> str:
+    def report(self, placement: 'Placement', folder: Path) -> str:
         """Evaluates and says it in words; called by all workers, of which rank 0 writes files to `folder`."""
 
-    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: 'Replicated', folder: Path) -> str:
+    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: 'Placement', folder: Path) -> str:
         """Says what is to be read at the end of a run, on rank 0; called by all workers.
 
         Args:

@@ -1,17 +1,22 @@
 """Builds a trainer of a configuration: network, placement, division of the batch, update rule, averaged weights."""
 from typing import List, Optional, Union
 
+import mxnet as mx
+
 from ..config import Config
 from ..data.batch_split import BatchSplit, split_batch
 from ..interop import official
 from ..models import Network, parameter_specs
+from ..models.cost import segment_costs
 from ..ops import OpBackend, select_backend
 from ..optim import OPTIMIZERS, Optimizer
 from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
 from ..parallel.average import WeightAverage
 from ..parallel.communicators import Communicator, make_communicator
 from ..parallel.control import ControlPlane
-from ..parallel.placement import Replicated, contexts_of
+from ..parallel.pipeline import Pipeline
+from ..parallel.placement import Placement, Replicated, contexts_of
+from ..parallel.schedules import stages_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
 from ..runtime.process import ALONE, ProcessInfo
@@ -46,9 +51,9 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
     contexts = contexts_of(config.devices, process)
     backend = backend or select_backend(config.runtime.precision, contexts)
     net = build_network(config, process, task, backend, checkpoint, logger)
-    placement = Replicated(net, contexts, config.train.accumulate)
+    placement = build_placement(config, task, net, contexts)
     communicator = communicator or build_communicator(strategy, process)
-    split = build_split(config, task, communicator, len(placement.contexts) * config.train.accumulate, checkpoint)
+    split = build_split(config, task, communicator, least_images(config, contexts), checkpoint)
     update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split)
     step, state, arrays = (checkpoint.step, checkpoint.state, checkpoint.arrays) if checkpoint else (0, {}, {})
     if checkpoint or config.model.pretrained:
@@ -72,6 +77,29 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
     elif task.takes_encoder and config.model.pretrained and not checkpoint and process.rank == 0:
         logger.message(load_encoder(net, config.model.pretrained))
     return net
+
+
+def build_placement(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Placement:
+    """Place the network on the devices of this worker, as `parallel` says.
+
+    Raises:
+        ValueError: there are not as many devices as stages, or a multiple.
+    """
+    parallel, accumulate = config.parallel, config.train.accumulate
+    if parallel.pipeline == 1:
+        return Replicated(net, contexts, accumulate)
+    if len(contexts) % parallel.pipeline:
+        raise ValueError(f'parallel.pipeline={parallel.pipeline} needs {parallel.pipeline} devices a worker, or a '
+                         f'multiple, and here are {len(contexts)} ({", ".join(map(str, contexts))}): name them with '
+                         'devices=[…], or lower it')
+    return Pipeline(net, contexts, stages_of(parallel, segment_costs(config.model)),
+                    parallel.micro_batches, parallel.schedule, accumulate)
+
+
+def least_images(config: Config, contexts: List[mx.Context]) -> int:
+    """Return how many images of each batch a worker needs: one for each replica, micro-batch and accumulated part."""
+    replicas, parallel = len(contexts) // config.parallel.pipeline, config.parallel
+    return replicas * (parallel.micro_batches if parallel.pipeline > 1 else 1) * config.train.accumulate
 
 
 def build_communicator(strategy: Strategy, process: ProcessInfo, control: Optional[ControlPlane] = None

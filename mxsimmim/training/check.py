@@ -16,13 +16,14 @@ from ..data.transforms import decode
 from ..models import Network, named_parameters
 from ..ops import OpBackend
 from ..parallel.control import ControlPlane
-from ..parallel.placement import Replicated, contexts_of
+from ..parallel.placement import Placement, contexts_of
 from ..parallel.strategies import strategy_of
 from ..runtime import facts
 from ..runtime.process import ProcessInfo, process_info
 from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
+from .build import build_placement, least_images
 from .pretrained import load_encoder
 from .room import check_room, checkpoint_bytes
 from .run_folder import checkpoint_to_resume, folder_of
@@ -93,7 +94,7 @@ def _schedule(config: Config, written: Mapping[str, Duration], process: ProcessI
               contexts: List[mx.Context]) -> Tuple[str, Config]:
     config, notes = fitted(config, written, steps_per_epoch(len(task.source), config.train.batch_size))
     per_epoch, total, _, save, *_ = timetable_of(config, len(task.source), strategy_of(config, process))
-    least = [len(contexts) * config.train.accumulate] * process.size
+    least = [least_images(config, contexts)] * process.size
     split_batch(config.train.batch_size, [1] * process.size, least, task.transform().group)
     text = (f'{total:,} steps of {config.train.batch_size:,} images, {per_epoch:,} an epoch; warm-up '
             f'{config.optim.warmup.steps(per_epoch, total):,}; every {save:,} a checkpoint')
@@ -120,18 +121,18 @@ def _batch(config: Config, task: Task, images: int) -> Batch:
     return next(batch for _, batch in list(loader.iterate(0, 1)))
 
 
-def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Tuple[str, Replicated]:
-    placement = Replicated(net, contexts)
-    images = 2 * len(contexts)
+def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Tuple[str, Placement]:
+    placement = build_placement(config, task, net, contexts)
+    images = 2 * least_images(config, contexts)
     loss = float(placement.loss(_batch(config, task, images)).asscalar()) / images
     if not np.isfinite(loss):
         raise ValueError(f'the loss of {images} images is {loss}: are the weights of model.pretrained whole?')
     return f'loss {loss:.4f} of {images} images', placement
 
 
-def _memory(config: Config, task: Task, process: ProcessInfo, placement: Replicated) -> Tuple[str, float]:
+def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placement) -> Tuple[str, float]:
     """Compares what a step needs, by what steps of few images take, with what there is, on CPUs."""
-    devices = len(placement.contexts)
+    devices, replicas = len(placement.contexts), len(placement.contexts) // config.parallel.pipeline
     part = -(-config.train.batch_size // process.size // config.train.accumulate)  # images computed at once
     few, more = (min(part, n * devices) for n in (2, 6))
     taken = []
@@ -141,7 +142,7 @@ def _memory(config: Config, task: Task, process: ProcessInfo, placement: Replica
         taken.append(_resident())
     each = max(0, taken[1] - taken[0]) / max(1, more - few)
     weights = 4 * _count(placement.net)
-    moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * devices + (1 if config.train.ema else 0)
+    moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * replicas + (1 if config.train.ema else 0)
     each_loaded = sum(array.nbytes for array in task.transform().allocate(1).values())
     loaded = (config.data.prefetch + 2) * config.train.batch_size / process.size * each_loaded
     needed = taken[1] + each * max(0, part - more) + weights * moments + loaded

@@ -16,7 +16,7 @@ from ..models import parameter_specs
 from ..optim import learning_rates
 from ..parallel.asynchronous import AsynchronousUpdate
 from ..parallel.average import WeightAverage
-from ..parallel.placement import Replicated
+from ..parallel.placement import Placement
 from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
 from ..system.text import encode, one_line
@@ -42,7 +42,7 @@ class Trainer:
         split: which part of each batch is this worker's.
     """
 
-    def __init__(self, config: Config, timetable: Timetable, task: Task, placement: Replicated,
+    def __init__(self, config: Config, timetable: Timetable, task: Task, placement: Placement,
                  update_rule: UpdateRule, split: BatchSplit, average: Optional[WeightAverage] = None,
                  logger: Union[RunLogger, Quiet, None] = None, step: int = 0,
                  state: Optional[Mapping[str, Any]] = None):

@@ -9,6 +9,8 @@ from support.jobs import HOROVOD, MESSAGES, PRETRAIN, PROGRAMS, SERVERS, recorde
 from support.running import rounds
 from support.tiny import TEN_STEPS
 
+pytestmark = pytest.mark.unmeasured
+
 SGD = ['optim.type=sgd', 'optim.clip_grad=null', 'optim.base_lr=1']
 WIDE = ['model.embed_dim=320', 'model.num_heads=4', 'optim.base_lr=1e-3']  # has arrays that are exchanged by themselves
 TWO_DEVICES = 'devices=[cpu(0),cpu(1)]'
@@ -49,6 +51,8 @@ def alone(tmp_path_factory):
     (['-n', 3, '--horovod'], [], WIDE),
     (HOROVOD + MESSAGES, [], WIDE),
     (HOROVOD + MESSAGES, [TWO_DEVICES], []),
+    (SERVERS, [TWO_DEVICES, 'parallel.pipeline=2', 'parallel.micro_batches=4'], []),
+    (HOROVOD, [TWO_DEVICES, 'parallel.pipeline=2', 'parallel.micro_batches=4'], WIDE),
     (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')

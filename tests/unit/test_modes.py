@@ -13,8 +13,8 @@ HOROVOD = ProcessInfo('worker', 0, 2, transport='horovod')
 NO_CLIP = {'clip_grad': None}
 
 
-def config(optim=None, weights='equal', **train):
-    return Config(train=train, optim=optim or {}, data={'worker_weights': weights})
+def config(optim=None, weights='equal', parallel=None, **train):
+    return Config(train=train, optim=optim or {}, data={'worker_weights': weights}, parallel=parallel or {})
 
 
 @pytest.mark.parametrize('process, keys, expected', [
@@ -44,6 +44,7 @@ def test_modes(process, keys, expected):
     (PS, {'store': 'device'}, r'one of 2 started with parameter servers: leave train.store=auto'),
     (PS, {'store': 'dist_async'}, r'optim.clip_grad=5.0 cannot work with train.store=dist_async.*clip_grad=null'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'accumulate': 2}, 'train.accumulate=2 cannot work'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'parallel': {'pipeline': 2}}, 'parallel.pipeline=2 cannot work'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'compression': '2bit'}, 'compression=2bit cannot work.*dist_async'),
     (PS, {'store': 'dist_async', 'optim': {'clip_grad': None, 'type': 'sgd'}}, 'optim.type=sgd'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'weights': 'auto'}, 'data.worker_weights=auto'),

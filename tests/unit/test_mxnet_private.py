@@ -99,6 +99,29 @@ def test_a_light_import_differs_in_what_it_costs_alone():
     assert light[1:4] == [[[3, 3], [7, 7]], [0, 1], 10] and 'num_filter' in light[-1]
 
 
+@pytest.mark.parametrize('renewed', [True, False])
+def test_two_recorded_graphs_of_one_array_without_gradient(renewed):
+    """The first to go back forgets it for the other, unless that has an object of its own."""
+    constant = mx.gluon.Constant('constant', mx.nd.array([3, 4]))
+    constant.initialize(ctx=[mx.cpu(0), mx.cpu(1)])
+    x, made = mx.nd.array([1, 2], ctx=mx.cpu(1)), []
+    x.attach_grad('add')
+    for _ in range(2):
+        if renewed:
+            mxnet_private.renew(constant)
+        with autograd.record():
+            made.append(x * constant.data(mx.cpu(1)))
+    made[0].backward()
+    if renewed:
+        made[1].backward()
+        assert x.grad.asnumpy().tolist() == [6, 8]
+        constant.set_data(mx.nd.array([5, 6]))
+        assert [copy.asnumpy().tolist() for copy in constant.list_data()] == [[5, 6], [5, 6]]
+    else:
+        with pytest.raises(mx.MXNetError, match='The any container is empty'):
+            made[1].backward()
+
+
 class Two(nn.HybridBlock):
     def __init__(self):
         super().__init__()

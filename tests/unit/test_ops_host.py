@@ -24,7 +24,8 @@ def native():
 
 
 @pytest.mark.parametrize('context, environ, form, expected', [
-    (mx.cpu(1), {}, 'native', True),
+    (mx.cpu(), {}, 'native', True),
+    (mx.cpu(1), {}, 'native', False),
     (mx.cpu(), {'MXNET_CPU_PRIORITY_NTHREADS': '2'}, 'native', True),
     (mx.cpu(), {'MXNET_CPU_PRIORITY_NTHREADS': '1'}, 'native', False),  # a sum would keep the copy it waits for waiting
     (mx.cpu(), {}, 'reference', False),

@@ -1,0 +1,59 @@
+"""Segments: the parts of a network between which it can be cut, for a pipeline to run them on several devices."""
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import mxnet as mx
+from mxnet.gluon import HybridBlock, Parameter
+
+Run = Callable[[Any, Any, Dict[str, Any]], Any]
+
+
+class Segment(NamedTuple):
+    """A part of a network that follows another: its embedding, one of its blocks, its head.
+
+    ``run(F, x, given)`` computes what the next segment takes, of what the one before has computed (None for the first)
+    and of the network's inputs named `inputs` in the dict `given`. There, segments leave what later ones of the same
+    stage can use, too.
+    """
+    run: Run
+    blocks: Sequence[HybridBlock]  # which have its parameters
+    inputs: Tuple[str, ...] = ()
+    parameters: Sequence[Optional[Parameter]] = ()  # those that none of its blocks has; None where there is none
+
+
+class PipelineStage(HybridBlock):
+    """Consecutive segments of a network, which share their parameters with it, as a block that can be hybridized.
+
+    ``stage(x, *inputs)``, with x from the stage before and without it where the network begins; `inputs` names the
+    others.
+    """
+
+    def __init__(self, segments: Sequence[Segment], first: bool):
+        super().__init__(prefix='')
+        self._segments, self._first = list(segments), first
+        self.inputs = tuple(dict.fromkeys(name for segment in segments for name in segment.inputs))
+        blocks = {id(block): block for segment in segments for block in segment.blocks}
+        for number, block in enumerate(blocks.values()):
+            self.register_child(block, str(number))
+        self.params.update({p.name: p for segment in segments for p in segment.parameters if p is not None})
+
+    @property
+    def without_gradient(self) -> List[Parameter]:
+        """Constants and buffers."""
+        return [p for p in self.collect_params().values() if p.grad_req == 'null']
+
+    def hybrid_forward(self, F: Any, x: Any, *inputs: Any) -> Any:
+        given = dict(zip(self.inputs, (x, *inputs) if self._first else inputs))
+        x = None if self._first else x
+        for segment in self._segments:
+            x = segment.run(F, x, given)
+        return x
+
+
+def cut(segments: Sequence[Segment], parts: Sequence[slice]) -> List[PipelineStage]:
+    """Make a stage of each of these consecutive parts of a network's segments."""
+    return [PipelineStage(segments[part], part.start == 0) for part in parts]
+
+
+def own(F: Any, x: Any, *parameters: Optional[Parameter]) -> List[Any]:
+    """Return parameters as hybrid_forward is given those of its block; None stays None."""
+    return [p and (p.data(x.context) if F is mx.nd else p.var()) for p in parameters]

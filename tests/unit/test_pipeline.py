@@ -1,0 +1,190 @@
+"""Transparency of a pipeline: cut in whatever way, a network has the gradients and the answers of one device."""
+import mxnet as mx
+import numpy as np
+import pytest
+from support import machine
+from support.trainer import build_tiny_trainer, random_batches, tiny_config
+
+from mxsimmim.config import ModelConfig
+from mxsimmim.data.loader import Batch
+from mxsimmim.interop import official
+from mxsimmim.models import build_classifier, build_simmim, named_parameters
+from mxsimmim.models.cost import segment_costs
+from mxsimmim.ops import REFERENCE, OpBackend
+from mxsimmim.parallel.pipeline import Pipeline
+from mxsimmim.parallel.placement import Replicated
+from mxsimmim.parallel.schedules import stages_of
+from mxsimmim.tasks.registry import TASKS
+from mxsimmim.training.build import build_placement, build_trainer
+from mxsimmim.training.run_folder import checkpoint_to_resume
+
+VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=4, num_heads=2, drop_path=0.3)
+SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4,
+            drop_path=0.2)
+NETWORKS = [VIT, {**VIT, 'use_rpb': True, 'use_shared_rpb': False, 'use_ape': True, 'depth': 3},
+            {**VIT, 'use_mean_pooling': True, 'init_values': None, 'norm_targets': True}, SWIN, {**SWIN, 'ape': True}]
+SEED = 9
+
+
+IDS = ['vit', 'vit, own tables, positions', 'vit, pooling', 'swin', 'swin, positions']
+
+
+def build(keys, devices=1, images=11, backend=REFERENCE, accumulate=1, recipe='fixed', **parallel):
+    print('seed', SEED)
+    return build_tiny_trainer(model=keys, devices=[f'cpu({i})' for i in range(devices)], seed=SEED, parallel=parallel,
+                              optim=dict(recipe=recipe, clip_grad=0.5), backend=backend,
+                              train=dict(batch_size=images, accumulate=accumulate, store='local', check_replicas=1))
+
+
+def trained(trainer, steps=10):
+    """Weights, and (loss, norm, applied) of each step; replicas are the same, bit by bit."""
+    rows = []
+    for batch in random_batches(trainer.config.model, steps, trainer.config.train.batch_size, SEED):
+        rows.append(trainer.train_step(batch).asnumpy())
+        trainer.check_replicas()
+    for parameter in named_parameters(trainer.placement.net).values():
+        first, *others = (copy.asnumpy() for copy in parameter.list_data())
+        assert all(np.array_equal(first, copy) for copy in others)
+    return official.export_weights(trainer.placement.net), np.array(rows)
+
+
+def difference(ours, theirs):
+    """Relative, in the L2 norm of all parameters together."""
+    ours, theirs = (np.concatenate([x[n].ravel() for n in sorted(x)]) for x in (ours, theirs))
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.fixture(scope='module')
+def alone():
+    """What one device makes of a network, computed once."""
+    made = {}
+
+    def run(keys, form, **more):
+        name = repr((keys, form, more))
+        if name not in made:
+            made[name] = trained(build(keys, backend=OpBackend(form), **more))
+        return made[name]
+    return run
+
+
+@pytest.mark.parametrize('form', machine.FORMS)
+@pytest.mark.parametrize('keys, devices, stages, micro_batches', [
+    *((keys, 2, 2, 4) for keys in NETWORKS), (VIT, 3, 3, 1), (VIT, 4, 2, 3), (VIT, 4, 4, 5), (SWIN, 4, 2, 3)],
+                         ids=lambda value: value['type'] if isinstance(value, dict) and 'type' in value else None)
+def test_weights_are_those_of_one_device(alone, keys, devices, stages, micro_batches, form):
+    """10 steps of 11 images, which no number of micro-batches and replicas divides."""
+    trainer = build(keys, devices, backend=OpBackend(form), pipeline=stages, micro_batches=micro_batches)
+    assert isinstance(trainer.placement, Pipeline)
+    weights, rows = trained(trainer)
+    expected, expected_rows = alone(keys, form)
+    assert difference(weights, expected) < 1e-5
+    np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize('recipe', ['fixed', 'reference'])
+@pytest.mark.parametrize('keys', [VIT, {**SWIN, 'recompute': True}], ids=['vit', 'swin, recomputed'])
+def test_accumulated_parts(alone, keys, recipe):
+    """With the reference's clipping between the parts, and with activations computed again."""
+    form = machine.FORMS[-1]
+    if form == 'reference':
+        keys = {**keys, 'recompute': False}
+    more = dict(accumulate=2, recipe=recipe)
+    weights, rows = trained(build(keys, 2, backend=OpBackend(form), pipeline=2, micro_batches=3, **more))
+    expected, expected_rows = alone(keys, form, **more)
+    assert difference(weights, expected) < 1e-5
+    np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize('form', machine.FORMS)
+@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
+def test_schedules_compute_the_same_bits(keys, form):
+    one, other = (trained(build(keys, 3, backend=OpBackend(form), pipeline=3, micro_batches=5, schedule=name), 4)
+                  for name in ('gpipe', '1f1b'))
+    assert all(np.array_equal(one[0][name], other[0][name]) for name in one[0])
+    np.testing.assert_array_equal(one[1], other[1])
+
+
+def pair(make, keys, stages, replicas, micro_batches):
+    """The same network on one device and cut."""
+    config = ModelConfig(**keys)
+    nets = [make(config), make(config)]
+    parallel = tiny_config(model=keys, parallel=dict(pipeline=stages)).parallel
+    contexts = [mx.cpu(i) for i in range(stages * replicas)]
+    return (Replicated(nets[0], [mx.cpu(0)]),
+            Pipeline(nets[1], contexts, stages_of(parallel, segment_costs(config)), micro_batches))
+
+
+@pytest.mark.parametrize('keys', NETWORKS[:4], ids=IDS[:4])
+@pytest.mark.parametrize('stages, replicas', [(2, 1), (3, 1), (2, 2)])
+def test_answers(keys, stages, replicas):
+    """Loss without gradient, reconstruction, and the logits of a classifier."""
+    batch, = random_batches(ModelConfig(**keys), 1, 5, SEED)
+    del batch.fields['uniform']  # nothing is dropped
+    one, cut = pair(lambda config: build_simmim(config, SEED), keys, stages, replicas, 2)
+    np.testing.assert_allclose(cut.loss(batch).asscalar(), one.loss(batch).asscalar(), rtol=1e-6)
+    np.testing.assert_allclose(cut.reconstruct(batch), one.reconstruct(batch), rtol=1e-5, atol=1e-6)
+    keys = {key: value for key, value in keys.items() if key != 'norm_targets'}
+    one, cut = pair(lambda config: build_classifier(config, 3, SEED), keys, stages, replicas, 2)
+    assert cut.outputs(batch).shape == (5, 3)
+    np.testing.assert_allclose(cut.outputs(batch), one.outputs(batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('keys', [VIT, {**VIT, 'use_mean_pooling': True}, SWIN], ids=['vit', 'vit, pooling', 'swin'])
+def test_gradients_of_a_classifier(keys):
+    rng = np.random.default_rng(SEED)
+    images, = random_batches(ModelConfig(**keys), 1, 7, SEED)
+    batch = Batch({'image': images.fields['image'], 'uniform': images.fields['uniform'],
+                   'label': rng.dirichlet(np.ones(3), 7).astype('float32')}, 0, images.index)
+    placements = pair(lambda config: build_classifier(config, 3, SEED), keys, 2, 2, 2)
+    losses = [placement.forward_backward(batch, 7).asscalar() for placement in placements]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    one, cut = ({name: sum(g.asnumpy() for g in p.list_grad()) for name, p in named_parameters(placement.net).items()}
+                for placement in placements)
+    assert difference(cut, one) < 1e-5 and all(np.abs(value).max() > 0 for value in one.values())
+
+
+def test_where_parameters_lie():
+    """With the stage that uses them, in each replica; the shared table with all; what nothing uses with the head."""
+    net = build({**VIT, 'use_mean_pooling': True}, 4, pipeline=2, micro_batches=2).placement.net
+    there = {name: [str(ctx) for ctx in p.list_ctx()] for name, p in named_parameters(net).items()}
+    first, second, every = ['cpu(0)', 'cpu(2)'], ['cpu(1)', 'cpu(3)'], ['cpu(0)', 'cpu(1)', 'cpu(2)', 'cpu(3)']
+    assert there.pop('encoder.rel_pos_bias.relative_position_bias_table') == every
+    assert there['encoder.fc_norm.weight'] == there['decoder.0.weight'] == second
+    for name, contexts in there.items():
+        early = name.startswith(('encoder.blocks.0.', 'encoder.blocks.1.', 'encoder.patch_embed.')) or name in (
+            'encoder.cls_token', 'encoder.mask_token')
+        assert contexts == (first if early else second), name
+
+
+def test_a_run_goes_on_under_another_layout(tmp_path):
+    """The same weights and moments at the hand-over, and those of one device in the end."""
+    keys = dict(output=str(tmp_path), name='run', data=dict(path='digits', val_fraction=0.1, threads=1),
+                validation=dict(images=8, pictures=1))
+    steps = dict(batch_size=8, store='local')
+
+    def config(length, devices, **parallel):
+        return tiny_config(model=VIT, devices=[f'cpu({i})' for i in range(devices)], seed=SEED, parallel=parallel,
+                           train=dict(length=length, **steps), optim=dict(schedule='constant', warmup=0), **keys)
+    trainer = build_trainer(config(4, 2, pipeline=2, micro_batches=2))
+    trainer.fit()
+    saved, moments = official.export_weights(trainer.placement.net), trainer.update_rule.state_dict()
+    losses = {}
+    for devices, parallel in ((1, {}), (3, dict(pipeline=3, micro_batches=4)), (4, dict(pipeline=2, micro_batches=1))):
+        new = config(4, devices, **parallel)
+        checkpoint = checkpoint_to_resume(new, TASKS['pretrain'](new), print)
+        again = build_trainer(new, checkpoint=checkpoint)
+        assert again.step == 4
+        for ours, theirs in ((official.export_weights(again.placement.net), saved),
+                             (again.update_rule.state_dict(), moments)):
+            assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+        losses[devices] = again.validate()['val_loss']
+    np.testing.assert_allclose(list(losses.values()), losses[1], rtol=1e-6)
+
+
+def test_devices_that_are_no_multiple_of_the_stages():
+    config = tiny_config(model=VIT, parallel=dict(pipeline=2, micro_batches=2))
+    task = TASKS['pretrain'](config)
+    net = task.build_network(True, REFERENCE)
+    with pytest.raises(ValueError, match=r'parallel.pipeline=2 needs 2 devices a worker, or a multiple, and here are '
+                                         r'1 \(cpu\(0\)\): name them with devices='):
+        build_placement(config, task, net, [mx.cpu(0)])
