@@ -3,7 +3,7 @@ from typing import List, Optional, Union
 
 import mxnet as mx
 
-from ..config import Config
+from ..config import Config, ParallelConfig
 from ..data.batch_split import BatchSplit, split_batch
 from ..interop import official
 from ..models import Network, parameter_specs
@@ -51,7 +51,7 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
     contexts = contexts_of(config.devices, process)
     backend = backend or select_backend(config.runtime.precision, contexts)
     net = build_network(config, process, task, backend, checkpoint, logger)
-    placement = build_placement(config, task, net, contexts)
+    placement = build_placement(config.parallel, net, contexts, config.train.accumulate)
     communicator = communicator or build_communicator(strategy, process)
     split = build_split(config, task, communicator, least_images(config, contexts), checkpoint)
     update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split)
@@ -79,20 +79,20 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
     return net
 
 
-def build_placement(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Placement:
-    """Place the network on the devices of this worker, as `parallel` says.
+def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Context], accumulate: int = 1
+                    ) -> Placement:
+    """Place the network on the devices of this worker, as `parallel` says, for batches of `accumulate` parts.
 
     Raises:
         ValueError: there are not as many devices as stages, or a multiple.
     """
-    parallel, accumulate = config.parallel, config.train.accumulate
     if parallel.pipeline == 1:
         return Replicated(net, contexts, accumulate)
     if len(contexts) % parallel.pipeline:
         raise ValueError(f'parallel.pipeline={parallel.pipeline} needs {parallel.pipeline} devices a worker, or a '
                          f'multiple, and here are {len(contexts)} ({", ".join(map(str, contexts))}): name them with '
                          'devices=[…], or lower it')
-    return Pipeline(net, contexts, stages_of(parallel, segment_costs(config.model)),
+    return Pipeline(net, contexts, stages_of(parallel, segment_costs(net.config)),
                     parallel.micro_batches, parallel.schedule, accumulate)
 
 

@@ -122,8 +122,8 @@ def _batch(config: Config, task: Task, images: int) -> Batch:
 
 
 def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Tuple[str, Placement]:
-    placement = build_placement(config, task, net, contexts)
-    images = 2 * least_images(config, contexts)
+    placement = build_placement(config.parallel, net, contexts)
+    images = 2 * least_images(config, contexts) // config.train.accumulate
     loss = float(placement.loss(_batch(config, task, images)).asscalar()) / images
     if not np.isfinite(loss):
         raise ValueError(f'the loss of {images} images is {loss}: are the weights of model.pretrained whole?')

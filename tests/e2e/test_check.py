@@ -35,6 +35,13 @@ def test_a_good_run(mxsimmim, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pipeline_and_accumulated_parts(mxsimmim):
+    said = parts(mxsimmim('pretrain', BASE, *TINY, 'name=run', '--check', 'devices=[cpu(0),cpu(1)]',
+                          'train.accumulate=4', 'parallel.pipeline=2', 'parallel.micro_batches=3').stdout)
+    assert re.match(r'loss \d\.\d{4} of 6 images', said['forward']) and 'for 8 images at once' in said['memory']
+    assert said['all'] == 'good: without --check, the same command trains'
+
+
 def test_a_classifier_and_a_run_that_goes_on(mxsimmim, tmp_path):
     words = ['finetune', ROOT / 'conf' / 'finetune_digits.yaml', *TINY[:5], 'name=run', 'train.length=4',
     'runtime.threads=1']

@@ -182,9 +182,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
 
 
 def test_devices_that_are_no_multiple_of_the_stages():
-    config = tiny_config(model=VIT, parallel=dict(pipeline=2, micro_batches=2))
-    task = TASKS['pretrain'](config)
-    net = task.build_network(True, REFERENCE)
+    parallel = tiny_config(model=VIT, parallel=dict(pipeline=2, micro_batches=2)).parallel
     with pytest.raises(ValueError, match=r'parallel.pipeline=2 needs 2 devices a worker, or a multiple, and here are '
                                          r'1 \(cpu\(0\)\): name them with devices='):
-        build_placement(config, task, net, [mx.cpu(0)])
+        build_placement(parallel, build_simmim(ModelConfig(**VIT)), [mx.cpu(0)])
