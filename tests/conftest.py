@@ -21,11 +21,13 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks each test with the tier of its folder; `soak_*.py` is slow besides."""
+    """Marks each test with the tier of its folder; `soak_*.py` is slow besides. What is slow begins first, so that no
+    worker is left with it at the end."""
     for item in items:
         item.add_marker(TIERS[item.path.relative_to(Path(__file__).parent).parts[0]])
         if item.path.name.startswith('soak_'):
             item.add_marker('slow')
+    items.sort(key=lambda item: item.get_closest_marker('slow') is None)
 
 
 @pytest.hookimpl(hookwrapper=True)

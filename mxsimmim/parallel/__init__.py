@@ -1,1 +1,1 @@
-"""Where a model runs (`placement`) and how its replicas agree (`aggregate`, through `stores`): independent choices."""
+"""Where a model runs (placements) and how its replicas agree (update rules, through communicators), independently."""
