@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from ..system import paths
 from . import documents, foreign_names, schedule
-from .schema import PATH, Config, ConfigError, Duration, Section, parse_duration
+from .schema import Config
+from .values import PATH, ConfigError, Duration, Section, parse_duration
 
 Values = Dict[str, Tuple[Any, str]]  # dotted key -> (value, where it was set)
 COMMAND_LINE = 'command line'

@@ -1,7 +1,8 @@
 """Warm-ups and milestones of a run whose length was written elsewhere than they were."""
 from typing import Any, Dict, List, Mapping, Tuple
 
-from .schema import Config, ConfigError, Duration
+from .schema import Config
+from .values import ConfigError, Duration
 
 WRITTEN = ('optim.warmup', 'optim.milestones')  # what was written with a certain train.length in mind
 

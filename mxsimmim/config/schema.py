@@ -5,113 +5,12 @@ them. Nothing here imports mxnet, so a wrong key is reported in a fraction of a 
 """
 import math
 import re
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from typing_extensions import Annotated, Literal
+from pydantic import AliasChoices, Field, model_validator
+from typing_extensions import Literal
 
-from ..system.text import drawn
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; its text is for the user."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(drawn(message))  # pydantic takes no surrogates there
-
-
-def _list(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
-# Marks keys whose value is a path of this machine, in which `~` and variables are replaced.
-PATH = 'a path of this machine'
-
-
-def _not_empty(value: str) -> str:  # not by min_length, for which pydantic wants a path to be UTF-8
-    _require(value != '', 'should have at least 1 character')
-    return value
-
-
-Place = Annotated[str, PATH]
-GivenPlace = Annotated[str, PATH, AfterValidator(_not_empty)]
-LONGEST, LARGEST = 1e12, 2 ** 53  # steps or epochs of a run; any whole number: what float64 and int64 both hold
-
-
-class Duration(NamedTuple):
-    """A point or span of training, as the user wrote it: ``500`` or ``500 steps``, ``10 epochs``, ``5%`` of the run."""
-    value: float
-    unit: str  # 'steps', 'epochs' or '%'
-
-    def steps(self, per_epoch: int, total: int = 0) -> int:
-        """In steps, the only unit of time inside the program; `total` is the length of the run in steps."""
-        scale = {'steps': 1, 'epochs': per_epoch, '%': total / 100}[self.unit]
-        return int(round(self.value * scale))
-
-    def __str__(self) -> str:
-        value = int(self.value) if self.value == int(self.value) else self.value
-        return f'{value}%' if self.unit == '%' else f'{value} {self.unit}'
-
-
-def parse_duration(value: Any) -> Duration:
-    """The length of time that a user wrote.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(value, Duration):
-        return value
-    text = str(value) if isinstance(value, (str, int, float)) and not _huge(value) else type(value).__name__
-    match = re.fullmatch(r'\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(|%|(?:step|epoch)s?)\s*', text, re.ASCII)
-    if not match or isinstance(value, bool):
-        raise ValueError(f"'{text}' is not a length of time: write steps as 500, or '10 epochs', or '5%' of the run")
-    unit = {'': 'steps', 'step': 'steps', 'epoch': 'epochs'}.get(match[2], match[2])
-    number = float(match[1])
-    _require(number <= LONGEST, f"'{text}' is longer than any run: at most {LONGEST:.0e} steps, epochs or per cent")
-    return Duration(number, unit)
-
-
-def _huge(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) > LARGEST
-
-
-Time = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(str, return_type=str)]
-BOOLEANS: Tuple[Any, ...] = (bool, Optional[bool])  # types of keys that take true and false
-
-
-class Section(BaseModel):
-    """What all parts of the configuration share: no unknown key, no change after the checks."""
-    model_config = ConfigDict(frozen=True, extra='forbid', populate_by_name=True, protected_namespaces=(),
-                              allow_inf_nan=False)
-
-    @field_validator('*', mode='before')
-    @classmethod
-    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses what the conversions of pydantic would let pass: true as a number, numbers that no machine holds."""
-        _require(not isinstance(value, bool) or cls.model_fields[str(info.field_name)].annotation in BOOLEANS,
-                 f"{str(value).lower()} is no value for it")
-        _require(not isinstance(value, str) or '\0' not in value, 'a NUL character is no part of any value')
-        return value
-
-    @field_validator('*')
-    @classmethod
-    def _bounded(cls, value: Any) -> Any:
-        _require(not any(map(_huge, value if isinstance(value, tuple) else (value,))),
-                 f'larger than {LARGEST:,}, the largest whole number of a configuration')
-        return value
+from .values import Duration, GivenPlace, Place, Section, Time, listed, require
 
 
 class ModelConfig(Section):
@@ -168,33 +67,33 @@ class ModelConfig(Section):
     @model_validator(mode='after')
     def _check(self) -> 'ModelConfig':
         if self.type == 'vit':
-            _require(isinstance(self.num_heads, int),
-                     f'num_heads={_list(self.num_heads)} is a list; a ViT has one number of heads')
-            _require(self.heads[0] > 0 and self.embed_dim % self.heads[0] == 0,
+            require(isinstance(self.num_heads, int),
+                     f'num_heads={listed(self.num_heads)} is a list; a ViT has one number of heads')
+            require(self.heads[0] > 0 and self.embed_dim % self.heads[0] == 0,
                      f'embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}')
         else:
             self._check_swin()
-        _require(self.img_size % self.stride == 0,
+        require(self.img_size % self.stride == 0,
                  f'img_size={self.img_size} is not a multiple of {self.stride}, the side of one final token'
                  + (f' (patch_size {self.patch_size} x 2^{self.stages - 1})' if self.stages > 1 else ' (patch_size)'))
         for stage in range(self.stages if self.type == 'swin' else 0):
             side = self.grid >> stage
-            _require(side <= self.window_size or side % self.window_size == 0,
+            require(side <= self.window_size or side % self.window_size == 0,
                      f'window_size={self.window_size} does not divide the {side}x{side} tokens of stage {stage}: '
                      f'change window_size or img_size={self.img_size}')
         return self
 
     def _check_swin(self) -> None:
         depths = self.depths
-        _require(len(depths) > 0, 'depths is empty: a Swin needs its blocks a stage, e.g. depths=[2,2,18,2]')
-        _require(len(depths) <= 32, f'depths lists {len(depths)} stages; each halves the image, so 32 are too many')
-        _require(all(d > 0 for d in depths), f'depths={_list(depths)} has a stage without blocks')
-        _require(isinstance(self.num_heads, tuple) and len(self.num_heads) == len(depths),
-                 f'num_heads={_list(self.num_heads)} must list one number for each of the {len(depths)} stages of '
-                 f'depths={_list(depths)}')
+        require(len(depths) > 0, 'depths is empty: a Swin needs its blocks a stage, e.g. depths=[2,2,18,2]')
+        require(len(depths) <= 32, f'depths lists {len(depths)} stages; each halves the image, so 32 are too many')
+        require(all(d > 0 for d in depths), f'depths={listed(depths)} has a stage without blocks')
+        require(isinstance(self.num_heads, tuple) and len(self.num_heads) == len(depths),
+                 f'num_heads={listed(self.num_heads)} must list one number for each of the {len(depths)} stages of '
+                 f'depths={listed(depths)}')
         for stage, h in enumerate(self.heads):
             width = self.embed_dim * 2 ** stage
-            _require(h > 0 and width % h == 0, f'the width {width} of stage {stage} (embed_dim {self.embed_dim} x '
+            require(h > 0 and width % h == 0, f'the width {width} of stage {stage} (embed_dim {self.embed_dim} x '
                      f'2^{stage}) is not a multiple of its num_heads={h}')
 
 
@@ -241,12 +140,12 @@ class DataConfig(Section):
     @model_validator(mode='after')
     def _check(self) -> 'DataConfig':
         for key, (low, high) in (('crop_scale', self.crop_scale), ('crop_ratio', self.crop_ratio)):
-            _require(0 < low <= high, f'{key}=[{low}, {high}] must be two positive numbers, the smaller first')
-        _require(self.crop_scale[1] <= 1, f'crop_scale={_list(self.crop_scale)} asks for more than the image')
-        _require(min(self.std) > 0, f'std={_list(self.std)} must be positive')
+            require(0 < low <= high, f'{key}=[{low}, {high}] must be two positive numbers, the smaller first')
+        require(self.crop_scale[1] <= 1, f'crop_scale={listed(self.crop_scale)} asks for more than the image')
+        require(min(self.std) > 0, f'std={listed(self.std)} must be positive')
         weights = self.worker_weights
         if not isinstance(weights, str):
-            _require(len(weights) > 0 and min(weights) > 0, f'worker_weights={_list(weights)} must be positive')
+            require(len(weights) > 0 and min(weights) > 0, f'worker_weights={listed(weights)} must be positive')
         return self
 
     def in_use(self) -> 'DataConfig':
@@ -290,9 +189,9 @@ class OptimConfig(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'OptimConfig':
-        _require(all(0 <= beta < 1 for beta in self.betas), f'betas={_list(self.betas)} must lie in [0, 1)')
-        _require(max(self.betas) <= 1 - 2 ** -24, f'betas={_list(self.betas)}: in float32, one of them is 1: lower it')
-        _require(self.schedule != 'multistep' or bool(self.milestones), 'schedule=multistep needs milestones')
+        require(all(0 <= beta < 1 for beta in self.betas), f'betas={listed(self.betas)} must lie in [0, 1)')
+        require(max(self.betas) <= 1 - 2 ** -24, f'betas={listed(self.betas)}: in float32, one of them is 1: lower it')
+        require(self.schedule != 'multistep' or bool(self.milestones), 'schedule=multistep needs milestones')
         return self
 
 
@@ -336,8 +235,8 @@ class ParallelConfig(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'ParallelConfig':
-        _require(not self.split or len(self.split) == self.pipeline and min(self.split) > 0,
-                 f'split={_list(self.split)} must give each of the {self.pipeline} stages of pipeline={self.pipeline} '
+        require(not self.split or len(self.split) == self.pipeline and min(self.split) > 0,
+                 f'split={listed(self.split)} must give each of the {self.pipeline} stages of pipeline={self.pipeline} '
                  'a block or more')
         return self
 
@@ -397,47 +296,47 @@ class Config(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'Config':
-        _require(re.fullmatch(r'[\w.+-]*', self.name) is not None and self.name not in ('.', '..'),
+        require(re.fullmatch(r'[\w.+-]*', self.name) is not None and self.name not in ('.', '..'),
                  f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
         if self.task == 'pretrain':
             self._check_masks()
             self._check_nothing_of_fine_tuning()
         if self.devices != 'auto':
-            _require(len(self.devices) > 0, 'devices is empty: write devices=auto or devices=[cpu(0)]')
+            require(len(self.devices) > 0, 'devices is empty: write devices=auto or devices=[cpu(0)]')
             for device in self.devices:
-                _require(re.fullmatch(r'(cpu|gpu)\(\d+\)', device) is not None,
+                require(re.fullmatch(r'(cpu|gpu)\(\d+\)', device) is not None,
                          f"devices: '{device}' is not a device: write cpu(0), gpu(0), gpu(1), …")
-            _require(len(set(self.devices)) == len(self.devices), f'devices={_list(self.devices)} names one twice')
-            _require(len({device[:3] for device in self.devices}) == 1,
-                     f'devices={_list(self.devices)} mixes CPU and GPU')
+            require(len(set(self.devices)) == len(self.devices), f'devices={listed(self.devices)} names one twice')
+            require(len({device[:3] for device in self.devices}) == 1,
+                     f'devices={listed(self.devices)} mixes CPU and GPU')
             parts = len(self.devices) * self.train.accumulate
-            _require(parts <= self.train.batch_size,
+            require(parts <= self.train.batch_size,
                      f'train.batch_size={self.train.batch_size} is less than {len(self.devices)} devices x '
                      f'train.accumulate={self.train.accumulate}')
-        _require(self.train.accumulate <= self.train.batch_size,
+        require(self.train.accumulate <= self.train.batch_size,
                  f'train.accumulate={self.train.accumulate} exceeds train.batch_size={self.train.batch_size}')
         if self.parallel.pipeline > 1:
             self._check_pipeline()
-        _require(self.train.length.unit != '%' and self.train.length.value > 0,
+        require(self.train.length.unit != '%' and self.train.length.value > 0,
                  f'train.length={self.train.length} must be a positive number of steps or epochs')
         for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
                             ('checkpoint.keep_every', self.checkpoint.keep_every)):
-            _require(period is None or period.value > 0, f'{key}={period} must be positive')
+            require(period is None or period.value > 0, f'{key}={period} must be positive')
         return self
 
     def _check_pipeline(self) -> None:
         stages, split, blocks, train = self.parallel.pipeline, self.parallel.split, self.model.blocks, self.train
         parts = self.parallel.micro_batches * train.accumulate
-        _require(stages <= blocks, f'parallel.pipeline={stages} is more stages than the network has blocks, {blocks}: '
+        require(stages <= blocks, f'parallel.pipeline={stages} is more stages than the network has blocks, {blocks}: '
                  'lower it')
-        _require(not split or sum(split) == blocks, f'parallel.split={_list(split)} divides {sum(split)} blocks, and '
+        require(not split or sum(split) == blocks, f'parallel.split={listed(split)} divides {sum(split)} blocks, and '
                  f'the network has {blocks}')
-        _require(parts <= train.batch_size, f'train.batch_size={train.batch_size} is less than parallel.micro_batches='
+        require(parts <= train.batch_size, f'train.batch_size={train.batch_size} is less than parallel.micro_batches='
                  f'{self.parallel.micro_batches} x train.accumulate={train.accumulate}: lower one of these')
         if self.devices != 'auto':
-            _require(len(self.devices) % stages == 0,
+            require(len(self.devices) % stages == 0,
                      f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and devices='
-                     f'{_list(self.devices)} names {len(self.devices)}: name more of them, or lower it')
+                     f'{listed(self.devices)} names {len(self.devices)}: name more of them, or lower it')
 
     def _check_nothing_of_fine_tuning(self) -> None:
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),
@@ -445,13 +344,13 @@ class Config(Section):
         keys += [('augment', key) for key in AugmentConfig.model_fields]
         for section, key in keys:
             own = getattr(self, section)
-            _require(getattr(own, key) == type(own).model_fields[key].default,
+            require(getattr(own, key) == type(own).model_fields[key].default,
                      f'{section}.{key} is for fine-tuning: mxsimmim finetune')
 
     def _check_masks(self) -> None:
         img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size
-        _require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
-        _require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
+        require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
+        require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
         cells = (img // cell) ** 2
-        _require(math.ceil(self.mask.ratio * cells) < cells,
+        require(math.ceil(self.mask.ratio * cells) < cells,
                  f'mask.ratio={self.mask.ratio} hides all {cells} cells: lower it or mask.patch_size={cell}')

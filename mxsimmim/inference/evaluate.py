@@ -9,12 +9,13 @@ from ..config import Config, configfile
 from ..data.sources import notes_of, tell
 from ..ops import OpBackend
 from ..parallel.communicators import Communicator
-from ..parallel.placement import Replicated, contexts_of
+from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..runtime.process import process_info
 from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
+from ..training.build import build_placement
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
 from ..training.start import agree_on_backend, joined
@@ -50,7 +51,7 @@ def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: O
     for key, old, new in configfile.differences(trained.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
-    report = evaluator.report(Replicated(trained.net, contexts), folder)
+    report = evaluator.report(build_placement(config.parallel, trained.net, contexts), folder)
     if communicator.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0

@@ -24,7 +24,7 @@ class PipelineStage(HybridBlock):
     """Consecutive segments of a network, which share their parameters with it, as a block that can be hybridized.
 
     ``stage(x, *inputs)``, with x from the stage before and without it where the network begins; `inputs` names the
-    others.
+    others. `without_gradient` are its constants and buffers.
     """
 
     def __init__(self, segments: Sequence[Segment], first: bool):
@@ -35,11 +35,7 @@ class PipelineStage(HybridBlock):
         for number, block in enumerate(blocks.values()):
             self.register_child(block, str(number))
         self.params.update({p.name: p for segment in segments for p in segment.parameters if p is not None})
-
-    @property
-    def without_gradient(self) -> List[Parameter]:
-        """Constants and buffers."""
-        return [p for p in self.collect_params().values() if p.grad_req == 'null']
+        self.without_gradient = [p for p in self.collect_params().values() if p.grad_req == 'null']
 
     def hybrid_forward(self, F: Any, x: Any, *inputs: Any) -> Any:
         given = dict(zip(self.inputs, (x, *inputs) if self._first else inputs))

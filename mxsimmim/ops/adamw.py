@@ -66,7 +66,8 @@ def _native_update(weights: Arrays, grads: Arrays, means: Arrays, variances: Arr
                   scale: mx.nd.NDArray, copies: Arrays, shared: bool, **constants: float) -> None:
     for weight in weights:
         # Inference may have left it in a layout of oneDNN's own: convolutions do, and an operator of ours would write
-        # to a copy.
+        # to a copy. Where MXNet is still about to reorder it, this comes too early and the update is lost: a network
+        # with convolutions, of which there is none here, must be waited for between inference and update.
         mxnet_private.data_address(weight)
     mx.nd.mxsimmim_adamw(*weights, *grads, *means, *variances, *copies, mx.nd.array(rates, ctx=scale.context), scale,
                          count=len(weights), copies=int(bool(copies)), **constants)

@@ -12,7 +12,7 @@ from ..models import Network, SimMIM
 from ..models.segments import PipelineStage, cut
 from ..runtime import mxnet_private
 from .channels import LocalChannel, local_channel
-from .placement import Inputs, whole
+from .placement import Inputs, hybridize, whole, within
 from .schedules import FORWARD, SCHEDULES, in_order
 
 Ends = Tuple[LocalChannel, LocalChannel]  # of the channel between two neighbours, the earlier stage's first
@@ -47,7 +47,7 @@ class Pipeline:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
         for stage in (*self._stages, self._head):
-            stage.hybridize(static_alloc=True, backward_bulk_size=1 if net.backend.is_native else None)
+            hybridize(stage, net.backend)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """As `Replicated.forward_backward`; `on_micro_batch` is called between two accumulated parts."""
@@ -59,7 +59,7 @@ class Pipeline:
             if number and on_micro_batch:
                 on_micro_batch()
             for replica, own in self._of_replicas(part):
-                losses += self._train(replica, batch, _within(own, self._micro_batches), total)
+                losses += self._train(replica, batch, within(own, self._micro_batches), total)
         return mx.nd.add_n(*(loss.as_in_context(self.contexts[0]) for loss in losses))
 
     def _train(self, replica: int, batch: Batch, micro_batches: Sequence[slice], total: int) -> List[mx.nd.NDArray]:
@@ -132,8 +132,7 @@ class Pipeline:
 
     def _of_replicas(self, part: slice) -> List[Tuple[int, slice]]:
         """(number, images) of each replica that gets any."""
-        return [(replica, images) for replica, images in enumerate(_within(part, len(self._replicas)))
-                if images.stop > images.start]
+        return list(enumerate(within(part, len(self._replicas))))
 
     def _place(self) -> None:
         """Put each parameter where stages use it; one that none uses lies with the head."""
@@ -145,9 +144,3 @@ class Pipeline:
         for name, parameter in parameters.items():
             stages = sorted(set(used.get(name, [len(self._stages) - 1])))
             parameter.reset_ctx([replica[stage] for replica in self._replicas for stage in stages])
-
-
-def _within(part: slice, count: int) -> List[slice]:
-    """`split` of a slice into `count`, without empty ones."""
-    return [slice(part.start + s.start, part.start + s.stop) for s in split(part.stop - part.start, count)
-            if s.stop > s.start]

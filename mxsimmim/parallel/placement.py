@@ -5,11 +5,13 @@ from typing import Any, List, Optional, Protocol, Sequence, Tuple
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
+from mxnet.gluon import HybridBlock
 
 from ..data.loader import Batch
 from ..data.sampling import split
 from ..models import Network, SimMIM
 from ..models.layers import keep_factors
+from ..ops import OpBackend
 from ..runtime.process import ALONE, ProcessInfo
 
 
@@ -103,9 +105,7 @@ class Replicated:
         if accumulate > 1:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
-        # Gradients can be exchanged while others are computed, but not those of operators that MXNet runs in one bulk:
-        # 15 by default, which are 7 blocks where a native operator is half a block.
-        net.hybridize(static_alloc=True, backward_bulk_size=1 if net.backend.is_native else None)
+        hybridize(net, net.backend)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.
@@ -148,10 +148,23 @@ class Replicated:
     def _slices(self, batch: Batch, part: slice, names: Sequence[str]
                 ) -> List[Tuple[int, Tuple[mx.nd.NDArray, ...]]]:
         """(number of images, inputs) of each context that gets any."""
-        slices = [slice(part.start + s.start, part.start + s.stop)
-                  for s in split(part.stop - part.start, len(self.contexts))]
         return [(s.stop - s.start, self._inputs.take(batch, s, names, ctx))
-                for s, ctx in zip(slices, self.contexts) if s.stop > s.start]
+                for s, ctx in zip(within(part, len(self.contexts)), self.contexts)]
+
+
+def hybridize(block: HybridBlock, backend: OpBackend) -> None:
+    """Have a block that `backend` computes run as a cached graph.
+
+    Gradients can be exchanged while others are computed, but not those of operators that MXNet runs in one bulk: 15 by
+    default, which are 7 blocks where a native operator is half a block.
+    """
+    block.hybridize(static_alloc=True, backward_bulk_size=1 if backend.is_native else None)
+
+
+def within(part: slice, count: int) -> List[slice]:
+    """Return `split` of a slice into `count`, without empty ones, which would be the last."""
+    return [slice(part.start + s.start, part.start + s.stop) for s in split(part.stop - part.start, count)
+            if s.stop > s.start]
 
 
 def whole(batch: Batch) -> slice:

@@ -84,8 +84,8 @@ class _LightImport:
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-        base = sys.modules.get('mxnet.base')
-        if base is None or getattr(base, '__version__', None) != SUPPORTED or hasattr(sys.modules['mxnet'], 'api'):
+        mxnet, base = sys.modules.get('mxnet'), sys.modules.get('mxnet.base')  # this may be left of a failed import
+        if not mxnet or getattr(base, '__version__', None) != SUPPORTED or hasattr(mxnet, 'api'):
             return None
         if name in _OPTIONAL:
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)

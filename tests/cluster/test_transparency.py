@@ -52,6 +52,8 @@ def alone(tmp_path_factory):
     (HOROVOD + MESSAGES, [], WIDE),
     (HOROVOD + MESSAGES, [TWO_DEVICES], []),
     (SERVERS, [TWO_DEVICES, 'parallel.pipeline=2', 'parallel.micro_batches=4'], []),
+    (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, 'parallel.pipeline=2',
+               'parallel.micro_batches=4'], SGD),
     (HOROVOD, [TWO_DEVICES, 'parallel.pipeline=2', 'parallel.micro_batches=4'], WIDE),
     (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),

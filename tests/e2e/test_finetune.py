@@ -110,15 +110,17 @@ def test_a_signal_changes_nothing(whole, start, mxsimmim, tmp_path):
     assert metrics(run) == metrics(whole) and state(run)['progress'] == state(whole)['progress']
 
 
-def test_evaluation_alone(whole, mxsimmim, tmp_path):
+@pytest.mark.parametrize('words', [[], ['devices=[cpu(0),cpu(1)]', 'parallel.pipeline=2']], ids=['one', 'pipeline'])
+def test_evaluation_alone(whole, mxsimmim, tmp_path, words):
     """Of the best checkpoint, which load_run hands out: the numbers that were measured when it was saved."""
     before = weights(tmp_path / 'runs' / 'run')
-    text = mxsimmim('finetune', BASE, *FINETUNE, '--eval').stdout
+    text = mxsimmim('finetune', BASE, *FINETUNE, *words, '--eval').stdout
     step, top1 = first_best(whole)
     assert f'runs/run, step {step}\ntop-1 {top1:.2f} %, ' in text and 'of 359 images' in text
     found = json.loads((tmp_path / 'runs' / 'run' / 'evaluation.json').read_text())
     row = rows(whole, 'val_top1')[step]
-    assert {name: found[name] for name in found if name in row} == {name: row[name] for name in row if name in found}
+    assert {name: found[name] for name in found if name in row} == pytest.approx(
+        {name: row[name] for name in row if name in found}, rel=1e-6 if words else 0, abs=0)
     assert set(found) == {'images', 'val_top1', 'val_top5', 'val_loss', 'val_ece', 'val_images_per_second'}
     assert weights(tmp_path / 'runs' / 'run') == before and metrics(tmp_path / 'runs' / 'run') == metrics(whole)
 

@@ -16,11 +16,6 @@ def rounds(here, soak):
     return soak if os.environ.get('SOAK') else here
 
 
-def unmeasured():
-    """Variables without those of coverage: for what runs other tests once more."""
-    return {name: value for name, value in os.environ.items() if not name.startswith('COVERAGE_')}
-
-
 def command(*arguments):
     return [sys.executable, '-W', 'ignore', '-m', 'mxsimmim', *map(str, arguments)]
 

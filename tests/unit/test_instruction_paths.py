@@ -3,6 +3,7 @@
 oneDNN, MXNet's and ours, and the loops of the native operators go by DNNL_MAX_CPU_ISA, OpenBLAS by its core. This
 machine's best path is the one that all other tests take.
 """
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from support import machine
-from support.running import unmeasured
 
 UNIT = Path(__file__).parent
 # Our own loops are compiled for AVX2 and for AVX-512, and these consist of them: the second all other tests run.
@@ -30,14 +30,14 @@ PATHS = [
     ('avx512_core_bf16', 'SKYLAKEX', PRODUCTS + OTHERS, NATIVE, 160),
     ('avx512_core_amx', 'SKYLAKEX', [], NATIVE, 0),
 ]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 BELOW = PATHS[:[isa for isa, *_ in PATHS].index(machine.ISA)]
 SECONDS = 600  # of which a run takes 20
 
 
 @pytest.mark.parametrize('isa, core, tests, without, least', BELOW, ids=[isa or 'none' for isa, *_ in BELOW])
 def test_as_on_an_older_cpu(isa, core, tests, without, least):
-    env = {**unmeasured(), 'DNNL_MAX_CPU_ISA': isa.upper() or 'SSE41', 'OPENBLAS_CORETYPE': core}
+    env = {**os.environ, 'DNNL_MAX_CPU_ISA': isa.upper() or 'SSE41', 'OPENBLAS_CORETYPE': core}
     keys = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
     said = subprocess.run([sys.executable, '-c', 'from mxsimmim.ops import library; print(library.status())'],
                           timeout=60, **keys)

@@ -1,6 +1,7 @@
 """What this package relies on of MXNet's private functions, each in numbers."""
 import ast
 import ctypes
+import importlib
 import json
 import subprocess
 import sys
@@ -97,6 +98,14 @@ def test_a_light_import_differs_in_what_it_costs_alone():
     assert light == whole
     assert sum(map(len, light[0].values())) > 2500
     assert light[1:4] == [[[3, 3], [7, 7]], [0, 1], 10] and 'num_filter' in light[-1]
+
+
+def test_what_is_imported_after_an_import_of_mxnet_has_failed(monkeypatch):
+    """Python takes the package back, but not the modules of it that were whole."""
+    with mxnet_private.light_import():
+        monkeypatch.delitem(sys.modules, 'mxnet')
+        monkeypatch.delitem(sys.modules, 'scipy.constants', raising=False)
+        importlib.import_module('scipy.constants')
 
 
 @pytest.mark.parametrize('renewed', [True, False])

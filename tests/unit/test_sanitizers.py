@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from support import machine
-from support.running import unmeasured
 
 from mxsimmim.ops import library
 
@@ -17,6 +16,7 @@ SECONDS = 600  # one of them to compile, half a minute to run
 
 
 @pytest.mark.slow
+@pytest.mark.unmeasured
 @machine.natively
 @pytest.mark.skipif(bool(os.environ.get(library.VARIABLE)), reason='these are the tests that it runs')
 def test_operators_under_sanitizers():
@@ -24,7 +24,7 @@ def test_operators_under_sanitizers():
                    for path in Path(__file__).parent.glob(name))
     child = subprocess.run([sys.executable, 'tools/sanitize.py', '-q', '-p', 'no:cacheprovider', '-k',
                             'not (reference- or reference])', *files],  # MXNet's own operators are not instrumented
-                           cwd=str(ROOT), env=unmeasured(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            universal_newlines=True, timeout=SECONDS)
     if child.returncode == LACKING:
         pytest.skip(child.stdout.strip().splitlines()[-1])
