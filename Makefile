@@ -6,7 +6,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 ONEDNN := $(shell grep -o 'onednn-devel[^"]*' pyproject.toml)
-LINT := $(VENV)/lint
+LINT := build/lint
 LINTERS := $(shell grep -oE "'(ruff|mypy|clang-format|numpy|pydantic|pillow)==[^']*'" setup.py)
 HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
 comma := ,

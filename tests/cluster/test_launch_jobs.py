@@ -44,7 +44,7 @@ def script(text):
 
 @pytest.mark.soak
 def test_jobs_at_once_do_not_collide(tmp_path):
-    jobs, launchers = rounds(5, 10), []
+    jobs, launchers = rounds(3, 10), []
     for number in range(jobs):
         (tmp_path / str(number)).mkdir()
         launchers.append(Launcher(tmp_path / str(number)))
@@ -147,7 +147,7 @@ TRAIN = [*TINY, 'name=tiny', 'model.drop_path=0', 'train.length=999999', 'valida
 @pytest.mark.parametrize('victim', ['worker', 'server', 'scheduler', 'launcher', 'rank'])
 def test_kill_9_at_a_random_step(tmp_path, victim):
     with ThreadPoolExecutor(3) as pool:  # a job waits more than it computes
-        list(pool.map(lambda seed: kill_9(victim, seed, tmp_path / str(seed)), range(rounds(2, 5))))
+        list(pool.map(lambda seed: kill_9(victim, seed, tmp_path / str(seed)), range(rounds(1, 5))))
 
 
 def kill_9(victim, seed, folder):

@@ -7,7 +7,7 @@ import pytest
 from support.hosts import three_hosts
 
 PROGRAM = Path(__file__).parent / 'programs' / 'overlap.py'
-BLOCKS = 8
+BLOCKS = 5
 
 pytestmark = pytest.mark.alone
 

@@ -90,7 +90,7 @@ def test_hosts_of_several_horovod_ranks(launcher, alone, tmp_path):
 @pytest.mark.soak
 def test_starts(launcher, launch, store, devices):
     """Of the races among MXNet's first pushes and pulls, each shows within a few starts."""
-    times = rounds(10, 20)
+    times = rounds(5, 20)
     words = launcher.run(*launch, '--', sys.executable, '-W', 'ignore', PROGRAMS / 'repeat.py', store, times, devices,
                          seconds=180)
     assert f'ok {times}' in words[0] + words[1]

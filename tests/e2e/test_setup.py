@@ -97,7 +97,7 @@ def checkout(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     horovod = re.search(r'horovod==([\d.]+)', (ROOT / 'setup.py').read_text())[1]
-    for name in ('bin/python', f'horovod-{horovod}', 'base', 'test', 'lint/ready'):
+    for name in ('bin/python', f'horovod-{horovod}', 'base', 'test', '../build/lint/ready'):
         (tmp_path / '.venv' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / '.venv' / name).touch(mode=0o755)
     (tmp_path / '.venv/whole').write_text(f'{tmp_path}\n')
@@ -120,12 +120,12 @@ def test_second_make_installs_nothing(checkout):
         '.venv/bin/python tools/launch.py -n 2 -s 1 -- .venv/bin/mxsimmim pretrain conf/digits.yaml',
         '.venv/bin/python -W ignore tools/few_labels.py runs/digits']
     assert planned(checkout, 'lint').splitlines() == [
-        '.venv/lint/bin/ruff check .', '.venv/lint/bin/mypy',
-        '.venv/lint/bin/clang-format --dry-run -Werror mxsimmim/ops/src/*']
+        'build/lint/bin/ruff check .', 'build/lint/bin/mypy',
+        'build/lint/bin/clang-format --dry-run -Werror mxsimmim/ops/src/*']
 
 
 def test_linters_are_pinned_in_setup_alone_and_need_nothing_of_ours(checkout):
-    (checkout / '.venv/lint/ready').unlink()
+    (checkout / 'build/lint/ready').unlink()
     plan = planned(checkout, 'lint')
     pins = dict(re.findall(r"'([\w-]+)==([\d.]+)'", plan))
     assert set(pins) == {'ruff', 'mypy', 'clang-format', 'numpy', 'pydantic', 'pillow'}

@@ -65,6 +65,7 @@ def alone():
     return run
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize('form', machine.FORMS)
 @pytest.mark.parametrize('keys, devices, stages, micro_batches', [
     *((keys, 2, 2, 4) for keys in NETWORKS), (VIT, 3, 3, 1), (VIT, 4, 2, 3), (VIT, 4, 4, 5), (SWIN, 4, 2, 3)],

@@ -15,7 +15,7 @@ from mxsimmim.parallel.strategies import Strategy
 from mxsimmim.runtime.environment import prepare
 from mxsimmim.runtime.process import process_info
 
-MODEL = dict(img_size=64, patch_size=8, embed_dim=384, depth=8, num_heads=6)  # 14 million parameters
+MODEL = dict(img_size=64, patch_size=8, embed_dim=384, depth=5, num_heads=6)  # 9 million parameters
 IMAGES, STEPS = 16, 5  # of a worker; images make the pass about as long as the exchange
 
 
