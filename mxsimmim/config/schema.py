@@ -226,8 +226,8 @@ class TrainConfig(Section):
 
 class ParallelConfig(Section):
     """How a model is divided over devices. Data parallelism takes what is left of them."""
-    pipeline: int = Field(1, gt=0, description='stages of a pipeline, each of consecutive blocks on a device of its '
-                          'own')
+    pipeline: int = Field(1, gt=0, description='stages of a pipeline, each of consecutive blocks: the devices of a '
+                          'worker, or workers of one device')
     split: Tuple[int, ...] = Field((), description='blocks of each stage, e.g. [7, 5]; empty: by what they cost')
     micro_batches: int = Field(8, gt=0, description='pipeline: parts in which a batch passes through the stages')
     schedule: Literal['1f1b', 'gpipe'] = Field('1f1b', description='pipeline: 1f1b, or gpipe, which keeps the '
@@ -334,7 +334,7 @@ class Config(Section):
         require(parts <= train.batch_size, f'train.batch_size={train.batch_size} is less than parallel.micro_batches='
                  f'{self.parallel.micro_batches} x train.accumulate={train.accumulate}: lower one of these')
         if self.devices != 'auto':
-            require(len(self.devices) % stages == 0,
+            require(len(self.devices) % stages == 0 or len(self.devices) == 1,
                      f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and devices='
                      f'{listed(self.devices)} names {len(self.devices)}: name more of them, or lower it')
 

@@ -15,7 +15,7 @@ from ..runtime.process import process_info
 from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
-from ..training.build import build_placement
+from ..training.build import build_parts, build_placement
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
 from ..training.start import agree_on_backend, joined
@@ -25,14 +25,15 @@ from .trained import load_run
 def evaluate(config: Config) -> int:
     """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; returns 0."""
     process = process_info(os.environ)
-    contexts, strategy = contexts_of(config.devices, process), strategy_of(config, process)
+    contexts = contexts_of(config.devices, process)
+    strategy = strategy_of(config, process, len(contexts))
     if strategy.store_can.updates_weights:  # its servers update weights: there is nothing to update
         strategy = Strategy('dist_sync', 'sync')
     if process.rank == 0 and folder_of(config).is_dir():
         files.try_place(folder_of(config))  # for the evaluation at the end
     task = TASKS[config.task](config)
     with contextlib.ExitStack() as stack:
-        communicator = stack.enter_context(joined(config, strategy, process))
+        communicator = stack.enter_context(joined(config, strategy, process, len(contexts)))
         backend = agree_on_backend(config, contexts, communicator.control, Quiet().message)
         return _evaluate(config, task, contexts, backend, communicator)
 
@@ -46,12 +47,13 @@ def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: O
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     if communicator.rank == 0:
         tell(notes_of(task.source, task.held_out))
-    trained = load_run(folder, backend, config.data, communicator)
+    parts = build_parts(config, communicator.control, contexts)
+    trained = load_run(folder, backend, config.data, communicator.everyone)
     task.check_state(trained.state, str(folder), 'give data of its classes')
     for key, old, new in configfile.differences(trained.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
-    report = evaluator.report(build_placement(config.parallel, trained.net, contexts), folder)
+    report = evaluator.report(build_placement(config.parallel, trained.net, contexts, parts=parts), folder)
     if communicator.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0

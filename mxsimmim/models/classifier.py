@@ -1,5 +1,5 @@
 """An encoder with a classification head: what pre-training is for."""
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Sequence, Set, Tuple
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock
@@ -8,12 +8,11 @@ from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
 from ..runtime.mxnet_private import children, structural_parameters
 from . import vit
-from .initial import initialise
+from .initial import begin
 from .layers import LayerNorm, Linear
 from .pixels import MEAN, STD, PixelInput
 from .segments import Segment
 from .simmim import ENCODERS
-from .specs import named_parameters
 
 
 class Classifier(HybridBlock):
@@ -29,6 +28,7 @@ class Classifier(HybridBlock):
         super().__init__()
         self.config, self.classes = config, classes
         self.backend, self.pixels = backend, PixelInput(mean, std, backend)
+        self.elsewhere: Set[str] = set()  # as SimMIM's
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, False, self.pixels)
             pooling = config.type == 'vit' and config.use_mean_pooling
@@ -86,13 +86,12 @@ class Classifier(HybridBlock):
 
 
 def build_classifier(config: ModelConfig, classes: int, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,
-                     mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD) -> Classifier:
+                     mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD,
+                     parts: Sequence[slice] = (), own: int = 0) -> Classifier:
     """Build a classifier on cpu(0), with the reference's random initial weights, or zeros where `seed` is None.
 
-    backend, mean and std as in `build_simmim`.
+    backend, mean, std, parts and own as in `build_simmim`.
     """
     net = Classifier(config, classes, backend, mean, std)
-    net.initialize(mx.init.Zero(), ctx=mx.cpu())
-    if seed is not None:
-        initialise(named_parameters(net), config, seed)
+    begin(net, seed, parts, own)
     return net

@@ -3,14 +3,33 @@ import math
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Mapping, Tuple
+from typing import Any, Mapping, Optional, Sequence, Tuple
 
+import mxnet as mx
 import numpy as np
 from mxnet.gluon import Parameter
 
 from ..config import ModelConfig
+from .segments import users
+from .specs import named_parameters
 
 STD = 0.02
+
+
+def begin(net: Any, seed: Optional[int], parts: Sequence[slice] = (), own: int = 0) -> None:
+    """Give a network's parameters their initial values on cpu(0), or zeros where `seed` is None.
+
+    Of a network whose segments are divided into `parts`, only the parameters that part number `own` uses: the others
+    have no memory here, and `parameter_specs` leaves them out.
+    """
+    parameters = net.collect_params()
+    if parts:
+        net.elsewhere = {name for name, numbers in users(net, parts).items() if own not in numbers}
+    for name, parameter in parameters.items():
+        if name not in net.elsewhere:
+            parameter.initialize(None, mx.cpu(), mx.init.Zero())
+    if seed is not None:
+        initialise(named_parameters(net), net.config, seed)
 
 
 def initialise(parameters: Mapping[str, Parameter], config: ModelConfig, seed: int) -> None:

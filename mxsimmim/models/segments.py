@@ -50,6 +50,21 @@ def cut(segments: Sequence[Segment], parts: Sequence[slice]) -> List[PipelineSta
     return [PipelineStage(segments[part], part.start == 0) for part in parts]
 
 
+def users(net: Any, parts: Sequence[slice]) -> Dict[str, List[int]]:
+    """Return, by `Parameter.name`, which of these parts of a network's segments use each of its parameters.
+
+    One that none uses, because the reference has it and does not, counts for the last.
+    """
+    found: Dict[str, List[int]] = {name: [] for name in net.collect_params()}
+    segments = net.segments()
+    for number, part in enumerate(parts):
+        names = {name for segment in segments[part] for block in segment.blocks for name in block.collect_params()}
+        names |= {p.name for segment in segments[part] for p in segment.parameters if p is not None}
+        for name in names:
+            found[name].append(number)
+    return {name: numbers or [len(parts) - 1] for name, numbers in found.items()}
+
+
 def own(F: Any, x: Any, *parameters: Optional[Parameter]) -> List[Any]:
     """Return parameters as hybrid_forward is given those of its block; None stays None."""
     return [p and (p.data(x.context) if F is mx.nd else p.var()) for p in parameters]

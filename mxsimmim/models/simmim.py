@@ -3,7 +3,7 @@
 Xie et al. 2022 (arXiv:2111.09886).
 """
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock, nn
@@ -11,11 +11,10 @@ from mxnet.gluon import HybridBlock, nn
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
 from ..ops.pixels import AUTO, from_cells
-from .initial import initialise
+from .initial import begin
 from .layers import Linear, pair
 from .pixels import MEAN, STD, PixelInput
 from .segments import Run, Segment
-from .specs import named_parameters
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 
@@ -37,6 +36,7 @@ class SimMIM(HybridBlock):
                  std: Tuple[float, ...] = STD):
         super().__init__()
         self.config, self.backend, self.pixels = config, backend, PixelInput(mean, std, backend)
+        self.elsewhere: Set[str] = set()  # `Parameter.name` of those that this worker does not hold
         self._side, self._cell, self._norm_targets = config.img_size, config.stride, config.norm_targets
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, True, self.pixels)
@@ -122,13 +122,13 @@ def normalise_cells(F: Any, cells: Any) -> Tuple[Any, Any, Any]:
 
 
 def build_simmim(config: ModelConfig, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,
-                 mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD) -> SimMIM:
+                 mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD,
+                 parts: Sequence[slice] = (), own: int = 0) -> SimMIM:
     """Build a SimMIM network on cpu(0), with the reference's random initial weights, or zeros where `seed` is None.
 
-    It computes with `backend`; mean and std of each channel, of values in [0, 1], normalise uint8 images.
+    It computes with `backend`; mean and std of each channel, of values in [0, 1], normalise uint8 images. Of `parts` of
+    its segments, only the parameters of part number `own` are given values, see `initial.begin`.
     """
     net = SimMIM(config, backend, mean, std)
-    net.initialize(mx.init.Zero(), ctx=mx.cpu())
-    if seed is not None:
-        initialise(named_parameters(net), config, seed)
+    begin(net, seed, parts, own)
     return net

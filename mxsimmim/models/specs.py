@@ -21,6 +21,7 @@ class ParameterSpec(NamedTuple):
     role: str = WEIGHT
     decay: float = 0.0  # weight decay
     lr_scale: float = 1.0  # its learning rate relative to the schedule's
+    axes: Tuple[str, ...] = ('data',)  # of the mesh, over which its gradient is summed
 
     @property
     def trainable(self) -> bool:
@@ -32,13 +33,15 @@ def parameter_specs(net: HybridBlock, groups: Optional[Mapping[str, Tuple[float,
                     ) -> List[ParameterSpec]:
     """Lists the weights and buffers of a network in its own order; constants, which it makes again, are left out.
 
+    So is what other workers hold, see `initial.begin`.
+
     Args:
         groups: (lr_scale, weight_decay) of each weight, as `optim.parameter_groups` returns it.
     """
     groups = groups or {}
     specs = []
     for name, parameter in structural_parameters(net).items():
-        if isinstance(parameter, Constant):
+        if isinstance(parameter, Constant) or parameter.name in getattr(net, 'elsewhere', ()):
             continue
         scale, decay = groups.get(name, (1.0, 0.0))
         specs.append(ParameterSpec(name, parameter, WEIGHT if parameter.grad_req != 'null' else BUFFER, decay, scale))

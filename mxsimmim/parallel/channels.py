@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from typing import Any, Deque, Optional, Protocol, Sequence, Tuple
+from typing import Any, Deque, Optional, Protocol, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -25,6 +25,8 @@ from .control import DEADLINE, ControlError, ControlPlane, tune
 OPENING = 120.0  # seconds until both neighbours must have connected
 GREETING = 5.0  # seconds for one who connects to show that it knows the key
 NONCE = 16  # bytes
+TICK = 0.5  # seconds after which one who waits looks whether the other end is still there
+WAITING = 4  # arrays at each end: more would fill the memory of a worker that hands on what is faster than the next
 
 
 class Channel(Protocol):
@@ -66,29 +68,38 @@ def local_channel(first: mx.Context, second: mx.Context) -> Tuple[LocalChannel, 
 
 
 class SocketChannel:
-    """One end of a channel between two workers. A thread sends what is computed, another one receives meanwhile."""
+    """One end of a channel between two workers. A thread sends what is computed, another one receives meanwhile.
+
+    Whoever sends more than `WAITING` arrays that nobody receives waits, so that no host's memory fills with them.
+    """
 
     def __init__(self, connection: socket.socket, key: bytes, peer: int, context: mx.Context, upper: bool):
         """`peer` is the rank at the other end, `upper` whether it comes later in the pipeline."""
         self._connection, self._key, self._peer, self._context = connection, key, peer, context
         self._names = (b'up', b'down') if upper else (b'down', b'up')
-        self._outgoing: 'queue.Queue[Optional[mx.nd.NDArray]]' = queue.Queue()
-        self._arrived: 'queue.Queue[Any]' = queue.Queue()  # arrays of NumPy, and at the end a ControlError
+        self._outgoing: 'queue.Queue[Union[mx.nd.NDArray, np.ndarray, None]]' = queue.Queue(WAITING)
+        self._arrived: 'queue.Queue[Any]' = queue.Queue(WAITING)  # arrays of NumPy
         self._lost: Optional[ControlError] = None
         self._threads = [threading.Thread(target=work, name=f'channel to rank {peer}', daemon=True)
                          for work in (self._send_all, self._receive_all)]
         for thread in self._threads:
             thread.start()
 
-    def send(self, array: mx.nd.NDArray) -> None:
+    def send(self, array: Union[mx.nd.NDArray, np.ndarray]) -> None:
         """Begin to copy to the host's memory, from where it is sent as soon as it is there.
 
         Raises:
             ControlError: the worker at the other end is gone.
         """
-        if self._lost:
-            raise self._lost
-        self._outgoing.put(array.copyto(mx.cpu()))
+        copied = array if isinstance(array, np.ndarray) else array.copyto(mx.cpu())
+        limit = time.monotonic() + DEADLINE
+        while not self._lost:
+            with contextlib.suppress(queue.Full):
+                return self._outgoing.put(copied, timeout=TICK)
+            if time.monotonic() > limit:
+                raise ControlError(f'channel: rank {self._peer} has taken nothing for {DEADLINE:g} s: its log says '
+                                   'what it does')
+        raise self._lost
 
     def receive(self, seconds: float = DEADLINE) -> mx.nd.NDArray:
         """Wait for the next array.
@@ -96,22 +107,32 @@ class SocketChannel:
         Raises:
             ControlError: the worker at the other end is gone, or has sent nothing for `seconds`.
         """
-        try:
-            arrived = self._arrived.get(timeout=seconds)
-        except queue.Empty:
-            raise ControlError(f'channel: rank {self._peer} has sent nothing for {seconds:g} s: its log says what it '
-                               'does') from None
-        if isinstance(arrived, ControlError):
-            self._arrived.put(arrived)
-            raise arrived
+        arrived = self.receive_values(seconds)
         return mx.nd.array(arrived, self._context, arrived.dtype)
+
+    def receive_values(self, seconds: float = DEADLINE) -> np.ndarray:
+        """As `receive`, but in the host's memory."""
+        limit = time.monotonic() + seconds
+        while True:
+            lost = self._lost  # before the queue is looked at: what arrived before the end is still there
+            with contextlib.suppress(queue.Empty):
+                return self._arrived.get(timeout=0 if lost else min(TICK, seconds))
+            if lost:
+                raise lost
+            if time.monotonic() > limit:
+                raise ControlError(f'channel: rank {self._peer} has sent nothing for {seconds:g} s: its log says what '
+                                   'it does')
 
     def close(self) -> None:
         """Send what is on its way, and say that nothing follows; what has not been received yet is lost."""
-        self._outgoing.put(None)
+        with contextlib.suppress(queue.Full):
+            self._outgoing.put(None, timeout=GREETING)
         self._threads[0].join(GREETING)
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+        while self._threads[1].is_alive():  # perhaps with an array for which there is no room
+            with contextlib.suppress(queue.Empty):
+                self._arrived.get(timeout=0.01)
         self._connection.close()
 
     def _send_all(self) -> None:
@@ -119,7 +140,7 @@ class SocketChannel:
         with contextlib.suppress(OSError):  # the other thread meets it, too
             while (array := self._outgoing.get()) is not None:
                 try:
-                    values = np.ascontiguousarray(array.asnumpy())
+                    values = np.asarray(array if isinstance(array, np.ndarray) else array.asnumpy(), order='C')
                 except mx.MXNetError as error:  # of an operator that has made the array
                     return self._lose(str(error))
                 head = json.dumps([values.dtype.name, values.shape]).encode()
@@ -148,7 +169,6 @@ class SocketChannel:
 
     def _lose(self, why: str) -> None:
         self._lost = ControlError(f'channel: {why}')
-        self._arrived.put(self._lost)
 
     def _sign(self, side: int, number: int, data: Any) -> bytes:
         return _mac(self._key, self._names[side] + number.to_bytes(8, 'big'), data)

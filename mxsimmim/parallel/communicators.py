@@ -5,9 +5,10 @@ workers: its servers count every worker, so it cannot reduce a part of them. Hor
 sets. The workers of a host reduce what lies in memory that all of them see, see `SharedMemoryGroup`. Host values go
 through the control plane, and the weights of train.store=dist_async through `WeightServers`, which reduce nothing.
 """
+import copy
 import os
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import mxnet as mx
 
@@ -51,9 +52,10 @@ class Communicator:
         Raises:
             ValueError: this build of MXNet has no such store.
         """
-        self.rank, self.size = process.rank, process.size
+        self.rank, self.size = process.rank, process.size  # within the group
         self.control = control or ControlPlane()
         assert self.control.size == self.size, 'a job of several workers needs its control plane'
+        self.everyone = self  # the communicator of all workers of the job
         self._latest: Dict[int, mx.nd.NDArray] = {}  # key -> what was reduced under it last
         self._next = 0
         try:
@@ -126,8 +128,9 @@ class ServerCommunicator(Communicator):
 class HorovodCommunicator(Communicator):
     """Horovod's allreduce. It reads one device a process: devices are reduced before it, and written to after it.
 
-    CPU arrays from `allocate` are first reduced within each host, in shared memory. Horovod then reduces the sums of
-    the hosts, in a process set of the first worker of each.
+    The group are the workers along the mesh's data axis, a process set of Horovod's if there are others. CPU arrays
+    from `allocate` are first reduced within each host, in shared memory. Horovod then reduces the sums of the hosts, in
+    a process set of the first worker of each.
     """
 
     def __init__(self, _name: str, process: ProcessInfo, control: Optional[ControlPlane] = None):
@@ -137,31 +140,50 @@ class HorovodCommunicator(Communicator):
             ValueError: Horovod is missing, was built without MXNet, or sees other processes than we do.
         """
         super().__init__('device', process, control)
+        mesh = self.control.mesh
+        everyone = tuple(range(process.size))
+        groups = [_Hosts(group, process.firsts) for group in dict.fromkeys([everyone, *mesh.groups('data')])]
+        sets = self._join(process, dict.fromkeys(ranks for group in groups for ranks in (group.ranks, group.leaders)
+                                                 if 1 < len(ranks) < process.size))
+        self._form(groups[0], sets, 'all.' if mesh.data < process.size else '')
+        if mesh.data < process.size:
+            self.everyone = copy.copy(self)
+            self.everyone.everyone = self.everyone
+            self._form(next(group for group in groups[1:] if process.rank in group.ranks), sets, '')
+
+    def _join(self, process: ProcessInfo, groups: Iterable[Tuple[int, ...]]) -> Dict[Tuple[int, ...], Any]:
+        """Begin Horovod with process sets of these groups, which all workers name alike."""
         try:
             import horovod.mxnet as hvd
         except Exception as error:  # one that was built for other versions raises anything
             raise ValueError(f'train.store=horovod: Horovod does not load here ({error}): `make test` in a checkout '
                              'builds it for the installed mxnet; or use servers: tools/launch.py -s 1') from None
-        # Of each host the first worker, if hosts are reduced in shared memory and there are several.
-        firsts = process.firsts if 1 < len(process.firsts) < process.size else ()
-        self._hosts = hvd.ProcessSet(firsts) if firsts else None
-        hvd.init(process_sets=[self._hosts] if self._hosts else [])
+        sets = {ranks: hvd.ProcessSet(ranks) for ranks in groups}
+        hvd.init(process_sets=list(sets.values()))
         self._horovod = hvd
         if (hvd.rank(), hvd.size()) != (process.rank, process.size):
             raise ValueError(f'Horovod calls this process {hvd.rank()} of {hvd.size()}, its launcher {process.rank} of '
                              f'{process.size}: start the job with tools/launch.py --horovod')
-        self._firsts = process.firsts
+        return sets
+
+    def _form(self, hosts: '_Hosts', sets: Mapping[Tuple[int, ...], Any], prefix: str) -> None:
+        """Be the communicator of this group, with names of its own for its arrays."""
+        self._hosts, self._prefix = hosts, prefix
+        self.rank, self.size = hosts.ranks.index(self.control.rank), len(hosts.ranks)
+        self._group, self._leaders = sets.get(hosts.ranks), sets.get(hosts.leaders)
+        self._latest, self._next = {}, 0
         self._memories: List[SharedMemoryGroup] = []
         self._shared: Dict[int, Tuple[SharedMemoryGroup, int]] = {}  # id of an array -> its memory, its number there
 
     def allocate(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
         own = is_supported(contexts[0], os.environ, backend)
-        if not 0 < len(self._firsts) < self.size or not all(self.control.all_gather('who can share memory', own)):
+        # All workers of the job do this at once, whatever their groups.
+        able, several = zip(*self.control.all_gather('who can share memory', [own, self._hosts.several]))
+        if not all(able) or not any(several):
             return super().allocate(sizes, contexts, backend)
-        ends = self._firsts[1:] + (self.size,)
-        ranks = next(list(range(first, end)) for first, end in zip(self._firsts, ends) if self.rank < end)
+        ranks = self._hosts.of(self.control.rank)
         try:
-            memory = SharedMemoryGroup(sizes, ranks, self.rank, self.control, not self._hosts)
+            memory = SharedMemoryGroup(sizes, ranks, self.control.rank, self.control, len(ranks) == self.size)
         except OSError as error:
             print(f'mxsimmim: {error}: workers of one host send each other their gradients', file=sys.stderr)
             return super().allocate(sizes, contexts, backend)
@@ -180,19 +202,38 @@ class HorovodCommunicator(Communicator):
             shared = self._shared.get(id(first))
             if shared is None:
                 self._in_turn(key, first)
-                self._allreduce(key, first)
+                self._allreduce(key, first, self._group)
             else:
                 memory, i = shared
                 memory.all_reduce(i)
-                if self._hosts:
+                if self._hosts.leaders != self._hosts.ranks[:1]:  # there are several
                     if memory.first:
-                        self._allreduce(key, first, process_set=self._hosts)
+                        self._allreduce(key, first, self._leaders)
                     memory.broadcast(i)
             for other in others:
                 first.copyto(other)
 
-    def _allreduce(self, key: int, array: mx.nd.NDArray, **among: Any) -> None:
-        self._horovod.allreduce_(array, op=self._horovod.Sum, name=str(key), priority=-key, **among)
+    def _allreduce(self, key: int, array: mx.nd.NDArray, among: Any) -> None:
+        """Begin Horovod's, in this process set; without one among all workers."""
+        if self.size > 1:
+            self._horovod.allreduce_(array, op=self._horovod.Sum, name=f'{self._prefix}{key}', priority=-key,
+                                     **({'process_set': among} if among else {}))
+
+
+class _Hosts:
+    """The workers of a group, by the hosts that they are on."""
+
+    def __init__(self, ranks: Tuple[int, ...], firsts: Sequence[int]):
+        """`firsts` are the first ranks of all hosts, none where nobody knows them: then each has a host of its own."""
+        self.ranks = ranks
+        host = {rank: sum(first <= rank for first in firsts) if firsts else rank for rank in ranks}
+        self._of = {rank: [other for other in ranks if host[other] == host[rank]] for rank in ranks}
+        self.leaders = tuple(dict.fromkeys(self._of[rank][0] for rank in ranks))
+        self.several = len(self.leaders) < len(ranks)  # on one of the hosts
+
+    def of(self, rank: int) -> List[int]:
+        """Return those on the host of this rank."""
+        return self._of[rank]
 
 
 COMMUNICATORS: Dict[str, Callable[[str, ProcessInfo, Optional[ControlPlane]], Communicator]] = {

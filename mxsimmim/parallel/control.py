@@ -19,7 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
 from ..cluster.inspection import interfaces
 from ..cluster.messages import Message, MessageStream, secret
 from ..runtime.process import ProcessInfo
-from .mesh import Mesh, mesh_of
+from .mesh import Mesh
 from .protocol import job_key
 
 CONNECT = 120.0  # seconds until all workers must have connected: the slowest imports MXNet from a busy disk
@@ -231,8 +231,10 @@ class _Hub:
             channel.send(lost=self._lost)
 
 
-def connect(process: ProcessInfo, environ: Mapping[str, str]) -> ControlPlane:
+def connect(process: ProcessInfo, environ: Mapping[str, str], mesh: Optional[Mesh] = None) -> ControlPlane:
     """Join the control plane of this worker's job; its launcher says where, or else Horovod carries that to all, once.
+
+    By default all workers of the mesh hold a whole model.
 
     Raises:
         ControlError: the hub cannot be reached.
@@ -250,7 +252,8 @@ def connect(process: ProcessInfo, environ: Mapping[str, str]) -> ControlPlane:
         if process.rank == 0:
             listener = _listen('', 0, process.size)
         addresses, key = _by_horovod(listener)
-    return ControlPlane(mesh_of(process), addresses, secret(key, b'control plane'), listener)
+    mesh = mesh or Mesh(data=process.size, rank=process.rank)
+    return ControlPlane(mesh, addresses, secret(key, b'control plane'), listener)
 
 
 def _listen(host: str, port: int, size: int) -> socket.socket:

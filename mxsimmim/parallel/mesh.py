@@ -1,6 +1,7 @@
 """Where a process stands among those of its job."""
-from typing import NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
+from ..config import ParallelConfig
 from ..runtime.process import ProcessInfo
 
 AXES = ('pipeline', 'data', 'tensor')
@@ -33,11 +34,48 @@ class Mesh(NamedTuple):
         first = self.rank - self.coordinate(axis) * stride
         return tuple(range(first, first + getattr(self, axis) * stride, stride))
 
+    def groups(self, axis: str) -> List[Tuple[int, ...]]:
+        """Return the groups of all ranks along `axis`, in the order of their first ranks."""
+        return list(dict.fromkeys(self._replace(rank=rank).group(axis) for rank in range(self.size)))
+
+    def by_data(self, values: Sequence[Any]) -> List[List[Any]]:
+        """Sort one value a rank by the ranks' data coordinates."""
+        found: List[List[Any]] = [[] for _ in range(self.data)]
+        for rank, value in enumerate(values):
+            found[self._replace(rank=rank).coordinate('data')].append(value)
+        return found
+
+    @property
+    def reports(self) -> bool:
+        """Whether of the workers that compute the same samples this is the one that has their loss and answers."""
+        return self.coordinate('pipeline') == self.pipeline - 1 and self.coordinate('tensor') == 0
+
     def _stride(self, axis: str) -> int:
         """Return the distance between the ranks of neighbours along `axis`."""
         return {'pipeline': self.data * self.tensor, 'data': self.tensor, 'tensor': 1}[axis]
 
 
-def mesh_of(process: ProcessInfo) -> Mesh:
-    """Return the mesh of a job whose workers all hold a whole model: its data axis alone is larger than one."""
-    return Mesh(data=process.size, rank=process.rank)
+def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mesh:
+    """Return the mesh of a job whose workers have so many devices each.
+
+    The stages of a pipeline lie on the devices of each worker, if it has several; of workers of one device, each holds
+    a stage. Data parallelism takes what is left.
+
+    Raises:
+        ValueError: the stages do not fit the devices or the workers, or parameter servers are between these.
+    """
+    stages = parallel.pipeline
+    if stages == 1 or devices % stages == 0:
+        return Mesh(data=process.size, rank=process.rank)
+    if devices > 1 or process.size == 1:
+        raise ValueError(f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and here '
+                         f'{"is" if devices == 1 else "are"} {devices}: name them with devices=[…], or start as many '
+                         'workers of one device: tools/launch.py --horovod -n ' + str(stages))
+    if process.transport != 'horovod':
+        raise ValueError(f'parallel.pipeline={stages} with one device a worker puts its stages into several workers, '
+                         'and a parameter server waits for the same gradients of all: start the job with '
+                         'tools/launch.py --horovod, or give each worker a device a stage with devices=[…]')
+    if process.size % stages:
+        raise ValueError(f'parallel.pipeline={stages} does not divide the {process.size} workers: start a multiple '
+                         'of it, or change it')
+    return Mesh(pipeline=stages, data=process.size // stages, rank=process.rank)

@@ -1,21 +1,27 @@
-"""The placement of a network as a pipeline over devices of one worker."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+"""The placement of a network as a pipeline: over devices of one worker, or over workers of one device each."""
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import Parameter
 
 from ..data.loader import Batch
 from ..data.sampling import split
 from ..models import Network, SimMIM
-from ..models.segments import PipelineStage, cut
+from ..models.segments import PipelineStage, cut, users
 from ..runtime import mxnet_private
-from .channels import LocalChannel, local_channel
+from .channels import Channel, local_channel
+from .parts import ModelParts
 from .placement import Inputs, hybridize, whole, within
 from .schedules import FORWARD, SCHEDULES, in_order
 
-Ends = Tuple[LocalChannel, LocalChannel]  # of the channel between two neighbours, the earlier stage's first
+
+class Seat(NamedTuple):
+    """A stage of a replica in this worker: its number, its context, and channels to the stages before and after."""
+    stage: int
+    context: mx.Context
+    before: Optional[Channel]
+    after: Optional[Channel]
 
 
 class Pipeline:
@@ -24,30 +30,39 @@ class Pipeline:
     Of more contexts than stages each run of neighbours is a replica: contexts 0 to S - 1, S to 2 S - 1, and so on. The
     gradient and the loss are those of `Replicated`: each image counts alike, however the batch is cut. A parameter that
     several stages use lies on the contexts of all of them, and its gradient is the sum over these.
+
+    With `worker` the other stages are in other workers. Then what the last stage computes, losses and answers, is there
+    alone; elsewhere losses are 0 and of answers there are none.
     """
 
     def __init__(self, net: Network, contexts: Sequence[mx.Context], parts: Sequence[slice], micro_batches: int,
-                 schedule: str = '1f1b', accumulate: int = 1):
+                 schedule: str = '1f1b', accumulate: int = 1, worker: Optional[ModelParts] = None):
         """Place the network's segments number `parts[s]` on the context of stage s; see `Network.segments`."""
         self.net, self.contexts, self._micro_batches = net, list(contexts), micro_batches
         self._schedule, self._accumulate, self._inputs = SCHEDULES[schedule], accumulate, Inputs(net)
         segments = net.segments()
         *trunk, last = parts
-        assert last.stop == len(segments) and len(contexts) % len(parts) == 0
+        assert last.stop == len(segments) and len(contexts) % (1 if worker else len(parts)) == 0
         # The head, the last segment, is a block of its own, as evaluation ends before it.
         *self._stages, self._head = cut(segments, [*trunk, slice(last.start, last.stop - 1),
                                                    slice(last.stop - 1, last.stop)])
-        count = len(self._stages)
-        self._replicas = [self.contexts[first:first + count] for first in range(0, len(contexts), count)]
-        self._channels: List[List[Ends]] = [[local_channel(*pair) for pair in zip(replica, replica[1:])]
-                                            for replica in self._replicas]
-        self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
-        self._place()
+        self._last, self._worker = len(self._stages) - 1, worker
+        if worker:
+            self._replicas = [[Seat(worker.own, contexts[0], worker.before, worker.after)]]
+        else:
+            self._replicas = [_seats(contexts[first:first + len(parts)])
+                              for first in range(0, len(contexts), len(parts))]
+        parameters, self._parameters = net.collect_params(), []
+        for name, stages in users(net, parts).items():
+            here = [seat.context for replica in self._replicas for seat in replica if seat.stage in stages]
+            if here:
+                parameters[name].reset_ctx(here)
+                self._parameters += [parameters[name]] * (parameters[name].grad_req != 'null')
         if micro_batches * accumulate > 1:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
         for stage in (*self._stages, self._head):
-            hybridize(stage, net.backend)
+            hybridize(stage, net.backend)  # one of another worker is never called
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """As `Replicated.forward_backward`; `on_micro_batch` is called between two accumulated parts."""
@@ -60,67 +75,89 @@ class Pipeline:
                 on_micro_batch()
             for replica, own in self._of_replicas(part):
                 losses += self._train(replica, batch, within(own, self._micro_batches), total)
-        return mx.nd.add_n(*(loss.as_in_context(self.contexts[0]) for loss in losses))
+        return self._sum(losses)
 
-    def _train(self, replica: int, batch: Batch, micro_batches: Sequence[slice], total: int) -> List[mx.nd.NDArray]:
+    def _train(self, replica: Sequence[Seat], batch: Batch, micro_batches: Sequence[slice], total: int
+               ) -> List[mx.nd.NDArray]:
         """Add a replica's gradients; return each micro-batch's part of the mean loss (1,), on the last stage."""
-        contexts, channels, last = self._replicas[replica], self._channels[replica], len(self._stages) - 1
+        seats = {seat.stage: seat for seat in replica}
         kept: Dict[Tuple[int, int], Tuple[Optional[mx.nd.NDArray], mx.nd.NDArray]] = {}  # (input, output)
         losses = []
-        for stage, (direction, number) in in_order(self._schedule(last + 1, len(micro_batches))):
-            part = micro_batches[number]
+        for stage, (direction, number) in in_order(self._schedule(self._last + 1, len(micro_batches))):
+            if stage not in seats:
+                continue
+            part, seat = micro_batches[number], seats[stage]
             weight = (part.stop - part.start) / total
             if direction == FORWARD:
-                x = channels[stage - 1][1].receive() if stage else None
+                x = seat.before.receive() if seat.before else None
                 if x is not None:
                     x.attach_grad()
                 with autograd.record():
-                    y = self._call(self._stages[stage], x, batch, part, contexts[stage])
-                    if stage == last:
-                        y = self._call(self._head, y, batch, part, contexts[stage])
-                if stage == last:
-                    losses.append(y * weight)
+                    y = self._call(self._stages[stage], x, batch, part, seat.context)
+                    if not seat.after:
+                        y = self._call(self._head, y, batch, part, seat.context)
+                if seat.after:
+                    seat.after.send(y)
                 else:
-                    channels[stage][0].send(y)
+                    losses.append(y * weight)
                 kept[stage, number] = x, y
             else:
                 x, y = kept.pop((stage, number))
-                gradient = mx.nd.full((1,), weight, ctx=contexts[stage]) if stage == last else \
-                    channels[stage][0].receive()
+                gradient = seat.after.receive() if seat.after else mx.nd.full((1,), weight, ctx=seat.context)
                 autograd.backward([y], [gradient])
-                if x is not None:
-                    assert x.grad is not None
-                    channels[stage - 1][1].send(x.grad)
+                if seat.before:
+                    assert x is not None and x.grad is not None
+                    seat.before.send(x.grad)
         return losses
 
     def loss(self, batch: Batch) -> mx.nd.NDArray:
         """Sum over the batch's images of their losses (1,), on the first context; no gradient."""
-        return mx.nd.add_n(*(
-            self._call(self._head, self._through(replica, batch, part), batch, part, self._replicas[replica][-1])
-            .as_in_context(self.contexts[0]) * (part.stop - part.start)
-            for replica, part in self._of_replicas(whole(batch))))
+        losses = []
+        for replica, part in self._of_replicas(whole(batch)):
+            x, seat = self._through(replica, batch, part), replica[-1]
+            if x is not None:
+                losses.append(self._call(self._head, x, batch, part, seat.context) * (part.stop - part.start))
+        return self._sum(losses)
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The network's answer to each image alone (B, classes)."""
         answers = [self._answer(replica, batch, part) for replica, part in self._of_replicas(whole(batch))]
-        return np.concatenate([answer.asnumpy() for answer in answers])
+        return np.concatenate([answer.asnumpy() for answer in answers if answer is not None] or [np.empty((0, 1))])
 
     def reconstruct(self, batch: Batch) -> np.ndarray:
-        """The network's images (B, 3, H, W), normalised, computed by the first replica."""
+        """The network's images (B, 3, H, W), normalised, computed by the first replica; all its workers have them."""
         assert isinstance(self.net, SimMIM)
-        return self._answer(0, batch, whole(batch)).asnumpy()
+        answer = self._answer(self._replicas[0], batch, whole(batch))
+        if answer is not None:
+            images = answer.asnumpy()
+        else:
+            assert self._worker and self._worker.after
+            images = self._worker.after.receive_values()
+        if self._worker and self._worker.before:
+            self._worker.before.send(images)
+        return images
 
-    def _answer(self, replica: int, batch: Batch, part: slice) -> mx.nd.NDArray:
-        image, = self._inputs.take(batch, part, ('image',), self._replicas[replica][-1])
-        return self.net.answer(self._through(replica, batch, part), image)
+    def _answer(self, replica: Sequence[Seat], batch: Batch, part: slice) -> Optional[mx.nd.NDArray]:
+        x = self._through(replica, batch, part)
+        if x is None:
+            return None
+        image, = self._inputs.take(batch, part, ('image',), replica[-1].context)
+        return self.net.answer(x, image)
 
-    def _through(self, replica: int, batch: Batch, part: slice) -> mx.nd.NDArray:
-        """What the last block computes."""
-        first, *stages = zip(self._stages, self._replicas[replica])
-        x = self._call(first[0], None, batch, part, first[1])
-        for stage, context in stages:
-            x = self._call(stage, x.as_in_context(context), batch, part, context)
+    def _through(self, replica: Sequence[Seat], batch: Batch, part: slice) -> Optional[mx.nd.NDArray]:
+        """What the last block computes; None where the last stage is in another worker."""
+        x = None
+        for seat in replica:
+            x = self._call(self._stages[seat.stage], seat.before.receive() if seat.before else None, batch, part,
+                           seat.context)
+            if seat.after:
+                seat.after.send(x)
+                x = None
         return x
+
+    def _sum(self, losses: Sequence[mx.nd.NDArray]) -> mx.nd.NDArray:
+        first = self.contexts[0]
+        return mx.nd.add_n(*(loss.as_in_context(first) for loss in losses)) if losses else mx.nd.zeros((1,), ctx=first)
 
     def _call(self, stage: PipelineStage, x: Optional[mx.nd.NDArray], batch: Batch, part: slice, context: mx.Context
               ) -> mx.nd.NDArray:
@@ -130,17 +167,13 @@ class Pipeline:
                 mxnet_private.renew(parameter)
         return stage(*inputs) if x is None else stage(x, *inputs)
 
-    def _of_replicas(self, part: slice) -> List[Tuple[int, slice]]:
-        """(number, images) of each replica that gets any."""
-        return list(enumerate(within(part, len(self._replicas))))
+    def _of_replicas(self, part: slice) -> List[Tuple[List[Seat], slice]]:
+        """Each replica that gets any images, and which."""
+        return list(zip(self._replicas, within(part, len(self._replicas))))
 
-    def _place(self) -> None:
-        """Put each parameter where stages use it; one that none uses lies with the head."""
-        used: Dict[str, List[int]] = {}
-        for number, stage in enumerate((*self._stages, self._head)):
-            for name in stage.collect_params():
-                used.setdefault(name, []).append(min(number, len(self._stages) - 1))
-        parameters: Dict[str, Parameter] = dict(self.net.collect_params().items())
-        for name, parameter in parameters.items():
-            stages = sorted(set(used.get(name, [len(self._stages) - 1])))
-            parameter.reset_ctx([replica[stage] for replica in self._replicas for stage in stages])
+
+def _seats(contexts: Sequence[mx.Context]) -> List[Seat]:
+    """Seat the stages of a replica on devices of this worker."""
+    ends = [local_channel(*pair) for pair in zip(contexts, contexts[1:])]
+    return [Seat(stage, context, ends[stage - 1][1] if stage else None, ends[stage][0] if stage < len(ends) else None)
+            for stage, context in enumerate(contexts)]

@@ -25,17 +25,20 @@ def fingerprints(specs: Sequence[ParameterSpec]) -> List[str]:
 
 
 def compare(specs: Sequence[ParameterSpec], control: ControlPlane, step: int) -> None:
-    """Compare the weights of all replicas with those of rank 0's first device, in all workers at once.
+    """Compare the weights of all replicas with those on the first one's first device, in all workers at once.
 
     Raises:
         ReplicasDiffer: in every worker, naming ranks and devices.
     """
     everybody = control.all_gather('comparison of replicas', fingerprints(specs))
+    mesh = control.mesh
+    first = {rank: group[0] for group in mesh.groups('data') for rank in group}
+    origin = 'rank 0' if mesh.pipeline == 1 else 'the first worker of the same stage'
     different = [f'rank {rank}' + (f' device {device}' if len(row) > 1 else '') for rank, row in
-                 enumerate(everybody) for device, own in enumerate(row) if own != everybody[0][0]]
+                 enumerate(everybody) for device, own in enumerate(row) if own != everybody[first[rank]][0]]
     if different:
         raise ReplicasDiffer(
-            f'after step {step} the weights of {", ".join(different)} differ from those of rank 0 device 0: a faulty '
-            'memory or device, a weight changed outside of the optimiser, or different libraries on these machines. '
-            'Checkpoints since the last comparison (train.check_replicas) may be wrong: go on from an older one, '
-            'without these machines')
+            f'after step {step} the weights of {", ".join(different)} differ from those of {origin} device 0: a '
+            'faulty memory or device, a weight changed outside of the optimiser, or different libraries on these '
+            'machines. Checkpoints since the last comparison (train.check_replicas) may be wrong: go on from an older '
+            'one, without these machines')

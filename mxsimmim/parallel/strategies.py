@@ -6,6 +6,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from ..config import Config
 from ..runtime.process import ProcessInfo
+from .mesh import Mesh, mesh_of
 
 
 class Store(NamedTuple):
@@ -65,8 +66,8 @@ def horovod_settings(step: float) -> Dict[str, str]:
     return {'HOROVOD_CYCLE_TIME': f'{min(max(10 * step, 1.0), 50.0):.1f}', 'HOROVOD_FUSION_THRESHOLD': str(2 << 20)}
 
 
-def strategy_of(config: Config, process: ProcessInfo) -> Strategy:
-    """Choose the strategy of this process.
+def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = None) -> Strategy:
+    """Choose the strategy of this process, which has so many devices; None: as many as `config.devices` names.
 
     Raises:
         ValueError: naming the keys that do not go together, and what to use instead.
@@ -81,6 +82,12 @@ def strategy_of(config: Config, process: ProcessInfo) -> Strategy:
     strategy = Strategy(store, aggregation)
     for check in (_transport, _aggregation, _compression):
         for wrong, message in check(strategy, config, process):
+            if wrong:
+                raise ValueError(message)
+    if devices is None and config.devices != 'auto':
+        devices = len(config.devices)
+    if devices is not None or config.parallel.pipeline == 1:  # or only the worker itself can tell
+        for wrong, message in _mesh(strategy, config, mesh_of(process, config.parallel, devices or 1)):
             if wrong:
                 raise ValueError(message)
     return strategy
@@ -141,8 +148,22 @@ def _aggregation(strategy: Strategy, config: Config, process: ProcessInfo) -> Re
         (weights == 'auto' and on_servers,
          f'data.worker_weights=auto needs workers that wait for each other, which train.store={store} spares them: '
          'leave data.worker_weights=equal, or give weights such as [3, 1]'),
-        (not isinstance(weights, str) and len(weights) != process.size,
-         f'data.worker_weights={list(weights)} has {len(weights)} weights for {process.size} workers: one a worker'),
+    ]
+
+
+def _mesh(strategy: Strategy, config: Config, mesh: Mesh) -> Refusals:
+    several, weights = mesh.pipeline > 1, config.data.worker_weights
+    return [
+        (not isinstance(weights, str) and len(weights) != mesh.data,
+         f'data.worker_weights={list(weights)} has {len(weights)} weights for {mesh.data} '
+         + ('replicas of the model: one a replica' if several else 'workers: one a worker')),
+        (several and not strategy.aggregation_can.shares_weights,
+         f'train.aggregation={strategy.aggregation} cannot work with parallel.pipeline={mesh.pipeline} over several '
+         'workers, whose gradients have one norm together: set train.aggregation=sync, or give each worker a device a '
+         'stage with devices=[…]'),
+        (several and weights == 'auto',
+         f'data.worker_weights=auto cannot work with parallel.pipeline={mesh.pipeline} over several workers, of which '
+         'the slowest stage sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
     ]
 
 

@@ -5,10 +5,11 @@ All have the same methods: `step` turns gradients into an update, `loss_divisor`
 trained so far, `combine` and `observed` reduce per-worker statistics to job-wide values.
 """
 import contextlib
-from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
+from mxnet.gluon import Parameter
 
 from ..config import TrainConfig
 from ..data.batch_split import BatchSplit
@@ -22,13 +23,33 @@ from .control import Pending
 from .gradients import exchanged
 
 
-def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
-    """Return the L2 norm (1,) of all first copies, on the context of the first of them."""
+def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
+    """Return the sum (1,) of the squares of all first copies' elements, on the context of the first of them."""
     there: Dict[mx.Context, List[mx.nd.NDArray]] = {}
     for first, *_ in arrays:
         there.setdefault(first.context, []).append(first)
     sums = [adamw.square_sum(firsts, backend).as_in_context(arrays[0][0].context) for firsts in there.values()]
-    return mx.nd.sqrt(mx.nd.add_n(*sums) if len(sums) > 1 else sums[0])
+    return mx.nd.add_n(*sums) if len(sums) > 1 else sums[0]
+
+
+def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
+    """Return the L2 norm (1,) of all first copies, on the context of the first of them."""
+    return mx.nd.sqrt(sum_of_squares(arrays, backend))
+
+
+class _Exchange:
+    """Gradients that are reduced over one group of workers."""
+
+    def __init__(self, communicator: Communicator, parameters: Sequence[Parameter], counts: bool, optimizer: Optimizer,
+                 train: TrainConfig):
+        """`counts` says whether the norm takes them from this worker, not from another that has them, too."""
+        self.communicator, self.counts = communicator, counts
+        # What leaves compressed leaves from other arrays: the communicator's own memory would be of no use.
+        home = communicator if train.compression == 'none' else Communicator('device')
+        together = communicator.size > 1 or any(len(p.list_ctx()) > 1 for p in parameters)
+        self.arrays: List[Copies] = exchanged(parameters, home, optimizer.backend) if together else \
+            [p.list_grad() for p in parameters]
+        self.transport = TRANSPORTS[train.compression](communicator, self.arrays, train.threshold)
 
 
 class SynchronousUpdate:
@@ -44,11 +65,16 @@ class SynchronousUpdate:
         self._parameters = [spec.parameter for spec in specs if spec.trainable]
         self._buffers = [spec.parameter for spec in specs if not spec.trainable]
         self._registered: Optional[Handle] = None  # the buffers, once somebody needs them
-        # What leaves compressed leaves from other arrays: the communicator's own memory would be of no use.
-        home = communicator if train.compression == 'none' else Communicator('device')
-        together = communicator.size > 1 or any(len(p.list_ctx()) > 1 for p in self._parameters)
-        self._exchanged = exchanged(self._parameters, home, optimizer.backend) if together else None
-        self._transport = TRANSPORTS[train.compression](communicator, self.gradients(), train.threshold)
+        self._several = communicator.control.size > 1  # workers, in this group or another
+        mesh = communicator.control.mesh
+        groups = [(communicator, True, [spec for spec in specs if spec.axes == ('data',)]),
+                  (communicator.everyone, mesh.coordinate('pipeline') == 0,
+                   [spec for spec in specs if spec.axes == ('pipeline', 'data')])]
+        self._exchanges = [_Exchange(found, [spec.parameter for spec in group if spec.trainable], counts, optimizer,
+                                     train) for found, counts, group in groups if group]
+        # Of the workers that hold the parts of a model, those of the first replica send in the squares of its norm.
+        self._squares = communicator.everyone.register([[mx.nd.zeros((1,))]]) if mesh.pipeline > 1 else None
+        self._in_norm = mesh.coordinate('data') == 0
         self._votes: Optional[Pending] = None  # of the last step
 
     def loss_divisor(self, _images: int) -> int:
@@ -57,7 +83,7 @@ class SynchronousUpdate:
 
     def gradients(self) -> List[Copies]:
         """Return the arrays that are reduced over devices and workers."""
-        return self._exchanged or [p.list_grad() for p in self._parameters]
+        return [copies for exchange in self._exchanges for copies in exchange.arrays]
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:
@@ -66,10 +92,10 @@ class SynchronousUpdate:
         The update is skipped where loss or norm is not finite. With `clock` this waits, and tells it when the gradients
         were computed and when everybody's had arrived.
         """
-        if self._communicator.size > 1:  # the others do not see this loss: let it spoil the gradient that they do see
+        if self._several:  # the others do not see this loss: let it spoil the gradient that they do see
             smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
             mx.nd.broadcast_add(smallest, (loss * 0).as_in_context(smallest.context), out=smallest)
-        self._transport.all_reduce(clock.computed if clock else None)
+        self._all_reduce(clock.computed if clock else None)
         if clock:
             clock.communicated()
         norm = self._norm()
@@ -84,20 +110,21 @@ class SynchronousUpdate:
 
         The clipped sum stays on rank 0's first device; all others start the next part from zero.
         """
-        self._transport.all_reduce()
+        self._all_reduce()
         scale = self._scale(self._norm())
-        for first, *others in self.gradients():
-            flat = first.reshape((-1,))
-            mx.nd.broadcast_mul(flat, scale.as_in_context(first.context), out=flat)
-            for other in others + ([first] if self._communicator.rank else []):
-                other[:] = 0
+        for exchange in self._exchanges:
+            for first, *others in exchange.arrays:
+                flat = first.reshape((-1,))
+                mx.nd.broadcast_mul(flat, scale.as_in_context(first.context), out=flat)
+                for other in others + ([first] if exchange.communicator.rank else []):
+                    other[:] = 0
 
     def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
         """Return, after `step` updates, the step to stop at: the same in all workers, once any of them is `stopping`.
 
         Reads the votes of the step before, for which nobody has to wait.
         """
-        if self._communicator.size == 1:
+        if not self._several:
             return step if stopping else None
         votes, self._votes = self._votes, self._communicator.control.start_gather('votes to stop', stopping)
         return step if votes and any(votes.result()) else None
@@ -116,7 +143,7 @@ class SynchronousUpdate:
 
     def combine(self, rows: np.ndarray) -> np.ndarray:
         """Reduce this worker's rows (k, 3) to the job's: loss, norm, whether applied, of k steps."""
-        if self._communicator.size > 1:
+        if self._several:
             rows[:, 0] = np.sum(self._communicator.control.all_gather('losses', rows[:, 0]), axis=0)
         return rows
 
@@ -161,8 +188,22 @@ class SynchronousUpdate:
         copies, count = list(self.optimizer.moments.values()), len(self._parameters)
         return [copies[first:first + count] for first in range(0, len(copies), count)]
 
+    def _all_reduce(self, computed: Optional[Callable[[], None]] = None) -> None:
+        own, *others = self._exchanges
+        for other in others:
+            other.transport.all_reduce()
+        own.transport.all_reduce(computed)
+
     def _norm(self) -> mx.nd.NDArray:
-        return global_norm(self.gradients(), self.optimizer.backend)
+        """The L2 norm (1,) of the whole model's gradient, on the first context; each part of it counts once."""
+        squares = sum_of_squares([copies for exchange in self._exchanges if exchange.counts
+                                  for copies in exchange.arrays], self.optimizer.backend)
+        if self._squares:
+            (total,), = self._squares.arrays
+            total[:] = squares.as_in_context(total.context) if self._in_norm else 0
+            self.workers.everyone.all_reduce(self._squares)
+            squares = total.as_in_context(squares.context)
+        return mx.nd.sqrt(squares)
 
     def _scale(self, norm: mx.nd.NDArray) -> mx.nd.NDArray:
         """What clipping multiplies gradients with, as PyTorch's clip_grad_norm_."""

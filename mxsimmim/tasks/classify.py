@@ -86,7 +86,9 @@ class ClassEvaluator:
         transform = ClassifyEvalTransform(config.data, config.model)
         for part in every_image(self._source, transform, batch, config.data.threads, control.mesh.coordinate('data'),
                                 control.mesh.data):
-            predicted.append(tally.add(placement.outputs(part), self._labels[part.index]))
+            answers = placement.outputs(part)
+            if control.mesh.reports:  # or another worker has the answers about these images
+                predicted.append(tally.add(answers, self._labels[part.index]))
             clock.append(time.monotonic())
         first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
         speed = [sum(map(len, predicted[1 + first:])), clock[-1] - clock[first]]
@@ -185,11 +187,11 @@ class Classification:
         self._data = open_labelled(config.data, config.seed)
         self.source, self.held_out, self.classes = self._data.train, self._data.held_out, self._data.classes
 
-    def build_network(self, initial: bool, backend: OpBackend) -> Classifier:
-        """Builds the network, computing with `backend`; with random initial weights if they are used, else zeros."""
+    def build_network(self, initial: bool, backend: OpBackend, parts: Sequence[slice] = (), own: int = 0
+                      ) -> Classifier:
         config = self.config
         return build_classifier(config.model, len(self.classes), config.seed if initial else None, backend,
-                                config.data.mean, config.data.std)
+                                config.data.mean, config.data.std, parts, own)
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
         net = Classifier(self.config.model, len(self.classes))

@@ -136,8 +136,12 @@ class Task(Protocol):
             ValueError: the data are not there, or not what the task needs.
         """
 
-    def build_network(self, initial: bool, backend: 'OpBackend') -> 'Network':
-        """Builds the network, computing with `backend`; with random initial weights if they are used, else zeros."""
+    def build_network(self, initial: bool, backend: 'OpBackend', parts: Sequence[slice] = (), own: int = 0
+                      ) -> 'Network':
+        """Builds the network, computing with `backend`; with random initial weights if they are used, else zeros.
+
+        Of `parts` of its segments, number `own` alone is held here: see `models.initial.begin`.
+        """
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
         """Returns the shapes of the network's parameters by name, at no cost in memory."""

@@ -8,18 +8,21 @@ from ..data.batch_split import BatchSplit, split_batch
 from ..interop import official
 from ..models import Network, parameter_specs
 from ..models.cost import segment_costs
+from ..models.segments import users
 from ..ops import OpBackend, select_backend
 from ..optim import OPTIMIZERS, Optimizer
 from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
 from ..parallel.average import WeightAverage
 from ..parallel.communicators import Communicator, make_communicator
 from ..parallel.control import ControlPlane
+from ..parallel.parts import ModelParts
 from ..parallel.pipeline import Pipeline
 from ..parallel.placement import Placement, Replicated, contexts_of
 from ..parallel.schedules import stages_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
 from ..runtime.process import ALONE, ProcessInfo
+from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from .checkpoint import Checkpoint
@@ -46,31 +49,49 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
         ValueError: choices that do not go together, images or devices that are not there, an encoder that does not fit.
     """
     task, logger = task or TASKS[config.task](config), logger or Quiet()
-    strategy = strategy_of(config, process)
-    timetable = timetable_of(config, len(task.source), strategy)
     contexts = contexts_of(config.devices, process)
+    strategy = strategy_of(config, process, len(contexts))
+    timetable = timetable_of(config, len(task.source), strategy)
     backend = backend or select_backend(config.runtime.precision, contexts)
-    net = build_network(config, process, task, backend, checkpoint, logger)
-    placement = build_placement(config.parallel, net, contexts, config.train.accumulate)
     communicator = communicator or build_communicator(strategy, process)
+    parts = build_parts(config, communicator.control, contexts)
+    net = build_network(config, process, task, backend, checkpoint, logger, parts)
+    placement = build_placement(config.parallel, net, contexts, config.train.accumulate, parts)
     split = build_split(config, task, communicator, least_images(config, contexts), checkpoint)
-    update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split)
+    update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split, parts=parts)
     step, state, arrays = (checkpoint.step, checkpoint.state, checkpoint.arrays) if checkpoint else (0, {}, {})
     if checkpoint or config.model.pretrained:
-        update_rule.load_state_dict(arrays['optimizer'] if arrays else None, step)
+        moments: Optional[Arrays] = arrays.get('optimizer')
+        if parts and checkpoint:
+            assert isinstance(update_rule, SynchronousUpdate)
+            moments = dict(parts.hand_out(list(update_rule.optimizer.moments), moments))
+        update_rule.load_state_dict(moments, step)
     average = None
     if config.train.ema:
         # All workers hold the same one: rank 0's, of its checkpoint.
-        average = WeightAverage(parameter_specs(net), config.train.ema, arrays.get('ema'))
+        saved: Optional[Arrays] = arrays.get('ema')
+        if parts and checkpoint:
+            saved = dict(parts.hand_out([spec.name for spec in parameter_specs(net) if spec.trainable], saved))
+        average = WeightAverage(parameter_specs(net), config.train.ema, saved)
         if checkpoint:
             average.share(communicator)
-    return Trainer(config, timetable, task, placement, update_rule, split, average, logger, step, state)
+    return Trainer(config, timetable, task, placement, update_rule, split, average, logger, step, state, parts)
+
+
+def build_parts(config: Config, control: ControlPlane, contexts: List[mx.Context]) -> Optional[ModelParts]:
+    """Join the workers that hold the stages of a pipeline; None where each holds a whole model."""
+    if control.mesh.pipeline == 1:
+        return None
+    return ModelParts(stages_of(config.parallel, segment_costs(config.model)), control, contexts[0])
 
 
 def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpBackend,
-                  checkpoint: Optional[Checkpoint], logger: Union[RunLogger, Quiet]) -> Network:
+                  checkpoint: Optional[Checkpoint], logger: Union[RunLogger, Quiet],
+                  parts: Optional[ModelParts] = None) -> Network:
     """Build the network with the weights it starts from; rank 0's are the ones that count."""
     arrays = checkpoint.arrays if checkpoint else {}
+    if parts:
+        return _build_part(config, task, backend, checkpoint, logger, parts)
     net = task.build_network(not arrays, backend)
     if arrays:
         official.load_weights(net, arrays['weights'])
@@ -79,26 +100,39 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
     return net
 
 
-def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Context], accumulate: int = 1
-                    ) -> Placement:
+def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Optional[Checkpoint],
+                logger: Union[RunLogger, Quiet], parts: ModelParts) -> Network:
+    """`build_network` for this worker's stage."""
+    net = task.build_network(checkpoint is None, backend, parts.slices, parts.own)
+    weights: Optional[Arrays] = checkpoint.arrays.get('weights') if checkpoint else None
+    fresh = not checkpoint and task.takes_encoder and config.model.pretrained
+    if fresh and parts.rank == 0:  # it alone reads the file, for which it needs a whole network
+        whole = task.build_network(True, backend)
+        logger.message(load_encoder(whole, config.model.pretrained))
+        weights = official.export_weights(whole)
+    if checkpoint or fresh:
+        parameters = {spec.name: spec.parameter for spec in parameter_specs(net)}
+        for name, value in parts.hand_out(list(parameters), weights):
+            parameters[name].set_data(mx.nd.array(value.reshape(parameters[name].shape)))
+    return net
+
+
+def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Context], accumulate: int = 1,
+                    parts: Optional[ModelParts] = None) -> Placement:
     """Place the network on the devices of this worker, as `parallel` says, for batches of `accumulate` parts.
 
-    Raises:
-        ValueError: there are not as many devices as stages, or a multiple.
+    The mesh has seen that there are as many devices as stages, or a multiple, unless other workers hold the other
+    `parts`.
     """
     if parallel.pipeline == 1:
         return Replicated(net, contexts, accumulate)
-    if len(contexts) % parallel.pipeline:
-        raise ValueError(f'parallel.pipeline={parallel.pipeline} needs {parallel.pipeline} devices a worker, or a '
-                         f'multiple, and here are {len(contexts)} ({", ".join(map(str, contexts))}): name them with '
-                         'devices=[…], or lower it')
-    return Pipeline(net, contexts, stages_of(parallel, segment_costs(net.config)),
-                    parallel.micro_batches, parallel.schedule, accumulate)
+    slices = parts.slices if parts else stages_of(parallel, segment_costs(net.config))
+    return Pipeline(net, contexts, slices, parallel.micro_batches, parallel.schedule, accumulate, parts)
 
 
 def least_images(config: Config, contexts: List[mx.Context]) -> int:
     """Return how many images of each batch a worker needs: one for each replica, micro-batch and accumulated part."""
-    replicas, parallel = len(contexts) // config.parallel.pipeline, config.parallel
+    replicas, parallel = max(1, len(contexts) // config.parallel.pipeline), config.parallel
     return replicas * (parallel.micro_batches if parallel.pipeline > 1 else 1) * config.train.accumulate
 
 
@@ -116,7 +150,8 @@ def build_split(config: Config, task: Task, communicator: Communicator, needed: 
     Raises:
         ValueError: there are not enough images, see `split_batch`.
     """
-    mesh, least = communicator.control.mesh, communicator.control.all_gather('devices and micro-batches', needed)
+    mesh = communicator.control.mesh
+    least = [max(group) for group in mesh.by_data(communicator.control.all_gather('devices and micro-batches', needed))]
     weights, group = config.data.worker_weights, task.transform().group
     if weights == 'auto' and checkpoint and len(checkpoint.state['images']) == mesh.data:
         images: List[int] = checkpoint.state['images']
@@ -127,13 +162,17 @@ def build_split(config: Config, task: Task, communicator: Communicator, needed: 
 
 
 def build_update_rule(config: Config, task: Task, net: Network, strategy: Strategy, communicator: Communicator,
-                      timetable: Timetable, split: BatchSplit, optimizer: Optional[Optimizer] = None) -> UpdateRule:
+                      timetable: Timetable, split: BatchSplit, optimizer: Optional[Optimizer] = None,
+                      parts: Optional[ModelParts] = None) -> UpdateRule:
     """Build the update rule that `strategy` names, for a network that has been placed.
 
     `optimizer` is that of another update rule for the same network, to be shared; by default a new one.
     """
     optim, train = config.optim, config.train
     specs = parameter_specs(net, task.parameter_groups(net))
+    if parts:  # what several stages use has a gradient in each of them
+        several = {name for name, stages in users(net, parts.slices).items() if len(stages) > 1}
+        specs = [spec._replace(axes=('pipeline', 'data')) if spec.parameter.name in several else spec for spec in specs]
     if strategy.aggregation_can.updates_on_servers:
         assert isinstance(communicator, WeightServers)
         return AsynchronousUpdate(specs, communicator, config, timetable.per_epoch, timetable.total, net.backend)

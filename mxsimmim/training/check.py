@@ -7,7 +7,7 @@ from typing import Any, Callable, List, Mapping, Optional, Tuple
 import mxnet as mx
 import numpy as np
 
-from ..config import Config, Duration
+from ..config import Config, Duration, ParallelConfig
 from ..config.schedule import fitted
 from ..data.batch_split import split_batch
 from ..data.loader import Batch, Loader
@@ -16,6 +16,7 @@ from ..data.transforms import decode
 from ..models import Network, named_parameters
 from ..ops import OpBackend
 from ..parallel.control import ControlPlane
+from ..parallel.mesh import mesh_of
 from ..parallel.placement import Placement, contexts_of
 from ..parallel.strategies import strategy_of
 from ..runtime import facts
@@ -68,7 +69,8 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
 
 
 def _devices(config: Config, process: ProcessInfo) -> Tuple[str, Tuple[List[mx.Context], OpBackend]]:
-    contexts, strategy = contexts_of(config.devices, process), strategy_of(config, process)
+    contexts = contexts_of(config.devices, process)
+    strategy = strategy_of(config, process, len(contexts))
     backend = agree_on_backend(config, contexts, ControlPlane(), print)
     text = f'{", ".join(map(str, contexts))}; {strategy.aggregation} over {strategy.store}; {backend.describe()}'
     return text, (contexts, backend)
@@ -94,8 +96,9 @@ def _schedule(config: Config, written: Mapping[str, Duration], process: ProcessI
               contexts: List[mx.Context]) -> Tuple[str, Config]:
     config, notes = fitted(config, written, steps_per_epoch(len(task.source), config.train.batch_size))
     per_epoch, total, _, save, *_ = timetable_of(config, len(task.source), strategy_of(config, process))
-    least = [least_images(config, contexts)] * process.size
-    split_batch(config.train.batch_size, [1] * process.size, least, task.transform().group)
+    replicas = mesh_of(process, config.parallel, len(contexts)).data
+    split_batch(config.train.batch_size, [1] * replicas, [least_images(config, contexts)] * replicas,
+                task.transform().group)
     text = (f'{total:,} steps of {config.train.batch_size:,} images, {per_epoch:,} an epoch; warm-up '
             f'{config.optim.warmup.steps(per_epoch, total):,}; every {save:,} a checkpoint')
     return '; '.join([text] + notes), config
@@ -122,7 +125,9 @@ def _batch(config: Config, task: Task, images: int) -> Batch:
 
 
 def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Tuple[str, Placement]:
-    placement = build_placement(config.parallel, net, contexts)
+    # A worker that is to hold one stage tries the whole network: the others are not there.
+    one = config.parallel.pipeline > len(contexts)
+    placement = build_placement(ParallelConfig() if one else config.parallel, net, contexts)
     images = 2 * least_images(config, contexts) // config.train.accumulate
     loss = float(placement.loss(_batch(config, task, images)).asscalar()) / images
     if not np.isfinite(loss):
@@ -132,8 +137,9 @@ def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context
 
 def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placement) -> Tuple[str, float]:
     """Compares what a step needs, by what steps of few images take, with what there is, on CPUs."""
-    devices, replicas = len(placement.contexts), len(placement.contexts) // config.parallel.pipeline
-    part = -(-config.train.batch_size // process.size // config.train.accumulate)  # images computed at once
+    devices, replicas = len(placement.contexts), max(1, len(placement.contexts) // config.parallel.pipeline)
+    groups = mesh_of(process, config.parallel, devices).data
+    part = -(-config.train.batch_size // groups // config.train.accumulate)  # images computed at once
     few, more = (min(part, n * devices) for n in (2, 6))
     taken = []
     for images in (few, more):

@@ -11,20 +11,23 @@ Hidden names tell what a killed process left behind: ``.step-….tmp-PID`` is un
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Union
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..runtime.memory import ran_out
+from ..system.arrays import Arrays, Gathered
 from ..system.files import alive, free, sync_directory, sync_file
 
 FORMAT = 1
+TYPES = {'float32': 'F32', 'float64': 'F64', 'int32': 'I32', 'int64': 'I64', 'uint8': 'U8'}  # of MXNet's arrays
 MANIFEST, STATE, ARRAYS = 'manifest.json', 'state.json', '.safetensors'
 
 
@@ -40,14 +43,15 @@ class Checkpoint(NamedTuple):
     path: Path
 
 
-def save(folder: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], keep: int,
+def save(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]], state: Mapping[str, Any], keep: int,
          keep_every: Optional[int] = None) -> Path:
     """Writes ``folder/step-…`` and then deletes the checkpoints that the retention rule does not keep.
 
     Args:
         folder: of all checkpoints of a run, made if missing; one process writes to it.
         step: number of updates done. An existing checkpoint of the same step is replaced.
-        arrays: group -> name -> array, of integer, float or bool type; a group becomes a file.
+        arrays: group -> name -> array, of integer, float or bool type; a group becomes a file. One whose arrays are
+            still to be gathered is written as they come.
         state: what JSON can hold.
         keep: of the checkpoints up to this step, the newest that stay.
         keep_every: multiples of it, in steps, stay as well; None: none do. Checkpoints of later steps always stay.
@@ -153,11 +157,14 @@ def _tidy(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(staged: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None:
+def _write(staged: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]], state: Mapping[str, Any]) -> None:
     text = json.dumps({'step': step, 'state': state}, indent=1)
     (staged / STATE).write_text(text, encoding='utf-8')
     for group, named in arrays.items():
-        save_file(dict(named), staged / (group + ARRAYS))
+        if isinstance(named, Gathered):
+            _write_gathered(staged / (group + ARRAYS), named)
+        else:
+            save_file(dict(named), staged / (group + ARRAYS))
     entries = {}
     for file in sorted(staged.iterdir()):
         sync_file(file)
@@ -166,6 +173,25 @@ def _write(staged: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray
     (staged / MANIFEST).write_text(json.dumps({'format': FORMAT, 'files': entries}, indent=1), encoding='utf-8')
     sync_file(staged / MANIFEST)
     sync_directory(staged)
+
+
+def _write_gathered(file: Path, arrays: Gathered) -> None:
+    """Write a safetensors file of arrays that are not in memory at the same time, which the library cannot.
+
+    Its head is JSON in a multiple of 8 bytes: https://github.com/huggingface/safetensors, "Format".
+    """
+    head: Dict[str, Any] = {}
+    end = 0
+    for name, (kind, shape) in arrays.kinds.items():
+        size = np.dtype(kind).itemsize * math.prod(shape)
+        head[name] = {'dtype': TYPES[kind], 'shape': shape, 'data_offsets': [end, end + size]}
+        end += size
+    text = json.dumps(head).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(file, 'wb') as stream:
+        stream.write(len(text).to_bytes(8, 'little') + text)
+        for array in arrays.values:
+            stream.write(np.ascontiguousarray(array).data)
 
 
 def _publish(staged: Path, final: Path) -> None:
@@ -203,8 +229,9 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _failure(final: Path, arrays: Mapping[str, Mapping[str, np.ndarray]], error: Exception) -> str:
-    needed = sum(array.nbytes for named in arrays.values() for array in named.values())
+def _failure(final: Path, arrays: Mapping[str, Union[Arrays, Gathered]], error: Exception) -> str:
+    needed = sum(named.nbytes if isinstance(named, Gathered) else sum(array.nbytes for array in named.values())
+                 for named in arrays.values())
     place = next(path for path in final.absolute().parents if path.exists())
     room = free(place)
     reason = getattr(error, 'strerror', None) or str(error)

@@ -12,10 +12,10 @@ from ..config import Config, Duration, configfile
 from ..config.schedule import fitted
 from ..data.sampling import steps_per_epoch
 from ..data.sources import notes_of
-from ..models import named_parameters
 from ..ops import REFERENCE, OpBackend, select_backend
 from ..parallel.communicators import Communicator
 from ..parallel.control import ControlPlane, connect
+from ..parallel.mesh import mesh_of
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, horovod_settings, strategy_of
 from ..runtime.process import ProcessInfo, process_info
@@ -41,8 +41,8 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         ValueError: whatever the user can mend; checkpoints written before stay whole.
     """
     process = process_info(os.environ)
-    strategy = strategy_of(config, process)
     contexts = contexts_of(config.devices, process)
+    strategy = strategy_of(config, process, len(contexts))
     folder = folder_of(config)
     notes = files.try_place(folder) if process.rank == 0 else []
     task = TASKS[config.task](config)
@@ -55,7 +55,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         stop = stack.enter_context(Stop())
         if process.rank == 0:
             stack.enter_context(locked(folder, notes.append))
-        communicator = stack.enter_context(joined(config, strategy, process))
+        communicator = stack.enter_context(joined(config, strategy, process, len(contexts)))
         check_same_job(config, task, communicator.control)
         backend = agree_on_backend(config, contexts, communicator.control, notes.append)
         checkpoint = find_checkpoint(config, task, communicator.control, notes.append)
@@ -68,20 +68,21 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         for note in [*notes_of(task.source, task.held_out), *notes]:
             logger.message(note)
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
+        table = trainer.parts.table() if trainer.parts else ''
         if process.rank == 0:
-            introduce(trainer, checkpoint, strategy, process)
+            introduce(trainer, checkpoint, strategy, process, table)
         stopped = trainer.fit(stop)
         conclude(trainer, folder, not stopped)
     return 128 + stopped if stopped else 0
 
 
 @contextlib.contextmanager
-def joined(config: Config, strategy: Strategy, process: ProcessInfo) -> Iterator[Communicator]:
-    """Join the job: while entered, this process has its control plane and a communicator."""
+def joined(config: Config, strategy: Strategy, process: ProcessInfo, devices: int = 1) -> Iterator[Communicator]:
+    """Join the job with so many devices: while entered, this process has its control plane and a communicator."""
     # Without GPUs, Horovod's looking around costs a core's time.
     if strategy.store_can.transport == 'horovod' and not mx.context.num_gpus():
         os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
-    with connect(process, os.environ) as control:
+    with connect(process, os.environ, mesh_of(process, config.parallel, devices)) as control:
         yield build_communicator(strategy, process, control)
 
 
@@ -118,11 +119,12 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
     return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
 
 
-def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo) -> None:
-    """Say what is about to be trained, on what, and from where."""
+def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo,
+              table: str = '') -> None:
+    """Say what is about to be trained, on what, and from where; `table` says which worker holds what."""
     config, timetable, say = trainer.config, trainer.timetable, trainer.logger.message
     say(configfile.to_yaml(config).rstrip())
-    sizes = [int(np.prod(p.shape)) for p in named_parameters(trainer.placement.net).values()]
+    sizes = [int(np.prod(shape)) for shape in trainer.task.shapes().values()]
     operations = trainer.task.multiply_adds() / 1e9
     say(f'{config.model.type}: {sum(sizes):,} parameters, {operations:.2f} GFLOPs an image (multiply-adds of a forward '
         'pass)')
@@ -133,6 +135,8 @@ def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Stra
         servers = f' through {process.servers} server{"s"[:process.servers > 1]}' if process.servers else ''
         say(f'{process.size} workers{servers}, {strategy.aggregation} over {strategy.store}; images a step: '
             f'{list(trainer.split.images)}')
+    if table:
+        say(table)
     if trainer.evaluator:
         say(f'{trainer.evaluator.images:,} held-out images')
     else:

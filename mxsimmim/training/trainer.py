@@ -2,7 +2,7 @@
 import contextlib
 import signal
 import time
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -16,9 +16,11 @@ from ..models import parameter_specs
 from ..optim import learning_rates
 from ..parallel.asynchronous import AsynchronousUpdate
 from ..parallel.average import WeightAverage
+from ..parallel.parts import ModelParts
 from ..parallel.placement import Placement
 from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
+from ..system.arrays import Arrays, Gathered
 from ..system.text import encode, one_line
 from ..tasks.task import Task
 from . import checkpoint
@@ -39,18 +41,19 @@ class Trainer:
         step: updates done so far.
         placement: holds the network, `placement.net`.
         update_rule: how the workers of the job agree on an update.
+        parts: the workers that hold one model together; None where each holds a whole one.
         split: which part of each batch is this worker's.
     """
 
     def __init__(self, config: Config, timetable: Timetable, task: Task, placement: Placement,
                  update_rule: UpdateRule, split: BatchSplit, average: Optional[WeightAverage] = None,
                  logger: Union[RunLogger, Quiet, None] = None, step: int = 0,
-                 state: Optional[Mapping[str, Any]] = None):
+                 state: Optional[Mapping[str, Any]] = None, parts: Optional[ModelParts] = None):
         """Keep the parts; `average` is that of train.ema, `state` what `state_dict` returned after `step` updates."""
         state = state or {}
         self.config, self.timetable, self.task, self.step = config, timetable, task, step
         self.placement, self.update_rule, self.split, self.average = placement, update_rule, split, average
-        self.logger = logger or Quiet()
+        self.logger, self.parts = logger or Quiet(), parts
         self.control = update_rule.workers.control
         self.loader = Loader(task.source, task.transform(), self.samples, config.seed, config.data.threads,
                              config.data.prefetch, config.data.max_broken, self.logger.message)
@@ -143,19 +146,21 @@ class Trainer:
             best = self.plateau.observe(self.evaluator.metric.score(values))
             if self.control.rank == 0:
                 self.logger.extra('a picture', self._draw)
-                if best and self.task.keeps_best:
-                    checkpoint.save(folder_of(self.config) / 'best', self.step, {'weights': self._weights()},
-                                    self.state_dict(), keep=1)
+            elif self.parts and self.control.mesh.coordinate('data') == 0:
+                self._draw()  # rank 0 has but a part of the network
+            if best and self.task.keeps_best:
+                arrays = self._whole(weights=self._weights)
+                if self.control.rank == 0:
+                    checkpoint.save(folder_of(self.config) / 'best', self.step, arrays, self.state_dict(), keep=1)
         return values
 
     def save(self) -> None:
         """Write a checkpoint: everything that the rest of the run depends on."""
         with self._other_work(), self.update_rule.consolidated_weights():
             moments = self.update_rule.state_dict()  # to which every worker contributes
+            averaged = {'ema': self.average.arrays} if self.average else {}
+            arrays = self._whole(weights=self._weights, optimizer=lambda: moments, **averaged)
             if self.control.rank == 0:
-                arrays = {'weights': self._weights(), 'optimizer': moments}
-                if self.average:
-                    arrays['ema'] = self.average.arrays()
                 checkpoint.save(folder_of(self.config) / 'checkpoints', self.step, arrays, self.state_dict(),
                                 self.config.checkpoint.keep, self.timetable.keep_every)
 
@@ -234,6 +239,12 @@ class Trainer:
         picture = self.evaluator.picture(self.placement) if self.evaluator else None
         if picture is not None:
             self.logger.picture(self.step, 'reconstruction', picture)
+
+    def _whole(self, **groups: Callable[[], Arrays]) -> Dict[str, Union[Arrays, Gathered]]:
+        """On rank 0 the arrays of the whole model; every worker calls this, and others that hold parts send these."""
+        if self.parts:
+            return dict(self.parts.gather({name: make() for name, make in groups.items()}))
+        return {name: make() for name, make in groups.items()} if self.control.rank == 0 else {}
 
     def _weights(self) -> Dict[str, np.ndarray]:
         return official.export_weights(self.placement.net)

@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     (['-n', 3, '-s', 1], ['data.worker_weights=[4,1,2]']),
     (SERVERS, ['devices=[cpu(0),cpu(1)]']),
     (HOROVOD, ['train.ema=0.5', 'data.worker_weights=[3,1]']),
+    (HOROVOD, ['train.ema=0.5', 'parallel.pipeline=2', 'parallel.micro_batches=4']),
 ], ids=lambda value: ' '.join(map(str, value)))
 def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
     """10 steps from one encoder: weights to 1e-5 in the L2 norm, losses, and the evaluation of 180 images."""
@@ -56,8 +57,8 @@ def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
         np.testing.assert_allclose(recorded(many, name), recorded(alone, name), rtol=1e-5)
 
 
-def test_evaluation_by_three(launcher, folder):
-    """Parts that are not equally large; the words and the file of one process, but for its speed."""
+def test_evaluation_by_several(launcher, folder):
+    """Parts that are not equally large, by three workers and by two pipelines: words and file of one, but for speed."""
     words = COMMAND + TINY + ['name=alone', f'output={folder}/runs', 'data.val_fraction=0.099', '--eval']
 
     def file():
@@ -67,12 +68,13 @@ def test_evaluation_by_three(launcher, folder):
 
     one = subprocess.run(words, stdout=subprocess.PIPE, universal_newlines=True, check=True, timeout=60).stdout
     expected = file()
-    three = launcher.run('-n', 3, '-s', 1, '--', *words)
-    assert file() == pytest.approx(expected, rel=1e-6)
     head, first, *others = one.splitlines()
     assert first.startswith('top-1 ')
-    for line in [head, first.rpartition(', ')[0], *others]:
-        assert line in three[0] + three[1]
+    for job in (['-n', 3, '-s', 1, '--', *words], ['-n', 4, '--horovod', '--', *words, 'parallel.pipeline=2']):
+        told = launcher.run(*job)
+        assert file() == pytest.approx(expected, rel=1e-6)
+        for line in [head, first.rpartition(', ')[0], *others]:
+            assert line in told[0] + told[1]
 
 
 @pytest.mark.parametrize('keys', [

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.unmeasured
 SGD = ['optim.type=sgd', 'optim.clip_grad=null', 'optim.base_lr=1']
 WIDE = ['model.embed_dim=320', 'model.num_heads=4', 'optim.base_lr=1e-3']  # has arrays that are exchanged by themselves
 TWO_DEVICES = 'devices=[cpu(0),cpu(1)]'
+FOUR, PIPELINE = ['-n', 4, '--horovod'], ['parallel.pipeline=2', 'parallel.micro_batches=4']
+SWIN = ['model.type=swin', 'model.img_size=32', 'model.embed_dim=8', 'model.depths=[2,1]', 'model.num_heads=[1,2]',
+        'model.window_size=4']
 
 
 def weights(run):
@@ -51,10 +54,12 @@ def alone(tmp_path_factory):
     (['-n', 3, '--horovod'], [], WIDE),
     (HOROVOD + MESSAGES, [], WIDE),
     (HOROVOD + MESSAGES, [TWO_DEVICES], []),
-    (SERVERS, [TWO_DEVICES, 'parallel.pipeline=2', 'parallel.micro_batches=4'], []),
-    (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, 'parallel.pipeline=2',
-               'parallel.micro_batches=4'], SGD),
-    (HOROVOD, [TWO_DEVICES, 'parallel.pipeline=2', 'parallel.micro_batches=4'], WIDE),
+    (SERVERS, [TWO_DEVICES, *PIPELINE], []),
+    (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, *PIPELINE], SGD),
+    (HOROVOD, [TWO_DEVICES, *PIPELINE], WIDE),
+    (HOROVOD, PIPELINE, WIDE),
+    (FOUR, [*PIPELINE, 'train.accumulate=2', 'data.worker_weights=[3,1]'], []),
+    (FOUR, [*PIPELINE], SWIN),
     (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')

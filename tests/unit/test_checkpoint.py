@@ -15,6 +15,7 @@ import pytest
 from support.checkpoints import arrays_of
 from support.running import rounds
 
+from mxsimmim.system.arrays import Gathered
 from mxsimmim.training import checkpoint
 from mxsimmim.training.checkpoint import CheckpointError
 
@@ -36,6 +37,21 @@ def steps(folder):
 
 def never(text):
     raise AssertionError(f'nothing to say, and yet: {text}')
+
+
+def test_arrays_on_their_way_are_written_like_those_in_memory(tmp_path):
+    random_state = np.random.RandomState(1)
+    arrays = {'b': random_state.randn(3, 5).astype('float32'), 'a': np.array(5), 'half': np.zeros((0, 3), 'float32'),
+              'transposed': random_state.randn(2, 3).astype('float32').T}
+    kinds = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    gathered = Gathered(kinds, iter(arrays.values()))
+    assert gathered.nbytes == 4 * 15 + 8 + 0 + 4 * 6
+    found = checkpoint.load(checkpoint.save(tmp_path, 3, {'gathered': gathered, 'plain': arrays}, {}, keep=1)).arrays
+    for group in found.values():
+        assert group.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert (group[name].dtype, group[name].shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(group[name], array)
 
 
 def test_round_trip(tmp_path):

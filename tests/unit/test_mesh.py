@@ -1,6 +1,9 @@
 """Coordinates and groups, written down."""
+import re
+
 import pytest
 
+from mxsimmim.config import ParallelConfig
 from mxsimmim.parallel.mesh import AXES, Mesh, mesh_of
 from mxsimmim.runtime.process import ALONE, ProcessInfo
 
@@ -37,13 +40,49 @@ def test_groups_of_an_axis_divide_the_job(axis):
 @pytest.mark.parametrize('size, rank', [(1, 0), (4, 2)])
 def test_data_alone(size, rank):
     """Where nothing else divides the work, the data coordinate is the rank."""
-    mesh = mesh_of(ProcessInfo(rank=rank, size=size))
+    mesh = mesh_of(ProcessInfo(rank=rank, size=size), ParallelConfig(), 1)
     assert mesh == Mesh(1, size, 1, rank) and mesh.size == size
     assert mesh.coordinate('data') == rank and mesh.group('data') == tuple(range(size))
     assert mesh.coordinate('pipeline') == mesh.coordinate('tensor') == 0 and mesh.group('tensor') == (rank,)
-    assert mesh_of(ALONE) == Mesh()
+    assert mesh_of(ALONE, ParallelConfig(), 1) == Mesh()
 
 
 def test_a_rank_beyond_the_job_is_a_mistake_of_ours():
     with pytest.raises(AssertionError):
         Mesh(1, 2, 1, 2).coordinate('data')
+
+
+def test_groups_and_values_of_all_ranks():
+    mesh = Mesh(2, 2, 1, 3)
+    assert mesh.groups('data') == [(0, 1), (2, 3)] and mesh.groups('pipeline') == [(0, 2), (1, 3)]
+    assert mesh.by_data('abcd') == [['a', 'c'], ['b', 'd']]
+    assert [mesh._replace(rank=rank).reports for rank in range(4)] == [False, False, True, True]
+
+
+JOB = ProcessInfo(rank=5, size=8, transport='horovod')
+
+
+@pytest.mark.parametrize('process, stages, devices, expected', [
+    (ALONE, 2, 2, Mesh()),  # within the worker
+    (ALONE, 2, 4, Mesh()),
+    (JOB, 1, 1, Mesh(data=8, rank=5)),
+    (JOB, 2, 4, Mesh(data=8, rank=5)),
+    (JOB, 2, 1, Mesh(2, 4, 1, 5)),
+    (JOB, 8, 1, Mesh(8, 1, 1, 5)),
+    (JOB._replace(transport='ps'), 2, 2, Mesh(data=8, rank=5)),
+])
+def test_mesh_of_a_job(process, stages, devices, expected):
+    assert mesh_of(process, ParallelConfig(pipeline=stages), devices) == expected
+
+
+@pytest.mark.parametrize('process, stages, devices, message', [
+    (ALONE, 2, 1, 'needs 2 devices a worker, or a multiple, and here is 1: .* tools/launch.py --horovod -n 2'),
+    (ALONE, 2, 3, 'needs 2 devices a worker, or a multiple, and here are 3: name them with devices='),
+    (JOB, 4, 2, 'needs 4 devices a worker, or a multiple, and here are 2'),
+    (JOB, 3, 1, 'parallel.pipeline=3 does not divide the 8 workers'),
+    (JOB._replace(transport='ps'), 2, 1, 'a parameter server waits for the same gradients of all: .* --horovod'),
+])
+def test_stages_that_fit_nothing_are_refused(process, stages, devices, message):
+    with pytest.raises(ValueError, match=f'^parallel.pipeline={stages} ') as told:
+        mesh_of(process, ParallelConfig(pipeline=stages), devices)
+    assert re.search(message, str(told.value)), told.value

@@ -15,7 +15,7 @@ from mxsimmim.parallel.pipeline import Pipeline
 from mxsimmim.parallel.placement import Replicated
 from mxsimmim.parallel.schedules import stages_of
 from mxsimmim.tasks.registry import TASKS
-from mxsimmim.training.build import build_placement, build_trainer
+from mxsimmim.training.build import build_trainer
 from mxsimmim.training.run_folder import checkpoint_to_resume
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=4, num_heads=2, drop_path=0.3)
@@ -177,10 +177,3 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
             assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in theirs)
         losses[devices] = again.validate()['val_loss']
     np.testing.assert_allclose(list(losses.values()), losses[1], rtol=1e-6)
-
-
-def test_devices_that_are_no_multiple_of_the_stages():
-    parallel = tiny_config(model=VIT, parallel=dict(pipeline=2, micro_batches=2)).parallel
-    with pytest.raises(ValueError, match=r'parallel.pipeline=2 needs 2 devices a worker, or a multiple, and here are '
-                                         r'1 \(cpu\(0\)\): name them with devices='):
-        build_placement(parallel, build_simmim(ModelConfig(**VIT)), [mx.cpu(0)])

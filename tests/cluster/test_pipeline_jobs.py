@@ -1,0 +1,86 @@
+"""A pipeline whose stages are processes: schedules, checkpoints that change the layout, a stage that is killed."""
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+from support.hosts import three_hosts
+from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, newest, recorded, steps
+from support.tiny import TEN_STEPS
+
+pytestmark = pytest.mark.unmeasured
+
+PIPELINE = ['parallel.pipeline=2', 'parallel.micro_batches=4']
+DEEP = ['model.depth=4', 'train.ema=0.9']
+HANDOVER = [sys.executable, '-W', 'ignore', PROGRAMS / 'handover.py']
+
+
+def same(ours, expected):
+    """Bit for bit, all groups of arrays."""
+    assert set(ours) == set(expected)
+    for group, arrays in expected.items():
+        assert set(ours[group]) == set(arrays), group
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(ours[group][name], array, err_msg=f'{group} {name}')
+
+
+def test_schedules_compute_the_same_bits_and_so_do_two_hosts(launcher, tmp_path):
+    """1F1B, GPipe, and 1F1B with the stages on two hosts."""
+    words = ['--', *PRETRAIN, *TEN_STEPS, *PIPELINE]
+    launcher.run(*HOROVOD, *words, 'name=1f1b')
+    launcher.run(*HOROVOD, *words, 'name=gpipe', 'parallel.schedule=gpipe')
+    (tmp_path / 'hostfile').write_text('host0\nhost1\n')
+    with three_hosts(tmp_path / 'hosts') as hosts:
+        launcher.run(*HOROVOD, '-H', tmp_path / 'hostfile', *words, 'name=hosts', env=hosts.environ)
+    runs = [launcher.folder / 'runs' / name for name in ('1f1b', 'gpipe', 'hosts')]
+    expected = newest(runs[0])
+    assert expected[0] == 10
+    for run in runs[1:]:
+        same(newest(run)[1], expected[1])
+        assert recorded(run, 'loss') == recorded(runs[0], 'loss')
+
+
+def test_a_checkpoint_goes_from_layout_to_layout_unchanged(launcher):
+    """Of a job of 2 x 2 workers to one worker, to 4 stages, and back: weights, moments and averages, bit for bit."""
+    runs = launcher.folder / 'runs'
+    launcher.run('-n', 4, '--horovod', '--', *PRETRAIN, *TEN_STEPS, *DEEP, *PIPELINE, 'name=first')
+    expected = newest(runs / 'first')
+    assert set(expected[1]) == {'weights', 'optimizer', 'ema'} and steps(runs / 'first')[-1] == 10
+    before = 'first'
+    for name, workers, stages in (('one', 1, 1), ('four', 4, 4), ('last', 4, 2)):
+        words = ['-n', workers, '--horovod'] if workers > 1 else ['-n', 1]
+        launcher.run(*words, '--', *HANDOVER, runs / before, f'parallel.pipeline={stages}', f'name={name}')
+        step, arrays = newest(runs / name)
+        assert step == 10
+        same(arrays, expected[1])
+        (runs / name / 'config.yaml').write_text((runs / 'first' / 'config.yaml').read_text())
+        before = name
+
+
+def test_a_stage_that_is_killed_ends_the_job(launcher):
+    job = launcher.start('-n', 3, '--horovod', '--', *PRETRAIN, *TEN_STEPS, 'model.depth=3', 'parallel.pipeline=3',
+                         'parallel.micro_batches=4', 'train.length=5000', 'validation.every=5000',
+                         'checkpoint.every=5000', 'name=job')
+    run = launcher.folder / 'runs' / 'job'
+    launcher.until(lambda: (run / 'metrics.jsonl').exists() and (steps(run) or [0])[-1] >= 9, 60, 'step 9')
+    [pid] = launcher.find('HOROVOD_RANK=1')
+    os.kill(pid, signal.SIGKILL)
+    assert job.wait(30) != 0
+    launcher.gone(10)
+    told = [line for line in launcher.text('err').splitlines() if line.startswith('launch: worker')]
+    assert len(told) == 1 and 'worker 1' in told[0] and 'was killed by SIGKILL' in told[0], launcher.text('err')
+
+
+@pytest.mark.parametrize('words, keys, message', [
+    (['-n', 3, '--horovod'], [], 'parallel.pipeline=2 does not divide the 3 workers'),
+    (['-n', 2, '-s', 1], [], 'a parameter server waits for the same gradients of all'),
+    (HOROVOD, ['train.aggregation=local_sgd'], 'train.aggregation=local_sgd cannot work with parallel.pipeline=2'),
+    (HOROVOD, ['data.worker_weights=auto'], 'data.worker_weights=auto cannot work with parallel.pipeline=2'),
+    (HOROVOD, ['data.worker_weights=[1,2]'], 'has 2 weights for 1 replicas of the model'),
+])
+def test_what_cannot_work_is_refused_at_the_start(launcher, words, keys, message):
+    """Before anything is started: devices that are named tell how many each worker has."""
+    out, err = launcher.run(*words, '--', *PRETRAIN, *TEN_STEPS, *PIPELINE, 'devices=[cpu(0)]', *keys, 'name=job',
+                            status=2)
+    assert message in out + err

@@ -1,0 +1,109 @@
+"""A whole model's arrays, on their way to and from the workers that hold its stages."""
+import threading
+import time
+
+import mxnet as mx
+import numpy as np
+import pytest
+from support.workers import each
+
+from mxsimmim.parallel.channels import WAITING, pipeline_channels
+from mxsimmim.parallel.mesh import Mesh
+from mxsimmim.parallel.parts import ModelParts, mesh_table
+
+STAGES = 3
+SLICES = [slice(0, 2), slice(2, 3), slice(3, 5)]
+# What each stage holds; all of them the table.
+HELD = [{'a': np.arange(6, dtype='float32').reshape(2, 3), 'table': np.ones(4, 'float32')},
+        {'b': np.arange(4, dtype='float32') / 3, 'table': np.ones(4, 'float32')},
+        {'c': np.zeros((1, 2), 'int64'), 'table': np.ones(4, 'float32'), 'd': np.full((), 7, 'float32')}]
+
+
+def workers(work):
+    """What `work(parts)` returns in each of three stages."""
+    def one(control):
+        parts = ModelParts(SLICES, control, mx.cpu())
+        try:
+            found = work(parts)
+            control.barrier('end')
+            return found
+        finally:
+            parts.close()
+    return each(STAGES, one, axis='pipeline')
+
+
+def test_rank_0_gathers_the_whole_model():
+    def work(parts):
+        own = HELD[parts.own]
+        moments = {f'mean.{name}': np.asarray(-value) for name, value in own.items()}
+        gathered = parts.gather({'weights': own, 'moments': moments})
+        return {group: (found.kinds, list(found.values), found.nbytes) for group, found in gathered.items()}
+    first, *others = workers(work)
+    kinds, values, size = first['weights']
+    assert list(kinds.items()) == [('a', ('float32', (2, 3))), ('table', ('float32', (4,))), ('b', ('float32', (4,))),
+                                   ('c', ('int64', (1, 2))), ('d', ('float32', ()))]
+    assert size == 4 * 6 + 4 * 4 + 4 * 4 + 8 * 2 + 4
+    whole = {**HELD[2], **HELD[1], **HELD[0]}
+    for name, value in zip(kinds, values):
+        np.testing.assert_array_equal(value, whole[name])
+    np.testing.assert_array_equal(first['moments'][1][2], -HELD[1]['b'])
+    assert others == [{'weights': ({}, [], 0), 'moments': ({}, [], 0)}] * 2
+
+
+def test_rank_0_hands_out_what_each_stage_wants():
+    whole = {**HELD[2], **HELD[1], **HELD[0]}
+    found = workers(lambda parts: dict(parts.hand_out(list(HELD[parts.own]), None if parts.own else whole)))
+    for own, expected in zip(found, HELD):
+        assert list(own) == list(expected)
+        for name, value in expected.items():
+            np.testing.assert_array_equal(own[name], value)
+
+
+def test_what_rank_0_does_not_have_is_named():
+    whole = {**HELD[1], **HELD[0]}
+    first, *_ = workers(lambda parts: dict(parts.hand_out(list(HELD[parts.own]), None if parts.own else whole)))
+    assert isinstance(first, ValueError)
+    assert str(first).startswith('these weights do not fit the network: missing: c, d: check the model keys')
+
+
+def test_a_sender_waits_for_one_who_does_not_receive():
+    """No more than what waits at both ends, and what the system's buffers hold, is in memory."""
+    array, sent = np.zeros(1 << 20, 'float32'), []  # more than the buffers of a socket
+
+    def work(control):
+        before, after = pipeline_channels(control, mx.cpu())
+        if after:
+            thread = threading.Thread(target=lambda: [(after.send(array), sent.append(1)) for _ in range(40)])
+            thread.start()
+            time.sleep(1)
+            waiting = len(sent)
+            control.barrier('begin')
+            thread.join(20)
+        else:
+            control.barrier('begin')
+            waiting = sum(before.receive_values().size for _ in range(40)) // array.size
+        control.barrier('end')
+        (before or after).close()
+        return waiting
+    waiting, received = each(2, work, axis='pipeline')
+    assert WAITING <= waiting <= 2 * WAITING + 8 and received == 40 == len(sent)
+
+
+def test_a_channel_is_closed_with_arrays_that_nobody_took():
+    def work(control):
+        before, after = pipeline_channels(control, mx.cpu())
+        for _ in range(2 * WAITING if after else 0):
+            after.send(np.zeros(3))
+        control.barrier('sent')
+        (before or after).close()
+    assert each(2, work, axis='pipeline') == [None, None]
+    with pytest.raises(StopIteration):
+        next(thread for thread in threading.enumerate() if thread.name.startswith('channel'))
+
+
+def test_who_holds_what_is_written():
+    """ViT with 5 blocks in 3 stages, two replicas: segments are the embedding, the blocks and the head."""
+    parts = [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert mesh_table(Mesh(3, 2, 1), parts, ['a', 'a', 'b', 'b', 'c', 'd']).splitlines() == [
+        '3 stages x 2 replicas of the model', '  stage 0: blocks 0 to 1, rank 0 on a, rank 1 on a',
+        '  stage 1: blocks 2 to 3, rank 2 on b, rank 3 on b', '  stage 2: block 4, rank 4 on c, rank 5 on d']
