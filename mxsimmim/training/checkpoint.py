@@ -16,11 +16,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Set, Union
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..runtime.memory import ran_out
 from ..system.arrays import Arrays, Gathered
@@ -36,11 +36,40 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """What `load` returns; `arrays` is group -> name -> array, each writable and in C order."""
+    """What `load` returns; `arrays` is group -> name -> array, each writable, in C order, and read when asked for."""
     step: int
-    arrays: Dict[str, Dict[str, np.ndarray]]
+    arrays: Mapping[str, Arrays]
     state: Dict[str, Any]
     path: Path
+
+
+class Stored(Mapping[str, np.ndarray]):
+    """The arrays of a file, each read when it is asked for: a whole model's need not fit into memory.
+
+    The file is open only then, so that its folder can be deleted meanwhile, also on NFS.
+    """
+
+    def __init__(self, file: Path):
+        """Read what is in the file.
+
+        Raises:
+            SafetensorError: it is no safetensors file.
+        """
+        self._file = str(file)
+        with safe_open(self._file, 'numpy') as content:
+            self._names = dict.fromkeys(content.keys())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._file, 'numpy') as content:
+            return content.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def save(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]], state: Mapping[str, Any], keep: int,
@@ -248,7 +277,7 @@ def _read(path: Path) -> Checkpoint:
         _verify(path / name, entry)
     try:
         content = json.loads((path / STATE).read_text(encoding='utf-8'))
-        arrays = {name[:-len(ARRAYS)]: load_file(path / name) for name in files if name.endswith(ARRAYS)}
+        arrays = {name[:-len(ARRAYS)]: Stored(path / name) for name in files if name.endswith(ARRAYS)}
         return Checkpoint(content['step'], arrays, content['state'], path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # whole, but not what `save` writes
         raise CheckpointError(f'{path}: not a checkpoint of this program: {error!r}') from error

@@ -137,9 +137,9 @@ def test_a_checkpoint_that_does_not_fit_is_not_passed_over(tmp_path, monkeypatch
     for step in (1, 2):
         checkpoint.save(tmp_path, step, arrays, {}, keep=2)
 
-    def fail(path):
+    def fail(path, framework):
         raise OSError(errno.ENOMEM, 'Cannot allocate memory')
-    monkeypatch.setattr(checkpoint, 'load_file', fail)
+    monkeypatch.setattr(checkpoint, 'safe_open', fail)
     said = []
     assert memory.ran_out(raised(checkpoint.newest, tmp_path, said.append)) and said == []
 
