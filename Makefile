@@ -61,6 +61,7 @@ bench: $(VENV)/bench  # measures speed beside PyTorch
 	$(BIN)/python tools/bench/data.py
 	$(BIN)/python tools/bench/startup.py
 	$(BIN)/python tools/bench/scale.py
+	$(BIN)/python tools/bench/parallel.py
 	$(BIN)/python tools/bench/allreduce.py allreduce.png
 
 docs: $(VENV)/docs  # builds the documentation into build/site; a broken link or name fails (with -q none would)

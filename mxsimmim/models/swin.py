@@ -99,7 +99,7 @@ class Stage(HybridBlock):
 
     def __init__(self, config: ModelConfig, stage: int, backend: OpBackend):
         super().__init__()
-        last = stage == config.stages - 1
+        last, self._draws = stage == config.stages - 1, ('keep',) if config.drop_path else ()
         with self.name_scope():
             self.blocks = nn.HybridSequential()
             for index in range(config.depths[stage]):
@@ -117,8 +117,8 @@ class Stage(HybridBlock):
         """Return the blocks, the last with the merging after it."""
         *blocks, last = self.blocks
         after = [self.downsample] if self.downsample else []
-        return [*(Segment(partial(self._run_block, index), [block], ('keep',)) for index, block in enumerate(blocks)),
-                Segment(partial(self._run_block, len(blocks)), [last, *after], ('keep',))]
+        return [*(Segment(partial(self._run_block, index), [block], self._draws) for index, block in enumerate(blocks)),
+                Segment(partial(self._run_block, len(blocks)), [last, *after], self._draws)]
 
     def _run_block(self, index: int, F: Any, x: Any, given: Dict[str, Any]) -> Any:
         """One block; the last takes `rows`, and the merging follows it."""

@@ -139,7 +139,7 @@ class VisionTransformer(HybridBlock):
     def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput):
         super().__init__()
         width, side, backend = config.embed_dim, config.grid, pixels.backend
-        self._width = width
+        self._width, self._draws = width, ('keep',) if config.drop_path else ()  # what a block takes of the inputs
         with self.name_scope():
             self.cls_token = self.params.get('cls_token', shape=(1, 1, width))
             self.pos_embed = self.mask_token = None
@@ -172,7 +172,7 @@ class VisionTransformer(HybridBlock):
         embedding = Segment(lambda F, _, given: self._embed(F, given['image'], given.get('mask'),
                                                             *own(F, given['image'], *tokens)),
                             [self.patch_embed], ('image', *masked), tokens)
-        return [embedding, *(Segment(partial(self._run_block, index), [block, *shared], ('keep',))
+        return [embedding, *(Segment(partial(self._run_block, index), [block, *shared], self._draws)
                              for index, block in enumerate(self.blocks))]
 
     def finish(self, x: Any) -> Any:
