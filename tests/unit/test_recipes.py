@@ -119,7 +119,8 @@ def told(model):
     """What weights tell of a model."""
     others = {'drop_path', 'loss', 'norm_targets', 'recompute', 'pretrained'}
     others |= {'init_values', 'depth', 'use_shared_rpb'} if model.type == 'swin' else {'depths', 'window_size'}
-    return {key: value for key, value in model.model_dump().items() if key not in others}
+    known = {key: value for key, value in model.model_dump().items() if key not in others}
+    return {**known, 'init_values': known.get('init_values') is None}  # the weights were scaled by it, or were not
 
 
 def same(found, expected):
