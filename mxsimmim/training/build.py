@@ -86,8 +86,12 @@ def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Co
     Raises:
         ValueError: there are not as many devices as stages, or a multiple.
     """
+    if len(contexts) % parallel.tensor:
+        raise ValueError(f'parallel.tensor={parallel.tensor} needs {parallel.tensor} devices a worker, or a multiple, '
+                         f'and here are {len(contexts)} ({", ".join(map(str, contexts))}): name them with devices=[…], '
+                         'or lower it')
     if parallel.pipeline == 1:
-        return Replicated(net, contexts, accumulate)
+        return Replicated(net, contexts, accumulate, parallel.tensor)
     if len(contexts) % parallel.pipeline:
         raise ValueError(f'parallel.pipeline={parallel.pipeline} needs {parallel.pipeline} devices a worker, or a '
                          f'multiple, and here are {len(contexts)} ({", ".join(map(str, contexts))}): name them with '
@@ -98,7 +102,8 @@ def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Co
 
 def least_images(config: Config, contexts: List[mx.Context]) -> int:
     """Return how many images of each batch a worker needs: one for each replica, micro-batch and accumulated part."""
-    replicas, parallel = len(contexts) // config.parallel.pipeline, config.parallel
+    parallel = config.parallel
+    replicas = len(contexts) // (parallel.pipeline * parallel.tensor)
     return replicas * (parallel.micro_batches if parallel.pipeline > 1 else 1) * config.train.accumulate
 
 

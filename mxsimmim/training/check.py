@@ -13,7 +13,7 @@ from ..data.batch_split import split_batch
 from ..data.loader import Batch, Loader
 from ..data.sampling import steps_per_epoch
 from ..data.transforms import decode
-from ..models import Network, named_parameters
+from ..models import Network, parameter_specs
 from ..ops import OpBackend
 from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement, contexts_of
@@ -110,7 +110,7 @@ def _model(config: Config, task: Task, backend: OpBackend) -> Tuple[str, Any]:
 
 
 def _count(net: Network) -> int:
-    return sum(math.prod(parameter.shape) for parameter in named_parameters(net).values())
+    return sum(math.prod(spec.parameter.shape) for spec in parameter_specs(net) if spec.trainable)
 
 
 def _batch(config: Config, task: Task, images: int) -> Batch:
@@ -132,7 +132,8 @@ def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context
 
 def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placement) -> Tuple[str, float]:
     """Compares what a step needs, by what steps of few images take, with what there is, on CPUs."""
-    devices, replicas = len(placement.contexts), len(placement.contexts) // config.parallel.pipeline
+    devices, parallel = len(placement.contexts), config.parallel
+    replicas = devices // (parallel.pipeline * parallel.tensor)
     part = -(-config.train.batch_size // process.size // config.train.accumulate)  # images computed at once
     few, more = (min(part, n * devices) for n in (2, 6))
     taken = []

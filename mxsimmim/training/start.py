@@ -12,7 +12,7 @@ from ..config import Config, Duration, configfile
 from ..config.schedule import fitted
 from ..data.sampling import steps_per_epoch
 from ..data.sources import notes_of
-from ..models import named_parameters
+from ..models import parameter_specs
 from ..ops import REFERENCE, OpBackend, select_backend
 from ..parallel.communicators import Communicator
 from ..parallel.control import ControlPlane, connect
@@ -122,7 +122,7 @@ def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Stra
     """Say what is about to be trained, on what, and from where."""
     config, timetable, say = trainer.config, trainer.timetable, trainer.logger.message
     say(configfile.to_yaml(config).rstrip())
-    sizes = [int(np.prod(p.shape)) for p in named_parameters(trainer.placement.net).values()]
+    sizes = [int(np.prod(spec.parameter.shape)) for spec in parameter_specs(trainer.placement.net) if spec.trainable]
     operations = trainer.task.multiply_adds() / 1e9
     say(f'{config.model.type}: {sum(sizes):,} parameters, {operations:.2f} GFLOPs an image (multiply-adds of a forward '
         'pass)')
