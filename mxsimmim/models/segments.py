@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import mxnet as mx
 from mxnet.gluon import HybridBlock, Parameter
 
+from ..config import ModelConfig
 from .layers import Divisible
 
 Run = Callable[[Any, Any, Dict[str, Any]], Any]
@@ -71,6 +72,11 @@ class PipelineStage(HybridBlock):
 def cut(segments: Sequence[Segment], parts: Sequence[slice]) -> List[PipelineStage]:
     """Make a stage of each of these consecutive parts of a network's segments."""
     return [PipelineStage(segments[part], part.start == 0) for part in parts]
+
+
+def drawn(config: ModelConfig) -> Tuple[str, ...]:
+    """Return the names of the inputs that stochastic depth gives to each block; none where nothing is dropped."""
+    return ('keep',) if config.drop_path else ()
 
 
 def own(F: Any, x: Any, *parameters: Optional[Parameter]) -> List[Any]:

@@ -25,7 +25,7 @@ from .layers import (
     values,
 )
 from .pixels import PixelInput
-from .segments import Half, Segment, own
+from .segments import Half, Segment, drawn, own
 from .shards import WHOLE, Shard
 
 EPS = 1e-5
@@ -68,6 +68,7 @@ class Block(HybridBlock):
         shifted = index % 2 == 1 and side > config.window_size
         windows = Windows(side, min(config.window_size, side), config.window_size // 2 if shifted else 0)
         self._draw, self._recompute = sum(config.depths[:stage]) + index, config.recompute
+        self.inputs = drawn(config)
         with self.name_scope():
             self.attn_mask = None
             if windows.shift:
@@ -83,9 +84,9 @@ class Block(HybridBlock):
     def halves(self) -> Tuple[Half, Half]:
         """Return attention and MLP."""
         return (Half(lambda F, x, given, attn: self._attend(F, x, attn, given.get('keep')),
-                     [self.attn], [self.norm1], ('keep',), (self.attn_mask,)),
+                     [self.attn], [self.norm1], self.inputs, (self.attn_mask,)),
                 Half(lambda F, x, given, mlp: self._mix(F, x, mlp, given.get('keep'), given.get('rows')),
-                     [self.mlp], [self.norm2], ('keep',)))
+                     [self.mlp], [self.norm2], self.inputs))
 
     def _attend(self, F: Any, x: Any, attn: WindowAttention, keep: Any) -> Any:
         mask, = own(F, x, self.attn_mask)
@@ -136,9 +137,9 @@ class Stage(HybridBlock):
         *blocks, last = self.blocks
         after = [self.downsample] if self.downsample else []
         merging = [Segment(lambda F, x, _: after[0](x), after)] if after else []
-        return [*(Segment(partial(self._run_block, index), [block], ('keep',), pieces=block.halves())
+        return [*(Segment(partial(self._run_block, index), [block], block.inputs, pieces=block.halves())
                   for index, block in enumerate(blocks)),
-                Segment(partial(self._run_block, len(blocks)), [last, *after], ('keep',),
+                Segment(partial(self._run_block, len(blocks)), [last, *after], last.inputs,
                         pieces=(*last.halves(), *merging))]
 
     def _run_block(self, index: int, F: Any, x: Any, given: Dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from .layers import (
     values,
 )
 from .pixels import PixelInput
-from .segments import Half, Segment, own
+from .segments import Half, Segment, drawn, own
 from .shards import WHOLE, Shard
 
 EPS = 1e-6
@@ -113,6 +113,7 @@ class Block(HybridBlock):
         super().__init__()
         self.backend = backend
         width, self._index, self._recompute = config.embed_dim, index, config.recompute
+        self.inputs = drawn(config)
         with self.name_scope():
             self.gamma_1 = self.gamma_2 = None
             if config.init_values is not None:
@@ -132,9 +133,9 @@ class Block(HybridBlock):
         """Return attention, with the bias that all blocks share, if any, and MLP."""
         return (Half(lambda F, x, given, attn, *tables: self._attend(F, x, attn, tables[0](x) if tables else None,
                                                                      given.get('keep')),
-                     [self.attn, *([shared] if shared else [])], [self.norm1], ('keep',), (self.gamma_1,)),
+                     [self.attn, *([shared] if shared else [])], [self.norm1], self.inputs, (self.gamma_1,)),
                 Half(lambda F, x, given, mlp: self._mix(F, x, mlp, given.get('keep'), given.get('rows')),
-                     [self.mlp], [self.norm2], ('keep',), (self.gamma_2,)))
+                     [self.mlp], [self.norm2], self.inputs, (self.gamma_2,)))
 
     def _attend(self, F: Any, x: Any, attn: Attention, bias: Any, keep: Any) -> Any:
         gamma, = values(self.backend, F, x, self.gamma_1) if self.gamma_1 else [None]
@@ -190,7 +191,7 @@ class VisionTransformer(HybridBlock):
         embedding = Segment(lambda F, _, given: self._embed(F, given['image'], given.get('mask'),
                                                             *own(F, given['image'], *tokens)),
                             [self.patch_embed], ('image', *masked), tokens)
-        return [embedding, *(Segment(partial(self._run_block, index), [block, *shared], ('keep',),
+        return [embedding, *(Segment(partial(self._run_block, index), [block, *shared], block.inputs,
                                      pieces=block.halves(self.rel_pos_bias))
                              for index, block in enumerate(self.blocks))]
 

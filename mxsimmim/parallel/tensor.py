@@ -49,9 +49,7 @@ class TensorParallel:
             """A stage for each context that takes part."""
             segments = [piece.of(modules) for modules in zip(*(parts[id(first)] for first in piece.modules))] \
                 if isinstance(piece, Half) else [piece]
-            absent = () if net.config.drop_path else ('keep',)
-            return [PipelineStage([each._replace(inputs=tuple(n for n in each.inputs if n not in absent))],
-                                  piece is embedding) for each in segments]
+            return [PipelineStage([each], piece is embedding) for each in segments]
         embedding, *segments, head = net.segments()
         (self._embedding,), (self._head,) = stages(embedding), stages(head)
         self._pieces = [stages(piece) for segment in segments for piece in segment.pieces]
