@@ -242,6 +242,22 @@ class ParallelConfig(Section):
     tensor: int = Field(1, gt=0, description='devices that compute each block together, each some of its attention '
                         'heads and some of its MLP')
 
+    @property
+    def devices(self) -> int:
+        """Devices of one replica."""
+        return self.pipeline * self.tensor
+
+    def check_devices(self, count: int, what: str) -> None:
+        """See that `count` devices of a worker, described by `what`, are those of one replica or several.
+
+        Raises:
+            ValueError: they are not.
+        """
+        keys = [f'parallel.{key}={value}' for key, value in (('pipeline', self.pipeline), ('tensor', self.tensor))
+                if value > 1]
+        require(count % self.devices == 0, f'{" x ".join(keys)} needs {self.devices} devices a worker, or a multiple, '
+                f'and {what}: name more of them with devices=[…], or lower it')
+
     @model_validator(mode='after')
     def _check(self) -> 'ParallelConfig':
         require(not self.split or len(self.split) == self.pipeline and min(self.split) > 0,
@@ -329,6 +345,8 @@ class Config(Section):
             self._check_pipeline()
         if self.parallel.tensor > 1:
             self._check_tensor()
+        if self.devices != 'auto':
+            self.parallel.check_devices(len(self.devices), f'devices={listed(self.devices)} names {len(self.devices)}')
         require(self.train.length.unit != '%' and self.train.length.value > 0,
                  f'train.length={self.train.length} must be a positive number of steps or epochs')
         for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
@@ -345,22 +363,12 @@ class Config(Section):
                  f'the network has {blocks}')
         require(parts <= train.batch_size, f'train.batch_size={train.batch_size} is less than parallel.micro_batches='
                  f'{self.parallel.micro_batches} x train.accumulate={train.accumulate}: lower one of these')
-        if self.devices != 'auto':
-            require(len(self.devices) % stages == 0,
-                     f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and devices='
-                     f'{listed(self.devices)} names {len(self.devices)}: name more of them, or lower it')
 
     def _check_tensor(self) -> None:
         tensor, most = self.parallel.tensor, self.model.most_parts
         able = ', '.join(str(parts) for parts in range(1, min(most, 64) + 1) if most % parts == 0)
         require(most % tensor == 0, f'parallel.tensor={tensor} does not divide the heads, model.num_heads='
                 f'{listed(self.model.num_heads)}, and the MLP of every block: possible are {able}')
-        require(self.parallel.pipeline == 1, f'parallel.tensor={tensor} and parallel.pipeline={self.parallel.pipeline} '
-                'cannot be combined yet: set one of them to 1')
-        if self.devices != 'auto':
-            require(len(self.devices) % tensor == 0,
-                    f'parallel.tensor={tensor} needs {tensor} devices a worker, or a multiple, and devices='
-                    f'{listed(self.devices)} names {len(self.devices)}: name more of them, or lower it')
 
     def _check_nothing_of_fine_tuning(self) -> None:
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),

@@ -1,53 +1,60 @@
 """The placement of a network as a pipeline over devices of one worker."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import Parameter
 
 from ..data.loader import Batch
 from ..data.sampling import split
-from ..models import Network, SimMIM
+from ..models import Network, SimMIM, parameter_specs
 from ..models.segments import PipelineStage, cut
 from ..runtime import mxnet_private
 from .channels import LocalChannel, local_channel
 from .placement import Inputs, hybridize, whole, within
 from .schedules import FORWARD, SCHEDULES, in_order
+from .tensor import TensorStage, divide_evenly, groups_of, place
 
+Stage = Union[PipelineStage, TensorStage]
 Ends = Tuple[LocalChannel, LocalChannel]  # of the channel between two neighbours, the earlier stage's first
 
 
 class Pipeline:
     """Stages of a network, one a context; a batch passes through them in micro-batches.
 
-    Of more contexts than stages each run of neighbours is a replica: contexts 0 to S - 1, S to 2 S - 1, and so on. The
-    gradient and the loss are those of `Replicated`: each image counts alike, however the batch is cut. A parameter that
-    several stages use lies on the contexts of all of them, and its gradient is the sum over these.
+    Of more contexts than stages each run of neighbours is a replica: contexts 0 to S - 1, S to 2 S - 1, and so on. With
+    `tensor` so many neighbours, a group, take the place of one context and compute the half blocks of a stage together.
+    The gradient and the loss are those of `Replicated`: each image counts alike, however the batch is cut. A parameter
+    that several stages use lies on the contexts of all of them, and its gradient is the sum over these.
     """
 
     def __init__(self, net: Network, contexts: Sequence[mx.Context], parts: Sequence[slice], micro_batches: int,
-                 schedule: str = '1f1b', accumulate: int = 1):
+                 schedule: str = '1f1b', accumulate: int = 1, tensor: int = 1):
         """Place the network's segments number `parts[s]` on the context of stage s; see `Network.segments`."""
         self.net, self.contexts, self._micro_batches = net, list(contexts), micro_batches
         self._schedule, self._accumulate, self._inputs = SCHEDULES[schedule], accumulate, Inputs(net)
-        segments = net.segments()
+        divided = divide_evenly(net, tensor) if tensor > 1 else {}
+        segments, groups, count = net.segments(), groups_of(self.contexts, tensor), len(parts)
         *trunk, last = parts
-        assert last.stop == len(segments) and len(contexts) % len(parts) == 0
+        assert last.stop == len(segments) and len(groups) % count == 0
+        replicas = [groups[first:first + count] for first in range(0, len(groups), count)]
         # The head, the last segment, is a block of its own, as evaluation ends before it.
-        *self._stages, self._head = cut(segments, [*trunk, slice(last.start, last.stop - 1),
-                                                   slice(last.stop - 1, last.stop)])
-        count = len(self._stages)
-        self._replicas = [self.contexts[first:first + count] for first in range(0, len(contexts), count)]
+        self._head, = cut(segments, [slice(last.stop - 1, last.stop)])
+        trunk.append(slice(last.start, last.stop - 1))
+        self._stages: Sequence[Stage] = [
+            TensorStage(segments[part], part.start == 0, divided, of_stage)
+            for part, of_stage in zip(trunk, zip(*replicas))] if divided else cut(segments, trunk)
+        self._replicas = [[group[0] for group in replica] for replica in replicas]
         self._channels: List[List[Ends]] = [[local_channel(*pair) for pair in zip(replica, replica[1:])]
                                             for replica in self._replicas]
-        self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
-        self._place()
+        self._parameters = [spec.parameter for spec in parameter_specs(net) if spec.trainable]
+        place(net, [*self._stages, self._head], [[*replica, replica[-1]] for replica in replicas])
         if micro_batches * accumulate > 1:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
         for stage in (*self._stages, self._head):
-            hybridize(stage, net.backend)
+            for graph in stage.graphs if isinstance(stage, TensorStage) else [stage]:
+                hybridize(graph, net.backend)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """As `Replicated.forward_backward`; `on_micro_batch` is called between two accumulated parts."""
@@ -122,7 +129,7 @@ class Pipeline:
             x = self._call(stage, x.as_in_context(context), batch, part, context)
         return x
 
-    def _call(self, stage: PipelineStage, x: Optional[mx.nd.NDArray], batch: Batch, part: slice, context: mx.Context
+    def _call(self, stage: Stage, x: Optional[mx.nd.NDArray], batch: Batch, part: slice, context: mx.Context
               ) -> mx.nd.NDArray:
         inputs = self._inputs.of_stage(batch, part, stage.inputs, context)
         if autograd.is_recording():
@@ -133,14 +140,3 @@ class Pipeline:
     def _of_replicas(self, part: slice) -> List[Tuple[int, slice]]:
         """(number, images) of each replica that gets any."""
         return list(enumerate(within(part, len(self._replicas))))
-
-    def _place(self) -> None:
-        """Put each parameter where stages use it; one that none uses lies with the head."""
-        used: Dict[str, List[int]] = {}
-        for number, stage in enumerate((*self._stages, self._head)):
-            for name in stage.collect_params():
-                used.setdefault(name, []).append(min(number, len(self._stages) - 1))
-        parameters: Dict[str, Parameter] = dict(self.net.collect_params().items())
-        for name, parameter in parameters.items():
-            stages = sorted(set(used.get(name, [len(self._stages) - 1])))
-            parameter.reset_ctx([replica[stage] for replica in self._replicas for stage in stages])

@@ -9,18 +9,22 @@ records what lies between like any operator, copies from one context to another 
 MXNet's: its engine waits for what must be waited for and nothing else, and Python is far ahead. An `autograd.Function`
 would be called back in the middle of the backward pass and hold it up until Python has answered.
 """
-from typing import Dict, List, Sequence, Set, Union
+from typing import Dict, List, Mapping, Sequence, Tuple, Union
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock, Parameter
 
 from ..models import Network, SimMIM
 from ..models.division import divide
+from ..models.layers import Divisible
 from ..models.segments import Half, PipelineStage, Segment
 from ..models.shards import Shard
 
+Group = Sequence[mx.Context]  # devices that compute half blocks together
+Parts = Mapping[int, List[Divisible]]  # of each module, see `division.divide`
 
-def copies(x: mx.nd.NDArray, group: Sequence[mx.Context]) -> List[mx.nd.NDArray]:
+
+def copies(x: mx.nd.NDArray, group: Group) -> List[mx.nd.NDArray]:
     """Return x on each context of a group; the gradient of x is the sum of theirs."""
     return [x.as_in_context(context) for context in group]
 
@@ -28,72 +32,129 @@ def copies(x: mx.nd.NDArray, group: Sequence[mx.Context]) -> List[mx.nd.NDArray]
 def reduced(terms: Sequence[mx.nd.NDArray]) -> mx.nd.NDArray:
     """Return the sum of arrays of one shape, on the first one's context; each gets a copy of the gradient."""
     first, *others = terms
-    return mx.nd.add_n(first, *(term.as_in_context(first.context) for term in others)) if others else first
+    return mx.nd.add_n(first, *(term.as_in_context(first.context) for term in others))
+
+
+def groups_of(contexts: Sequence[mx.Context], size: int) -> List[Group]:
+    """Divide contexts into groups of neighbours."""
+    return [contexts[first:first + size] for first in range(0, len(contexts), size)]
+
+
+def divide_evenly(net: Network, count: int) -> Parts:
+    """Cut a network, with the weights that it has, for groups of `count` contexts; see `division.divide`."""
+    return divide(net, [Shard(index, count) for index in range(count)])
+
+
+class TensorStage:
+    """Consecutive segments of a network whose half blocks a group of contexts computes together.
+
+    It is called as a `PipelineStage` is, on the first context of a group. That one alone computes embedding, merging
+    and head, which cost little.
+    """
+
+    def __init__(self, segments: Sequence[Segment], first: bool, parts: Parts, groups: Sequence[Group]):
+        """`first`: the network begins here. `parts`: those of the network to which the segments belong."""
+        self._groups, self._first = {group[0]: group for group in groups}, first
+        self.inputs = tuple(dict.fromkeys(name for segment in segments for name in segment.inputs))
+
+        def graphs(piece: Union[Half, Segment], begins: bool) -> List[PipelineStage]:
+            """One for each context that takes part."""
+            if isinstance(piece, Segment):
+                return [PipelineStage([piece], begins)]
+            modules = zip(*(parts[id(module)] for module in piece.modules))
+            return [PipelineStage([piece.of(own)], begins) for own in modules]
+        pieces = [piece for segment in segments for piece in segment.pieces or [segment]]
+        self._pieces = [graphs(piece, first and number == 0) for number, piece in enumerate(pieces)]
+        self._shared = sorted({name for each in self._pieces if len(each) > 1 for name in each[0].inputs})
+
+    @property
+    def graphs(self) -> List[HybridBlock]:
+        """The blocks to hybridize."""
+        return [graph for each in self._pieces for graph in each]
+
+    @property
+    def parameters(self) -> List[Dict[str, Parameter]]:
+        """The parameters, by MXNet's name, that each context of a group uses."""
+        used: List[Dict[str, Parameter]] = [{} for _ in max(self._pieces, key=len)]
+        for each in self._pieces:
+            for graph, own in zip(each, used):
+                own.update(graph.collect_params().items())
+        return used
+
+    @property
+    def without_gradient(self) -> List[Parameter]:
+        """Its constants and buffers."""
+        return list({id(p): p for graph in self.graphs for p in graph.collect_params().values()
+                     if p.grad_req == 'null'}.values())
+
+    def __call__(self, x: mx.nd.NDArray, *inputs: mx.nd.NDArray) -> mx.nd.NDArray:
+        """Compute on the group where x is; the result is on its first context."""
+        group = self._groups[x.context]
+        given = dict(zip(self.inputs, (x, *inputs) if self._first else inputs))
+        everywhere = [given, *({name: given[name].as_in_context(context) for name in self._shared}
+                               for context in group[1:])]
+        for number, (graph, *others) in enumerate(self._pieces):
+            if number == 0 and self._first:
+                x = graph(*(given[name] for name in graph.inputs))
+            elif not others:
+                x = _run(graph, x, given)
+            else:
+                x = reduced([_run(*each) for each in zip((graph, *others), copies(x, group), everywhere)])
+        return x
 
 
 class TensorParallel:
-    """A network over groups of contexts. It is called as the network is, with inputs on the first context of a group.
+    """A network over groups of contexts, called as the network is, with inputs on the first context of a group."""
 
-    Half blocks are computed by all contexts of a group; embedding, merging and head, which cost little, by the first
-    alone. A parameter lies where it is used. Of norms and gammas all contexts have a copy, and each of these a term of
-    the gradient: the sum over copies, which update rules make anyway, is the gradient. Of what is cut each context has
-    its part, and of everything else the first has the only copy: both have whole gradients.
-    """
-
-    def __init__(self, net: Network, groups: Sequence[Sequence[mx.Context]]):
-        """Cut the network, with the weights that it has, over groups of equal size; see `division.divide`."""
-        self.net, self._groups = net, {group[0]: group for group in groups}
-        parts = divide(net, [Shard(index, len(groups[0])) for index in range(len(groups[0]))])
-
-        def stages(piece: Union[Half, Segment]) -> List[PipelineStage]:
-            """A stage for each context that takes part."""
-            segments = [piece.of(modules) for modules in zip(*(parts[id(first)] for first in piece.modules))] \
-                if isinstance(piece, Half) else [piece]
-            return [PipelineStage([each], piece is embedding) for each in segments]
-        embedding, *segments, head = net.segments()
-        (self._embedding,), (self._head,) = stages(embedding), stages(head)
-        self._pieces = [stages(piece) for segment in segments for piece in segment.pieces]
-        self._shared = sorted({name for each in self._pieces if len(each) > 1 for name in each[0].inputs})
-        self.graphs: List[HybridBlock] = [self._embedding, self._head, *(s for each in self._pieces for s in each)]
-        self._place(groups)
+    def __init__(self, net: Network, groups: Sequence[Group]):
+        """Cut the network, with the weights that it has, over groups of equal size."""
+        self._net, parts = net, divide_evenly(net, len(groups[0]))
+        *segments, head = net.segments()
+        self._trunk, self._head = TensorStage(segments, True, parts, groups), PipelineStage([head], False)
+        self.graphs = [*self._trunk.graphs, self._head]
+        place(net, [self._trunk, self._head], [[group, group] for group in groups])
 
     def __call__(self, image: mx.nd.NDArray, *more: mx.nd.NDArray) -> mx.nd.NDArray:
         """As the network: the loss (1,), or a classifier's answer to an image alone."""
-        names = ['keep' if name == 'uniform' else name for name in self.net.inputs]
+        names = ['keep' if name == 'uniform' else name for name in self._net.inputs]
         given = dict(zip(names, (image, *more)))
-        x = self._through(given)
-        return _run(self._head, x, given) if more else self.net.answer(x, image)
+        x = self._tokens(given)
+        return _run(self._head, x, given) if more else self._net.answer(x, image)
 
     def reconstruct(self, image: mx.nd.NDArray, mask: mx.nd.NDArray) -> mx.nd.NDArray:
         """As the network's, in masked cells; native operators leave out the others in the last block."""
-        assert isinstance(self.net, SimMIM)
-        return self.net.answer(self._through({'image': image, 'mask': mask}), image)
+        assert isinstance(self._net, SimMIM)
+        return self._net.answer(self._tokens({'image': image, 'mask': mask}), image)
 
-    def _through(self, given: Dict[str, mx.nd.NDArray]) -> mx.nd.NDArray:
-        """What the last block computes, on the first context of the group where the inputs are."""
-        image, config = given['image'], self.net.config
-        group = self._groups[image.context]
+    def _tokens(self, given: Dict[str, mx.nd.NDArray]) -> mx.nd.NDArray:
+        """What the last block computes; nothing is dropped where `keep` is not given."""
+        image, config = given['image'], self._net.config
         if config.drop_path and 'keep' not in given:
             given = {**given, 'keep': mx.nd.ones((len(image), 2 * config.blocks), ctx=image.context)}
-        everywhere = [given, *({name: given[name].as_in_context(context) for name in self._shared}
-                               for context in group[1:])]
-        x = self._embedding(*(given[name] for name in self._embedding.inputs))
-        for stages in self._pieces:
-            x = reduced([_run(*each) for each in zip(stages, copies(x, group), everywhere)])
-        return x
-
-    def _place(self, groups: Sequence[Sequence[mx.Context]]) -> None:
-        """Put each parameter on the contexts that use it; one that none uses on the first."""
-        used: Dict[str, Set[int]] = {}
-        parameters: Dict[str, Parameter] = dict(self.net.collect_params().items())
-        for stages in (*self._pieces, [self._embedding], [self._head]):
-            for number, stage in enumerate(stages):
-                parameters.update(stage.collect_params().items())
-                for name in stage.collect_params():
-                    used.setdefault(name, set()).add(number)
-        for name, parameter in parameters.items():
-            parameter.reset_ctx([group[number] for group in groups for number in sorted(used.get(name, {0}))])
+        return self._trunk(*(given[name] for name in self._trunk.inputs))
 
 
-def _run(stage: PipelineStage, x: mx.nd.NDArray, given: Dict[str, mx.nd.NDArray]) -> mx.nd.NDArray:
-    return stage(x, *(given[name] for name in stage.inputs))
+def place(net: Network, stages: Sequence[Union[TensorStage, PipelineStage]], replicas: Sequence[Sequence[Group]]
+          ) -> None:
+    """Put each parameter where stages use it, stage s on the group number s of each replica.
+
+    Of norms and gammas all contexts of a group have a copy, and each copy has a term of the gradient: the sum over
+    copies, which update rules make anyway, is the gradient. Of what is cut each context has its part, of the rest the
+    first has the only copy: their gradients are whole. What no stage uses lies with the last.
+    """
+    used: Dict[str, List[Tuple[int, int]]] = {}  # the (stage, number of the context) that use it
+    parameters: Dict[str, Parameter] = dict(net.collect_params().items())
+    for number, stage in enumerate(stages):
+        each = stage.parameters if isinstance(stage, TensorStage) else [dict(stage.collect_params().items())]
+        for context, own in enumerate(each):
+            parameters.update(own)
+            for name in own:
+                used.setdefault(name, []).append((number, context))
+    for name, parameter in parameters.items():
+        contexts = [groups[stage][context] for groups in replicas
+                    for stage, context in used.get(name, [(len(stages) - 1, 0)])]
+        parameter.reset_ctx(list(dict.fromkeys(contexts)))
+
+
+def _run(graph: PipelineStage, x: mx.nd.NDArray, given: Mapping[str, mx.nd.NDArray]) -> mx.nd.NDArray:
+    return graph(x, *(given[name] for name in graph.inputs))

@@ -84,26 +84,18 @@ def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Co
     """Place the network on the devices of this worker, as `parallel` says, for batches of `accumulate` parts.
 
     Raises:
-        ValueError: there are not as many devices as stages, or a multiple.
+        ValueError: there are not as many devices as one replica needs, or a multiple.
     """
-    if len(contexts) % parallel.tensor:
-        raise ValueError(f'parallel.tensor={parallel.tensor} needs {parallel.tensor} devices a worker, or a multiple, '
-                         f'and here are {len(contexts)} ({", ".join(map(str, contexts))}): name them with devices=[…], '
-                         'or lower it')
+    parallel.check_devices(len(contexts), f'here are {len(contexts)} ({", ".join(map(str, contexts))})')
     if parallel.pipeline == 1:
         return Replicated(net, contexts, accumulate, parallel.tensor)
-    if len(contexts) % parallel.pipeline:
-        raise ValueError(f'parallel.pipeline={parallel.pipeline} needs {parallel.pipeline} devices a worker, or a '
-                         f'multiple, and here are {len(contexts)} ({", ".join(map(str, contexts))}): name them with '
-                         'devices=[…], or lower it')
     return Pipeline(net, contexts, stages_of(parallel, segment_costs(net.config)),
-                    parallel.micro_batches, parallel.schedule, accumulate)
+                    parallel.micro_batches, parallel.schedule, accumulate, parallel.tensor)
 
 
 def least_images(config: Config, contexts: List[mx.Context]) -> int:
     """Return how many images of each batch a worker needs: one for each replica, micro-batch and accumulated part."""
-    parallel = config.parallel
-    replicas = len(contexts) // (parallel.pipeline * parallel.tensor)
+    replicas, parallel = len(contexts) // config.parallel.devices, config.parallel
     return replicas * (parallel.micro_batches if parallel.pipeline > 1 else 1) * config.train.accumulate
 
 

@@ -132,8 +132,7 @@ def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context
 
 def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placement) -> Tuple[str, float]:
     """Compares what a step needs, by what steps of few images take, with what there is, on CPUs."""
-    devices, parallel = len(placement.contexts), config.parallel
-    replicas = devices // (parallel.pipeline * parallel.tensor)
+    devices, replicas = len(placement.contexts), len(placement.contexts) // config.parallel.devices
     part = -(-config.train.batch_size // process.size // config.train.accumulate)  # images computed at once
     few, more = (min(part, n * devices) for n in (2, 6))
     taken = []

@@ -183,5 +183,5 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
 def test_devices_that_are_no_multiple_of_the_stages():
     parallel = tiny_config(model=VIT, parallel=dict(pipeline=2, micro_batches=2)).parallel
     with pytest.raises(ValueError, match=r'parallel.pipeline=2 needs 2 devices a worker, or a multiple, and here are '
-                                         r'1 \(cpu\(0\)\): name them with devices='):
+                                         r'1 \(cpu\(0\)\): name more of them with devices='):
         build_placement(parallel, build_simmim(ModelConfig(**VIT)), [mx.cpu(0)])

@@ -26,37 +26,38 @@ NAMES = ['vit', 'swin', 'vit, own tables, positions', 'vit, pooling, none droppe
 SEED = 9
 
 
-def build(keys, devices=1, backend=REFERENCE, tensor=1, recipe='fixed', **train):
+def build(keys, devices=1, backend=REFERENCE, tensor=1, stages=1, recipe='fixed', **train):
     print('seed', SEED)
     return build_tiny_trainer(model=keys, devices=[f'cpu({i})' for i in range(devices)], seed=SEED, backend=backend,
-                              parallel=dict(tensor=tensor), optim=dict(recipe=recipe, clip_grad=0.02),
+                              parallel=dict(tensor=tensor, pipeline=stages, micro_batches=2),
+                              optim=dict(recipe=recipe, clip_grad=0.02),
                               train=dict(batch_size=11, store='local', check_replicas=1, **train))
 
 
 @pytest.mark.parametrize('form', machine.FORMS)
 @pytest.mark.parametrize('keys, layouts, steps', [
-    (VIT, [(2, 2), (4, 4), (4, 2)], 10), (SWIN, [(2, 2), (4, 2)], 10), *((keys, [(2, 2)], 3) for keys in OTHERS)],
-                         ids=NAMES)
+    (VIT, [(2, 2), (4, 4), (4, 2), (4, 2, 2)], 10), (SWIN, [(2, 2), (4, 2), (4, 2, 2)], 5),
+    *((keys, [(4, 2, 2)], 3) for keys in OTHERS)], ids=NAMES)
 def test_weights_are_those_of_one_device(keys, layouts, steps, form):
-    """Steps of 11 images, all clipped, on (devices, parts): of 4 devices in 2 parts each, one replica has 6 images."""
+    """Steps of 11 images, all clipped, on (devices, parts, stages); (4, 2): one of two replicas has 6 images."""
     expected, expected_rows = train_randomly(build(keys, backend=OpBackend(form)), steps, SEED)
     assert expected_rows[:, 1].min() > 0.02
-    for devices, tensor in layouts:
-        weights, rows = train_randomly(build(keys, devices, OpBackend(form), tensor), steps, SEED)
-        assert relative_difference(weights, expected) < 1e-6, (devices, tensor)
+    for devices, *layout in layouts:
+        weights, rows = train_randomly(build(keys, devices, OpBackend(form), *layout), steps, SEED)
+        assert relative_difference(weights, expected) < 1e-6, (devices, layout)
         np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 
 
 @pytest.mark.parametrize('recipe', ['fixed', 'reference'])
 @pytest.mark.parametrize('keys', [VIT, {**SWIN, 'recompute': True}], ids=['vit', 'swin, recomputed'])
 def test_accumulated_parts(keys, recipe):
-    """With the reference's clipping between the parts, and with activations computed again."""
+    """With the reference's clipping between the parts, and with activations computed again; of a pipeline, too."""
     form = machine.FORMS[-1]
     if form == 'reference':
         keys = {**keys, 'recompute': False}
     (weights, rows), (expected, expected_rows) = (
-        train_randomly(build(keys, devices, OpBackend(form), devices, recipe, accumulate=2), 3, SEED)
-        for devices in (2, 1))
+        train_randomly(build(keys, devices, OpBackend(form), min(2, devices), stages, recipe, accumulate=2), 3, SEED)
+        for devices, stages in ((4, 2), (1, 1)))
     assert relative_difference(weights, expected) < 1e-6
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 
@@ -148,7 +149,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
     whole = {f'{moment}.{name}' for moment in ('mean', 'var') for name in named_parameters(build(VIT).placement.net)}
     trainer = build_trainer(config(1))
     for step, (devices, parallel) in enumerate([(2, dict(tensor=2)), (1, {}), (4, dict(tensor=2)),
-                                                (2, dict(pipeline=2, micro_batches=2))], 1):
+                                                (4, dict(tensor=2, pipeline=2, micro_batches=2))], 1):
         train_randomly(trainer, 2, SEED + step)
         trainer.save()
         new = config(devices, **parallel)
@@ -164,5 +165,5 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
 def test_devices_that_are_no_multiple_of_the_parts():
     parallel = tiny_config(model=VIT, parallel=dict(tensor=2)).parallel
     with pytest.raises(ValueError, match=r'parallel.tensor=2 needs 2 devices a worker, or a multiple, and here are '
-                                         r'1 \(cpu\(0\)\): name them with devices='):
+                                         r'1 \(cpu\(0\)\): name more of them with devices='):
         build_placement(parallel, build_simmim(ModelConfig(**VIT)), [mx.cpu(0)])
