@@ -44,7 +44,7 @@ class Pipeline:
         self._stages: Sequence[Stage] = [
             TensorStage(segments[part], part.start == 0, divided, of_stage)
             for part, of_stage in zip(trunk, zip(*replicas))] if divided else cut(segments, trunk)
-        self._replicas = [[group[0] for group in replica] for replica in replicas]
+        self._replicas = [[group.contexts[0] for group in replica] for replica in replicas]
         self._channels: List[List[Ends]] = [[local_channel(*pair) for pair in zip(replica, replica[1:])]
                                             for replica in self._replicas]
         self._parameters = [spec.parameter for spec in parameter_specs(net) if spec.trainable]

@@ -13,7 +13,7 @@ from ..models import Classifier, Network, parameter_specs
 from ..models.layers import keep_factors
 from ..ops import OpBackend
 from ..runtime.process import ALONE, ProcessInfo
-from .tensor import TensorParallel, groups_of
+from .tensor import TensorParallel, divide_evenly, groups_of
 
 
 def contexts_of(devices: Any, process: ProcessInfo = ALONE) -> List[mx.Context]:
@@ -105,7 +105,7 @@ class Replicated:
         self._compute: Union[Network, TensorParallel] = net
         graphs: Sequence[HybridBlock] = [net]
         if tensor > 1:
-            self._compute = TensorParallel(net, groups_of(self.contexts, tensor))
+            self._compute = TensorParallel(net, divide_evenly(net, tensor), groups_of(self.contexts, tensor))
             graphs = self._compute.graphs
         else:
             net.collect_params().reset_ctx(self.contexts)

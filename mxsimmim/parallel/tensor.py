@@ -6,10 +6,9 @@ up. Backward it is the other way round: the gradient of the sum is copied, and t
 
 A cached graph has one context, so neither can stand inside of one. Each half block is a graph of its own, and autograd
 records what lies between like any operator, copies from one context to another included. A step stays one graph of
-MXNet's: its engine waits for what must be waited for and nothing else, and Python is far ahead. An `autograd.Function`
-would be called back in the middle of the backward pass and hold it up until Python has answered.
+MXNet's: its engine waits for what must be waited for and nothing else, and Python is far ahead.
 """
-from typing import Dict, List, Mapping, Sequence, Tuple, Union
+from typing import Dict, List, Mapping, Protocol, Sequence, Tuple, Union
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock, Parameter
@@ -20,28 +19,49 @@ from ..models.layers import Divisible
 from ..models.segments import Half, PipelineStage, Segment
 from ..models.shards import Shard
 
-Group = Sequence[mx.Context]  # devices that compute half blocks together
 Parts = Mapping[int, List[Divisible]]  # of each module, see `division.divide`
 
 
-def copies(x: mx.nd.NDArray, group: Group) -> List[mx.nd.NDArray]:
-    """Return x on each context of a group; the gradient of x is the sum of theirs."""
-    return [x.as_in_context(context) for context in group]
+class Group(Protocol):
+    """Devices that compute half blocks together: `contexts` of this worker, each with the part of its number."""
+    contexts: Sequence[mx.Context]
+
+    def begin(self) -> None:
+        """Prepare for another pass through half blocks."""
+
+    def copies(self, x: mx.nd.NDArray) -> List[mx.nd.NDArray]:
+        """Return x, of the first context, on each; its gradient is the sum of those of all copies of the group."""
+
+    def reduced(self, terms: Sequence[mx.nd.NDArray]) -> mx.nd.NDArray:
+        """Return the sum of all terms of the group, on the first context; each gets the sum's gradient."""
 
 
-def reduced(terms: Sequence[mx.nd.NDArray]) -> mx.nd.NDArray:
-    """Return the sum of arrays of one shape, on the first one's context; each gets a copy of the gradient."""
-    first, *others = terms
-    return mx.nd.add_n(first, *(term.as_in_context(first.context) for term in others))
+class DeviceGroup:
+    """Devices of one worker."""
+
+    def __init__(self, contexts: Sequence[mx.Context]):
+        self.contexts = contexts
+
+    def begin(self) -> None:
+        """Prepare nothing."""
+
+    def copies(self, x: mx.nd.NDArray) -> List[mx.nd.NDArray]:
+        """See `Group`."""
+        return [x.as_in_context(context) for context in self.contexts]
+
+    def reduced(self, terms: Sequence[mx.nd.NDArray]) -> mx.nd.NDArray:
+        """See `Group`."""
+        first, *others = terms
+        return mx.nd.add_n(first, *(term.as_in_context(first.context) for term in others))
 
 
 def groups_of(contexts: Sequence[mx.Context], size: int) -> List[Group]:
     """Divide contexts into groups of neighbours."""
-    return [contexts[first:first + size] for first in range(0, len(contexts), size)]
+    return [DeviceGroup(contexts[first:first + size]) for first in range(0, len(contexts), size)]
 
 
 def divide_evenly(net: Network, count: int) -> Parts:
-    """Cut a network, with the weights that it has, for groups of `count` contexts; see `division.divide`."""
+    """Cut a network, with the weights that it has, for groups of `count` devices of one worker."""
     return divide(net, [Shard(index, count) for index in range(count)])
 
 
@@ -54,7 +74,7 @@ class TensorStage:
 
     def __init__(self, segments: Sequence[Segment], first: bool, parts: Parts, groups: Sequence[Group]):
         """`first`: the network begins here. `parts`: those of the network to which the segments belong."""
-        self._groups, self._first = {group[0]: group for group in groups}, first
+        self._groups, self._first = {group.contexts[0]: group for group in groups}, first
         self.inputs = tuple(dict.fromkeys(name for segment in segments for name in segment.inputs))
 
         def graphs(piece: Union[Half, Segment], begins: bool) -> List[PipelineStage]:
@@ -64,19 +84,20 @@ class TensorStage:
             modules = zip(*(parts[id(module)] for module in piece.modules))
             return [PipelineStage([piece.of(own)], begins) for own in modules]
         pieces = [piece for segment in segments for piece in segment.pieces or [segment]]
-        self._pieces = [graphs(piece, first and number == 0) for number, piece in enumerate(pieces)]
-        self._shared = sorted({name for each in self._pieces if len(each) > 1 for name in each[0].inputs})
+        self._pieces = [(isinstance(piece, Half), graphs(piece, first and number == 0))
+                        for number, piece in enumerate(pieces)]
+        self._shared = sorted({name for half, each in self._pieces if half for name in each[0].inputs})
 
     @property
     def graphs(self) -> List[HybridBlock]:
         """The blocks to hybridize."""
-        return [graph for each in self._pieces for graph in each]
+        return [graph for _, each in self._pieces for graph in each]
 
     @property
     def parameters(self) -> List[Dict[str, Parameter]]:
         """The parameters, by MXNet's name, that each context of a group uses."""
-        used: List[Dict[str, Parameter]] = [{} for _ in max(self._pieces, key=len)]
-        for each in self._pieces:
+        used: List[Dict[str, Parameter]] = [{} for _ in max((each for _, each in self._pieces), key=len)]
+        for _, each in self._pieces:
             for graph, own in zip(each, used):
                 own.update(graph.collect_params().items())
         return used
@@ -92,23 +113,24 @@ class TensorStage:
         group = self._groups[x.context]
         given = dict(zip(self.inputs, (x, *inputs) if self._first else inputs))
         everywhere = [given, *({name: given[name].as_in_context(context) for name in self._shared}
-                               for context in group[1:])]
-        for number, (graph, *others) in enumerate(self._pieces):
-            if number == 0 and self._first:
-                x = graph(*(given[name] for name in graph.inputs))
-            elif not others:
-                x = _run(graph, x, given)
+                               for context in group.contexts[1:])]
+        group.begin()
+        for number, (half, graphs) in enumerate(self._pieces):
+            if half:
+                x = group.reduced([_run(*each) for each in zip(graphs, group.copies(x), everywhere)])
+            elif number == 0 and self._first:
+                x = graphs[0](*(given[name] for name in graphs[0].inputs))
             else:
-                x = reduced([_run(*each) for each in zip((graph, *others), copies(x, group), everywhere)])
+                x = _run(graphs[0], x, given)
         return x
 
 
 class TensorParallel:
-    """A network over groups of contexts, called as the network is, with inputs on the first context of a group."""
+    """A network over groups of devices, called as the network is, with inputs on the first context of a group."""
 
-    def __init__(self, net: Network, groups: Sequence[Group]):
-        """Cut the network, with the weights that it has, over groups of equal size."""
-        self._net, parts = net, divide_evenly(net, len(groups[0]))
+    def __init__(self, net: Network, parts: Parts, groups: Sequence[Group]):
+        """Place the network, whose modules have been divided into `parts`."""
+        self._net = net
         *segments, head = net.segments()
         self._trunk, self._head = TensorStage(segments, True, parts, groups), PipelineStage([head], False)
         self.graphs = [*self._trunk.graphs, self._head]
@@ -151,7 +173,7 @@ def place(net: Network, stages: Sequence[Union[TensorStage, PipelineStage]], rep
             for name in own:
                 used.setdefault(name, []).append((number, context))
     for name, parameter in parameters.items():
-        contexts = [groups[stage][context] for groups in replicas
+        contexts = [groups[stage].contexts[context] for groups in replicas
                     for stage, context in used.get(name, [(len(stages) - 1, 0)])]
         parameter.reset_ctx(list(dict.fromkeys(contexts)))
 
