@@ -31,6 +31,16 @@ CUTS: Dict[str, Cut] = {  # by the end of the name
     'attn.qkv.weight': QKV, 'attn.qkv.bias': QKV, 'attn.q_bias': ROWS, 'attn.v_bias': ROWS, 'attn.proj.weight': COLUMNS,
     'relative_position_bias_table': COLUMNS, 'mlp.fc1.weight': ROWS, 'mlp.fc1.bias': ROWS, 'mlp.fc2.weight': COLUMNS,
 }
+# Of these each shard has a copy, whose gradient is a term of a sum: what it computes follows them.
+SHARED = '.norm1.weight', '.norm1.bias', '.norm2.weight', '.norm2.bias', '.gamma_1', '.gamma_2'
+
+
+def gradient_axes(name: str) -> Tuple[str, ...]:
+    """Return the axes of a mesh of workers over which this parameter's gradient is summed.
+
+    That of a part is whole where the part is, and so is that of what every shard computes alike.
+    """
+    return ('data', 'tensor') if name.endswith(SHARED) else ('data',)
 
 
 def cut_of(name: str) -> Optional[Cut]:

@@ -6,7 +6,7 @@ from mxnet.gluon import HybridBlock, Parameter
 from mxnet.gluon.parameter import Constant
 
 from ..runtime.mxnet_private import structural_parameters
-from .shards import WHOLE, Shard, join, part_of, whole_shape
+from .shards import WHOLE, Shard, gradient_axes, join, part_of, whole_shape
 
 WEIGHT, BUFFER = 'weight', 'buffer'
 
@@ -34,6 +34,11 @@ class ParameterSpec(NamedTuple):
     def key(self) -> str:
         """A name that no other specification of the network has."""
         return self.name if self.shard.count == 1 else f'{self.name}[{self.shard.index}]'
+
+    @property
+    def axes(self) -> Tuple[str, ...]:
+        """Mesh axes over whose workers its gradient is summed."""
+        return gradient_axes(self.name)
 
     @property
     def whole_shape(self) -> Tuple[int, ...]:

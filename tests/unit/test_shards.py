@@ -6,7 +6,7 @@ from mxsimmim.config import Config, ModelConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim, joined, parameter_specs
 from mxsimmim.models.division import divide
-from mxsimmim.models.shards import Shard, cut_of, join, part_of, whole_shape
+from mxsimmim.models.shards import Shard, cut_of, gradient_axes, join, part_of, whole_shape
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=6, mlp_ratio=2)
 SWIN = dict(type='swin', img_size=16, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=2)
@@ -33,6 +33,7 @@ def test_parts_of_two(name, whole, expected):
     assert (cut_of(name) is None) == (expected[0] == whole.tolist())
     assert join(name, parts).tolist() == whole.tolist()
     assert whole_shape(name, parts[0].shape, Shard(0, 2)) == whole.shape
+    assert gradient_axes(name) == (('data', 'tensor') if 'norm1' in name or 'gamma' in name else ('data',))
 
 
 @pytest.mark.parametrize('keys, count', [(VIT, 2), (VIT, 3), ({**VIT, 'use_rpb': True, 'use_shared_rpb': False}, 6),
