@@ -100,7 +100,7 @@ class Mlp(Divisible):
             self.fc2 = Linear(self._hidden, width, backend, bias=not self._partial)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, gamma: Any, keep: Any, rows: Any, recompute: bool) -> Any:
-        """x + this of norm(x), (B, L, C)."""
+        """x + this of norm(x), (B, L, C); x left out in shards other than the first."""
         return self.backend.mlp(F, x, pair(F, x, norm), pair(F, x, self.fc1), pair(F, x, self.fc2), gamma, keep, rows,
                                 width=self._width, hidden=self._hidden, eps=norm.eps, partial=self._partial,
                                 recompute=recompute)

@@ -94,7 +94,7 @@ class Attention(Divisible):
             self.proj = Linear(columns, width, backend, bias=not self._partial)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, bias: Any, gamma: Any, keep: Any, recompute: bool) -> Any:
-        """x + this of norm(x), (B, N, C)."""
+        """x + this of norm(x), (B, N, C); x left out in shards other than the first."""
         if self._table:
             table, index = values(self.backend, F, x, self.relative_position_bias_table, self.relative_position_index)
             own = gather_bias(F, table, index, self._tokens, self._heads)

@@ -55,6 +55,8 @@ def alone(tmp_path_factory):
     (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, 'parallel.pipeline=2',
                'parallel.micro_batches=4'], SGD),
     (HOROVOD, [TWO_DEVICES, 'parallel.pipeline=2', 'parallel.micro_batches=4'], WIDE),
+    (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, 'parallel.tensor=2'], SGD),
+    (HOROVOD, [TWO_DEVICES, 'parallel.tensor=2'], WIDE),
     (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')
