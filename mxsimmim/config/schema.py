@@ -5,6 +5,7 @@ them. Nothing here imports mxnet, so a wrong key is reported in a fraction of a 
 """
 import math
 import re
+from functools import reduce
 from typing import Optional, Tuple, Union
 
 from pydantic import AliasChoices, Field, model_validator
@@ -63,6 +64,12 @@ class ModelConfig(Section):
     def blocks(self) -> int:
         """Transformer blocks in all."""
         return sum(self.depths) if self.type == 'swin' else self.depth
+
+    @property
+    def most_parts(self) -> int:
+        """Most equal parts that the heads and the MLP's hidden channels of every block can be cut into."""
+        hidden = [int(self.embed_dim * 2 ** stage * self.mlp_ratio) for stage in range(self.stages)]
+        return reduce(math.gcd, (*self.heads, *hidden))
 
     @model_validator(mode='after')
     def _check(self) -> 'ModelConfig':
@@ -232,6 +239,24 @@ class ParallelConfig(Section):
     micro_batches: int = Field(8, gt=0, description='pipeline: parts in which a batch passes through the stages')
     schedule: Literal['1f1b', 'gpipe'] = Field('1f1b', description='pipeline: 1f1b, or gpipe, which keeps the '
                                                'activations of all micro-batches; both compute the same')
+    tensor: int = Field(1, gt=0, description='devices that compute each block together, each some of its attention '
+                        'heads and some of its MLP')
+
+    @property
+    def devices(self) -> int:
+        """Devices of one replica."""
+        return self.pipeline * self.tensor
+
+    def check_devices(self, count: int, what: str) -> None:
+        """See that `count` devices of a worker, described by `what`, are those of one replica or several.
+
+        Raises:
+            ValueError: they are not.
+        """
+        keys = [f'parallel.{key}={value}' for key, value in (('pipeline', self.pipeline), ('tensor', self.tensor))
+                if value > 1]
+        require(count % self.devices == 0, f'{" x ".join(keys)} needs {self.devices} devices a worker, or a multiple, '
+                f'and {what}: name more of them with devices=[…], or lower it')
 
     @model_validator(mode='after')
     def _check(self) -> 'ParallelConfig':
@@ -309,14 +334,20 @@ class Config(Section):
             require(len(set(self.devices)) == len(self.devices), f'devices={listed(self.devices)} names one twice')
             require(len({device[:3] for device in self.devices}) == 1,
                      f'devices={listed(self.devices)} mixes CPU and GPU')
-            parts = len(self.devices) * self.train.accumulate
-            require(parts <= self.train.batch_size,
-                     f'train.batch_size={self.train.batch_size} is less than {len(self.devices)} devices x '
+            replicas = len(self.devices) // self.parallel.tensor
+            require(replicas * self.train.accumulate <= self.train.batch_size,
+                     f'train.batch_size={self.train.batch_size} is less than {replicas} '
+                     f'{"devices" if self.parallel.tensor == 1 else "groups of devices"} x '
                      f'train.accumulate={self.train.accumulate}')
         require(self.train.accumulate <= self.train.batch_size,
                  f'train.accumulate={self.train.accumulate} exceeds train.batch_size={self.train.batch_size}')
         if self.parallel.pipeline > 1:
             self._check_pipeline()
+        if self.parallel.tensor > 1:
+            self._check_tensor()
+        # One device a worker may have a stage each: the mesh of the job tells.
+        if self.devices != 'auto' and (len(self.devices) > 1 or self.parallel.tensor > 1):
+            self.parallel.check_devices(len(self.devices), f'devices={listed(self.devices)} names {len(self.devices)}')
         require(self.train.length.unit != '%' and self.train.length.value > 0,
                  f'train.length={self.train.length} must be a positive number of steps or epochs')
         for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
@@ -333,10 +364,12 @@ class Config(Section):
                  f'the network has {blocks}')
         require(parts <= train.batch_size, f'train.batch_size={train.batch_size} is less than parallel.micro_batches='
                  f'{self.parallel.micro_batches} x train.accumulate={train.accumulate}: lower one of these')
-        if self.devices != 'auto':
-            require(len(self.devices) % stages == 0 or len(self.devices) == 1,
-                     f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and devices='
-                     f'{listed(self.devices)} names {len(self.devices)}: name more of them, or lower it')
+
+    def _check_tensor(self) -> None:
+        tensor, most = self.parallel.tensor, self.model.most_parts
+        able = ', '.join(str(parts) for parts in range(1, min(most, 64) + 1) if most % parts == 0)
+        require(most % tensor == 0, f'parallel.tensor={tensor} does not divide the heads, model.num_heads='
+                f'{listed(self.model.num_heads)}, and the MLP of every block: possible are {able}')
 
     def _check_nothing_of_fine_tuning(self) -> None:
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),

@@ -10,7 +10,7 @@ from typing import Callable, Dict, List, Mapping, Tuple, Union
 import numpy as np
 from mxnet.gluon import HybridBlock
 
-from ..models import Classifier, named_parameters, parameter_specs
+from ..models import Classifier, joined, named_parameters, parameter_specs
 from .files import read_weights
 from .names import to_official
 from .resize import absolute_table, relative_table
@@ -34,17 +34,18 @@ def load_weights(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         ValueError: a missing, unknown or wrongly shaped array, each named.
     """
-    parameters = {spec.name: spec.parameter for spec in parameter_specs(net)}
+    specs = parameter_specs(net)
+    shapes = {spec.name: spec.whole_shape for spec in specs}
     given = {name: np.asarray(value) for name, value in arrays.items() if not name.endswith(COMPUTED)}
-    problems = [f'missing: {name}' for name in parameters if name not in given]
-    problems += [f'unknown: {name}' for name in given if name not in parameters]
+    problems = [f'missing: {name}' for name in shapes if name not in given]
+    problems += [f'unknown: {name}' for name in given if name not in shapes]
     for name, value in given.items():
-        expected = official_shape(name, parameters[name].shape) if name in parameters else value.shape
+        expected = official_shape(name, shapes[name]) if name in shapes else value.shape
         if value.shape != expected:
             problems.append(f'{name} has shape {value.shape}, the network needs {expected}')
     _refuse(problems, 'check the model keys of the configuration')
-    for name, parameter in parameters.items():
-        parameter.set_data(given[name].reshape(parameter.shape))
+    for spec in specs:
+        spec.parameter.set_data(spec.part_of(given[spec.name].reshape(spec.whole_shape)))
 
 
 def _refuse(problems: List[str], remedy: str) -> None:
@@ -58,8 +59,10 @@ def export_weights(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray
 
     Of several copies the first is taken. A weight that the last backward pass did not reach has a gradient of zeros.
     """
-    return {name: (p.list_grad()[0] if grad else p.list_data()[0]).asnumpy().reshape(official_shape(name, p.shape))
-            for name, p, *_ in parameter_specs(net) if p.grad_req != 'null' or not grad}
+    specs = [spec for spec in parameter_specs(net) if spec.trainable or not grad]
+    copies = (spec.parameter.list_grad() if grad else spec.parameter.list_data() for spec in specs)
+    return {name: value.reshape(official_shape(name, value.shape))
+            for name, value in joined(specs, [first.asnumpy() for first, *_ in copies]).items()}
 
 
 NEW = 'cls_token', 'head.', 'fc_norm.'  # what an encoder may be without

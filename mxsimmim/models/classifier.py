@@ -1,8 +1,8 @@
 """An encoder with a classification head: what pre-training is for."""
-from typing import Any, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import mxnet as mx
-from mxnet.gluon import HybridBlock
+from mxnet.gluon import HybridBlock, Parameter
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
@@ -12,6 +12,7 @@ from .initial import begin
 from .layers import LayerNorm, Linear
 from .pixels import MEAN, STD, PixelInput
 from .segments import Segment
+from .shards import Shard
 from .simmim import ENCODERS
 
 
@@ -29,6 +30,7 @@ class Classifier(HybridBlock):
         self.config, self.classes = config, classes
         self.backend, self.pixels = backend, PixelInput(mean, std, backend)
         self.elsewhere: Set[str] = set()  # as SimMIM's
+        self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}  # of parameters that `division.divide` has cut
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, False, self.pixels)
             pooling = config.type == 'vit' and config.use_mean_pooling

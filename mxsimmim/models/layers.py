@@ -1,9 +1,9 @@
 """What ViT and Swin share: linear maps on tokens, normalisation, attention, MLP, patches as rows.
 
 Attributes carry the reference implementation's names, so structural parameter names are its checkpoint's names.
-Shapes: B images, L tokens, C width, H heads, D = C/H, p the side of a patch in pixels.
+Shapes: B images, L tokens, C width, H heads of D channels, p the side of a patch in pixels.
 """
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -12,6 +12,7 @@ from mxnet.gluon import Constant, HybridBlock, Parameter, ParameterDict, nn
 from ..ops import OpBackend
 from ..ops.reference import AUTO, outer
 from .pixels import PixelInput
+from .shards import WHOLE, Shard
 
 
 def values(backend: OpBackend, F: Any, x: Any, *parameters: Parameter) -> List[Any]:
@@ -74,20 +75,35 @@ class PatchEmbed(HybridBlock):
         return self.norm(tokens) if self.norm else tokens
 
 
-class Mlp(HybridBlock):
-    """The parameters of two linear maps with exact (erf) GELU between; half a block, see `OpBackend.mlp`."""
+class Divisible(HybridBlock):
+    """Heads or hidden channels, which can be cut. The last argument of its constructor is a shard of them."""
+    _whole: Tuple[Any, ...]  # the arguments before it
 
-    def __init__(self, width: int, hidden: int, backend: OpBackend):
+    def part(self, shard: Shard) -> 'Divisible':
+        """Build the same for a shard of these heads or channels, without weights."""
+        build: Callable[..., 'Divisible'] = type(self)
+        return build(*self._whole, shard)
+
+
+class Mlp(Divisible):
+    """The parameters of two linear maps with exact (erf) GELU between; half a block, see `OpBackend.mlp`.
+
+    Those of a part of the hidden channels, where `shard` is one.
+    """
+
+    def __init__(self, width: int, hidden: int, backend: OpBackend, shard: Shard = WHOLE):
         super().__init__()
-        self._width, self._hidden, self.backend = width, hidden, backend
+        self._whole = width, hidden, backend
+        self._width, self._hidden, self._partial, self.backend = width, hidden // shard.count, shard.index > 0, backend
         with self.name_scope():
-            self.fc1 = Linear(width, hidden, backend)
-            self.fc2 = Linear(hidden, width, backend)
+            self.fc1 = Linear(width, self._hidden, backend)
+            self.fc2 = Linear(self._hidden, width, backend, bias=not self._partial)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, gamma: Any, keep: Any, rows: Any, recompute: bool) -> Any:
-        """x + this of norm(x), (B, L, C)."""
+        """x + this of norm(x), (B, L, C); x left out in shards other than the first."""
         return self.backend.mlp(F, x, pair(F, x, norm), pair(F, x, self.fc1), pair(F, x, self.fc2), gamma, keep, rows,
-                                width=self._width, hidden=self._hidden, eps=norm.eps, recompute=recompute)
+                                width=self._width, hidden=self._hidden, eps=norm.eps, partial=self._partial,
+                                recompute=recompute)
 
 
 def relative_index(side: int) -> np.ndarray:

@@ -1,10 +1,33 @@
-"""Segments: the parts of a network between which it can be cut, for a pipeline to run them on several devices."""
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+"""Segments: the parts of a network between which it can be cut, for a pipeline to run them on several devices.
+
+And the pieces of a segment, among them half blocks, which several devices can compute together.
+"""
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock, Parameter
 
+from ..config import ModelConfig
+from .layers import Divisible
+
 Run = Callable[[Any, Any, Dict[str, Any]], Any]
+
+
+class Half(NamedTuple):
+    """Half a block, x + f(norm(x)), of which each shard of its `modules` computes a term of a sum.
+
+    ``run(F, x, given, *modules)`` is as `Segment.run`, with these modules or their parts; the other fields, too.
+    """
+    run: Callable[..., Any]
+    modules: Sequence[Divisible]
+    blocks: Sequence[HybridBlock]  # what else has parameters; all shards share it
+    inputs: Tuple[str, ...] = ()
+    parameters: Sequence[Optional[Parameter]] = ()
+
+    def of(self, modules: Sequence[Divisible]) -> 'Segment':
+        """Return what the parts `modules` compute as a segment."""
+        return Segment(lambda F, x, given: self.run(F, x, given, *modules), [*self.blocks, *modules], self.inputs,
+                       self.parameters)
 
 
 class Segment(NamedTuple):
@@ -18,6 +41,7 @@ class Segment(NamedTuple):
     blocks: Sequence[HybridBlock]  # which have its parameters
     inputs: Tuple[str, ...] = ()
     parameters: Sequence[Optional[Parameter]] = ()  # those that none of its blocks has; None where there is none
+    pieces: Sequence[Union[Half, 'Segment']] = ()  # which compute the same one after another; none: it is one
 
 
 class PipelineStage(HybridBlock):
@@ -29,7 +53,7 @@ class PipelineStage(HybridBlock):
 
     def __init__(self, segments: Sequence[Segment], first: bool):
         super().__init__(prefix='')
-        self._segments, self._first = list(segments), first
+        self._runs, self._first = [segment.run for segment in segments], first
         self.inputs = tuple(dict.fromkeys(name for segment in segments for name in segment.inputs))
         blocks = {id(block): block for segment in segments for block in segment.blocks}
         for number, block in enumerate(blocks.values()):
@@ -40,8 +64,8 @@ class PipelineStage(HybridBlock):
     def hybrid_forward(self, F: Any, x: Any, *inputs: Any) -> Any:
         given = dict(zip(self.inputs, (x, *inputs) if self._first else inputs))
         x = None if self._first else x
-        for segment in self._segments:
-            x = segment.run(F, x, given)
+        for run in self._runs:
+            x = run(F, x, given)
         return x
 
 
@@ -63,6 +87,11 @@ def users(net: Any, parts: Sequence[slice]) -> Dict[str, List[int]]:
         for name in names:
             found[name].append(number)
     return {name: numbers or [len(parts) - 1] for name, numbers in found.items()}
+
+
+def drawn(config: ModelConfig) -> Tuple[str, ...]:
+    """Return the names of the inputs that stochastic depth gives to each block; none where nothing is dropped."""
+    return ('keep',) if config.drop_path else ()
 
 
 def own(F: Any, x: Any, *parameters: Optional[Parameter]) -> List[Any]:

@@ -3,10 +3,10 @@
 Xie et al. 2022 (arXiv:2111.09886).
 """
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import mxnet as mx
-from mxnet.gluon import HybridBlock, nn
+from mxnet.gluon import HybridBlock, Parameter, nn
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
@@ -14,7 +14,8 @@ from ..ops.pixels import AUTO, from_cells
 from .initial import begin
 from .layers import Linear, pair
 from .pixels import MEAN, STD, PixelInput
-from .segments import Run, Segment
+from .segments import Segment
+from .shards import Shard
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 
@@ -38,6 +39,7 @@ class SimMIM(HybridBlock):
         self.config, self.backend, self.pixels = config, backend, PixelInput(mean, std, backend)
         self.elsewhere: Set[str] = set()  # `Parameter.name` of those that this worker does not hold
         self._side, self._cell, self._norm_targets = config.img_size, config.stride, config.norm_targets
+        self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}  # of parameters that `division.divide` has cut
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, True, self.pixels)
             self.decoder = nn.HybridSequential()
@@ -56,13 +58,15 @@ class SimMIM(HybridBlock):
         """Return those of the encoder, and the head, which computes the loss (1,)."""
         *segments, last = self.encoder.segments()
         if self.backend.is_native:  # the last block spares what the loss does not depend on
-            last = last._replace(run=partial(self._run_last, last.run), inputs=(*last.inputs, 'mask'))
+            *pieces, mlp = last.pieces
+            last = last._replace(run=partial(self._run_last, last.run), inputs=(*last.inputs, 'mask'), pieces=(
+                *pieces, mlp._replace(run=partial(self._run_last, mlp.run), inputs=(*mlp.inputs, 'mask'))))
         head = Segment(lambda F, x, given: self._loss(F, self.encoder.finish(x), given['image'], given['mask']),
                        [self.decoder, *filter(None, [self.encoder.norm])], ('image', 'mask'))
         return [*segments, last, head]
 
-    def _run_last(self, run: Run, F: Any, x: Any, given: Dict[str, Any]) -> Any:
-        return run(F, x, {**given, 'rows': self._needed(F, given['mask'])})
+    def _run_last(self, run: Callable[..., Any], F: Any, x: Any, given: Dict[str, Any], *modules: HybridBlock) -> Any:
+        return run(F, x, {**given, 'rows': self._needed(F, given['mask'])}, *modules)
 
     def answer(self, x: mx.nd.NDArray, image: mx.nd.NDArray) -> mx.nd.NDArray:
         """The predicted image (B, 3, H, W) of `image`, normalised, from what the last block has computed."""

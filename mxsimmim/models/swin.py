@@ -3,7 +3,7 @@
 Liu et al. 2021 (arXiv:2103.14030), with the reference's parameter names.
 """
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from mxnet.gluon import HybridBlock, nn
 
@@ -11,6 +11,7 @@ from ..config import ModelConfig
 from ..ops import OpBackend, Windows, shift_mask
 from .layers import (
     AUTO,
+    Divisible,
     LayerNorm,
     Linear,
     Mlp,
@@ -24,34 +25,38 @@ from .layers import (
     values,
 )
 from .pixels import PixelInput
-from .segments import Segment, own
+from .segments import Half, Segment, drawn, own
+from .shards import WHOLE, Shard
 
 EPS = 1e-5
 
 
-class WindowAttention(HybridBlock):
+class WindowAttention(Divisible):
     """The parameters of multi-head attention within windows; half a block, see `OpBackend.attention`.
 
-    Each has a relative position table of its own.
+    Each has a relative position table of its own. Those of a part of the heads, where `shard` is one.
     """
 
-    def __init__(self, width: int, heads: int, windows: Windows, backend: OpBackend):
+    def __init__(self, width: int, heads: int, windows: Windows, backend: OpBackend, shard: Shard = WHOLE):
         super().__init__()
+        self._whole = width, heads, windows, backend
+        self._size, heads, self._partial = width // heads, heads // shard.count, shard.index > 0
         self._width, self._heads, self._windows, self.backend = width, heads, windows, backend
+        columns = heads * self._size
         with self.name_scope():
             self.relative_position_bias_table, self.relative_position_index = relative_table(
                 self.params, relative_index(windows.window), (2 * windows.window - 1) ** 2, heads)
-            self.qkv = Linear(width, 3 * width, backend)
-            self.proj = Linear(width, width, backend)
+            self.qkv = Linear(width, 3 * columns, backend)
+            self.proj = Linear(columns, width, backend, bias=not self._partial)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, mask: Any, keep: Any, recompute: bool) -> Any:
-        """x + this of norm(x), (B, side*side, C)."""
+        """x + this of norm(x), (B, side*side, C); x left out in shards other than the first."""
         table, index = values(self.backend, F, x, self.relative_position_bias_table, self.relative_position_index)
         bias = gather_bias(F, table, index, self._windows.window ** 2, self._heads)
         return self.backend.attention(F, x, pair(F, x, norm), pair(F, x, self.qkv), pair(F, x, self.proj), bias, None,
                                       keep, mask, width=self._width, heads=self._heads,
                                       tokens=self._windows.side ** 2, eps=norm.eps, windows=self._windows,
-                                      recompute=recompute)
+                                      size=self._size, partial=self._partial, recompute=recompute)
 
 
 class Block(HybridBlock):
@@ -63,6 +68,7 @@ class Block(HybridBlock):
         shifted = index % 2 == 1 and side > config.window_size
         windows = Windows(side, min(config.window_size, side), config.window_size // 2 if shifted else 0)
         self._draw, self._recompute = sum(config.depths[:stage]) + index, config.recompute
+        self.inputs = drawn(config)
         with self.name_scope():
             self.attn_mask = None
             if windows.shift:
@@ -73,8 +79,21 @@ class Block(HybridBlock):
             self.mlp = Mlp(width, int(width * config.mlp_ratio), backend)
 
     def hybrid_forward(self, F: Any, x: Any, keep: Any, rows: Any = None, attn_mask: Any = None) -> Any:
-        x = self.attn.add_to(F, x, self.norm1, attn_mask, column(F, keep, 2 * self._draw), self._recompute)
-        return self.mlp.add_to(F, x, self.norm2, None, column(F, keep, 2 * self._draw + 1), rows, self._recompute)
+        return self._mix(F, self._attend(F, x, self.attn, keep), self.mlp, keep, rows)
+
+    def halves(self) -> Tuple[Half, Half]:
+        """Return attention and MLP."""
+        return (Half(lambda F, x, given, attn: self._attend(F, x, attn, given.get('keep')),
+                     [self.attn], [self.norm1], self.inputs, (self.attn_mask,)),
+                Half(lambda F, x, given, mlp: self._mix(F, x, mlp, given.get('keep'), given.get('rows')),
+                     [self.mlp], [self.norm2], self.inputs))
+
+    def _attend(self, F: Any, x: Any, attn: WindowAttention, keep: Any) -> Any:
+        mask, = own(F, x, self.attn_mask)
+        return attn.add_to(F, x, self.norm1, mask, column(F, keep, 2 * self._draw), self._recompute)
+
+    def _mix(self, F: Any, x: Any, mlp: Mlp, keep: Any, rows: Any) -> Any:
+        return mlp.add_to(F, x, self.norm2, None, column(F, keep, 2 * self._draw + 1), rows, self._recompute)
 
 
 class PatchMerging(HybridBlock):
@@ -99,7 +118,7 @@ class Stage(HybridBlock):
 
     def __init__(self, config: ModelConfig, stage: int, backend: OpBackend):
         super().__init__()
-        last, self._draws = stage == config.stages - 1, ('keep',) if config.drop_path else ()
+        last = stage == config.stages - 1
         with self.name_scope():
             self.blocks = nn.HybridSequential()
             for index in range(config.depths[stage]):
@@ -117,8 +136,11 @@ class Stage(HybridBlock):
         """Return the blocks, the last with the merging after it."""
         *blocks, last = self.blocks
         after = [self.downsample] if self.downsample else []
-        return [*(Segment(partial(self._run_block, index), [block], self._draws) for index, block in enumerate(blocks)),
-                Segment(partial(self._run_block, len(blocks)), [last, *after], self._draws)]
+        merging = [Segment(lambda F, x, _: after[0](x), after)] if after else []
+        return [*(Segment(partial(self._run_block, index), [block], block.inputs, pieces=block.halves())
+                  for index, block in enumerate(blocks)),
+                Segment(partial(self._run_block, len(blocks)), [last, *after], last.inputs,
+                        pieces=(*last.halves(), *merging))]
 
     def _run_block(self, index: int, F: Any, x: Any, given: Dict[str, Any]) -> Any:
         """One block; the last takes `rows`, and the merging follows it."""

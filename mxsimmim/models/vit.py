@@ -3,7 +3,7 @@
 Dosovitskiy et al. 2021 (arXiv:2010.11929); Bao et al. 2022 (arXiv:2106.08254); Xie et al. 2022 (arXiv:2111.09886).
 """
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from mxnet.gluon import HybridBlock, nn
@@ -11,6 +11,7 @@ from mxnet.gluon import HybridBlock, nn
 from ..config import ModelConfig
 from ..ops import OpBackend
 from .layers import (
+    Divisible,
     LayerNorm,
     Linear,
     Mlp,
@@ -24,7 +25,8 @@ from .layers import (
     values,
 )
 from .pixels import PixelInput
-from .segments import Segment, own
+from .segments import Half, Segment, drawn, own
+from .shards import WHOLE, Shard
 
 EPS = 1e-6
 
@@ -43,11 +45,12 @@ def relative_index_with_cls(side: int) -> np.ndarray:
     return index
 
 
-class RelativePositionBias(HybridBlock):
-    """A learned bias (1, H, N, N) for each head and each offset between two tokens."""
+class RelativePositionBias(Divisible):
+    """A learned bias (1, H, N, N) for each head, or those of a shard, and each offset between two tokens."""
 
-    def __init__(self, side: int, heads: int):
+    def __init__(self, side: int, heads: int, shard: Shard = WHOLE):
         super().__init__()
+        self._whole, heads = (side, heads), heads // shard.count
         self._tokens, self._heads = 1 + side * side, heads
         with self.name_scope():
             self.relative_position_bias_table, self.relative_position_index = relative_table(
@@ -62,33 +65,36 @@ class RelativePositionBias(HybridBlock):
 class QKV(HybridBlock):
     """The weight of queries, keys and values in one product; their bias is put together outside."""
 
-    def __init__(self, width: int):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
         with self.name_scope():
-            self.weight = self.params.get('weight', shape=(3 * width, width))
+            self.weight = self.params.get('weight', shape=(3 * outputs, inputs))
 
 
-class Attention(HybridBlock):
+class Attention(Divisible):
     """The parameters of multi-head attention whose keys have no bias; half a block, see `OpBackend.attention`.
 
-    With a relative position table of its own where `side` is given.
+    With a relative position table of its own where `side` is given. Those of a part of the heads, where `shard` is one.
     """
 
-    def __init__(self, width: int, heads: int, tokens: int, side: Optional[int], backend: OpBackend):
+    def __init__(self, width: int, heads: int, tokens: int, side: Optional[int], backend: OpBackend,
+                 shard: Shard = WHOLE):
         super().__init__()
+        self._whole = width, heads, tokens, side, backend
+        self._size, heads, self._partial = width // heads, heads // shard.count, shard.index > 0
         self._heads, self._width, self._tokens, self._table = heads, width, tokens, side is not None
-        self.backend = backend
+        self.backend, columns = backend, heads * self._size
         with self.name_scope():
-            self.q_bias = self.params.get('q_bias', shape=(width,))
-            self.v_bias = self.params.get('v_bias', shape=(width,))
+            self.q_bias = self.params.get('q_bias', shape=(columns,))
+            self.v_bias = self.params.get('v_bias', shape=(columns,))
             if side is not None:
                 self.relative_position_bias_table, self.relative_position_index = relative_table(
                     self.params, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
-            self.qkv = QKV(width)
-            self.proj = Linear(width, width, backend)
+            self.qkv = QKV(width, columns)
+            self.proj = Linear(columns, width, backend, bias=not self._partial)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, bias: Any, gamma: Any, keep: Any, recompute: bool) -> Any:
-        """x + this of norm(x), (B, N, C)."""
+        """x + this of norm(x), (B, N, C); x left out in shards other than the first."""
         if self._table:
             table, index = values(self.backend, F, x, self.relative_position_bias_table, self.relative_position_index)
             own = gather_bias(F, table, index, self._tokens, self._heads)
@@ -97,7 +103,7 @@ class Attention(HybridBlock):
         qkv = weight, F.concat(q_bias, F.zeros_like(q_bias), v_bias, dim=0)
         return self.backend.attention(F, x, pair(F, x, norm), qkv, pair(F, x, self.proj), bias, gamma, keep,
                                       width=self._width, heads=self._heads, tokens=self._tokens, eps=norm.eps,
-                                      recompute=recompute)
+                                      size=self._size, partial=self._partial, recompute=recompute)
 
 
 class Block(HybridBlock):
@@ -107,6 +113,7 @@ class Block(HybridBlock):
         super().__init__()
         self.backend = backend
         width, self._index, self._recompute = config.embed_dim, index, config.recompute
+        self.inputs = drawn(config)
         with self.name_scope():
             self.gamma_1 = self.gamma_2 = None
             if config.init_values is not None:
@@ -120,11 +127,23 @@ class Block(HybridBlock):
 
     def hybrid_forward(self, F: Any, x: Any, bias: Any, keep: Any, rows: Any = None, gamma_1: Any = None,
                        gamma_2: Any = None) -> Any:
-        if gamma_1 is not None:
-            assert self.gamma_1 is not None and self.gamma_2 is not None  # MXNet passes what the block has
-            gamma_1, gamma_2 = values(self.backend, F, x, self.gamma_1, self.gamma_2)
-        x = self.attn.add_to(F, x, self.norm1, bias, gamma_1, column(F, keep, 2 * self._index), self._recompute)
-        return self.mlp.add_to(F, x, self.norm2, gamma_2, column(F, keep, 2 * self._index + 1), rows, self._recompute)
+        return self._mix(F, self._attend(F, x, self.attn, bias, keep), self.mlp, keep, rows)
+
+    def halves(self, shared: Optional[RelativePositionBias]) -> Tuple[Half, Half]:
+        """Return attention, with the bias that all blocks share, if any, and MLP."""
+        return (Half(lambda F, x, given, attn, *tables: self._attend(F, x, attn, tables[0](x) if tables else None,
+                                                                     given.get('keep')),
+                     [self.attn, *([shared] if shared else [])], [self.norm1], self.inputs, (self.gamma_1,)),
+                Half(lambda F, x, given, mlp: self._mix(F, x, mlp, given.get('keep'), given.get('rows')),
+                     [self.mlp], [self.norm2], self.inputs, (self.gamma_2,)))
+
+    def _attend(self, F: Any, x: Any, attn: Attention, bias: Any, keep: Any) -> Any:
+        gamma, = values(self.backend, F, x, self.gamma_1) if self.gamma_1 else [None]
+        return attn.add_to(F, x, self.norm1, bias, gamma, column(F, keep, 2 * self._index), self._recompute)
+
+    def _mix(self, F: Any, x: Any, mlp: Mlp, keep: Any, rows: Any) -> Any:
+        gamma, = values(self.backend, F, x, self.gamma_2) if self.gamma_2 else [None]
+        return mlp.add_to(F, x, self.norm2, gamma, column(F, keep, 2 * self._index + 1), rows, self._recompute)
 
 
 class VisionTransformer(HybridBlock):
@@ -139,7 +158,7 @@ class VisionTransformer(HybridBlock):
     def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput):
         super().__init__()
         width, side, backend = config.embed_dim, config.grid, pixels.backend
-        self._width, self._draws = width, ('keep',) if config.drop_path else ()  # what a block takes of the inputs
+        self._width = width
         with self.name_scope():
             self.cls_token = self.params.get('cls_token', shape=(1, 1, width))
             self.pos_embed = self.mask_token = None
@@ -172,7 +191,8 @@ class VisionTransformer(HybridBlock):
         embedding = Segment(lambda F, _, given: self._embed(F, given['image'], given.get('mask'),
                                                             *own(F, given['image'], *tokens)),
                             [self.patch_embed], ('image', *masked), tokens)
-        return [embedding, *(Segment(partial(self._run_block, index), [block, *shared], self._draws)
+        return [embedding, *(Segment(partial(self._run_block, index), [block, *shared], block.inputs,
+                                     pieces=block.halves(self.rel_pos_bias))
                              for index, block in enumerate(self.blocks))]
 
     def finish(self, x: Any) -> Any:

@@ -62,29 +62,37 @@ class OpBackend:
 
     def attention(self, F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None,
                   keep: Any = None, mask: Any = None, *, width: int, heads: int, tokens: int, eps: float,
-                  windows: Optional[Windows] = None, recompute: bool = False) -> Any:
+                  windows: Optional[Windows] = None, size: Optional[int] = None, partial: bool = False,
+                  recompute: bool = False) -> Any:
         """Compute a transformer's first half block: x + keep * gamma * proj(attention(qkv(norm(x)))), all (B, L, C).
 
-        Each pair is a weight and a bias; qkv's weight is (3C, C). bias (1, H, N, N), or None, is added to the scores
+        Each pair is a weight and a bias; qkv's weight is (3HD, C), of H = `heads` heads of D = `size` channels, by
+        default C/H, and proj's (C, HD). bias (1, H, N, N), or None, is added to the scores
         between the N tokens of a sequence: all L = `tokens` of an image or, with `windows`, those of one window, then
         N = window^2. Where windows are shifted, mask (windows, 1, N, N) is `shift_mask`. gamma (C,), or None, scales
         channels (Touvron et al. 2021, arXiv:2103.17239); keep (B, 1), or None, scales an image's branch, 0 dropping it
         (Huang et al. 2016, arXiv:1603.09382). C = `width`. With `recompute`, native only, nothing between is kept for
         the backward pass.
+
+        As gamma and keep are linear, results of some of the heads each, with their rows of qkv and columns of proj, add
+        up to that of all, if all but one are `partial`: these leave out x; proj's bias, too, is given to one alone and
+        is None for the others (Shoeybi et al. 2019, arXiv:1909.08053).
         """
         return FORMS[self.form].attention(F, x, norm, qkv, proj, bias, gamma, keep, mask, width=width, heads=heads,
-                                          tokens=tokens, eps=eps, windows=windows, recompute=recompute,
-                                          precision=self.precision)
+                                          tokens=tokens, eps=eps, windows=windows, size=size,
+                                          partial=partial, recompute=recompute, precision=self.precision)
 
     def mlp(self, F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None,
-            rows: Any = None, *, width: int, hidden: int, eps: float, recompute: bool = False) -> Any:
+            rows: Any = None, *, width: int, hidden: int, eps: float, partial: bool = False, recompute: bool = False
+            ) -> Any:
         """Compute a transformer's second half block: x + keep * gamma * fc2(gelu(fc1(norm(x)))), (B, L, C) to the same.
 
-        gamma, keep and recompute as in `attention`; `hidden` is fc1's width. rows (B, L) is 0 for tokens whose result
+        gamma, keep and recompute as in `attention`, and parts, here of the hidden channels, add up as there; `hidden`
+        is fc1's width. rows (B, L) is 0 for tokens whose result
         nobody will use, and whose gradient is therefore zero: they may be left as they are.
         """
         return FORMS[self.form].mlp(F, x, norm, fc1, fc2, gamma, keep, rows, width=width, hidden=hidden, eps=eps,
-                                    recompute=recompute, precision=self.precision)
+                                    partial=partial, recompute=recompute, precision=self.precision)
 
     def patchify(self, F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
         """Cut an image of side x side pixels into cells of cell x cell: (B, cells, 3 * cell^2).

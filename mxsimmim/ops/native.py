@@ -34,21 +34,26 @@ def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *,
 
 def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None, keep: Any = None,
               mask: Any = None, *, width: int, heads: int, tokens: int, eps: float, windows: Optional[Windows] = None,
-              recompute: bool = False, precision: str = 'float32') -> Any:
+              size: Optional[int] = None, partial: bool = False, recompute: bool = False, precision: str = 'float32'
+              ) -> Any:
     """Compute `OpBackend.attention`."""
-    more, flags = optional(bias=bias, mask=mask, gamma=gamma, keep=keep)
+    more, flags = optional(proj_bias=proj[1], bias=bias, mask=mask, gamma=gamma, keep=keep)
     if windows:
         flags.update(windows._asdict())
-    y = F.mxsimmim_attention(x, *norm, *qkv, *proj, *more, heads=heads, eps=eps, bf16=precision == 'bf16',
-                             recompute=recompute, **flags)
+    if size:
+        flags['depth'] = size
+    y = F.mxsimmim_attention(x, *norm, *qkv, proj[0], *more, heads=heads, eps=eps, bf16=precision == 'bf16',
+                             partial=partial, recompute=recompute, **flags)
     return y if recompute else y[0]
 
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
-        width: int, hidden: int, eps: float, recompute: bool = False, precision: str = 'float32') -> Any:
+        width: int, hidden: int, eps: float, partial: bool = False, recompute: bool = False,
+        precision: str = 'float32') -> Any:
     """Compute `OpBackend.mlp`."""
-    more, flags = optional(gamma=gamma, keep=keep, rows=rows)
-    y = F.mxsimmim_mlp(x, *norm, *fc1, *fc2, *more, eps=eps, bf16=precision == 'bf16', recompute=recompute, **flags)
+    more, flags = optional(fc2_bias=fc2[1], gamma=gamma, keep=keep, rows=rows)
+    y = F.mxsimmim_mlp(x, *norm, *fc1, fc2[0], *more, eps=eps, bf16=precision == 'bf16', partial=partial,
+                       recompute=recompute, **flags)
     return y if recompute else y[0]
 
 

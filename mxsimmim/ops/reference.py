@@ -3,7 +3,7 @@
 Written for speed on a CPU where that costs nothing elsewhere. See `OpBackend`; `recompute` and `precision` are for the
 native form.
 
-Shapes: B images, L tokens, C channels, H heads, D = C/H, N tokens that attend to each other.
+Shapes: B images, L tokens, C channels, H heads of D channels, N tokens that attend to each other.
 """
 from typing import Any, Optional, Tuple
 
@@ -57,9 +57,10 @@ def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *,
 
 def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = None, gamma: Any = None, keep: Any = None,
               mask: Any = None, *, width: int, heads: int, tokens: int, eps: float, windows: Optional[Windows] = None,
-              recompute: bool = False, precision: str = 'float32') -> Any:
+              size: Optional[int] = None, partial: bool = False, recompute: bool = False, precision: str = 'float32'
+              ) -> Any:
     """Compute `OpBackend.attention`."""
-    y, count = layer_norm(F, x, *norm, eps, width=width), 1
+    y, count, size = layer_norm(F, x, *norm, eps, width=width), 1, size or width // heads
     if windows:
         y = partition(F, roll(F, y, windows, width), windows, width)
         tokens = windows.window ** 2
@@ -67,35 +68,36 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
         assert windows, 'only windows have a mask'
         count = (windows.side // windows.window) ** 2
         bias = F.broadcast_axis(mask, axis=1, size=heads) if bias is None else F.broadcast_add(bias, mask)
-    y = attend(F, linear(F, y, *qkv, units=3 * width), heads, width, tokens, bias, count)
+    y = attend(F, linear(F, y, *qkv, units=3 * heads * size), heads, size, tokens, bias, count)
     y = linear(F, y, *proj, units=width)
     if windows:
         y = roll(F, join(F, y, windows, width), windows._replace(shift=-windows.shift), width)
-    return residual(F, x, y, gamma, keep, width)
+    return residual(F, None if partial else x, y, gamma, keep, width)
 
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
-        width: int, hidden: int, eps: float, recompute: bool = False, precision: str = 'float32') -> Any:
+        width: int, hidden: int, eps: float, partial: bool = False, recompute: bool = False,
+        precision: str = 'float32') -> Any:
     """Compute `OpBackend.mlp`; all rows are computed."""
     y = linear(F, layer_norm(F, x, *norm, eps, width=width), *fc1, gelu=True, units=hidden)
-    return residual(F, x, linear(F, y, *fc2, units=width), gamma, keep, width)
+    return residual(F, None if partial else x, linear(F, y, *fc2, units=width), gamma, keep, width)
 
 
 def residual(F: Any, x: Any, branch: Any, gamma: Any, keep: Any, width: int) -> Any:
-    """x + keep * gamma * branch, (B, L, C); see `attention`."""
+    """x + keep * gamma * branch, (B, L, C), the first left out where it is None; see `attention`."""
     if gamma is not None:
         branch = branch * spread(F, gamma, branch, width)
     if keep is not None:
         branch = F.broadcast_mul(branch, F.expand_dims(keep, axis=2))
-    return x + branch
+    return branch if x is None else x + branch
 
 
-def attend(F: Any, qkv: Any, heads: int, width: int, tokens: int, bias: Any, windows: int = 1) -> Any:
-    """Softmax attention of H heads over N tokens: qkv (B, N, 3C) to (B, N, C).
+def attend(F: Any, qkv: Any, heads: int, size: int, tokens: int, bias: Any, windows: int = 1) -> Any:
+    """Softmax attention of H heads of D = `size` channels over N tokens: qkv (B, N, 3HD) to (B, N, HD).
 
     bias (windows, H, N, N) or None is added to the scores, B counting the windows of each image one after another.
     """
-    size, pairs = width // heads, windows * heads * tokens * tokens
+    pairs = windows * heads * tokens * tokens
     qkv = F.reshape(swap(F, qkv, AUTO, tokens, 3 * heads, size), shape=(AUTO, 3, heads * tokens * size))
     q, k, v = (F.reshape(x, shape=(AUTO, tokens, size)) for x in F.split(qkv, num_outputs=3, axis=1))  # (B*H, N, D)
     scores = F.batch_dot(q * size ** -0.5, k, transpose_b=True)                                # (B*H, N, N)
@@ -103,7 +105,7 @@ def attend(F: Any, qkv: Any, heads: int, width: int, tokens: int, bias: Any, win
         scores = F.reshape(scores, shape=(AUTO, pairs))
         scores = F.reshape(scores + spread(F, bias, scores, pairs), shape=(AUTO, tokens, tokens))
     mixed = F.batch_dot(F.softmax(scores, axis=-1), v)                                         # (B*H, N, D)
-    return F.reshape(swap(F, mixed, AUTO, heads, tokens, size), shape=(AUTO, tokens, width))
+    return F.reshape(swap(F, mixed, AUTO, heads, tokens, size), shape=(AUTO, tokens, heads * size))
 
 
 def partition(F: Any, x: Any, windows: Windows, width: int) -> Any:

@@ -6,7 +6,7 @@ import mxnet as mx
 import numpy as np
 
 from ..config import OptimConfig
-from ..models import ParameterSpec
+from ..models import ParameterSpec, joined
 from ..ops import REFERENCE, OpBackend, adamw
 
 
@@ -36,7 +36,7 @@ class Optimizer:
         self.backend, self._optim = backend, optim
         self._specs = [spec for spec in specs if spec.trainable]
         self.moments: Dict[str, List[mx.nd.NDArray]] = {
-            f'{moment}.{spec.name}': [mx.nd.zeros(spec.parameter.shape, ctx=ctx) for ctx in spec.parameter.list_ctx()]
+            f'{moment}.{spec.key}': [mx.nd.zeros(spec.parameter.shape, ctx=ctx) for ctx in spec.parameter.list_ctx()]
             for moment in self.MOMENTS for spec in self._specs}
         self._places: Dict[mx.Context, List[Tuple[int, int]]] = {}  # of each context: (weight, its copy there)
         for number, spec in enumerate(self._specs):
@@ -65,14 +65,21 @@ class Optimizer:
         return [p.list_data()[copy] for p, copy in parameters], [p.list_grad()[copy] for p, copy in parameters]
 
     def arrays(self) -> Dict[str, np.ndarray]:
-        """Return the moments, named `mean.NAME` and `var.NAME`."""
-        return {name: copies[0].asnumpy() for name, copies in self.moments.items()}
+        """Return the moments of whole parameters, named `mean.NAME` and `var.NAME`."""
+        return self.whole([copies[0].asnumpy() for copies in self.moments.values()])
+
+    def whole(self, values: Sequence[np.ndarray]) -> Dict[str, np.ndarray]:
+        """Return what takes the place of each of the moments, in their order, as `arrays` returns these."""
+        count = len(self._specs)
+        return {f'{moment}.{name}': value for number, moment in enumerate(self.MOMENTS)
+                for name, value in joined(self._specs, values[number * count:(number + 1) * count]).items()}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Sets the moments from what `arrays` returned."""
-        for name, copies in self.moments.items():
-            for copy in copies:
-                copy[:] = arrays[name]
+        for moment in self.MOMENTS:
+            for spec in self._specs:
+                for copy in self.moments[f'{moment}.{spec.key}']:
+                    copy[:] = spec.part_of(arrays[f'{moment}.{spec.name}'])
 
 
 class AdamW(Optimizer):
@@ -83,7 +90,7 @@ class AdamW(Optimizer):
     def _apply(self, places: Sequence[Tuple[int, int]], scale: mx.nd.NDArray, update: int, rates: List[float],
                factors: List[float]) -> None:
         weights, grads = self._arrays(places)
-        means, variances = ([self.moments[f'{moment}.{self._specs[number].name}'][copy] for number, copy in places]
+        means, variances = ([self.moments[f'{moment}.{self._specs[number].key}'][copy] for number, copy in places]
                             for moment in self.MOMENTS)
         steps = {rate: adamw_arguments(self._optim, update, rate) for rate in set(rates)}
         first = steps[rates[0]]  # of which all but the rate is common to all

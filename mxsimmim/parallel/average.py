@@ -6,7 +6,7 @@ import mxnet as mx
 import numpy as np
 
 from ..interop.official import official_shape
-from ..models import ParameterSpec
+from ..models import ParameterSpec, joined
 from .communicators import Communicator
 
 
@@ -18,24 +18,24 @@ class WeightAverage:
 
     def __init__(self, specs: Sequence[ParameterSpec], decay: float,
                  saved: Optional[Mapping[str, np.ndarray]] = None):
-        self._decay, self._buffers = decay, [spec for spec in specs if not spec.trainable]
-        self._parameters = {spec.name: spec.parameter for spec in specs if spec.trainable}
-        self._average = {name: p.list_data()[0].copy() for name, p in self._parameters.items()}
-        if saved:
-            for name, average in self._average.items():
-                average[:] = saved[name].reshape(average.shape)
+        self._decay, self._specs = decay, list(specs)
+        self._parameters = {spec.key: spec.parameter for spec in specs if spec.trainable}
+        self._average = {key: p.list_data()[0].copy() for key, p in self._parameters.items()}
+        for spec in specs:
+            if saved and spec.trainable:
+                self._average[spec.key][:] = spec.part_of(saved[spec.name].reshape(spec.whole_shape))
 
     def update(self, done: int) -> None:
         """Take in the weights after update number `done`, counted from 1."""
         decay = min(self._decay, (1 + done) / (10 + done))
-        for name, p in self._parameters.items():
-            average = self._average[name]
+        for key, p in self._parameters.items():
+            average = self._average[key]
             mx.nd.elemwise_add(average * decay, p.list_data()[0] * (1 - decay), out=average)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Show the average: while entered, the parameters hold it on all devices."""
-        own = {name: p.list_data()[0].copy() for name, p in self._parameters.items()}
+        own = {key: p.list_data()[0].copy() for key, p in self._parameters.items()}
         self._set(self._average)
         try:
             yield
@@ -48,10 +48,11 @@ class WeightAverage:
 
     def arrays(self) -> Dict[str, np.ndarray]:
         """Return the average, and buffers as they are, under the reference's names and in its layouts."""
-        values = {**self._average, **{spec.name: spec.parameter.list_data()[0] for spec in self._buffers}}
-        return {name: value.asnumpy().reshape(official_shape(name, value.shape)) for name, value in values.items()}
+        values = [self._average.get(spec.key, spec.parameter.list_data()[0]).asnumpy() for spec in self._specs]
+        return {name: value.reshape(official_shape(name, value.shape))
+                for name, value in joined(self._specs, values).items()}
 
     def _set(self, values: Mapping[str, mx.nd.NDArray]) -> None:
-        for name, p in self._parameters.items():
+        for key, p in self._parameters.items():
             for copy in p.list_data():
-                values[name].copyto(copy)
+                values[key].copyto(copy)

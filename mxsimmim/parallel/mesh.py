@@ -65,12 +65,14 @@ def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mes
         ValueError: the stages do not fit the devices or the workers, or parameter servers are between these.
     """
     stages = parallel.pipeline
-    if stages == 1 or devices % stages == 0:
+    if devices % parallel.devices == 0:
         return Mesh(data=process.size, rank=process.rank)
-    if devices > 1 or process.size == 1:
-        raise ValueError(f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and here '
-                         f'{"is" if devices == 1 else "are"} {devices}: name them with devices=[…], or start as many '
-                         'workers of one device: tools/launch.py --horovod -n ' + str(stages))
+    if devices > 1 or parallel.tensor > 1:
+        parallel.check_devices(devices, f'here {"is" if devices == 1 else "are"} {devices}')
+    if process.size == 1:
+        raise ValueError(f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and here is 1: '
+                         'name them with devices=[…], or start as many workers of one device: tools/launch.py '
+                         f'--horovod -n {stages}')
     if process.transport != 'horovod':
         raise ValueError(f'parallel.pipeline={stages} with one device a worker puts its stages into several workers, '
                          'and a parameter server waits for the same gradients of all: start the job with '

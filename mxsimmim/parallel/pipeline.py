@@ -1,5 +1,5 @@
 """The placement of a network as a pipeline: over devices of one worker, or over workers of one device each."""
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -7,17 +7,20 @@ from mxnet import autograd
 
 from ..data.loader import Batch
 from ..data.sampling import split
-from ..models import Network, SimMIM
-from ..models.segments import PipelineStage, cut, users
+from ..models import Network, SimMIM, parameter_specs
+from ..models.segments import PipelineStage, cut
 from ..runtime import mxnet_private
 from .channels import Channel, local_channel
 from .parts import ModelParts
 from .placement import Inputs, hybridize, whole, within
 from .schedules import FORWARD, SCHEDULES, in_order
+from .tensor import TensorStage, divide_evenly, groups_of, place
+
+Stage = Union[PipelineStage, TensorStage]
 
 
 class Seat(NamedTuple):
-    """A stage of a replica in this worker: its number, its context, and channels to the stages before and after."""
+    """A stage of a replica in this worker: its number, its first context, channels to the stages before and after."""
     stage: int
     context: mx.Context
     before: Optional[Channel]
@@ -27,42 +30,48 @@ class Seat(NamedTuple):
 class Pipeline:
     """Stages of a network, one a context; a batch passes through them in micro-batches.
 
-    Of more contexts than stages each run of neighbours is a replica: contexts 0 to S - 1, S to 2 S - 1, and so on. The
-    gradient and the loss are those of `Replicated`: each image counts alike, however the batch is cut. A parameter that
-    several stages use lies on the contexts of all of them, and its gradient is the sum over these.
+    Of more contexts than stages each run of neighbours is a replica: contexts 0 to S - 1, S to 2 S - 1, and so on. With
+    `tensor` so many neighbours, a group, take the place of one context and compute the half blocks of a stage together.
+    The gradient and the loss are those of `Replicated`: each image counts alike, however the batch is cut. A parameter
+    that several stages use lies on the contexts of all of them, and its gradient is the sum over these.
 
     With `worker` the other stages are in other workers. Then what the last stage computes, losses and answers, is there
     alone; elsewhere losses are 0 and of answers there are none.
     """
 
     def __init__(self, net: Network, contexts: Sequence[mx.Context], parts: Sequence[slice], micro_batches: int,
-                 schedule: str = '1f1b', accumulate: int = 1, worker: Optional[ModelParts] = None):
+                 schedule: str = '1f1b', accumulate: int = 1, tensor: int = 1, worker: Optional[ModelParts] = None):
         """Place the network's segments number `parts[s]` on the context of stage s; see `Network.segments`."""
         self.net, self.contexts, self._micro_batches = net, list(contexts), micro_batches
         self._schedule, self._accumulate, self._inputs = SCHEDULES[schedule], accumulate, Inputs(net)
-        segments = net.segments()
+        divided = divide_evenly(net, tensor) if tensor > 1 else {}
+        segments, groups = net.segments(), groups_of(self.contexts, tensor)
         *trunk, last = parts
-        assert last.stop == len(segments) and len(contexts) % (1 if worker else len(parts)) == 0
+        assert last.stop == len(segments) and len(groups) % (1 if worker else len(parts)) == 0
         # The head, the last segment, is a block of its own, as evaluation ends before it.
-        *self._stages, self._head = cut(segments, [*trunk, slice(last.start, last.stop - 1),
-                                                   slice(last.stop - 1, last.stop)])
-        self._last, self._worker = len(self._stages) - 1, worker
+        head, = cut(segments, [slice(last.stop - 1, last.stop)])
+        trunk.append(slice(last.start, last.stop - 1))
+        self._last, self._worker = len(parts) - 1, worker
         if worker:
+            held, replicas = [worker.own], [groups]
             self._replicas = [[Seat(worker.own, contexts[0], worker.before, worker.after)]]
         else:
-            self._replicas = [_seats(contexts[first:first + len(parts)])
-                              for first in range(0, len(contexts), len(parts))]
-        parameters, self._parameters = net.collect_params(), []
-        for name, stages in users(net, parts).items():
-            here = [seat.context for replica in self._replicas for seat in replica if seat.stage in stages]
-            if here:
-                parameters[name].reset_ctx(here)
-                self._parameters += [parameters[name]] * (parameters[name].grad_req != 'null')
+            held = list(range(len(parts)))
+            replicas = [groups[first:first + len(parts)] for first in range(0, len(groups), len(parts))]
+            self._replicas = [_seats([group.contexts[0] for group in replica]) for replica in replicas]
+        self._stages: Dict[int, Stage] = {
+            stage: TensorStage(segments[trunk[stage]], stage == 0, divided, of_stage) if divided
+            else cut(segments, [trunk[stage]])[0] for stage, of_stage in zip(held, zip(*replicas))}
+        self._head = head if self._last in held else None
+        stages: List[Stage] = [*self._stages.values(), *([head] if self._head else [])]
+        place(net, stages, [[*replica, replica[-1]] for replica in replicas])
+        self._parameters = [spec.parameter for spec in parameter_specs(net) if spec.trainable]
         if micro_batches * accumulate > 1:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
-        for stage in (*self._stages, self._head):
-            hybridize(stage, net.backend)  # one of another worker is never called
+        for stage in stages:
+            for graph in stage.graphs if isinstance(stage, TensorStage) else [stage]:
+                hybridize(graph, net.backend)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """As `Replicated.forward_backward`; `on_micro_batch` is called between two accumulated parts."""
@@ -94,7 +103,7 @@ class Pipeline:
                     x.attach_grad()
                 with autograd.record():
                     y = self._call(self._stages[stage], x, batch, part, seat.context)
-                    if not seat.after:
+                    if self._head and not seat.after:
                         y = self._call(self._head, y, batch, part, seat.context)
                 if seat.after:
                     seat.after.send(y)
@@ -115,7 +124,7 @@ class Pipeline:
         losses = []
         for replica, part in self._of_replicas(whole(batch)):
             x, seat = self._through(replica, batch, part), replica[-1]
-            if x is not None:
+            if x is not None and self._head:
                 losses.append(self._call(self._head, x, batch, part, seat.context) * (part.stop - part.start))
         return self._sum(losses)
 
@@ -159,7 +168,7 @@ class Pipeline:
         first = self.contexts[0]
         return mx.nd.add_n(*(loss.as_in_context(first) for loss in losses)) if losses else mx.nd.zeros((1,), ctx=first)
 
-    def _call(self, stage: PipelineStage, x: Optional[mx.nd.NDArray], batch: Batch, part: slice, context: mx.Context
+    def _call(self, stage: Stage, x: Optional[mx.nd.NDArray], batch: Batch, part: slice, context: mx.Context
               ) -> mx.nd.NDArray:
         inputs = self._inputs.of_stage(batch, part, stage.inputs, context)
         if autograd.is_recording():

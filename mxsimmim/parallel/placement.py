@@ -1,6 +1,6 @@
 """Placements: where the model lives and how a batch becomes gradients."""
 import os
-from typing import Any, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, List, Optional, Protocol, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -9,10 +9,11 @@ from mxnet.gluon import HybridBlock
 
 from ..data.loader import Batch
 from ..data.sampling import split
-from ..models import Network, SimMIM
+from ..models import Classifier, Network, parameter_specs
 from ..models.layers import keep_factors
 from ..ops import OpBackend
 from ..runtime.process import ALONE, ProcessInfo
+from .tensor import TensorParallel, divide_evenly, groups_of
 
 
 def contexts_of(devices: Any, process: ProcessInfo = ALONE) -> List[mx.Context]:
@@ -95,17 +96,25 @@ class Replicated:
     """The whole network on each context; a batch is split over them, and over `accumulate` parts in time.
 
     Every image has the same number of masked pixels, so the mean loss of the batch is the mean of the slices' losses,
-    each weighted with its images: slices may be uneven.
+    each weighted with its images: slices may be uneven. With `tensor` a group of contexts takes the place of one.
     """
 
-    def __init__(self, net: Network, contexts: Sequence[mx.Context], accumulate: int = 1):
+    def __init__(self, net: Network, contexts: Sequence[mx.Context], accumulate: int = 1, tensor: int = 1):
         self.net, self.contexts, self._accumulate, self._inputs = net, list(contexts), accumulate, Inputs(net)
-        net.collect_params().reset_ctx(self.contexts)
-        self._parameters = [p for p in net.collect_params().values() if p.grad_req != 'null']
+        self._firsts = self.contexts[::tensor]  # of each replica
+        self._compute: Union[Network, TensorParallel] = net
+        graphs: Sequence[HybridBlock] = [net]
+        if tensor > 1:
+            self._compute = TensorParallel(net, divide_evenly(net, tensor), groups_of(self.contexts, tensor))
+            graphs = self._compute.graphs
+        else:
+            net.collect_params().reset_ctx(self.contexts)
+        self._parameters = [spec.parameter for spec in parameter_specs(net) if spec.trainable]
         if accumulate > 1:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
-        hybridize(net, net.backend)
+        for graph in graphs:
+            hybridize(graph, net.backend)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.
@@ -122,7 +131,7 @@ class Replicated:
             if number and on_micro_batch:
                 on_micro_batch()
             with autograd.record():
-                outputs = [(self.net(*inputs), weight / total)
+                outputs = [(self._compute(*inputs), weight / total)
                            for weight, inputs in self._slices(batch, part, self.net.inputs)]
             autograd.backward([loss for loss, _ in outputs],
                               [mx.nd.full((1,), weight, ctx=loss.context) for loss, weight in outputs])
@@ -131,25 +140,25 @@ class Replicated:
 
     def loss(self, batch: Batch) -> mx.nd.NDArray:
         """Sum over the batch's images of their losses (1,), on the first context; no gradient."""
-        return mx.nd.add_n(*(self.net(*inputs).as_in_context(self.contexts[0]) * weight
+        return mx.nd.add_n(*(self._compute(*inputs).as_in_context(self.contexts[0]) * weight
                              for weight, inputs in self._slices(batch, whole(batch), self.net.inputs)))
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The network's answer to each image alone (B, classes)."""
-        parts = [self.net(*inputs) for _, inputs in self._slices(batch, whole(batch), ('image',))]
+        parts = [self._compute(*inputs) for _, inputs in self._slices(batch, whole(batch), ('image',))]
         return np.concatenate([part.asnumpy() for part in parts])  # the first is read while the others compute
 
     def reconstruct(self, batch: Batch) -> np.ndarray:
         """The network's images (B, 3, H, W), normalised, computed on the first context."""
-        assert isinstance(self.net, SimMIM)
-        return self.net.reconstruct(*self._inputs.take(batch, whole(batch), ('image', 'mask'), self.contexts[0])
+        assert not isinstance(self._compute, Classifier)
+        return self._compute.reconstruct(*self._inputs.take(batch, whole(batch), ('image', 'mask'), self.contexts[0])
                                     ).asnumpy()
 
     def _slices(self, batch: Batch, part: slice, names: Sequence[str]
                 ) -> List[Tuple[int, Tuple[mx.nd.NDArray, ...]]]:
         """(number of images, inputs) of each context that gets any."""
         return [(s.stop - s.start, self._inputs.take(batch, s, names, ctx))
-                for s, ctx in zip(within(part, len(self.contexts)), self.contexts)]
+                for s, ctx in zip(within(part, len(self._firsts)), self._firsts)]
 
 
 def hybridize(block: HybridBlock, backend: OpBackend) -> None:

@@ -142,6 +142,9 @@ def _aggregation(strategy: Strategy, config: Config, process: ProcessInfo) -> Re
         (config.parallel.pipeline > 1 and on_servers,
          f'parallel.pipeline={config.parallel.pipeline} cannot work with train.store={store}: a server updates with '
          'each push, and micro-batches push one gradient together: set parallel.pipeline=1, or train.store=dist_sync'),
+        (config.parallel.tensor > 1 and on_servers,
+         f'parallel.tensor={config.parallel.tensor} cannot work with train.store={store}, whose servers update whole '
+         'parameters: set parallel.tensor=1, or train.store=dist_sync'),
         (optim.type != 'adamw' and on_servers,
          f'optim.type={optim.type} cannot work with train.store={store}, whose servers run adamw: set '
          'optim.type=adamw'),

@@ -258,7 +258,7 @@ class PeriodicAveraging(SynchronousUpdate):
             mean = [[first.copy()] for first, *_ in moments]
             self._average(mean)
             means += [first.asnumpy() for first, in mean]
-        return dict(zip(self.optimizer.moments, means))
+        return self.optimizer.whole(means)
 
     def _weights(self) -> Handle:
         return self._handle  # one for all: servers keep an array for each key

@@ -121,18 +121,19 @@ def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Co
                     parts: Optional[ModelParts] = None) -> Placement:
     """Place the network on the devices of this worker, as `parallel` says, for batches of `accumulate` parts.
 
-    The mesh has seen that there are as many devices as stages, or a multiple, unless other workers hold the other
-    `parts`.
+    The mesh has seen that there are as many devices as one replica needs, or a multiple, unless other workers hold the
+    other `parts`.
     """
     if parallel.pipeline == 1:
-        return Replicated(net, contexts, accumulate)
+        return Replicated(net, contexts, accumulate, parallel.tensor)
     slices = parts.slices if parts else stages_of(parallel, segment_costs(net.config))
-    return Pipeline(net, contexts, slices, parallel.micro_batches, parallel.schedule, accumulate, parts)
+    return Pipeline(net, contexts, slices, parallel.micro_batches, parallel.schedule, accumulate, parallel.tensor,
+                    parts)
 
 
 def least_images(config: Config, contexts: List[mx.Context]) -> int:
     """Return how many images of each batch a worker needs: one for each replica, micro-batch and accumulated part."""
-    replicas, parallel = max(1, len(contexts) // config.parallel.pipeline), config.parallel
+    replicas, parallel = max(1, len(contexts) // config.parallel.devices), config.parallel
     return replicas * (parallel.micro_batches if parallel.pipeline > 1 else 1) * config.train.accumulate
 
 

@@ -13,7 +13,7 @@ from ..data.batch_split import split_batch
 from ..data.loader import Batch, Loader
 from ..data.sampling import steps_per_epoch
 from ..data.transforms import decode
-from ..models import Network, named_parameters
+from ..models import Network, parameter_specs
 from ..ops import OpBackend
 from ..parallel.control import ControlPlane
 from ..parallel.mesh import mesh_of
@@ -113,7 +113,7 @@ def _model(config: Config, task: Task, backend: OpBackend) -> Tuple[str, Any]:
 
 
 def _count(net: Network) -> int:
-    return sum(math.prod(parameter.shape) for parameter in named_parameters(net).values())
+    return sum(math.prod(spec.parameter.shape) for spec in parameter_specs(net) if spec.trainable)
 
 
 def _batch(config: Config, task: Task, images: int) -> Batch:
@@ -137,7 +137,7 @@ def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context
 
 def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placement) -> Tuple[str, float]:
     """Compares what a step needs, by what steps of few images take, with what there is, on CPUs."""
-    devices, replicas = len(placement.contexts), max(1, len(placement.contexts) // config.parallel.pipeline)
+    devices, replicas = len(placement.contexts), max(1, len(placement.contexts) // config.parallel.devices)
     groups = mesh_of(process, config.parallel, devices).data
     part = -(-config.train.batch_size // groups // config.train.accumulate)  # images computed at once
     few, more = (min(part, n * devices) for n in (2, 6))

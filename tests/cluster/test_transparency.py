@@ -60,6 +60,8 @@ def alone(tmp_path_factory):
     (HOROVOD, PIPELINE, WIDE),
     (FOUR, [*PIPELINE, 'train.accumulate=2', 'data.worker_weights=[3,1]'], []),
     (FOUR, [*PIPELINE], SWIN),
+    (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, 'parallel.tensor=2'], SGD),
+    (HOROVOD, [TWO_DEVICES, 'parallel.tensor=2'], WIDE),
     (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')

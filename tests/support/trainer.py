@@ -3,6 +3,8 @@ import numpy as np
 
 from mxsimmim.config import Config
 from mxsimmim.data.loader import Batch
+from mxsimmim.interop import official
+from mxsimmim.models import parameter_specs
 from mxsimmim.ops import REFERENCE
 from mxsimmim.runtime.process import ALONE
 from mxsimmim.training.build import build_trainer
@@ -45,3 +47,22 @@ def random_batches(model, steps, images, seed):
 def take(batch, part):
     """Some images of a batch."""
     return Batch({name: array[part] for name, array in batch.fields.items()}, 0, batch.index[part])
+
+
+def train_randomly(trainer, steps, seed):
+    """Weights, and (loss, norm, applied) of each step on random batches; replicas are the same, bit by bit."""
+    rows = []
+    for batch in random_batches(trainer.config.model, steps, trainer.config.train.batch_size, seed):
+        rows.append(trainer.train_step(batch).asnumpy())
+        trainer.check_replicas()
+    for spec in parameter_specs(trainer.placement.net):
+        first, *others = (copy.asnumpy() for copy in spec.parameter.list_data())
+        assert all(np.array_equal(first, copy) for copy in others), spec.key
+    return official.export_weights(trainer.placement.net), np.array(rows)
+
+
+def relative_difference(ours, theirs):
+    """In the L2 norm of all arrays together."""
+    assert set(ours) == set(theirs)
+    ours, theirs = (np.concatenate([arrays[name].ravel() for name in sorted(arrays)]) for arrays in (ours, theirs))
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)

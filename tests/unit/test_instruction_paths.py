@@ -15,7 +15,7 @@ from support import machine
 UNIT = Path(__file__).parent
 # Our own loops are compiled for AVX2 and for AVX-512, and these consist of them: the second all other tests run.
 LOOPS = [UNIT / f'test_ops{name}.py' for name in ('_adamw', '_pixels')]
-PRODUCTS = [UNIT / f'test_ops{name}.py' for name in ('', '_networks')]  # oneDNN's, of which each path has its own
+PRODUCTS = [UNIT / f'test_ops{name}.py' for name in ('', '_parts', '_networks')]  # oneDNN's: each path has its own
 OTHERS = [UNIT.parent / 'numerics', f'{UNIT}/test_library.py::test_each_choice_computes_or_is_refused',
           *(f'{UNIT}/test_deploy_export.py::test_{name}' for name in ('int8_quantises_the_linear_maps',
                                                                      'sums_of_int8_products_do_not_saturate'))]

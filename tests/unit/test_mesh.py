@@ -75,9 +75,18 @@ def test_mesh_of_a_job(process, stages, devices, expected):
     assert mesh_of(process, ParallelConfig(pipeline=stages), devices) == expected
 
 
+def test_tensor_parallelism_is_within_a_worker():
+    parallel = ParallelConfig(pipeline=2, tensor=2)
+    assert mesh_of(JOB, parallel, 4) == mesh_of(JOB, parallel, 8) == Mesh(data=8, rank=5)
+    for devices, verb in ((1, 'is'), (2, 'are')):
+        with pytest.raises(ValueError, match=rf'parallel.pipeline=2 x parallel.tensor=2 needs 4 devices a worker, or a '
+                                             rf'multiple, and here {verb} {devices}: '):
+            mesh_of(JOB, parallel, devices)
+
+
 @pytest.mark.parametrize('process, stages, devices, message', [
     (ALONE, 2, 1, 'needs 2 devices a worker, or a multiple, and here is 1: .* tools/launch.py --horovod -n 2'),
-    (ALONE, 2, 3, 'needs 2 devices a worker, or a multiple, and here are 3: name them with devices='),
+    (ALONE, 2, 3, 'needs 2 devices a worker, or a multiple, and here are 3: name more of them with devices='),
     (JOB, 4, 2, 'needs 4 devices a worker, or a multiple, and here are 2'),
     (JOB, 3, 1, 'parallel.pipeline=3 does not divide the 8 workers'),
     (JOB._replace(transport='ps'), 2, 1, 'a parameter server waits for the same gradients of all: .* --horovod'),

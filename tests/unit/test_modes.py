@@ -45,6 +45,7 @@ def test_modes(process, keys, expected):
     (PS, {'store': 'dist_async'}, r'optim.clip_grad=5.0 cannot work with train.store=dist_async.*clip_grad=null'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'accumulate': 2}, 'train.accumulate=2 cannot work'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'parallel': {'pipeline': 2}}, 'parallel.pipeline=2 cannot work'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'parallel': {'tensor': 2}}, 'parallel.tensor=2 cannot work'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'compression': '2bit'}, 'compression=2bit cannot work.*dist_async'),
     (PS, {'store': 'dist_async', 'optim': {'clip_grad': None, 'type': 'sgd'}}, 'optim.type=sgd'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'weights': 'auto'}, 'data.worker_weights=auto'),

@@ -1,8 +1,9 @@
-// A transformer's first half block: x + keep * gamma * proj(attend(qkv(norm(x)))), see attention in ops/__init__.py.
+// A transformer's first half block: x + keep * gamma * proj(attend(qkv(norm(x)))), see attention in ops/backend.py.
 //
-// Inputs: x, norm weight and bias, qkv weight and bias, proj weight and bias, then bias, mask, gamma, keep as the
-// attributes of these names say. Outputs: the result and, unless `recompute`, qkv (R, 3C) and what attention gave,
-// (R, C), whose rows are in the order of windows. Scores exist for one tile at a time: one sequence and a few heads.
+// H heads of size D make E = H D columns: C, or in a part of a half block fewer. Inputs: x, norm weight and bias, qkv
+// weight and bias, proj weight, then proj bias, bias, mask, gamma, keep as the attributes of these names say. Outputs:
+// the result and, unless `recompute`, qkv (R, 3E) and what attention gave, (R, E), whose rows are in the order of
+// windows. Scores exist for one tile at a time: one sequence and a few heads.
 #include <omp.h>
 
 #include <algorithm>
@@ -13,11 +14,12 @@
 namespace simmim {
 namespace {
 
-enum { X, NORM_WEIGHT, NORM_BIAS, QKV_WEIGHT, QKV_BIAS, PROJ_WEIGHT, PROJ_BIAS, REQUIRED };
+enum { X, NORM_WEIGHT, NORM_BIAS, QKV_WEIGHT, QKV_BIAS, PROJ_WEIGHT, REQUIRED };
 
 struct Places {
-  int bias = -1, mask = -1, gamma = -1, keep = -1, count = REQUIRED;
+  int proj_bias = -1, bias = -1, mask = -1, gamma = -1, keep = -1, count = REQUIRED;
   explicit Places(const Attributes& attrs) {
+    if (attrs.flag("proj_bias")) proj_bias = count++;
     if (attrs.flag("bias")) bias = count++;
     if (attrs.flag("mask")) mask = count++;
     if (attrs.flag("gamma")) gamma = count++;
@@ -31,34 +33,37 @@ int outputs(const Attributes& attrs) { return attrs.flag("recompute") ? 1 : 3; }
 void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>& out) {
   Places at(attrs);
   int64_t heads = attrs.integer("heads"), side = attrs.integer("side"), window = attrs.integer("window");
+  int64_t depth = attrs.integer("depth");
   if (!known(in[X])) return;
   require(in[X].size() == 3, "x must be (images, tokens, channels), it has shape ", in[X]);
   int64_t images = in[X][0], tokens = in[X][1], width = in[X][2];
-  require(heads > 0 && width % heads == 0, "x of shape ", in[X], " has channels that ", heads, " heads do not divide");
+  require(heads > 0 && (depth > 0 || width % heads == 0), "x of shape ", in[X], " has channels that ", heads,
+          " heads do not divide");
   require(!window || (side * side == tokens && side % window == 0), "x of shape ", in[X], " is not ", side, " x ", side,
           " tokens in windows of ", window, " x ", window);
-  int64_t length = window ? window * window : tokens;
+  int64_t length = window ? window * window : tokens, columns = depth ? heads * depth : width;
   settle("norm's weight", in[NORM_WEIGHT], {width});
   settle("norm's bias", in[NORM_BIAS], {width});
-  settle("qkv's weight", in[QKV_WEIGHT], {3 * width, width});
-  settle("qkv's bias", in[QKV_BIAS], {3 * width});
-  settle("proj's weight", in[PROJ_WEIGHT], {width, width});
-  settle("proj's bias", in[PROJ_BIAS], {width});
+  settle("qkv's weight", in[QKV_WEIGHT], {3 * columns, width});
+  settle("qkv's bias", in[QKV_BIAS], {3 * columns});
+  settle("proj's weight", in[PROJ_WEIGHT], {width, columns});
+  if (at.proj_bias >= 0) settle("proj's bias", in[size_t(at.proj_bias)], {width});
   if (at.bias >= 0) settle("the scores' bias", in[size_t(at.bias)], {1, heads, length, length});
   if (at.mask >= 0) settle("mask", in[size_t(at.mask)], {tokens / length, 1, length, length});
   if (at.gamma >= 0) settle("gamma", in[size_t(at.gamma)], {width});
   if (at.keep >= 0) settle("keep", in[size_t(at.keep)], {images, 1});
   out[0] = in[X];
   if (out.size() > 1) {
-    out[1] = kept(images * tokens * 3 * width, attrs.flag("bf16"));
-    out[2] = kept(images * tokens * width, attrs.flag("bf16"));
+    out[1] = kept(images * tokens * 3 * columns, attrs.flag("bf16"));
+    out[2] = kept(images * tokens * columns, attrs.flag("bf16"));
   }
 }
 
 struct Attention : Branch {
   const float *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;
   const float *bias, *mask;                              // (H, N, N) and (windows, N, N), or null
-  int64_t heads, depth, length, sequences, windows = 1;  // D, N, B * windows
+  int64_t heads, depth, length, sequences, windows = 1;  // H, D, N, B * windows
+  int64_t columns;                                       // E
   int64_t group;                                         // heads of a tile
   float factor;                                          // of scores, D^-1/2
 
@@ -71,16 +76,18 @@ struct Attention : Branch {
     qkv_weight = input(QKV_WEIGHT);
     qkv_bias = input(QKV_BIAS);
     proj_weight = input(PROJ_WEIGHT);
-    proj_bias = input(PROJ_BIAS);
+    proj_bias = input(at.proj_bias);
     bias = input(at.bias);
     mask = input(at.mask);
     gamma = input(at.gamma);
     keep = input(at.keep);
+    partial = attrs.flag("partial");
     eps = float(attrs.real("eps"));
     tokens = length = in[X].shape[1];
     width = in[X].shape[2];
     heads = attrs.integer("heads");
-    depth = width / heads;
+    depth = attrs.integer("depth", width / heads);
+    columns = heads * depth;
     factor = 1.f / __builtin_sqrtf(float(depth));
     total = rows = in[X].shape[0] * tokens;
     order = nullptr;
@@ -112,7 +119,7 @@ struct Attention : Branch {
 
   template <class T> void project(T* n, float* mean, float* rstd, T* qkv) const {
     normalise(n, mean, rstd);
-    multiply(qkv, type_of<T>(), {n, type_of<T>(), rows, width}, transposed({qkv_weight, Type::f32, 3 * width, width}),
+    multiply(qkv, type_of<T>(), {n, type_of<T>(), rows, width}, transposed({qkv_weight, Type::f32, 3 * columns, width}),
              qkv_bias);
   }
 };
@@ -149,10 +156,10 @@ template <class T> struct Tile {
         std::memcpy(to + i * stride + g * is.depth, from + (g * is.length + i) * is.depth, bytes);
   }
   void load(const T* qkv, int64_t sequence, int64_t head) const {
-    const T* from = qkv + sequence * is.length * 3 * is.width + head * is.depth;
-    gather(from, 3 * is.width, q);
-    gather(from + is.width, 3 * is.width, k);
-    gather(from + 2 * is.width, 3 * is.width, v);
+    const T* from = qkv + sequence * is.length * 3 * is.columns + head * is.depth;
+    gather(from, 3 * is.columns, q);
+    gather(from + is.columns, 3 * is.columns, k);
+    gather(from + 2 * is.columns, 3 * is.columns, v);
   }
   void softmax(int64_t sequence, int64_t head) const {
     int64_t pairs = is.length * is.length;
@@ -166,7 +173,7 @@ template <class T> struct Tile {
   }
 };
 
-// o (R, C) from qkv (R, 3C).
+// o (R, E) from qkv (R, 3E).
 template <class T> void attend(const Attention& is, const T* qkv, T* o) {
   constexpr Type type = type_of<T>();
   SmallProduct score(is.group, is.length, is.depth, is.length, type, false, true, Type::f32);
@@ -186,12 +193,12 @@ template <class T> void attend(const Attention& is, const T* qkv, T* o) {
       scoring.run();
       tile.softmax(sequence, head);
       mixing.run();
-      tile.scatter(mixed, o + sequence * is.length * is.width + head * is.depth, is.width);
+      tile.scatter(mixed, o + sequence * is.length * is.columns + head * is.depth, is.columns);
     }
   }
 }
 
-// dqkv (R, 3C) and dbias (H, N, N), unless null, from do (R, C).
+// dqkv (R, 3E) and dbias (H, N, N), unless null, from do (R, E).
 template <class T> void attend_backward(const Attention& is, const T* qkv, const T* dout, T* dqkv, float* dbias) {
   constexpr Type type = type_of<T>();
   int64_t n = is.length, d = is.depth, g = is.group;
@@ -224,7 +231,7 @@ template <class T> void attend_backward(const Attention& is, const T* qkv, const
       tile.load(qkv, sequence, head);
       scoring.run();
       tile.softmax(sequence, head);
-      tile.gather(dout + sequence * n * is.width + head * d, is.width, upper);
+      tile.gather(dout + sequence * n * is.columns + head * d, is.columns, upper);
       to_p.run();
       to_v.run();
       for (int64_t row = 0; row < g * n; ++row)
@@ -232,10 +239,10 @@ template <class T> void attend_backward(const Attention& is, const T* qkv, const
                                    mine ? mine + (head * n + row) * n : nullptr, n);
       to_q.run();
       to_k.run();
-      T* to = dqkv + sequence * n * 3 * is.width + head * d;
-      tile.scatter(dq, to, 3 * is.width);
-      tile.scatter(dk, to + is.width, 3 * is.width);
-      tile.scatter(dv, to + 2 * is.width, 3 * is.width);
+      T* to = dqkv + sequence * n * 3 * is.columns + head * d;
+      tile.scatter(dq, to, 3 * is.columns);
+      tile.scatter(dk, to + is.columns, 3 * is.columns);
+      tile.scatter(dv, to + 2 * is.columns, 3 * is.columns);
     }
     if (dbias) {
       int threads = omp_get_num_threads();
@@ -253,8 +260,8 @@ template <class T> void forward(const Attributes& attrs, const Tensors& in, cons
   Scratch scratch;
   Attention is(attrs, in.data(), scratch);
   bool kept = out.size() > 1;
-  T* qkv = kept ? out[1].as<T>() : scratch.take<T>(is.rows * 3 * is.width);
-  T* o = kept ? out[2].as<T>() : scratch.take<T>(is.rows * is.width);
+  T* qkv = kept ? out[1].as<T>() : scratch.take<T>(is.rows * 3 * is.columns);
+  T* o = kept ? out[2].as<T>() : scratch.take<T>(is.rows * is.columns);
   {
     Scratch inner;
     float* statistics = inner.take<float>(2 * is.rows);
@@ -262,8 +269,8 @@ template <class T> void forward(const Attributes& attrs, const Tensors& in, cons
   }
   attend(is, qkv, o);
   float* y = scratch.take<float>(is.rows * is.width);
-  multiply(y, Type::f32, {o, type_of<T>(), is.rows, is.width},
-           transposed({is.proj_weight, Type::f32, is.width, is.width}), is.proj_bias);
+  multiply(y, Type::f32, {o, type_of<T>(), is.rows, is.columns},
+           transposed({is.proj_weight, Type::f32, is.width, is.columns}), is.proj_bias);
   is.add(y, out[0].as<float>());
 }
 
@@ -275,7 +282,7 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
   Places at(attrs);
   Scratch scratch;
   Attention is(attrs, in, scratch);
-  int64_t rows = is.rows, width = is.width;
+  int64_t rows = is.rows, width = is.width, columns = is.columns;
   T* n = scratch.take<T>(rows * width);
   float *mean = scratch.take<float>(rows), *rstd = scratch.take<float>(rows);
   const T *qkv, *o;
@@ -284,28 +291,28 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
     o = results[2].as<const T>();
     is.normalise(n, mean, rstd);
   } else {
-    T *again = scratch.take<T>(rows * 3 * width), *mixed = scratch.take<T>(rows * width);
+    T *again = scratch.take<T>(rows * 3 * columns), *mixed = scratch.take<T>(rows * columns);
     is.project(n, mean, rstd, again);
     attend(is, again, mixed);
     qkv = again;
     o = mixed;
   }
-  T* dqkv = scratch.take<T>(rows * 3 * width);
+  T* dqkv = scratch.take<T>(rows * 3 * columns);
   {
     Scratch inner;
-    T *d = inner.take<T>(rows * width), *d_o = inner.take<T>(rows * width);
+    T *d = inner.take<T>(rows * width), *d_o = inner.take<T>(rows * columns);
     float* sums = inner.take<float>(width);
     T* scaled = is.incoming(dout, d, inner, sums);
-    multiply(d_o, type_of<T>(), {scaled, type_of<T>(), rows, width}, {is.proj_weight, Type::f32, width, width});
-    is.projection_backward(d, sums, o, width, is.proj_weight, is.proj_bias, wanted(PROJ_WEIGHT), wanted(PROJ_BIAS),
+    multiply(d_o, type_of<T>(), {scaled, type_of<T>(), rows, width}, {is.proj_weight, Type::f32, width, columns});
+    is.projection_backward(d, sums, o, columns, is.proj_weight, is.proj_bias, wanted(PROJ_WEIGHT), wanted(at.proj_bias),
                            wanted(at.gamma));
     attend_backward(is, qkv, d_o, dqkv, wanted(at.bias));
   }
-  if (wanted(QKV_BIAS)) column_sums(dqkv, rows, 3 * width, wanted(QKV_BIAS));
-  weight_gradient(dqkv, rows, 3 * width, n, width, wanted(QKV_WEIGHT));
+  if (wanted(QKV_BIAS)) column_sums(dqkv, rows, 3 * columns, wanted(QKV_BIAS));
+  weight_gradient(dqkv, rows, 3 * columns, n, width, wanted(QKV_WEIGHT));
   if (!wanted(X) && !wanted(NORM_WEIGHT) && !wanted(NORM_BIAS)) return;
   float* dn = scratch.take<float>(rows * width);
-  multiply(dn, Type::f32, {dqkv, type_of<T>(), rows, 3 * width}, {is.qkv_weight, Type::f32, 3 * width, width});
+  multiply(dn, Type::f32, {dqkv, type_of<T>(), rows, 3 * columns}, {is.qkv_weight, Type::f32, 3 * columns, width});
   is.normalise_backward(dn, mean, rstd, dout, wanted(X), wanted(NORM_WEIGHT), wanted(NORM_BIAS));
 }
 

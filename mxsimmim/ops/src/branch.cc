@@ -30,8 +30,14 @@ void copy(const float* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; i += chunk) std::memcpy(to + i, from + i, size_t(std::min(chunk, n - i)) * sizeof(float));
 }
 
+void clear(float* to, int64_t n) {
+  constexpr int64_t chunk = 1 << 16;
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i += chunk) std::memset(to + i, 0, size_t(std::min(chunk, n - i)) * sizeof(float));
+}
+
 void zero(const Tensor& gradient) {
-  if (gradient) std::memset(gradient.data, 0, size_t(gradient.size()) * sizeof(float));
+  if (gradient) clear(gradient.as<float>(), gradient.size());
 }
 
 template <class T> void column_sums(const T* x, int64_t rows, int64_t n, float* sums) {
@@ -54,11 +60,13 @@ template <class T> void Branch::normalise(T* y, float* mean, float* rstd) const 
 }
 
 void Branch::add(const float* y, float* out) const {
-  if (rows < total) copy(x, out, total * width);
+  if (rows < total) partial ? clear(out, total * width) : copy(x, out, total * width);
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
     int64_t at = source(r) * width;
-    kernels().residual(x + at, y + r * width, factor(r), gamma, out + at, width);
+    if (!partial) kernels().residual(x + at, y + r * width, factor(r), gamma, out + at, width);
+    else if (gamma) simmim::rows<float>().convert_scaled(y + r * width, factor(r), gamma, out + at, width);
+    else simmim::rows<float>().convert(y + r * width, factor(r), out + at, width);
   }
 }
 
@@ -84,7 +92,8 @@ void Branch::normalise_backward(const float* dn, const float* mean, const float*
                                 float* dweight, float* dbias) const {
   Scratch scratch;
   ColumnSums weights(scratch, width), biases(scratch, width);
-  if (dx && dout && rows < total) copy(dout, dx, total * width);
+  if (partial) dout = nullptr;
+  if (dx && rows < total) dout ? copy(dout, dx, total * width) : clear(dx, total * width);
 #pragma omp parallel
   {
     float *weight = dweight ? weights.mine() : nullptr, *bias = dbias ? biases.mine() : nullptr;
@@ -121,7 +130,8 @@ void Branch::projection_backward(const T* d, const float* sums, const T* z, int6
     if (dbias) dbias[c] = gamma[c] * sums[c];
     if (!dweight) continue;
     float* row = dweight + c * inputs;
-    if (dgamma) dgamma[c] = float(dot(weight + c * inputs, row, inputs) + double(bias[c]) * double(sums[c]));
+    if (dgamma)
+      dgamma[c] = float(dot(weight + c * inputs, row, inputs) + (bias ? double(bias[c]) * double(sums[c]) : 0.));
     kernels().scale(row, gamma[c], inputs);
   }
 }

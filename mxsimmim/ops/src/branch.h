@@ -1,4 +1,5 @@
 // What the two halves of a transformer block have in common: x + keep * gamma * f(norm(x)), on the rows that take part.
+// A half that is `partial` leaves x out: it is added to another part of the same half.
 //
 // B images, L tokens an image, C channels, R rows that take part, in the order in which f sees them.
 #pragma once
@@ -30,23 +31,25 @@ struct Branch {
   int64_t tokens, width;  // L, C
   int64_t total, rows;    // B * L, R
   const int32_t* order;   // (R,): row of x that each row comes from; null: all in their order
+  bool partial = false;
 
   int64_t source(int64_t row) const { return order ? order[row] : row; }
   float factor(int64_t row) const { return keep ? keep[source(row) / tokens] : 1.f; }
 
   // y (R, C) = norm(x); mean, rstd (R,).
   template <class T> void normalise(T* y, float* mean, float* rstd) const;
-  // out (B*L, C) = x + keep * gamma * y; rows that take no part stay x.
+  // out (B*L, C) = x + keep * gamma * y; rows that take no part stay x. With 0 for x, if `partial`.
   void add(const float* y, float* out) const;
   // The gradient dout (B*L, C) of out, as that of y / gamma and of y: d = keep * dout, d_scaled = gamma * d (R, C), and
   // the sums of d over rows (C,). Where there is no gamma, d_scaled is d.
   template <class T> T* incoming(const float* dout, T* d, Scratch& scratch, float* sums) const;
-  // dx (B*L, C) = dout + the gradient through norm of dn (R, C). Null results are not wanted.
+  // dx (B*L, C) = dout + the gradient through norm of dn (R, C). Null results are not wanted. With 0 for dout, if
+  // `partial`.
   void normalise_backward(const float* dn, const float* mean, const float* rstd, const float* dout, float* dx,
                           float* dweight, float* dbias) const;
   // The gradients of a projection y = z weight' + bias, weight (C, K), and of gamma, from d, its sums, and z (R, K).
   // With t = d' z: dweight = gamma t, and dgamma, the sum of d y over rows, is that of weight t over K plus bias sums:
-  // y itself is not needed.
+  // y itself is not needed. bias may be null.
   template <class T>
   void projection_backward(const T* d, const float* sums, const T* z, int64_t inputs, const float* weight,
                            const float* bias, float* dweight, float* dbias, float* dgamma) const;
@@ -66,6 +69,7 @@ void zero(const Tensor& gradient);  // unless nobody wants it: there is no gradi
 // zeros, the gradient that nobody sends, and it fills float32 many times as fast as float16.
 inline Shape kept(int64_t count, bool bf16) { return {bf16 ? (count + 1) / 2 : count}; }
 
-void copy(const float* from, float* to, int64_t n);  // all threads
+void copy(const float* from, float* to, int64_t n);  // all threads, as below
+void clear(float* to, int64_t n);
 
 }  // namespace simmim

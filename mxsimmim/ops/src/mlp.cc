@@ -1,6 +1,6 @@
-// A transformer's second half block: x + keep * gamma * fc2(gelu(fc1(norm(x)))), see mlp in ops/__init__.py.
+// A transformer's second half block: x + keep * gamma * fc2(gelu(fc1(norm(x)))), see mlp in ops/backend.py.
 //
-// Inputs: x, norm weight and bias, fc1 weight and bias, fc2 weight and bias, then gamma, keep, rows as the attributes
+// Inputs: x, norm weight and bias, fc1 weight and bias, fc2 weight, then fc2 bias, gamma, keep, rows as the attributes
 // of these names say. Outputs: the result and, unless `recompute`, what fc1 gave, h (B * L, hidden), see `kept`.
 #include <cstring>
 
@@ -9,12 +9,13 @@
 namespace simmim {
 namespace {
 
-enum { X, NORM_WEIGHT, NORM_BIAS, FC1_WEIGHT, FC1_BIAS, FC2_WEIGHT, FC2_BIAS, REQUIRED };
+enum { X, NORM_WEIGHT, NORM_BIAS, FC1_WEIGHT, FC1_BIAS, FC2_WEIGHT, REQUIRED };
 
 // Where the optional inputs are; -1 where they are not.
 struct Places {
-  int gamma = -1, keep = -1, rows = -1, count = REQUIRED;
+  int fc2_bias = -1, gamma = -1, keep = -1, rows = -1, count = REQUIRED;
   explicit Places(const Attributes& attrs) {
+    if (attrs.flag("fc2_bias")) fc2_bias = count++;
     if (attrs.flag("gamma")) gamma = count++;
     if (attrs.flag("keep")) keep = count++;
     if (attrs.flag("rows")) rows = count++;
@@ -37,7 +38,7 @@ void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>&
   settle("norm's bias", in[NORM_BIAS], {width});
   settle("fc1's bias", in[FC1_BIAS], {fc1[0]});
   settle("fc2's weight", in[FC2_WEIGHT], {width, fc1[0]});
-  settle("fc2's bias", in[FC2_BIAS], {width});
+  if (at.fc2_bias >= 0) settle("fc2's bias", in[size_t(at.fc2_bias)], {width});
   if (at.gamma >= 0) settle("gamma", in[size_t(at.gamma)], {width});
   if (at.keep >= 0) settle("keep", in[size_t(at.keep)], {in[X][0], 1});
   if (at.rows >= 0) settle("rows", in[size_t(at.rows)], {in[X][0], in[X][1]});
@@ -58,9 +59,10 @@ struct Mlp : Branch {
     fc1_weight = in[FC1_WEIGHT].as<const float>();
     fc1_bias = in[FC1_BIAS].as<const float>();
     fc2_weight = in[FC2_WEIGHT].as<const float>();
-    fc2_bias = in[FC2_BIAS].as<const float>();
+    fc2_bias = optional(at.fc2_bias);
     gamma = optional(at.gamma);
     keep = optional(at.keep);
+    partial = attrs.flag("partial");
     eps = float(attrs.real("eps"));
     tokens = in[X].shape[1];
     width = in[X].shape[2];
@@ -106,10 +108,10 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
   int given = outputs(attrs);
   const Tensor* in = all.data() + given;
   const float* dout = all[0].as<const float>();
-  auto wanted = [&](int place) { return out[size_t(place)].as<float>(); };
+  auto wanted = [&](int place) { return place < 0 ? nullptr : out[size_t(place)].as<float>(); };
   Scratch scratch;
   Mlp mlp(attrs, in, scratch);
-  int gamma = Places(attrs).gamma;
+  Places at(attrs);
   int64_t rows = mlp.rows, width = mlp.width, hidden = mlp.hidden;
   T* n = scratch.take<T>(rows * width);
   float *mean = scratch.take<float>(rows), *rstd = scratch.take<float>(rows);
@@ -139,8 +141,8 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
         simmim::rows<T>().gelu_backward(h + r * hidden, dh + r * hidden, g + r * hidden, mine, hidden);
     }
     columns.finish(sums);
-    mlp.projection_backward(d, sums_d, g, hidden, mlp.fc2_weight, mlp.fc2_bias, wanted(FC2_WEIGHT), wanted(FC2_BIAS),
-                            gamma < 0 ? nullptr : wanted(gamma));
+    mlp.projection_backward(d, sums_d, g, hidden, mlp.fc2_weight, mlp.fc2_bias, wanted(FC2_WEIGHT), wanted(at.fc2_bias),
+                            wanted(at.gamma));
   }
   if (wanted(FC1_BIAS)) copy(sums, wanted(FC1_BIAS), hidden);
   weight_gradient(dh, rows, hidden, n, width, wanted(FC1_WEIGHT));

@@ -1,0 +1,91 @@
+"""Parts of half blocks: those of some heads, or of some hidden channels, add up to the whole, forward and backward."""
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+from support import machine
+
+from mxsimmim.ops import OpBackend, Windows, shift_mask
+
+SEED = 14
+TOLERANCE = {'float32': 1e-6, 'bf16': 1e-2}
+IMAGES, WIDTH, HEADS, SIZE, HIDDEN, EPS = 3, 20, 4, 5, 12, 1e-6
+
+
+def attention_case(rng, windows):
+    tokens, mask = (windows.side ** 2, shift_mask(*windows)) if windows else (7, None)
+    length = windows.window ** 2 if windows else tokens
+    inputs = dict(x=(IMAGES, tokens, WIDTH), norm_weight=(WIDTH,), norm_bias=(WIDTH,), qkv=(3 * WIDTH, WIDTH),
+                  qkv_bias=(3 * WIDTH,), proj=(WIDTH, WIDTH), proj_bias=(WIDTH,), bias=(1, HEADS, length, length),
+                  gamma=(WIDTH,))
+    keys = dict(width=WIDTH, tokens=tokens, eps=EPS, windows=windows)
+    keep = mx.nd.array(rng.choice([0.0, 1.25], (IMAGES, 1)))
+
+    def run(backend, a, index=0, count=1, **more):
+        heads = HEADS // count
+        own = slice(index * heads * SIZE, (index + 1) * heads * SIZE)
+        rows = np.arange(3 * WIDTH).reshape(3, WIDTH)[:, own].ravel()
+        qkv = (a['qkv'][rows], a['qkv_bias'][rows])
+        return backend.attention(mx.nd, a['x'], (a['norm_weight'], a['norm_bias']), qkv,
+                                 (a['proj'][:, own], None if index else a['proj_bias']),
+                                 a['bias'][:, index * heads:(index + 1) * heads], a['gamma'], keep,
+                                 None if mask is None else mx.nd.array(mask), heads=heads, size=SIZE,
+                                 partial=index > 0, **keys, **more)
+    return inputs, run
+
+
+def mlp_case(rng, used):
+    inputs = dict(x=(IMAGES, 7, WIDTH), norm_weight=(WIDTH,), norm_bias=(WIDTH,), fc1=(HIDDEN, WIDTH),
+                  fc1_bias=(HIDDEN,), fc2=(WIDTH, HIDDEN), fc2_bias=(WIDTH,), gamma=(WIDTH,))
+    keep = mx.nd.array(rng.choice([0.0, 1.25], (IMAGES, 1)))
+    rows = None if used is None else mx.nd.array(rng.random((IMAGES, 7)) < used)
+
+    def run(backend, a, index=0, count=1, **more):
+        own = slice(index * HIDDEN // count, (index + 1) * HIDDEN // count)
+        y = backend.mlp(mx.nd, a['x'], (a['norm_weight'], a['norm_bias']), (a['fc1'][own], a['fc1_bias'][own]),
+                        (a['fc2'][:, own], None if index else a['fc2_bias']), a['gamma'], keep, rows, width=WIDTH,
+                        hidden=HIDDEN // count, eps=EPS, partial=index > 0, **more)
+        return y if rows is None else mx.nd.broadcast_mul(y, mx.nd.expand_dims(rows, 2))  # the others' nobody uses
+    return inputs, run
+
+
+CASES = {'attention': (attention_case, None), 'windows': (attention_case, Windows(4, 2)),
+         'shifted': (attention_case, Windows(4, 2, 1)), 'mlp': (mlp_case, None), 'some rows': (mlp_case, 0.4),
+         'no row': (mlp_case, 0.0)}
+
+
+@pytest.mark.parametrize('form, precision', machine.ABLE)
+@pytest.mark.parametrize('count', [2, 4])
+@pytest.mark.parametrize('name', CASES)
+def test_parts_add_up(name, count, form, precision):
+    """Each computes with slices of the weights; the sum of their gradients, too, is that of the whole."""
+    print('seed', SEED)
+    rng, backend = np.random.default_rng(SEED), OpBackend(form, precision)
+    make, more = CASES[name]
+    shapes, run = make(rng, more)
+    arrays = {key: mx.nd.array(rng.standard_normal(shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1))
+              for key, shape in shapes.items()}
+    head = mx.nd.array(rng.standard_normal(shapes['x']))
+
+    def results(*parts, **keys):
+        for array in arrays.values():
+            array.attach_grad()
+        with autograd.record():
+            y = mx.nd.add_n(*(run(backend, arrays, *part, **keys) for part in parts))
+        y.backward(head)
+        return {'y': y.asnumpy(), **{key: array.grad.asnumpy() for key, array in arrays.items()}}
+    whole, parts = results((0, 1)), results(*((index, count) for index in range(count)))
+    for key, value in whole.items():
+        error = np.linalg.norm(parts[key] - value) / max(np.linalg.norm(value), 1e-3)
+        assert error < TOLERANCE[precision], (key, error)
+    if form == 'native':
+        again = results(*((index, count) for index in range(count)), recompute=True)
+        assert all(np.array_equal(again[key], value) for key, value in parts.items())
+
+
+@machine.natively
+def test_a_size_that_does_not_fit_the_weights():
+    with pytest.raises(mx.MXNetError, match=r"qkv's weight.*\(24, 8\).*\(12, 8\)|qkv's weight.*\(12, 8\).*\(24, 8\)"):
+        a = {n: mx.nd.ones(s) for n, s in dict(x=(1, 2, 8), w=(8,), q=(24, 8), b=(24,), p=(8, 8)).items()}
+        OpBackend('native').attention(mx.nd, a['x'], (a['w'], a['w']), (a['q'], a['b']), (a['p'], None), width=8,
+                                      heads=2, size=2, tokens=2, eps=EPS)
