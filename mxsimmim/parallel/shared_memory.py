@@ -42,7 +42,8 @@ class SharedMemoryGroup:
     def __init__(self, sizes: Sequence[int], ranks: Sequence[int], rank: int, control: ControlPlane, everybody: bool):
         """All workers of the job do this at once.
 
-        sizes: elements of each array. ranks: this host's workers, `rank` among them. everybody: the job has no others.
+        sizes: elements of each array. ranks: this host's workers, `rank` among them. everybody: sums are for all of
+        these, not for the first alone.
 
         Raises:
             OSError: in all workers, if one of them could not have the memory.

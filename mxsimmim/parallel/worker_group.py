@@ -95,9 +95,10 @@ class _Enter(autograd.Function):
         return x.detach()
 
     def backward(self, gradient: mx.nd.NDArray) -> mx.nd.NDArray:
-        total = self._group.backward.sum(gradient)
-        self._group.summed_back()
-        return total
+        try:
+            return self._group.backward.sum(gradient)
+        finally:
+            self._group.summed_back()
 
 
 class _Leave(autograd.Function):
