@@ -10,24 +10,26 @@ import numpy as np
 from mxnet.gluon import Constant, HybridBlock, Parameter, ParameterDict, nn
 
 from ..ops import OpBackend
+from ..ops.native import Added
 from ..ops.reference import AUTO, outer
 from .pixels import PixelInput
 from .shards import WHOLE, Shard
 
 
-def values(backend: OpBackend, F: Any, x: Any, *parameters: Parameter) -> List[Any]:
+def values(F: Any, x: Any, *parameters: Parameter) -> List[Any]:
     """Parameters of any block as hybrid_forward is given its own: arrays on x's context, or variables."""
-    return [addable(backend, F, p, p.data(x.context) if F is mx.nd else p.var()) for p in parameters]
+    return [p.data(x.context) if F is mx.nd else p.var() for p in parameters]
 
 
-def addable(backend: OpBackend, F: Any, parameter: Parameter, value: Any) -> Any:
-    """The parameter's value for a native operator, which cannot add to a gradient; see ops/native.py."""
-    return F.identity(value) if parameter.grad_req == 'add' and backend.is_native else value
+def operands(backend: OpBackend, F: Any, x: Any, *parameters: Parameter) -> List[Any]:
+    """`values` for the backend's own operators, of which native ones are told to which gradients they add."""
+    return [Added(value) if p.grad_req == 'add' and backend.is_native else value
+            for p, value in zip(parameters, values(F, x, *parameters))]
 
 
 def pair(F: Any, x: Any, block: Union['Linear', 'LayerNorm']) -> Tuple[Any, Any]:
     """Weight and bias of a linear map or a normalisation, the bias None where it has none."""
-    weight, *bias = values(block.backend, F, x, *filter(None, (block.weight, block.bias)))
+    weight, *bias = operands(block.backend, F, x, *filter(None, (block.weight, block.bias)))
     return weight, bias[0] if bias else None
 
 

@@ -18,6 +18,7 @@ from .layers import (
     PatchEmbed,
     column,
     gather_bias,
+    operands,
     pair,
     relative_index,
     relative_table,
@@ -96,10 +97,11 @@ class Attention(Divisible):
     def add_to(self, F: Any, x: Any, norm: LayerNorm, bias: Any, gamma: Any, keep: Any, recompute: bool) -> Any:
         """x + this of norm(x), (B, N, C); x left out in shards other than the first."""
         if self._table:
-            table, index = values(self.backend, F, x, self.relative_position_bias_table, self.relative_position_index)
+            table, index = values(F, x, self.relative_position_bias_table, self.relative_position_index)
             own = gather_bias(F, table, index, self._tokens, self._heads)
             bias = own if bias is None else bias + own
-        weight, q_bias, v_bias = values(self.backend, F, x, self.qkv.weight, self.q_bias, self.v_bias)
+        weight, = operands(self.backend, F, x, self.qkv.weight)
+        q_bias, v_bias = values(F, x, self.q_bias, self.v_bias)
         qkv = weight, F.concat(q_bias, F.zeros_like(q_bias), v_bias, dim=0)
         return self.backend.attention(F, x, pair(F, x, norm), qkv, pair(F, x, self.proj), bias, gamma, keep,
                                       width=self._width, heads=self._heads, tokens=self._tokens, eps=norm.eps,
@@ -138,11 +140,11 @@ class Block(HybridBlock):
                      [self.mlp], [self.norm2], self.inputs, (self.gamma_2,)))
 
     def _attend(self, F: Any, x: Any, attn: Attention, bias: Any, keep: Any) -> Any:
-        gamma, = values(self.backend, F, x, self.gamma_1) if self.gamma_1 else [None]
+        gamma, = operands(self.backend, F, x, self.gamma_1) if self.gamma_1 else [None]
         return attn.add_to(F, x, self.norm1, bias, gamma, column(F, keep, 2 * self._index), self._recompute)
 
     def _mix(self, F: Any, x: Any, mlp: Mlp, keep: Any, rows: Any) -> Any:
-        gamma, = values(self.backend, F, x, self.gamma_2) if self.gamma_2 else [None]
+        gamma, = operands(self.backend, F, x, self.gamma_2) if self.gamma_2 else [None]
         return mlp.add_to(F, x, self.norm2, gamma, column(F, keep, 2 * self._index + 1), rows, self._recompute)
 
 

@@ -1,16 +1,27 @@
 """The native form of the operators: calls what the compiled library registered with MXNet. See `OpBackend`.
 
 MXNet does not tell such an operator whether to replace what a result's buffer holds or to add to it, so it replaces. In
-two cases results should be added: to a parameter with grad_req='add', which needs an `F.identity` between, whose
-gradient knows how (models/layers.py), and to the gradient of an array that eight operators or more use, such as ViT's
+two cases results should be added: to the gradient of a parameter with grad_req='add', which is given as `Added` so that
+the operator knows (models/layers.py), and to the gradient of an array that eight operators or more use, such as ViT's
 shared bias, which must be given to them in smaller groups (models/vit.py).
 """
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .layout import Windows
 
 Pair = Tuple[Any, Any]
 KINDS = {'l1': 0, 'mse': 1}
+
+
+class Added(NamedTuple):
+    """An input to whose gradient an operator adds its own."""
+    value: Any
+
+
+def taken(*inputs: Any) -> Tuple[List[Any], Dict[str, int]]:
+    """Return the inputs as MXNet takes them, and the attribute that says which are `Added`: bit i for input i."""
+    added = sum(1 << number for number, given in enumerate(inputs) if isinstance(given, Added))
+    return [given.value if isinstance(given, Added) else given for given in inputs], {'add': added} if added else {}
 
 
 def optional(**inputs: Any) -> Tuple[list, dict]:
@@ -21,14 +32,16 @@ def optional(**inputs: Any) -> Tuple[list, dict]:
 
 def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int) -> Any:
     """Compute `OpBackend.layer_norm`."""
-    return F.mxsimmim_layer_norm(x, weight, bias, eps=eps)
+    inputs, added = taken(x, weight, bias)
+    return F.mxsimmim_layer_norm(*inputs, eps=eps, **added)
 
 
 def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int,
            precision: str = 'float32') -> Any:
     """Compute `OpBackend.linear`."""
     more, flags = optional(bias=bias)
-    y = F.mxsimmim_linear(x, weight, *more, bf16=precision == 'bf16', gelu=gelu, **flags)
+    inputs, added = taken(x, weight, *more)
+    y = F.mxsimmim_linear(*inputs, bf16=precision == 'bf16', gelu=gelu, **flags, **added)
     return y[0] if gelu else y
 
 
@@ -42,8 +55,9 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
         flags.update(windows._asdict())
     if size:
         flags['depth'] = size
-    y = F.mxsimmim_attention(x, *norm, *qkv, proj[0], *more, heads=heads, eps=eps, bf16=precision == 'bf16',
-                             partial=partial, recompute=recompute, **flags)
+    inputs, added = taken(x, *norm, *qkv, proj[0], *more)
+    y = F.mxsimmim_attention(*inputs, heads=heads, eps=eps, bf16=precision == 'bf16', partial=partial,
+                             recompute=recompute, **flags, **added)
     return y if recompute else y[0]
 
 
@@ -52,8 +66,9 @@ def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, kee
         precision: str = 'float32') -> Any:
     """Compute `OpBackend.mlp`."""
     more, flags = optional(fc2_bias=fc2[1], gamma=gamma, keep=keep, rows=rows)
-    y = F.mxsimmim_mlp(x, *norm, *fc1, fc2[0], *more, eps=eps, bf16=precision == 'bf16', partial=partial,
-                       recompute=recompute, **flags)
+    inputs, added = taken(x, *norm, *fc1, fc2[0], *more)
+    y = F.mxsimmim_mlp(*inputs, eps=eps, bf16=precision == 'bf16', partial=partial, recompute=recompute, **flags,
+                       **added)
     return y if recompute else y[0]
 
 
@@ -65,8 +80,8 @@ def patchify(F: Any, image: Any, side: int, cell: int, mean: Sequence[float], st
 def masked_loss(F: Any, tokens: Any, decoder: Pair, target: Any, mask: Any, *, cell: int, patch: int, prefix: int,
                 kind: str, precision: str = 'float32') -> Any:
     """Compute `OpBackend.masked_loss`; masked cells only are decoded."""
-    loss, _ = F.mxsimmim_masked_loss(tokens, *decoder, target, mask, prefix=prefix, kind=KINDS[kind],
-                                     bf16=int(precision == 'bf16'))
+    inputs, added = taken(tokens, *decoder, target, mask)
+    loss, _ = F.mxsimmim_masked_loss(*inputs, prefix=prefix, kind=KINDS[kind], bf16=int(precision == 'bf16'), **added)
     return loss
 
 

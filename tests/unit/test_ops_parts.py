@@ -6,6 +6,7 @@ from mxnet import autograd
 from support import machine
 
 from mxsimmim.ops import OpBackend, Windows, shift_mask
+from mxsimmim.ops.native import Added
 
 SEED = 14
 TOLERANCE = {'float32': 1e-6, 'bf16': 1e-2}
@@ -81,6 +82,56 @@ def test_parts_add_up(name, count, form, precision):
     if form == 'native':
         again = results(*((index, count) for index in range(count)), recompute=True)
         assert all(np.array_equal(again[key], value) for key, value in parts.items())
+
+
+def _linear(backend, a):
+    return backend.linear(mx.nd, a['x'], a['weight'], a['bias'], gelu=True, units=HIDDEN)
+
+
+def _layer_norm(backend, a):
+    return backend.layer_norm(mx.nd, a['x'], a['weight'], a['bias'], EPS, width=WIDTH)
+
+
+def _masked_loss(backend, a):
+    mask = mx.nd.array([[[0, 1], [1, 0]]] * IMAGES)
+    target = mx.nd.ones((IMAGES, 4, 3 * 4))
+    return backend.masked_loss(mx.nd, a['x'], (a['weight'], a['bias']), target, mask, cell=2, patch=2, prefix=1,
+                               kind='mse')
+
+
+ADDING = {  # the shapes of the inputs that have a gradient, and the operator
+    'linear': (dict(x=(2, 5, WIDTH), weight=(HIDDEN, WIDTH), bias=(HIDDEN,)), _linear),
+    'layer_norm': (dict(x=(2, 5, WIDTH), weight=(WIDTH,), bias=(WIDTH,)), _layer_norm),
+    'masked_loss': (dict(x=(IMAGES, 5, WIDTH), weight=(12, WIDTH), bias=(12,)), _masked_loss),
+    'mlp': (mlp_case(np.random.default_rng(SEED), 0.6)[0],
+            lambda backend, a: mlp_case(np.random.default_rng(SEED), 0.6)[1](backend, a)),
+    'attention': (attention_case(np.random.default_rng(SEED), None)[0],
+                  lambda backend, a: attention_case(np.random.default_rng(SEED), None)[1](backend, a)),
+}
+
+
+@machine.natively
+@pytest.mark.parametrize('name', ADDING)
+def test_an_operator_adds_to_gradients_where_told(name):
+    """Of inputs in turn: the others' gradients replace what was there."""
+    print('seed', SEED)
+    shapes, run = ADDING[name]
+    rng, backend = np.random.default_rng(SEED), OpBackend('native')
+    values = {key: mx.nd.array(rng.standard_normal(shape)) for key, shape in shapes.items()}
+
+    def gradients(added=()):
+        for value in values.values():
+            value.attach_grad('add')  # or MXNet passes another array than this
+            value.grad[:] = 3
+        with autograd.record():
+            y = run(backend, {key: Added(value) if key in added else value for key, value in values.items()})
+        y.backward(mx.nd.ones(y.shape) / 4)
+        return {key: value.grad.asnumpy() for key, value in values.items()}
+    plain = gradients()
+    for added in [['weight'], ['bias', 'weight']] if 'weight' in shapes else [['gamma', 'norm_weight'], ['norm_bias']]:
+        for key, found in gradients(added).items():
+            expected = plain[key] + 3 if key in added else plain[key]
+            np.testing.assert_array_equal(found, expected, err_msg=key)
 
 
 @machine.natively

@@ -279,6 +279,29 @@ EXPORT int _opCallInferSType(const void*, const char* const*, const char* const*
   return 0;  // dense arrays only: no operator asks for this
 }
 
+namespace {
+
+// Where attribute `add` has bit i, the gradient of input i is added to what is there: its parameter has grad_req='add',
+// and MXNet does not say so.
+void run_backward(const Operator& op, const Attributes& attrs, const Tensors& in, const Tensors& out) {
+  int64_t added = attrs.integer("add");
+  Scratch scratch;
+  Tensors own = out;
+  for (size_t i = 0; i < out.size(); ++i)
+    if (added >> i & 1 && out[i]) own[i].data = scratch.take<float>(out[i].size());
+  op.backward(attrs, in, own);
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (own[i].data == out[i].data) continue;
+    const float* gradient = own[i].as<const float>();
+    float* sum = out[i].as<float>();
+    int64_t size = out[i].size();
+#pragma omp parallel for simd schedule(static)
+    for (int64_t n = 0; n < size; ++n) sum[n] += gradient[n];
+  }
+}
+
+}  // namespace
+
 EXPORT int _opCallFCompute(const void* handle, const char* const* keys, const char* const* values, int count,
                            const int64_t** in_shapes, int* in_dims, void** in_data, int* in_types, size_t*,
                            const char**, int*, int inputs, const int64_t** out_shapes, int* out_dims, void** out_data,
@@ -286,9 +309,10 @@ EXPORT int _opCallFCompute(const void* handle, const char* const* keys, const ch
   // MXNet passes more, after these, that no operator needs.
   const Operator& op = operator_of(unmarked(handle));
   return guarded(op.name, [&] {
-    (is_marked(handle) ? op.backward : op.forward)(attributes(keys, values, count),
-                                                   tensors(in_data, in_shapes, in_dims, in_types, inputs),
-                                                   tensors(out_data, out_shapes, out_dims, out_types, outputs));
+    Attributes attrs = attributes(keys, values, count);
+    Tensors in = tensors(in_data, in_shapes, in_dims, in_types, inputs);
+    Tensors out = tensors(out_data, out_shapes, out_dims, out_types, outputs);
+    is_marked(handle) ? run_backward(op, attrs, in, out) : op.forward(attrs, in, out);
   });
 }
 
