@@ -3,7 +3,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from support import machine
-from support.trainer import build_tiny_trainer, random_batches, tiny_config
+from support.trainer import build_tiny_trainer, random_batches, relative_difference, tiny_config, train_randomly
 
 from mxsimmim.config import ModelConfig
 from mxsimmim.data.loader import Batch
@@ -36,21 +36,7 @@ def build(keys, devices=1, images=11, backend=REFERENCE, accumulate=1, recipe='f
 
 
 def trained(trainer, steps=10):
-    """Weights, and (loss, norm, applied) of each step; replicas are the same, bit by bit."""
-    rows = []
-    for batch in random_batches(trainer.config.model, steps, trainer.config.train.batch_size, SEED):
-        rows.append(trainer.train_step(batch).asnumpy())
-        trainer.check_replicas()
-    for parameter in named_parameters(trainer.placement.net).values():
-        first, *others = (copy.asnumpy() for copy in parameter.list_data())
-        assert all(np.array_equal(first, copy) for copy in others)
-    return official.export_weights(trainer.placement.net), np.array(rows)
-
-
-def difference(ours, theirs):
-    """Relative, in the L2 norm of all parameters together."""
-    ours, theirs = (np.concatenate([x[n].ravel() for n in sorted(x)]) for x in (ours, theirs))
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    return train_randomly(trainer, steps, SEED)
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +63,7 @@ def test_weights_are_those_of_one_device(alone, keys, devices, stages, micro_bat
     assert isinstance(trainer.placement, Pipeline)
     weights, rows = trained(trainer)
     expected, expected_rows = alone(keys, form)
-    assert difference(weights, expected) < 1e-5
+    assert relative_difference(weights, expected) < 1e-5
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 
 
@@ -91,7 +77,7 @@ def test_accumulated_parts(alone, keys, recipe):
     more = dict(accumulate=2, recipe=recipe)
     weights, rows = trained(build(keys, 2, backend=OpBackend(form), pipeline=2, micro_batches=3, **more))
     expected, expected_rows = alone(keys, form, **more)
-    assert difference(weights, expected) < 1e-5
+    assert relative_difference(weights, expected) < 1e-5
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 
 
@@ -140,7 +126,7 @@ def test_gradients_of_a_classifier(keys):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
     one, cut = ({name: sum(g.asnumpy() for g in p.list_grad()) for name, p in named_parameters(placement.net).items()}
                 for placement in placements)
-    assert difference(cut, one) < 1e-5 and all(np.abs(value).max() > 0 for value in one.values())
+    assert relative_difference(cut, one) < 1e-5 and all(np.abs(value).max() > 0 for value in one.values())
 
 
 def test_where_parameters_lie():
