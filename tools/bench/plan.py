@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""What `mxsimmim plan` predicts of a step, beside what it takes: seconds, and memory of a worker.
+
+The machine is measured as `--calibrate` does, once with all cores for one worker and once with a core for each of two.
+Each case runs as a job of its own, on random images. All this happens in several rounds, and waits up to a minute for a
+moment in which nothing else computes; of each number the best one counts, as other programs can only make it worse. A
+layout that can run is a line of `LAYOUTS`.
+
+    python tools/bench/plan.py --layouts alone horovod
+
+Prints a table for docs/scaling.md. Takes 15 minutes; ends with 1 where a prediction is further off than it may be.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Tuple
+
+from common import memory, random_batch, step_config
+from scale import job, join
+
+if TYPE_CHECKING:
+    from mxsimmim.config import Config
+    from mxsimmim.planner.cluster import Cluster
+    from mxsimmim.planner.costs import Layout
+
+TIME, MEMORY = 0.20, 0.10  # how far off a prediction may be
+NETWORKS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    'narrow': ('ViT, width 192, 12 blocks', dict(img_size=224, embed_dim=192, depth=12, num_heads=3)),
+    'small': ('ViT, width 384, 12 blocks', dict(img_size=224, embed_dim=384, depth=12, num_heads=6)),
+    'wide': ('ViT, width 768, 4 blocks', dict(img_size=224, embed_dim=768, depth=4, num_heads=12)),
+    'swin': ('Swin, width 96, 12 blocks', dict(type='swin', img_size=192, patch_size=4, embed_dim=96,
+                                               depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=6)),
+}
+# name -> title, the launcher's options or None, devices of the machine, the layout
+LAYOUTS: Dict[str, Tuple[str, Any, int, Dict[str, Any]]] = {
+    'alone': ('1 worker', None, 1, {}),
+    'accumulate': ('1 worker, 2 accumulated parts', None, 1, dict(micro_batches=2)),
+    'recompute': ('1 worker, recompute', None, 1, dict(recompute=True)),
+    'contexts': ('2 contexts, data', None, 2, dict(data=2, contexts=2)),
+    'pipeline': ('2 contexts, pipeline, 4 micro-batches', None, 2, dict(pipeline=2, micro_batches=4, contexts=2)),
+    'horovod': ('2 workers, Horovod', ['--horovod'], 2, dict(data=2, store='horovod')),
+    'servers': ('2 workers, 1 server', ['-s', '1'], 2, dict(data=2, store='dist_sync', servers=1)),
+    '2bit': ('2 workers, Horovod, 2bit', ['--horovod'], 2, dict(data=2, store='horovod', compression='2bit')),
+}
+Case = Tuple[str, int, str]  # network, images a step, layout
+CASES: List[Case] = [(network, 8, layout) for network in ('small', 'swin') for layout in LAYOUTS] + [
+    ('small', 2, 'alone'), ('small', 16, 'alone'), *((network, batch, layout) for network, batch in (
+        ('narrow', 16), ('wide', 4)) for layout in ('alone', 'pipeline', 'horovod', 'servers'))]
+
+
+class Measured(NamedTuple):
+    """Seconds of a step, bytes of a worker at most."""
+    step: float
+    memory: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--layouts', choices=LAYOUTS, nargs='+', default=list(LAYOUTS), metavar='LAYOUT',
+                        help=f'of {", ".join(LAYOUTS)} (default: all)')
+    parser.add_argument('--networks', choices=NETWORKS, nargs='+', default=list(NETWORKS), metavar='NETWORK',
+                        help=f'of {", ".join(NETWORKS)} (default: all)')
+    parser.add_argument('--precision', choices=['float32', 'bf16'], default='float32', help='of products '
+                        '(default: float32)')
+    parser.add_argument('--turns', type=int, default=5, help='measured steps a round (default: 5)')
+    parser.add_argument('--rounds', type=int, default=3, help='measurements of everything (default: 3)')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        network, batch, name = args.worker.split(',')
+        return work((network, int(batch), name), args.turns, args.precision)
+    chosen = [case for case in CASES if case[0] in args.networks and case[2] in args.layouts]
+    from mxsimmim.planner.calibrate import calibrate
+    from mxsimmim.planner.costs import predict
+    machines: Dict[Tuple[str, int], 'Cluster'] = {}
+    found: Dict[Case, Measured] = {}
+    for turn in range(args.rounds):
+        print(f'round {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
+        for key in dict.fromkeys((network, LAYOUTS[name][2]) for network, _, name in chosen):
+            quiet()
+            machine = calibrate(configured(key[0], 8, 'alone', args.precision), key[1])
+            machines[key] = best(machines.get(key, machine), machine)
+        for case in chosen:
+            quiet()
+            measured = Measured(**job([sys.executable, __file__, '--worker', ','.join(map(str, case)), '--turns',
+                                       str(args.turns), '--precision', args.precision], LAYOUTS[case[2]][1]))
+            found[case] = measured if case not in found else Measured(*map(min, found[case], measured))
+    print('| network, images | layout | s/step, predicted | measured | off | GB, predicted | measured | off |\n'
+          '|---|---|--:|--:|--:|--:|--:|--:|')
+    far = 0
+    for case, measured in found.items():
+        network, batch, name = case
+        expected = predict(configured(*case, args.precision), machines[network, LAYOUTS[name][2]], layout_of(name))
+        size = expected.memory * expected.layout.contexts
+        off = expected.step / measured.step - 1, size / measured.memory - 1
+        far += abs(off[0]) > TIME or abs(off[1]) > MEMORY
+        print(f'| {NETWORKS[network][0]}, {batch} | {LAYOUTS[name][0]} | {expected.step:.3f} | {measured.step:.3f} '
+              f'| {off[0]:+.0%} | {size / 1e9:.2f} | {measured.memory / 1e9:.2f} | {off[1]:+.0%} |')
+    print(f'{far} of {len(found)} are further off than {TIME:.0%} or {MEMORY:.0%}', file=sys.stderr)
+    sys.exit(bool(far))
+
+
+def quiet(patience: float = 5.0) -> None:
+    """Wait for half a second in which other programs take less than a fifth of the cores, if there is one soon."""
+    end, busy = time.monotonic() + patience, 1.0
+    while busy > 0.2 and time.monotonic() < end:
+        before = cpu_times()
+        time.sleep(0.5)
+        total, idle = (after - start for after, start in zip(cpu_times(), before))
+        busy = 1 - idle / max(total, 1)
+
+
+def cpu_times() -> Tuple[int, int]:
+    """Return the machine's ticks so far, all and idle; see proc(5)."""
+    with open('/proc/stat') as file:
+        ticks = [int(word) for word in file.readline().split()[1:9]]
+    return sum(ticks), ticks[3] + ticks[4]
+
+
+def best(one: 'Cluster', other: 'Cluster') -> 'Cluster':
+    """Return the better of two measurements of a machine, number by number."""
+    fast = {name: max(getattr(one, name), getattr(other, name)) for name in (
+        'speed', 'bandwidth', 'local_bandwidth', 'stream')}
+    rates = tuple((key, max(rate, dict(other.rates)[key])) for key, rate in one.rates)
+    return one._replace(**fast, call=min(one.call, other.call), rates=rates)
+
+
+def layout_of(name: str) -> 'Layout':
+    from mxsimmim.planner.costs import Layout
+    return Layout(**LAYOUTS[name][3])
+
+
+def configured(network: str, batch: int, name: str, precision: str) -> 'Config':
+    """Return the configuration that trains a network so."""
+    layout = layout_of(name)
+    config = step_config({'drop_path': 0.1, **NETWORKS[network][1], 'recompute': layout.recompute}, batch,
+                         'local' if layout.store == 'device' else layout.store)
+    part = 'micro_batches' if layout.pipeline > 1 else None
+    parallel = config.parallel.model_copy(update={'pipeline': layout.pipeline, **(
+        {'micro_batches': layout.micro_batches} if part else {})})
+    train = config.train.model_copy(update={'compression': layout.compression,
+                                            'accumulate': 1 if part else layout.micro_batches})
+    devices = tuple(f'cpu({number})' for number in range(layout.contexts))
+    return config.model_copy(update={'parallel': parallel, 'train': train, 'devices': devices,
+                                     'data': config.data.model_copy(update={'prefetch': 1}),
+                                     'runtime': config.runtime.model_copy(update={'precision': precision})})
+
+
+def work(case: Case, turns: int, precision: str) -> None:
+    """A process of a job: rank 0 prints what it measured."""
+    layout = layout_of(case[2])
+    process = join(threads=0 if layout.workers == 1 else 1)
+    import mxnet as mx
+    import numpy as np
+
+    from mxsimmim.data.masks import random_mask
+    from mxsimmim.parallel.control import connect
+    from mxsimmim.parallel.strategies import horovod_settings, strategy_of
+    from mxsimmim.training.build import build_communicator, build_trainer
+    from mxsimmim.training.timetable import expected_step
+
+    config = configured(*case, precision)
+    os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})  # as training.start does
+    control = connect(process, os.environ)
+    trainer = build_trainer(config, process,
+                            communicator=build_communicator(strategy_of(config, process), process, control))
+    model, own = config.model, config.train.batch_size // process.size
+    rng = np.random.default_rng(process.rank)
+    images = random_batch(model, np.array([random_mask(rng, model.img_size, config.mask.patch_size, config.mask.ratio,
+                                                       model.patch_size) for _ in range(own)], np.uint8), process.rank)
+    seconds: List[float] = []
+    for _ in range(turns + 2):
+        mx.nd.waitall()
+        control.barrier('turn')
+        began = time.perf_counter()
+        trainer.train_step(images)
+        mx.nd.waitall()
+        control.barrier('turn')
+        seconds.append(time.perf_counter() - began)
+    if process.rank == 0:
+        print(json.dumps({'step': min(seconds[2:]), 'memory': 1e9 * memory('VmHWM')}), flush=True)
+
+
+if __name__ == '__main__':
+    main()
