@@ -1,9 +1,12 @@
 """Measures this machine for the planner: half blocks by width, memory, loopback. Takes less than a minute.
 
 One process a device measures at the same time as the others, on the cores that a worker would have, so that what they
-share is shared. Each time is the least of several: what else the machine does should not count.
+share is shared. Each time is the least of several, and where other programs have taken the cores meanwhile, that of the
+CPU counts.
 """
+import io
 import json
+import math
 import os
 import socket
 import statistics
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 SHARDS = (1, 2, 4, 8)  # parts into which an MLP's hidden columns are divided
 SECONDS, REPEATS = 1.0, 15  # at most, of one measurement
+WAITING = 1.05
 ROWS = 800  # tokens of a measured half block, or one image's
 RESIDENT = 0.36e9  # bytes of a process with MXNet and all that a run imports (measured)
 CPU = Cluster(kind='cpu')
@@ -57,9 +61,10 @@ def calibrate(config: Config, devices: int) -> Cluster:
                   for number, (kind, width, shard, _) in enumerate(found[0]['rates']))
     bandwidth, latency = loopback()
     total, _ = facts._memory()
+    images = sum(each['images'] for each in found) or math.inf
     speed = statistics.median(rate for (kind, _, shard), rate in rates if (kind, shard) == ('mlp', 1))
     return Cluster(1, devices, total * facts.GIB / devices, speed, bandwidth, latency, bandwidth, latency,
-                   middle['stream'], middle['call'], kind='cpu', resident=RESIDENT, rates=rates)
+                   middle['stream'], middle['call'], images, kind='cpu', resident=RESIDENT, rates=rates)
 
 
 def _read(child: 'subprocess.Popen[str]') -> Dict[str, Any]:
@@ -110,10 +115,20 @@ def least(function: Callable[[], Any], seconds: float = SECONDS, repeats: int = 
     found: List[float] = []
     end = time.perf_counter() + seconds
     while len(found) < 2 or len(found) < repeats and time.perf_counter() < end:
-        began = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - began)
+        found.append(undisturbed(function))
     return min(found)
+
+
+def undisturbed(function: Callable[[], Any]) -> float:
+    """Return the seconds of a call, or those of the CPU for each of its threads where that says that others ran.
+
+    Threads also wait for each other: up to `WAITING` of a call's seconds nobody else is blamed for.
+    """
+    threads = int(os.environ.get('OMP_NUM_THREADS') or 1)
+    began, cpu = time.perf_counter(), time.process_time()
+    function()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - began
+    return min(wall, WAITING * cpu / threads)
 
 
 def answer() -> None:
@@ -141,7 +156,7 @@ def _measure(config: Config) -> Dict[str, Any]:
         for _ in range(100):
             mx.nd.elemwise_add(narrow, narrow, out=narrow)
         narrow.wait_to_read()
-    stream, call = 3 * 4 * wide.size / least(add), least(small) / 100
+    stream, call = 3 * 4 * wide.size / least(add), least(small, repeats=300) / 100
     rates = []
     for half in halves(config):
         part, images = half.part, max(1, round(ROWS / half.tokens))
@@ -150,7 +165,23 @@ def _measure(config: Config) -> Dict[str, Any]:
             fixed = 2 * weight_bytes(part, shard, False) / stream + 2 * call
             flops = 2 * images * (part.forward + part.backward) / shard
             rates.append((part.kind, part.width, shard, flops / max(seconds - fixed, 0.1 * seconds)))
-    return {'stream': stream, 'call': call, 'rates': rates}
+    return {'stream': stream, 'call': call, 'rates': rates, 'images': _images(config)}
+
+
+def _images(config: Config) -> float:
+    """Return JPEGs of 500 x 375 that this process's cores decode, crop and mask in a second; 0 where they need not."""
+    import numpy as np
+    from PIL import Image
+
+    from ..data.transforms import PretrainTransform, decode
+    if config.data.path == 'digits':
+        return 0.0
+    rng, file = np.random.default_rng(0), io.BytesIO()
+    coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
+    coarse.resize((500, 375), Image.Resampling.BICUBIC).save(file, 'JPEG', quality=90)
+    transform = PretrainTransform(config.data, config.mask, config.model)
+    threads = int(os.environ['OMP_NUM_THREADS'])
+    return threads / least(lambda: transform(decode(file.getvalue(), 'a JPEG'), rng), 0.3, 100)
 
 
 class Half(NamedTuple):

@@ -58,7 +58,7 @@ class Cluster(NamedTuple):
     local_bandwidth: float = 12e9  # bytes/s from one device to another of its host, through TCP on CPUs
     local_latency: float = 5e-6
     stream: float = 1e12  # bytes/s that a device reads and writes of its memory
-    call: float = 10e-6  # seconds of an operator that has nothing to compute
+    call: float = 3e-6  # seconds of an operator that has nothing to compute
     images: float = math.inf  # a second that a host reads, decodes and crops
     kind: str = 'gpu'  # or 'cpu'
     resident: float = 1.0e9  # bytes of a device that program and libraries take

@@ -1,5 +1,6 @@
 """What `mxsimmim plan` prints: the best layouts, what is expected of each, and the command that runs it."""
 import json
+import math
 import shlex
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -27,7 +28,8 @@ def plan(config: Config, words: Sequence[str], hosts: int, devices: int, given: 
     found = search(config, cluster)[:best]
     commands = [command_line(words, cluster, each.layout) for each in found]
     if as_json:
-        return json.dumps({'cluster': {**cluster._asdict(), 'rates': [[*key, rate] for key, rate in cluster.rates]},
+        numbers = {name: None if value == math.inf else value for name, value in cluster._asdict().items()}
+        return json.dumps({'cluster': {**numbers, 'rates': [[*key, rate] for key, rate in cluster.rates]},
                            'plans': [as_dict(each, command) for each, command in zip(found, commands)]}, indent=2)
     assumed = [] if measure else [name for name in ('speed', 'latency', 'local-bandwidth') if not given.get(name)]
     lines = [describe_cluster(cluster, assumed), describe_model(config, cluster), '', *table(found), '']

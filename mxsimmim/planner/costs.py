@@ -90,7 +90,8 @@ def predict(config: Config, cluster: Cluster, layout: Layout) -> Prediction:
                         for stage in stages)
     # Each device of a host reads its images, also those of a tensor group, which all read the same.
     needed = config.train.batch_size / layout.data * cluster.devices / cluster.images
-    parts[INPUT] = max(0.0, needed - sum(parts.values()))
+    # Reading takes CPUs the cores that they compute with; beside GPUs it has its own.
+    parts[INPUT] = needed if cluster.kind == 'cpu' else max(0.0, needed - sum(parts.values()))
     step = sum(parts.values())
     return Prediction(layout, step, config.train.batch_size / step, alone(config, cluster) / (layout.size * step),
                       memory_of(config, cluster, layout, stages), {part: parts[part] for part in PARTS})

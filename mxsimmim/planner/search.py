@@ -1,4 +1,5 @@
 """Which layouts a job can have, and which of them is best. Pure functions."""
+import itertools
 from typing import Callable, Dict, Iterator, List, Tuple
 
 from ..config import Config
@@ -47,25 +48,27 @@ def layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
     GPUs of a host are contexts of one worker under servers, and of the only worker under train.store=device. CPU
     contexts compute one after another (docs/LOG.md), so that there each worker has one.
     """
+    model, batch, size = config.model, config.train.batch_size, cluster.size
+    recomputes = [model.recompute] if cluster.kind != 'cpu' or model.recompute else [False, True]
     for store in SYNCHRONOUS[config.train.store]:
         contexts = cluster.devices if cluster.kind == 'gpu' and store != 'horovod' else 1
         servers = cluster.hosts if store == 'dist_sync' else 0
-        for pipeline in divisors(cluster.size):
-            for tensor in divisors(cluster.size // pipeline):
-                data = cluster.size // pipeline // tensor
-                for micro_batches in (2 ** power for power in range((config.train.batch_size // data).bit_length())):
-                    for compression in ('none', *STORES[store].compressions):
-                        for recompute in (False, True):
-                            for shard in (False, True):
-                                layout = Layout(data, pipeline, tensor, micro_batches, store, servers, compression,
-                                                recompute or config.model.recompute, shard, contexts)
-                                if not refusal(config, cluster, layout):
-                                    yield layout
+        for pipeline, tensor in itertools.product(divisors(size, model.blocks), divisors(size, cluster.devices)):
+            whole = Layout(size // (pipeline * tensor), pipeline, tensor, 1, store, servers, contexts=contexts)
+            if refusal(config, cluster, whole):
+                continue
+            shards = [False, True] if store == 'horovod' and whole.data > 1 else [False]
+            exchanged = whole.data > contexts // pipeline
+            for power, compression, recompute, shard in itertools.product(
+                    range((batch // whole.data).bit_length()),
+                    ('none', *(STORES[store].compressions if exchanged else ())), recomputes, shards):
+                yield whole._replace(micro_batches=2 ** power, compression=compression, recompute=recompute,
+                                     shard_optimizer=shard)
 
 
-def divisors(number: int) -> List[int]:
-    """Return the divisors of a number, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+def divisors(number: int, most: int) -> List[int]:
+    """Return the divisors of a number up to `most`, ascending."""
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
 def search(config: Config, cluster: Cluster, allowed: Callable[[Layout], bool] = lambda _: True) -> List[Prediction]:

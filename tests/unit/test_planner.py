@@ -279,5 +279,17 @@ def test_calibration_of_this_machine(capsys):
     assert set(rates) == {('attention', width, 1) for width in (8, 16)} | {
         ('mlp', width, shard) for width in (8, 16) for shard in (1, 2, 4, 8)}
     assert all(1e6 < rate < 1e13 for rate in rates.values())
+    assert cluster['images'] is None  # the digits are no files
     assert 1e7 < cluster['local_bandwidth'] < 1e12 and 1e-7 < cluster['local_latency'] < 1e-2
     assert 1e8 < cluster['stream'] < 1e13 and 1e-7 < cluster['call'] < 1e-2
+
+
+def test_reading_images():
+    config, layout = configured(), Layout(32, store='horovod')
+    fast = costs.predict(config, GPUS, layout)
+    slow = costs.predict(config, GPUS._replace(images=512 / (2 * fast.step)), layout)  # a quarter of 2,048 on each host
+    assert slow.step == pytest.approx(2 * fast.step) and slow.bottleneck == costs.INPUT
+    cpus = Cluster(1, 2, kind='cpu', speed=1e11, stream=1e10)
+    one, other = (costs.predict(config, cpus._replace(images=images), Layout(2, store='horovod')).step
+                  for images in (math.inf, 1000))
+    assert other - one == pytest.approx(2.048)  # whose cores compute, too

@@ -33,21 +33,22 @@ NETWORKS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     'swin': ('Swin, width 96, 12 blocks', dict(type='swin', img_size=192, patch_size=4, embed_dim=96,
                                                depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=6)),
 }
-# name -> title, the launcher's options or None, devices of the machine, the layout
-LAYOUTS: Dict[str, Tuple[str, Any, int, Dict[str, Any]]] = {
-    'alone': ('1 worker', None, 1, {}),
-    'accumulate': ('1 worker, 2 accumulated parts', None, 1, dict(micro_batches=2)),
-    'recompute': ('1 worker, recompute', None, 1, dict(recompute=True)),
-    'contexts': ('2 contexts, data', None, 2, dict(data=2, contexts=2)),
-    'pipeline': ('2 contexts, pipeline, 4 micro-batches', None, 2, dict(pipeline=2, micro_batches=4, contexts=2)),
-    'horovod': ('2 workers, Horovod', ['--horovod'], 2, dict(data=2, store='horovod')),
-    'servers': ('2 workers, 1 server', ['-s', '1'], 2, dict(data=2, store='dist_sync', servers=1)),
-    '2bit': ('2 workers, Horovod, 2bit', ['--horovod'], 2, dict(data=2, store='horovod', compression='2bit')),
+# name -> title, the launcher's options or None, the layout
+LAYOUTS: Dict[str, Tuple[str, Any, Dict[str, Any]]] = {
+    'alone': ('1 worker', None, {}),
+    'accumulate': ('1 worker, 2 accumulated parts', None, dict(micro_batches=2)),
+    'recompute': ('1 worker, recompute', None, dict(recompute=True)),
+    'contexts': ('2 contexts, data', None, dict(data=2, contexts=2)),
+    'pipeline': ('2 contexts, pipeline, 4 micro-batches', None, dict(pipeline=2, micro_batches=4, contexts=2)),
+    'horovod': ('2 workers, Horovod', ['--horovod'], dict(data=2, store='horovod')),
+    'servers': ('2 workers, 1 server', ['-s', '1'], dict(data=2, store='dist_sync', servers=1)),
+    '2bit': ('2 workers, Horovod, 2bit', ['--horovod'], dict(data=2, store='horovod', compression='2bit')),
 }
 Case = Tuple[str, int, str]  # network, images a step, layout
-CASES: List[Case] = [(network, 8, layout) for network in ('small', 'swin') for layout in LAYOUTS] + [
-    ('small', 2, 'alone'), ('small', 16, 'alone'), *((network, batch, layout) for network, batch in (
-        ('narrow', 16), ('wide', 4)) for layout in ('alone', 'pipeline', 'horovod', 'servers'))]
+CASES: List[Case] = [('small', 4, layout) for layout in LAYOUTS] + [
+    (network, batch, layout) for network, batch in (('narrow', 8), ('wide', 4), ('swin', 4))
+    for layout in ('alone', 'contexts', 'pipeline', 'horovod', 'servers')] + [
+    ('small', 16, 'alone'), ('swin', 8, 'alone')]
 
 
 class Measured(NamedTuple):
@@ -64,8 +65,8 @@ def main() -> None:
                         help=f'of {", ".join(NETWORKS)} (default: all)')
     parser.add_argument('--precision', choices=['float32', 'bf16'], default='float32', help='of products '
                         '(default: float32)')
-    parser.add_argument('--turns', type=int, default=5, help='measured steps a round (default: 5)')
-    parser.add_argument('--rounds', type=int, default=3, help='measurements of everything (default: 3)')
+    parser.add_argument('--turns', type=int, default=8, help='measured steps a round (default: 8)')
+    parser.add_argument('--rounds', type=int, default=2, help='measurements of everything (default: 2)')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -78,7 +79,7 @@ def main() -> None:
     found: Dict[Case, Measured] = {}
     for turn in range(args.rounds):
         print(f'round {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
-        for key in dict.fromkeys((network, LAYOUTS[name][2]) for network, _, name in chosen):
+        for key in dict.fromkeys((network, workers(name)) for network, _, name in chosen):
             quiet()
             machine = calibrate(configured(key[0], 8, 'alone', args.precision), key[1])
             machines[key] = best(machines.get(key, machine), machine)
@@ -92,7 +93,8 @@ def main() -> None:
     far = 0
     for case, measured in found.items():
         network, batch, name = case
-        expected = predict(configured(*case, args.precision), machines[network, LAYOUTS[name][2]], layout_of(name))
+        machine = divided(machines[network, workers(name)], layout_of(name).contexts)
+        expected = predict(configured(*case, args.precision), machine, layout_of(name))
         size = expected.memory * expected.layout.contexts
         off = expected.step / measured.step - 1, size / measured.memory - 1
         far += abs(off[0]) > TIME or abs(off[1]) > MEMORY
@@ -100,6 +102,18 @@ def main() -> None:
               f'| {off[0]:+.0%} | {size / 1e9:.2f} | {measured.memory / 1e9:.2f} | {off[1]:+.0%} |')
     print(f'{far} of {len(found)} are further off than {TIME:.0%} or {MEMORY:.0%}', file=sys.stderr)
     sys.exit(bool(far))
+
+
+def workers(name: str) -> int:
+    """Return the processes of a layout that compute."""
+    return layout_of(name).workers
+
+
+def divided(machine: 'Cluster', contexts: int) -> 'Cluster':
+    """Return a machine that was measured as one device as `contexts` of these, each with its part of the cores."""
+    rates = tuple((key, rate / contexts) for key, rate in machine.rates)
+    return machine._replace(devices=machine.devices * contexts, memory=machine.memory / contexts,
+                            speed=machine.speed / contexts, stream=machine.stream / contexts, rates=rates)
 
 
 def quiet(patience: float = 5.0) -> None:
@@ -129,7 +143,7 @@ def best(one: 'Cluster', other: 'Cluster') -> 'Cluster':
 
 def layout_of(name: str) -> 'Layout':
     from mxsimmim.planner.costs import Layout
-    return Layout(**LAYOUTS[name][3])
+    return Layout(**LAYOUTS[name][2])
 
 
 def configured(network: str, batch: int, name: str, precision: str) -> 'Config':
@@ -158,6 +172,7 @@ def work(case: Case, turns: int, precision: str) -> None:
     from mxsimmim.data.masks import random_mask
     from mxsimmim.parallel.control import connect
     from mxsimmim.parallel.strategies import horovod_settings, strategy_of
+    from mxsimmim.planner.calibrate import undisturbed
     from mxsimmim.training.build import build_communicator, build_trainer
     from mxsimmim.training.timetable import expected_step
 
@@ -170,15 +185,18 @@ def work(case: Case, turns: int, precision: str) -> None:
     rng = np.random.default_rng(process.rank)
     images = random_batch(model, np.array([random_mask(rng, model.img_size, config.mask.patch_size, config.mask.ratio,
                                                        model.patch_size) for _ in range(own)], np.uint8), process.rank)
+
+    def step() -> None:
+        trainer.train_step(images)
+        mx.nd.waitall()
+        control.barrier('turn')
     seconds: List[float] = []
     for _ in range(turns + 2):
         mx.nd.waitall()
         control.barrier('turn')
         began = time.perf_counter()
-        trainer.train_step(images)
-        mx.nd.waitall()
-        control.barrier('turn')
-        seconds.append(time.perf_counter() - began)
+        alone = undisturbed(step)
+        seconds.append(alone if layout.workers == 1 else time.perf_counter() - began)  # others also wait for each other
     if process.rank == 0:
         print(json.dumps({'step': min(seconds[2:]), 'memory': 1e9 * memory('VmHWM')}), flush=True)
 
