@@ -201,17 +201,18 @@ class Exchange(NamedTuple):
 
 def exchange(cluster: Cluster, layout: Layout, count: int) -> Exchange:
     """Return what the sum of `count` numbers' gradients over the replicas takes, if it is all that is done."""
-    size, cores = FLOAT * count * compressed(layout), 0.0
+    wire = cores = 0.0
     inside = layout.contexts // layout.pipeline  # replicas in a worker
     if inside > 1 and cluster.kind == 'cpu':  # read all, write one, copy it to all
-        cores += FLOAT * count * (3 * inside + 1) / (cluster.stream * layout.contexts)
+        cores = FLOAT * count * (3 * inside + 1) / (cluster.stream * layout.contexts)
     elif inside > 1:
-        local = all_reduce(FLOAT * count, inside, cluster.local_bandwidth, cluster.local_latency)
-        return Exchange(local) if layout.data == inside else _between(cluster, layout, size, Exchange(local))
-    if layout.data == inside:
-        return Exchange(0.0, cores)
-    cores += count * {'none': 0.0, '2bit': PACK, 'fp16': HALVE if cluster.kind == 'cpu' else 0.0}[layout.compression]
-    return _between(cluster, layout, size, Exchange(0.0, cores))
+        wire = all_reduce(FLOAT * count, inside, cluster.local_bandwidth, cluster.local_latency)
+    if layout.data > max(1, inside):
+        cores += count * {'none': 0.0, '2bit': PACK, 'fp16': HALVE * (cluster.kind == 'cpu')}[layout.compression]
+        between = _servers if layout.store == 'dist_sync' else _ranks
+        more = between(cluster, layout, FLOAT * count * compressed(layout))
+        wire, cores = wire + more.wire, cores + more.cores
+    return Exchange(wire, cores)
 
 
 def compressed(layout: Layout) -> float:
@@ -220,28 +221,33 @@ def compressed(layout: Layout) -> float:
     return {'none': 1.0, 'fp16': 0.5, '2bit': 1 / max(1, digits)}[layout.compression]
 
 
-def _between(cluster: Cluster, layout: Layout, size: float, inside: Exchange) -> Exchange:
-    """Add what `size` bytes take between workers."""
-    wire, cores = inside
-    if layout.store == 'dist_sync':
-        here = cluster.devices // layout.contexts
-        sent = server_bytes(size, layout.workers, layout.servers, cluster.hosts, here)
-        wire += sent / cluster.bandwidth + 4 * cluster.latency * (cluster.hosts > 1)
-        if cluster.kind == 'cpu':  # who sends or receives a byte copies it; servers read two and write one to add
-            back = -(-layout.servers // cluster.hosts) * layout.workers * size / layout.servers
-            cores += ((2 * here * size + 2 * back) / cluster.local_bandwidth + 3 * back / cluster.stream) / here
-        return Exchange(wire, cores)
-    together = min(layout.data, max(1, cluster.devices // layout.tensor))  # of a group, on a host
-    groups = cluster.devices // together
-    hosts = -(-layout.data // together)
-    if cluster.kind == 'cpu':  # in shared memory each adds up its part of all
-        cores += 2 * size / cluster.stream * (together > 1)
-        wire += ring(size, hosts, cluster.bandwidth / groups, cluster.latency)
-        return Exchange(wire, cores + 4 * (hosts - 1) / hosts * size / cluster.local_bandwidth)
+def _servers(cluster: Cluster, layout: Layout, size: float) -> Exchange:
+    """Return what `size` bytes of each stage take over servers; the stages of a worker share its host's link.
+
+    On CPUs, who sends or receives a byte copies it, and servers read two numbers and write one to add them.
+    """
+    here, whole = cluster.devices // layout.contexts, size * layout.pipeline
+    sent = server_bytes(whole, layout.workers, layout.servers, cluster.hosts, here)
+    wire = sent / cluster.bandwidth + 4 * cluster.latency * (cluster.hosts > 1)
+    if cluster.kind != 'cpu':
+        return Exchange(wire)
+    back = -(-layout.servers // cluster.hosts) * layout.workers * whole / layout.servers
+    return Exchange(wire, (2 * (here * whole + back) / cluster.local_bandwidth + 3 * back / cluster.stream) / here)
+
+
+def _ranks(cluster: Cluster, layout: Layout, size: float) -> Exchange:
+    """Return what `size` bytes take over Horovod; groups that have ranks on one host share its link.
+
+    On CPUs the ranks of a host first add up in shared memory, each its part of all, and one of them sends the sum.
+    """
+    together = min(layout.data, max(1, cluster.devices // layout.tensor))  # ranks of a group, on a host
+    groups, hosts = cluster.devices // together, -(-layout.data // together)
+    if cluster.kind == 'cpu':
+        cores = 2 * size / cluster.stream * (together > 1) + 4 * (hosts - 1) / hosts * size / cluster.local_bandwidth
+        return Exchange(ring(size, hosts, cluster.bandwidth / groups, cluster.latency), cores)
     link = min(cluster.local_bandwidth, cluster.bandwidth / groups if hosts > 1 else math.inf)
-    messages = math.ceil(size / FUSED)
-    latency = cluster.latency if hosts > 1 else cluster.local_latency
-    return Exchange(wire + messages * all_reduce(size / messages, layout.data, link, latency), cores)
+    latency, messages = cluster.latency if hosts > 1 else cluster.local_latency, math.ceil(size / FUSED)
+    return Exchange(messages * all_reduce(size / messages, layout.data, link, latency))
 
 
 def exposed(backward: Sequence[float], messages: Sequence[float]) -> float:
@@ -285,9 +291,11 @@ def update_seconds(cluster: Cluster, count: int, shards: int) -> float:
     return FLOAT * count * (1 + 7 / shards) / cluster.stream
 
 
-def in_flight(layout: Layout, stage: int) -> int:
-    """Return the micro-batches whose activations a stage keeps: see `schedules.in_flight`, of 1f1b."""
-    return min(layout.pipeline - stage, layout.micro_batches) if layout.pipeline > 1 else 1
+def in_flight(layout: Layout, stage: int, schedule: str = '1f1b') -> int:
+    """Return the micro-batches whose activations a stage keeps at a time: see `schedules.in_flight`."""
+    if layout.pipeline == 1:
+        return 1
+    return layout.micro_batches if schedule == 'gpipe' else min(layout.pipeline - stage, layout.micro_batches)
 
 
 def memory_of(config: Config, cluster: Cluster, layout: Layout, stages: Sequence[Stage]) -> float:
@@ -296,7 +304,7 @@ def memory_of(config: Config, cluster: Cluster, layout: Layout, stages: Sequence
     Contexts of a worker on CPUs are in one process: a device then counts as its part of that.
     """
     images = math.ceil(-(-config.train.batch_size // layout.data) / layout.micro_batches)
-    own = [_stage_bytes(config, cluster, layout, stage, in_flight(layout, number), images)
+    own = [_stage_bytes(config, cluster, layout, stage, in_flight(layout, number, config.parallel.schedule), images)
            for number, stage in enumerate(stages)]
     pixels = 3 * config.model.img_size ** 2 + config.model.grid ** 2
     loaded = (config.data.prefetch + 2) * -(-config.train.batch_size // layout.data) * pixels

@@ -79,10 +79,35 @@ def test_bubble_in_closed_form(stages, micro_batches):
 
 
 def test_activations_in_flight_are_those_of_the_schedule():
-    for stages, micro_batches in itertools.product(range(2, 6), range(1, 8)):
-        passes = schedules.one_forward_one_backward(stages, micro_batches)
-        assert [costs.in_flight(Layout(1, stages, 1, micro_batches), stage) for stage in range(stages)] == [
-            schedules.in_flight(own) for own in passes]
+    for name, stages, micro_batches in itertools.product(schedules.SCHEDULES, range(2, 6), range(1, 8)):
+        layout = Layout(1, stages, 1, micro_batches)
+        assert [costs.in_flight(layout, stage, name) for stage in range(stages)] == [
+            schedules.in_flight(passes) for passes in schedules.SCHEDULES[name](stages, micro_batches)]
+
+
+@pytest.mark.parametrize('layout, seconds', [
+    (Layout(32, store='horovod'), 2 * 31 * (1e-4 + 0.4 / 32 / 1)),  # a ring of all GPUs, a host's link 1 GB/s
+    (Layout(4, 1, 8, store='horovod'), 2 * 3 * (1e-4 + 0.4 / 4 / (1 / 8))),  # eight groups share it
+    (Layout(8, 1, 4, store='horovod', compression='fp16'), 2 * 7 * (1e-4 + 0.2 / 8 / (1 / 4))),
+    (Layout(1, 4, 8, store='horovod'), 0),
+    (Layout(32, store='dist_sync', servers=4, contexts=8), 2 * 7 * (1e-4 + 0.4 / 8 / 10) + 2 * 3 / 4 * 0.4 + 4e-4),
+    (Layout(4, 8, store='dist_sync', servers=4, contexts=8), 8 * 2 * 3 / 4 * 0.4 + 4e-4),  # of 8 stages, each as large
+    (Layout(8, contexts=8), 2 * 7 * (1e-4 + 0.4 / 8 / 10))])
+def test_exchange_in_closed_form(layout, seconds, monkeypatch):
+    monkeypatch.setattr(costs, 'FUSED', 1 << 40)
+    hosts = 4 if layout.size == 32 else 1
+    gpus = Cluster(hosts, 8, bandwidth=1e9, latency=1e-4, local_bandwidth=10e9, local_latency=1e-4)
+    assert costs.exchange(gpus, layout, 10 ** 8) == (pytest.approx(seconds), 0)
+
+
+def test_exchange_on_cpus():
+    cpus = Cluster(1, 2, kind='cpu', stream=1e10, local_bandwidth=2e9)
+    assert costs.exchange(cpus, Layout(2, store='horovod'), 10 ** 8) == (0, pytest.approx(0.8 / 10))  # read, write
+    servers = (2 * (2 * 0.4 + 2 * 0.4) / 2 + 3 * 2 * 0.4 / 10) / 2  # 4 P sent and received on two cores, one sum
+    assert costs.exchange(cpus, Layout(2, store='dist_sync', servers=1), 10 ** 8) == (0, pytest.approx(servers))
+    assert costs.exchange(cpus, Layout(2, contexts=2), 10 ** 8) == (0, pytest.approx(7 * 0.4 / 20))
+    packed = costs.exchange(cpus, Layout(2, store='horovod', compression='2bit'), 10 ** 8)
+    assert packed.cores == pytest.approx(0.8 + 0.8 / 10 / 10)  # ten numbers a word
 
 
 NETWORKS = {'vit': VIT, 'swin': SWIN, 'plain': dict(VIT, init_values=None, use_ape=True, use_shared_rpb=False),
