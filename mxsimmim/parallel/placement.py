@@ -73,12 +73,12 @@ class Inputs:
         return tuple(self._array(name, batch.fields[name][part], ctx) for name in names if name in batch.fields)
 
     def of_stage(self, batch: Batch, part: slice, names: Sequence[str], ctx: mx.Context) -> List[mx.nd.NDArray]:
-        """Return a pipeline stage's inputs; `keep` is of ones where the batch has no draws, none without drop path."""
+        """Return a pipeline stage's inputs, all of `names`; `keep` is of ones where the batch has no draws."""
         found: List[mx.nd.NDArray] = []
         for name in names:
             if name != 'keep':
                 found += self.take(batch, part, (name,), ctx)
-            elif self._net.config.drop_path:
+            else:
                 ones = (part.stop - part.start, 2 * self._net.config.blocks)
                 found += self.take(batch, part, ('uniform',), ctx) or [mx.nd.ones(ones, ctx=ctx)]
         return found
