@@ -4,6 +4,7 @@ One process a device measures at the same time as the others, on the cores that 
 share is shared. Each time is the least of several, and where other programs have taken the cores meanwhile, that of the
 CPU counts.
 """
+import contextlib
 import io
 import json
 import math
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from ..ops import OpBackend
 
 SHARDS = (1, 2, 4, 8)  # parts into which an MLP's hidden columns are divided
-SECONDS, REPEATS = 1.0, 15  # at most, of one measurement
-WAITING = 1.05
+SECONDS, REPEATS = 1.0, 100  # at most, of one measurement
+WAITING = 1.05  # seconds of a call over those of its CPUs
 ROWS = 800  # tokens of a measured half block, or one image's
 RESIDENT = 0.36e9  # bytes of a process with MXNet and all that a run imports (measured)
 CPU = Cluster(kind='cpu')
@@ -48,8 +49,9 @@ def calibrate(config: Config, devices: int) -> Cluster:
     try:
         for child in children:
             assert child.stdin
-            child.stdin.write(json.dumps(configfile.to_dict(config)))
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # `_read` says what became of it
+                child.stdin.write(json.dumps(configfile.to_dict(config)))
+                child.stdin.close()
             child.stdin = None
         found = [_read(child) for child in children]
     finally:

@@ -15,6 +15,7 @@ from .model import FLOAT, Form, Part, Segment, multiply_adds, parameters, segmen
 CALLS = {True: 6, False: 40}  # operators of a part in one direction, native or not
 FUSED = 64 << 20  # bytes that Horovod sends together on GPUs
 PACK, HALVE = 8e-9, 11e-9  # seconds a number takes a CPU core to be packed in two bits, in float16 (measured)
+COMPILER = 0.08e9  # bytes of a process that packs in two bits, for numba (measured)
 SLACK = 1.0  # of the weights, what a process keeps of arrays that are gone (measured)
 MOMENTS = {'adamw': 2, 'sgd': 0}
 COMPUTE, BUBBLE, GRADIENTS, ACTIVATIONS, TENSOR, UPDATE, INPUT = PARTS = (
@@ -313,7 +314,7 @@ def memory_of(config: Config, cluster: Cluster, layout: Layout, stages: Sequence
     if _is_serial(cluster, layout):
         inside = layout.contexts // layout.pipeline
         return (sum(own) * inside + loaded * inside + cluster.resident) / layout.contexts
-    return max(own) + loaded + cluster.resident
+    return max(own) + loaded + cluster.resident + COMPILER * (layout.compression == '2bit')
 
 
 def server_memory(cluster: Cluster, layout: Layout, stages: Sequence[Stage]) -> float:
@@ -327,8 +328,11 @@ def _stage_bytes(config: Config, cluster: Cluster, layout: Layout, stage: Stage,
     moments = MOMENTS[config.optim.type] / (layout.data if layout.shard_optimizer else 1)
     copies = SLACK if cluster.kind == 'cpu' else 0.0
     if layout.micro_batches > 1 and cluster.kind == 'cpu':
-        copies += passing  # weights copied for native operators, see ops/native.py
+        copies += passing + 1  # weights copied for native operators, see ops/native.py; gradients before they are added
+    if layout.contexts > layout.pipeline:
+        copies += 1 / layout.contexts  # the store's own sum
     if layout.workers > 1:
+        copies += layout.store == 'dist_sync'  # what servers send is received
         copies += {'none': 0.0, 'fp16': 0.5, '2bit': 1 + compressed(layout)}[layout.compression]
     hop = 2 * FLOAT * images * stage.output * (layout.pipeline > 1)
     return (FLOAT * count * (2 + moments + ema + copies) + passing * images * stage.kept + images * stage.work + hop)
