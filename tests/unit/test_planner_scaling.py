@@ -59,3 +59,9 @@ def test_the_largest_network_on_paper(scaling):
     kept = sum(part.kept() for part in model.segments(scaling.configured('ViT-L/16', 1).model, config.mask,
                                                       model.Form())[1])
     assert kept == 4 * 10 * 197 * 1024  # ten arrays of (tokens, width), as the page says
+    network = scaling.configured('ViT-L/16', 1).model
+    for rate, arrays in ((0.0, 26), (0.1, 28)):
+        block = model.segments(network.model_copy(update={'drop_path': rate}), config.mask, model.Form(native=False))[1]
+        inputs, scores = sum(part.inputs for part in block), 4 * 197 * 197 * 16
+        inside = sum(part.kept() for part in block) - inputs
+        assert inputs + inside / model.REFERENCE - scores == pytest.approx(4 * arrays * 197 * 1024)
