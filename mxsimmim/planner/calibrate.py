@@ -1,11 +1,12 @@
 """Measures this machine for the planner: half blocks by width, memory, loopback. Takes less than a minute.
 
 One process a device measures at the same time as the others, on the cores that a worker would have, so that what they
-share is shared. Each time is the least of several, and where other programs have taken the cores meanwhile, that of the
-CPU counts.
+share is shared. A half block's time is the median of several, others are the least, and where other programs have taken
+the cores meanwhile, that of the CPU counts.
 """
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ SECONDS, REPEATS = 1.0, 100  # at most, of one measurement
 WAITING = 1.05  # seconds of a call over those of its CPUs
 ROWS = 800  # tokens of a measured half block, or one image's
 RESIDENT = 0.36e9  # bytes of a process with MXNet and all that a run imports (measured)
+COLD = 128 << 20  # bytes of weights and activations that a measurement goes through in turn
 CPU = Cluster(kind='cpu')
 DEADLINE = 300  # seconds in which all must be done
 CHUNK, TOTAL = 1 << 20, 256 << 20  # bytes through the loopback, at once and in all
@@ -121,6 +123,16 @@ def least(function: Callable[[], Any], seconds: float = SECONDS, repeats: int = 
     return min(found)
 
 
+def typical(function: Callable[[], Any]) -> float:
+    """Return the median seconds of a call, the first one left out, as many blocks of a step take on average."""
+    function()
+    found: List[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(found) < 3 or time.perf_counter() < end:
+        found.append(undisturbed(function))
+    return statistics.median(found)
+
+
 def undisturbed(function: Callable[[], Any]) -> float:
     """Return the seconds of a call, or those of the CPU for each of its threads where that says that others ran.
 
@@ -163,7 +175,7 @@ def _measure(config: Config) -> Dict[str, Any]:
     for half in halves(config):
         part, images = half.part, max(1, round(ROWS / half.tokens))
         for shard in (shard for shard in SHARDS if half.hidden % shard == 0) if half.hidden else SHARDS[:1]:
-            seconds = least(_pass(half, images, shard, backend))
+            seconds = typical(_pass(half, images, shard, backend))
             fixed = 2 * weight_bytes(part, shard, False) / stream + 2 * call
             flops = 2 * images * (part.forward + part.backward) / shard
             rates.append((part.kind, part.width, shard, flops / max(seconds - fixed, 0.1 * seconds)))
@@ -239,13 +251,16 @@ def _pass(half: Half, images: int, shard: int, backend: 'OpBackend') -> Callable
             return run(F, x, *arrays)
     block = Graph()
     block.hybridize(static_alloc=True, backward_bulk_size=1)
-    arrays = [mx.nd.random.normal(scale=0.02, shape=shape) for shape in [(images, half.tokens, width), *shapes]]
-    for array in arrays:
+    shapes = [(images, half.tokens, width), *shapes]
+    copies = min(8, max(1, COLD // sum(4 * math.prod(shape) for shape in shapes)))
+    sets = [[mx.nd.random.normal(scale=0.02, shape=shape) for shape in shapes] for _ in range(copies)]
+    for array in itertools.chain(*sets):
         array.attach_grad()
+    turns = itertools.cycle(sets)  # as a step uses other weights in each block, which are in no cache
 
     def call() -> None:
         with autograd.record():
-            y = block(*arrays)
+            y = block(*next(turns))
         y.backward()
         mx.nd.waitall()
     return call

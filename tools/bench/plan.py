@@ -31,6 +31,7 @@ TIME, MEMORY = 0.20, 0.10  # how far off a prediction may be
 NETWORKS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     'narrow': ('ViT, width 192, 12 blocks', dict(img_size=224, embed_dim=192, depth=12, num_heads=3)),
     'small': ('ViT, width 384, 12 blocks', dict(img_size=224, embed_dim=384, depth=12, num_heads=6)),
+    'other': ('ViT, width 512, 8 blocks', dict(img_size=224, embed_dim=512, depth=8, num_heads=8)),  # never fitted to
     'wide': ('ViT, width 768, 4 blocks', dict(img_size=224, embed_dim=768, depth=4, num_heads=12)),
     'swin': ('Swin, width 96, 12 blocks', dict(type='swin', img_size=192, patch_size=4, embed_dim=96,
                                                depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=6)),
@@ -48,7 +49,7 @@ LAYOUTS: Dict[str, Tuple[str, Any, Dict[str, Any]]] = {
 }
 Case = Tuple[str, int, str]  # network, images a step, layout
 CASES: List[Case] = [('small', 4, layout) for layout in LAYOUTS] + [('small', 16, 'alone')] + [
-    (network, batch, layout) for network, batch in (('narrow', 8), ('wide', 4), ('swin', 4))
+    (network, batch, layout) for network, batch in (('narrow', 8), ('other', 6), ('wide', 4), ('swin', 4))
     for layout in ('alone', 'pipeline', 'horovod', 'servers')]
 
 
