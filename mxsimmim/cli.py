@@ -17,6 +17,10 @@ from .runtime import memory, mxnet_private
 from .system import paths, text
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
+PLAN_SIZES = {  # options of plan, with what they mean
+    'memory': "of a device, e.g. 40GB", 'bandwidth': 'of the network, a host, e.g. 100Gb (bits) or 12GB (bytes)',
+    'latency': 'of a message between hosts (20us)', 'speed': 'that a device reaches in training (100TFLOPs)',
+    'local-bandwidth': 'between the devices of a host (12GB)'}
 TRAINING = ('-h', '--help', '--check', '--check-config', '--eval')  # options of pretrain and finetune
 
 
@@ -141,6 +145,15 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    from .planner import command
+    given = {name: getattr(args, name.replace('-', '_')) for name in PLAN_SIZES}
+    config = configfile.load(args.config, args.overrides + ['task=pretrain'])
+    print(command.plan(config, [args.config, *args.overrides], args.hosts, args.devices, given, args.calibrate,
+                       args.best, args.json))
+    return 0
+
+
 def doctor(args: argparse.Namespace) -> int:
     from .runtime import doctor
     return doctor.main()
@@ -217,6 +230,15 @@ def parser() -> argparse.ArgumentParser:
             (['--images'], dict(metavar='PATH', help="int8: labelled images to calibrate and test with (the run's)")),
             (['--max-drop'], dict(type=float, default=1.0, metavar='POINTS',
                                   help='int8: percentage points of accuracy it may cost (1)')))
+    command(plan, 'print the layouts of a job that will be fastest, what is expected of them, and their commands',
+            (['config'], dict(metavar='CONFIG', help='YAML file of `mxsimmim pretrain`')), overrides,
+            (['--hosts'], dict(type=int, default=1, metavar='N', help='machines (1)')),
+            (['--devices'], dict(type=int, default=1, metavar='N', help='GPUs of a host, or CPU workers (1)')),
+            *(([f'--{name}'], dict(metavar='SIZE', help=help)) for name, help in PLAN_SIZES.items()),
+            (['--calibrate'], dict(action='store_true', help='measure the CPUs of this machine, one of the hosts, in '
+                                   'less than a minute')),
+            (['--best'], dict(type=int, default=5, metavar='N', help='layouts to print (5)')),
+            (['--json'], dict(action='store_true', help='the same, and where the time goes, as JSON')))
     command(plot, "draw a run's curves", run,
             (['-o', '--output'], dict(metavar='PNG', help='picture to write (RUN/curves.png)')))
     command(config, 'print every key with its default and meaning, or what a file and overrides resolve to',
@@ -265,7 +287,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             args = arguments(argv)
         finally:
             print(end='', flush=True)  # help
-        text.needs_output(args.function in (predict, probe, config, doctor))
+        text.needs_output(args.function in (predict, probe, plan, config, doctor))
         status = args.function(args)
         print(end='', flush=True)
         return status

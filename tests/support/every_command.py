@@ -73,6 +73,7 @@ def main():
         ['export', 'runs/fine', 'fine', '--format', 'symbol'],
         ['export', 'runs/fine', 'fine8', '--format', 'symbol', '--int8', '--max-drop', '100'],
         ['export', 'runs/fine', 'fine.onnx', '--format', 'onnx'], ['plot', 'runs/pre'], ['doctor'],
+        ['plan', ROOT / 'conf/vit_tiny.yaml', '--memory', '16GB'],
         ['serve', 'runs/fine', '--port', port]]
     threading.Thread(target=ask_and_end, args=[port], daemon=True).start()
     sys.meta_path.append(Last)

@@ -55,7 +55,8 @@ def alone():
 @pytest.mark.unmeasured
 @pytest.mark.parametrize('form', machine.FORMS)
 @pytest.mark.parametrize('keys, devices, stages, micro_batches', [
-    *((keys, 2, 2, 4) for keys in NETWORKS), (VIT, 3, 3, 1), (VIT, 4, 2, 3), (VIT, 4, 4, 5), (SWIN, 4, 2, 3)],
+    *((keys, 2, 2, 4) for keys in NETWORKS), (VIT, 3, 3, 1), (VIT, 4, 2, 3), (VIT, 4, 4, 5), (SWIN, 4, 2, 3),
+    ({**VIT, 'drop_path': 0.0}, 3, 3, 2), ({**SWIN, 'drop_path': 0.0}, 2, 2, 2)],
                          ids=lambda value: value['type'] if isinstance(value, dict) and 'type' in value else None)
 def test_weights_are_those_of_one_device(alone, keys, devices, stages, micro_batches, form):
     """10 steps of 11 images, which no number of micro-batches and replicas divides."""

@@ -1,0 +1,235 @@
+#!/usr/bin/env python
+"""What `mxsimmim plan` predicts of a step, beside what it takes: seconds, and memory of a worker.
+
+The machine is measured as `--calibrate` does, once with all cores for one worker and once with a core for each of two.
+Each case runs as a job of its own, on random images. All this happens in several rounds, and waits some seconds for a
+moment in which nothing else computes; of each number the best one counts, as other programs can only make it worse, and
+a step takes no longer than the CPU seconds of the job's processes over its two cores. A layout that can run is a line
+of `LAYOUTS`.
+
+    python tools/bench/plan.py --layouts alone horovod
+
+Prints a table for docs/scaling.md. Takes 8 minutes a round. Ends with 1 where a prediction is too far off.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Tuple
+
+from common import memory, random_batch, step_config
+from scale import job, join
+
+if TYPE_CHECKING:
+    from mxsimmim.config import Config
+    from mxsimmim.planner.cluster import Cluster
+    from mxsimmim.planner.costs import Layout
+
+TIME, MEMORY = 0.20, 0.10  # how far off a prediction may be
+NETWORKS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    'narrow': ('ViT, width 192, 12 blocks', dict(img_size=224, embed_dim=192, depth=12, num_heads=3)),
+    'small': ('ViT, width 384, 12 blocks', dict(img_size=224, embed_dim=384, depth=12, num_heads=6)),
+    'other': ('ViT, width 512, 8 blocks', dict(img_size=224, embed_dim=512, depth=8, num_heads=8)),  # never fitted to
+    'wide': ('ViT, width 768, 4 blocks', dict(img_size=224, embed_dim=768, depth=4, num_heads=12)),
+    'swin': ('Swin, width 96, 12 blocks', dict(type='swin', img_size=192, patch_size=4, embed_dim=96,
+                                               depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=6)),
+}
+# name -> title, the launcher's options or None, the layout
+LAYOUTS: Dict[str, Tuple[str, Any, Dict[str, Any]]] = {
+    'alone': ('1 worker', None, {}),
+    'accumulate': ('1 worker, 2 accumulated parts', None, dict(micro_batches=2)),
+    'recompute': ('1 worker, recompute', None, dict(recompute=True)),
+    'contexts': ('2 contexts, data', None, dict(data=2, contexts=2)),
+    'pipeline': ('2 contexts, pipeline, 4 micro-batches', None, dict(pipeline=2, micro_batches=4, contexts=2)),
+    'tensor': ('2 contexts, tensor', None, dict(tensor=2, contexts=2)),
+    'stages': ('2 workers, pipeline, 4 micro-batches', ['--horovod'], dict(pipeline=2, micro_batches=4,
+                                                                           store='horovod')),
+    'horovod': ('2 workers, Horovod', ['--horovod'], dict(data=2, store='horovod')),
+    'servers': ('2 workers, 1 server', ['-s', '1'], dict(data=2, store='dist_sync', servers=1)),
+    '2bit': ('2 workers, Horovod, 2bit', ['--horovod'], dict(data=2, store='horovod', compression='2bit')),
+}
+Case = Tuple[str, int, str]  # network, images a step, layout
+CASES: List[Case] = [('small', 4, layout) for layout in LAYOUTS] + [('small', 16, 'alone')] + [
+    (network, batch, layout) for network, batch in (('narrow', 8), ('other', 6), ('wide', 4), ('swin', 4))
+    for layout in ('alone', 'pipeline', 'stages', 'horovod', 'servers')]
+
+
+class Measured(NamedTuple):
+    """Seconds of a step, bytes of a worker at most."""
+    step: float
+    memory: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--layouts', choices=LAYOUTS, nargs='+', default=list(LAYOUTS), metavar='LAYOUT',
+                        help=f'of {", ".join(LAYOUTS)} (default: all)')
+    parser.add_argument('--networks', choices=NETWORKS, nargs='+', default=list(NETWORKS), metavar='NETWORK',
+                        help=f'of {", ".join(NETWORKS)} (default: all)')
+    parser.add_argument('--precision', choices=['float32', 'bf16'], default='float32', help='of products '
+                        '(default: float32)')
+    parser.add_argument('--turns', type=int, default=8, help='measured steps a round (default: 8)')
+    parser.add_argument('--rounds', type=int, default=3, help='measurements of everything (default: 3)')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        network, batch, name = args.worker.split(',')
+        return work((network, int(batch), name), args.turns, args.precision)
+    chosen = [case for case in CASES if case[0] in args.networks and case[2] in args.layouts]
+    from mxsimmim.planner.calibrate import calibrate
+    machines: Dict[Tuple[str, int], 'Cluster'] = {}
+    found: Dict[Case, Measured] = {}
+    for turn in range(args.rounds):
+        print(f'round {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
+        for case in chosen:
+            network, _, name = case
+            quiet()
+            machine = calibrate(configured(network, 8, 'alone', args.precision), workers(name))
+            machines[network, workers(name)] = best(machines.get((network, workers(name)), machine), machine)
+            quiet()
+            measured = Measured(**job([sys.executable, __file__, '--worker', ','.join(map(str, case)), '--turns',
+                                       str(args.turns), '--precision', args.precision], LAYOUTS[name][1]))
+            found[case] = measured if case not in found else Measured(*map(min, found[case], measured))
+            line, _ = row(case, found[case], machines[network, workers(name)], args.precision)
+            print(line, file=sys.stderr, flush=True)
+    print('| network, images | layout | s/step, predicted | measured | off | GB, predicted | measured | off |\n'
+          '|---|---|--:|--:|--:|--:|--:|--:|')
+    far = 0
+    for case, measured in found.items():
+        line, good = row(case, measured, machines[case[0], workers(case[2])], args.precision)
+        far += not good
+        print(line)
+    print(f'{far} of {len(found)} are further off than {TIME:.0%} or {MEMORY:.0%}', file=sys.stderr)
+    sys.exit(bool(far))
+
+
+def row(case: Case, measured: Measured, machine: 'Cluster', precision: str) -> Tuple[str, bool]:
+    """Return a line of the table, and whether the prediction is as near as it should be."""
+    from mxsimmim.planner.costs import predict
+    network, batch, name = case
+    layout = layout_of(name)
+    expected = predict(configured(*case, precision), divided(machine, layout.contexts), layout)
+    size = expected.memory * layout.contexts
+    off = expected.step / measured.step - 1, size / measured.memory - 1
+    return (f'| {NETWORKS[network][0]}, {batch} | {LAYOUTS[name][0]} | {expected.step:.3f} | {measured.step:.3f} '
+            f'| {off[0]:+.0%} | {size / 1e9:.2f} | {measured.memory / 1e9:.2f} | {off[1]:+.0%} |',
+            abs(off[0]) <= TIME and abs(off[1]) <= MEMORY)
+
+
+def workers(name: str) -> int:
+    """Return the processes of a layout that compute."""
+    return layout_of(name).workers
+
+
+def divided(machine: 'Cluster', contexts: int) -> 'Cluster':
+    """Return a machine that was measured as one device as `contexts` of these, each with its part of the cores."""
+    rates = tuple((key, rate / contexts) for key, rate in machine.rates)
+    return machine._replace(devices=machine.devices * contexts, memory=machine.memory / contexts,
+                            speed=machine.speed / contexts, stream=machine.stream / contexts, rates=rates)
+
+
+def quiet(patience: float = 2.0) -> None:
+    """Wait for half a second in which other programs take less than a fifth of the cores, if there is one soon."""
+    end, busy = time.monotonic() + patience, 1.0
+    while busy > 0.2 and time.monotonic() < end:
+        before = cpu_times()
+        time.sleep(0.5)
+        total, idle = (after - start for after, start in zip(cpu_times(), before))
+        busy = 1 - idle / max(total, 1)
+
+
+def cpu_times() -> Tuple[int, int]:
+    """Return the machine's ticks so far, all and idle; see proc(5)."""
+    with open('/proc/stat') as file:
+        ticks = [int(word) for word in file.readline().split()[1:9]]
+    return sum(ticks), ticks[3] + ticks[4]
+
+
+def best(one: 'Cluster', other: 'Cluster') -> 'Cluster':
+    """Return the better of two measurements of a machine, number by number."""
+    fast = {name: max(getattr(one, name), getattr(other, name)) for name in (
+        'speed', 'bandwidth', 'local_bandwidth', 'stream')}
+    rates = tuple((key, max(rate, dict(other.rates)[key])) for key, rate in one.rates)
+    return one._replace(**fast, call=min(one.call, other.call), rates=rates)
+
+
+def layout_of(name: str) -> 'Layout':
+    from mxsimmim.planner.costs import Layout
+    return Layout(**LAYOUTS[name][2])
+
+
+def configured(network: str, batch: int, name: str, precision: str) -> 'Config':
+    """Return the configuration that trains a network so."""
+    layout = layout_of(name)
+    config = step_config({'drop_path': 0.1, **NETWORKS[network][1], 'recompute': layout.recompute}, batch,
+                         'local' if layout.store == 'device' else layout.store)
+    part = 'micro_batches' if layout.pipeline > 1 else None
+    parallel = config.parallel.model_copy(update={'pipeline': layout.pipeline, 'tensor': layout.tensor, **(
+        {'micro_batches': layout.micro_batches} if part else {})})
+    train = config.train.model_copy(update={'compression': layout.compression,
+                                            'accumulate': 1 if part else layout.micro_batches})
+    devices = tuple(f'cpu({number})' for number in range(layout.contexts))
+    return config.model_copy(update={'parallel': parallel, 'train': train, 'devices': devices,
+                                     'data': config.data.model_copy(update={'prefetch': 1}),
+                                     'runtime': config.runtime.model_copy(update={'precision': precision})})
+
+
+def work(case: Case, turns: int, precision: str) -> None:
+    """A process of a job: rank 0 prints what it measured."""
+    layout = layout_of(case[2])
+    process = join(threads=0 if layout.workers == 1 else 1)
+    import mxnet as mx
+    import numpy as np
+
+    from mxsimmim.data.masks import random_mask
+    from mxsimmim.parallel.control import connect
+    from mxsimmim.parallel.mesh import mesh_of
+    from mxsimmim.parallel.strategies import horovod_settings, strategy_of
+    from mxsimmim.planner.calibrate import WAITING
+    from mxsimmim.training.build import build_communicator, build_trainer
+    from mxsimmim.training.timetable import expected_step
+
+    config = configured(*case, precision)
+    os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})  # as training.start does
+    control = connect(process, os.environ, mesh_of(process, config.parallel, len(config.devices)))
+    trainer = build_trainer(config, process,
+                            communicator=build_communicator(strategy_of(config, process), process, control))
+    model, part, replica = config.model, trainer.split.part, control.mesh.coordinate('data')
+    own, rng = part.stop - part.start, np.random.default_rng(replica)
+    images = random_batch(model, np.array([random_mask(rng, model.img_size, config.mask.patch_size, config.mask.ratio,
+                                                       model.patch_size) for _ in range(own)], np.uint8), replica)
+
+    def step() -> float:
+        mx.nd.waitall()
+        control.barrier('turn')
+        began = time.perf_counter()
+        trainer.train_step(images)
+        mx.nd.waitall()
+        control.barrier('turn')
+        return time.perf_counter() - began
+    step(), step()
+    before = cpu_seconds(layout.workers > 1)
+    least = min(step() for _ in range(turns))
+    # The job's two cores cannot have been busy for longer: what is above that, others took.
+    busy = WAITING * (cpu_seconds(layout.workers > 1) - before) / 2 / turns
+    if process.rank == 0:
+        print(json.dumps({'step': min(least, busy), 'memory': 1e9 * memory('VmHWM')}), flush=True)
+
+
+def cpu_seconds(together: bool) -> float:
+    """Return the seconds of CPUs that this process has had, or all children of its parent together; see proc(5)."""
+    total = 0
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            words = stat.read_text().rpartition(')')[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(words[1]) == os.getppid() and (together or int(stat.parent.name) == os.getpid()):
+            total += int(words[11]) + int(words[12])
+    return total / os.sysconf('SC_CLK_TCK')
+
+
+if __name__ == '__main__':
+    main()
