@@ -88,7 +88,7 @@ def test_commands(folder):
                                 universal_newlines=True, timeout=DEADLINE)
         assert result.returncode == 0, f'{line}\n{result.stdout}'
         ran += 1
-    assert (ran, parsed) == (16, 10)
+    assert (ran, parsed) == (17, 10)
     assert (folder / 'grid.png').stat().st_size > 1000 and (folder / 'curves.png').stat().st_size > 1000
 
 
