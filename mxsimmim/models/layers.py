@@ -27,6 +27,16 @@ def operands(backend: OpBackend, F: Any, x: Any, *parameters: Parameter) -> List
             for p, value in zip(parameters, values(F, x, *parameters))]
 
 
+def position_table(backend: OpBackend, F: Any, x: Any, table: Parameter, index: Parameter) -> List[Any]:
+    """`values` of a table and its index.
+
+    Where the gradients of native networks add up, it is that of a copy: the terms of a row are then added to each other
+    first, as without accumulation, and not one by one to what is there.
+    """
+    value, rows = values(F, x, table, index)
+    return [F.identity(value) if table.grad_req == 'add' and backend.is_native else value, rows]
+
+
 def pair(F: Any, x: Any, block: Union['Linear', 'LayerNorm']) -> Tuple[Any, Any]:
     """Weight and bias of a linear map or a normalisation, the bias None where it has none."""
     weight, *bias = operands(block.backend, F, x, *filter(None, (block.weight, block.bias)))

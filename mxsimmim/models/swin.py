@@ -19,10 +19,10 @@ from .layers import (
     column,
     gather_bias,
     pair,
+    position_table,
     relative_index,
     relative_table,
     replace_masked,
-    values,
 )
 from .pixels import PixelInput
 from .segments import Half, Segment, drawn, own
@@ -51,7 +51,8 @@ class WindowAttention(Divisible):
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, mask: Any, keep: Any, recompute: bool) -> Any:
         """x + this of norm(x), (B, side*side, C); x left out in shards other than the first."""
-        table, index = values(F, x, self.relative_position_bias_table, self.relative_position_index)
+        table, index = position_table(self.backend, F, x, self.relative_position_bias_table,
+                                      self.relative_position_index)
         bias = gather_bias(F, table, index, self._windows.window ** 2, self._heads)
         return self.backend.attention(F, x, pair(F, x, norm), pair(F, x, self.qkv), pair(F, x, self.proj), bias, None,
                                       keep, mask, width=self._width, heads=self._heads,

@@ -20,6 +20,7 @@ from .layers import (
     gather_bias,
     operands,
     pair,
+    position_table,
     relative_index,
     relative_table,
     replace_masked,
@@ -97,7 +98,8 @@ class Attention(Divisible):
     def add_to(self, F: Any, x: Any, norm: LayerNorm, bias: Any, gamma: Any, keep: Any, recompute: bool) -> Any:
         """x + this of norm(x), (B, N, C); x left out in shards other than the first."""
         if self._table:
-            table, index = values(F, x, self.relative_position_bias_table, self.relative_position_index)
+            table, index = position_table(self.backend, F, x, self.relative_position_bias_table,
+                                          self.relative_position_index)
             own = gather_bias(F, table, index, self._tokens, self._heads)
             bias = own if bias is None else bias + own
         weight, = operands(self.backend, F, x, self.qkv.weight)
