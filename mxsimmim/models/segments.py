@@ -4,11 +4,10 @@ And the pieces of a segment, among them half blocks, which several devices can c
 """
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-import mxnet as mx
 from mxnet.gluon import HybridBlock, Parameter
 
 from ..config import ModelConfig
-from .layers import Divisible
+from .layers import Divisible, values
 
 Run = Callable[[Any, Any, Dict[str, Any]], Any]
 
@@ -96,4 +95,4 @@ def drawn(config: ModelConfig) -> Tuple[str, ...]:
 
 def own(F: Any, x: Any, *parameters: Optional[Parameter]) -> List[Any]:
     """Return parameters as hybrid_forward is given those of its block; None stays None."""
-    return [p and (p.data(x.context) if F is mx.nd else p.var()) for p in parameters]
+    return [p and values(F, x, p)[0] for p in parameters]

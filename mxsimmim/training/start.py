@@ -12,6 +12,7 @@ from ..config import Config, Duration, configfile
 from ..config.schedule import fitted
 from ..data.sampling import steps_per_epoch
 from ..data.sources import notes_of
+from ..models import parameter_specs
 from ..ops import REFERENCE, OpBackend, select_backend
 from ..parallel.communicators import Communicator
 from ..parallel.control import ControlPlane, connect
@@ -124,7 +125,10 @@ def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Stra
     """Say what is about to be trained, on what, and from where; `table` says which worker holds what."""
     config, timetable, say = trainer.config, trainer.timetable, trainer.logger.message
     say(configfile.to_yaml(config).rstrip())
-    sizes = [int(np.prod(shape)) for shape in trainer.task.shapes().values()]
+    # Of a part of the network the whole is asked for, which is built for that.
+    shapes = trainer.task.shapes().values() if trainer.parts else [
+        spec.parameter.shape for spec in parameter_specs(trainer.placement.net) if spec.trainable]
+    sizes = [int(np.prod(shape)) for shape in shapes]
     operations = trainer.task.multiply_adds() / 1e9
     say(f'{config.model.type}: {sum(sizes):,} parameters, {operations:.2f} GFLOPs an image (multiply-adds of a forward '
         'pass)')

@@ -13,13 +13,12 @@ Prints a table for docs/parallelism.md. Takes ten minutes and 6 GB.
 """
 import argparse
 import json
-import os
 import statistics
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
-from common import CLIP, DECAY, RATE, WARM_UP, memory, random_batch, require_torch, step_config
-from scale import job, join, join_gloo, one_cpu_a_core
+from common import CLIP, DECAY, RATE, WARM_UP, memory, random_batch, step_config
+from scale import job, join, join_gloo, on_two_cores
 
 MODELS = {
     'vit_base': dict(type='vit', img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=0.1),
@@ -51,14 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args)
-    from mxsimmim.runtime import facts
-    cores = one_cpu_a_core()
-    if len(cores) < 2:
-        sys.exit('one core: two workers would only share it')
-    os.sched_setaffinity(0, cores[:2])
-    if 'torch' in args.sides:
-        require_torch(args.torch_python)
-    machine = facts.collect()
+    machine = on_two_cores(args.torch_python if 'torch' in args.sides else None)
     print(f'{args.model}, {machine.cpu}, 2 of {machine.cores} cores, {machine.system}; batch {args.batch}, '
           f'{args.micro_batches} micro-batches, 1 thread a worker, float32; median of {args.rounds} turns of '
           f'{args.steps} steps\n', flush=True)

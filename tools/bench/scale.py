@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Se
 from common import CLIP, DECAY, MODELS, RATE, TITLES, WARM_UP, random_batch, require_torch, step_config
 
 if TYPE_CHECKING:
+    from mxsimmim.runtime.facts import Facts
     from mxsimmim.runtime.process import ProcessInfo
     from mxsimmim.training.trainer import UpdateRule
 
@@ -71,17 +72,25 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args)
+    machine = on_two_cores(args.torch_python if 'ddp' in args.modes else None)
+    print(f'{TITLES[args.model]}, {machine.cpu}, 2 of {machine.cores} cores, {machine.system}; batch {args.batch} and '
+          f'1 thread a worker, {args.precision}; median of {args.rounds} turns of {args.steps} steps\n', flush=True)
+    print('\n'.join(table(measure(args), args.batch)))
+
+
+def on_two_cores(torch_python: Optional[str]) -> 'Facts':
+    """Describe the machine, of which the program and its jobs now use two cores.
+
+    Ends the program where there is only one, or where this interpreter, if one is named, has no PyTorch.
+    """
     from mxsimmim.runtime import facts
     cores = one_cpu_a_core()
     if len(cores) < 2:
         sys.exit('one core: two workers would only share it')
     os.sched_setaffinity(0, cores[:2])
-    if 'ddp' in args.modes:
-        require_torch(args.torch_python)
-    machine = facts.collect()
-    print(f'{TITLES[args.model]}, {machine.cpu}, 2 of {machine.cores} cores, {machine.system}; batch {args.batch} and '
-          f'1 thread a worker, {args.precision}; median of {args.rounds} turns of {args.steps} steps\n', flush=True)
-    print('\n'.join(table(measure(args), args.batch)))
+    if torch_python:
+        require_torch(torch_python)
+    return facts.collect()
 
 
 def one_cpu_a_core() -> List[int]:
