@@ -1,8 +1,7 @@
 """Our parameter server and scheduler process.
 
-MXNet's own starts inside ``import mxnet`` and unpickles whatever it is sent. This one starts first: it imports mxnet
-under no role, gives the process its role back, and runs MXNet's server loop with a controller that opens nothing but
-JSON signed with the job's key.
+MXNet's own starts inside ``import mxnet`` and unpickles whatever it is sent. This one loads MXNet's library alone and
+runs its server loop with a controller that opens nothing but JSON signed with the job's key.
 """
 import ctypes
 import math
@@ -22,15 +21,17 @@ def serve() -> int:
     """Run this process's role, server or scheduler, until the workers are done.
 
     Raises:
-        ValueError: there is no job key.
+        ValueError: there is no job key, or no MXNet that can be used.
     """
     key = protocol.job_key(os.environ)
-    role = os.environ.pop('DMLC_ROLE')
-    import mxnet as mx
-    os.environ['DMLC_ROLE'] = role
-    store = mx.kv.create('dist')
-    server = Server(store, key)
-    mxnet_private.run_server(store, server.control)
+    handle = mxnet_private.create_server()
+
+    def store() -> Any:
+        role = os.environ.pop('DMLC_ROLE')  # with it the import would begin a server of its own
+        import mxnet as mx
+        os.environ['DMLC_ROLE'] = role
+        return mx.kv.KVStore(handle)
+    mxnet_private.run_server(handle, Server(store, key).control)
     return 0
 
 
@@ -43,8 +44,10 @@ class Server:
     where they lie, without its engine: most are small, and an operator of MXNet's costs many times what it computes.
     """
 
-    def __init__(self, store: Any, key: bytes):
-        self._store, self._key, self._last = store, key, 0
+    def __init__(self, store: Callable[[], Any], key: bytes):
+        """`store` returns MXNet's store of this process, which only asynchronous jobs need."""
+        self._make_store, self._key, self._last = store, key, 0
+        self._store: Any = None
         self._layout = protocol.Layout(0, 0, 1)
         self._moments: Dict[int, np.ndarray] = {}  # key -> what workers push and pull under it
         self._updates: Dict[int, int] = {}  # key of a weight -> updates so far
@@ -59,9 +62,14 @@ class Server:
         except (ValueError, TypeError) as error:
             print(f'server: dropped a command (head {head}, {len(body)} bytes): {error}', file=sys.stderr, flush=True)
             return
-        mxnet_private.set_updater(self._store, lambda *arguments: self._or_die(self._update, *arguments))
+        self._or_die(self._begin)
         if command:
             self._or_die(self._configure, command)
+
+    def _begin(self) -> None:
+        """Update with each push from now on."""
+        self._store = self._store or self._make_store()
+        mxnet_private.set_updater(self._store, lambda *arguments: self._or_die(self._update, *arguments))
 
     def _configure(self, command: Dict[str, Any]) -> None:
         """The optimiser of an asynchronous job: configuration, decay and rate of each key, and how far the job is."""

@@ -7,6 +7,7 @@ class KVStore:
     """Values are one array, or one a device; with several keys, a list of either."""
 
     handle: ctypes.c_void_p
+    def __init__(self, handle: ctypes.c_void_p) -> None: ...
     @property
     def type(self) -> str: ...
     @property

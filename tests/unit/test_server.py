@@ -51,7 +51,7 @@ def started(workers=1, updates=0, moments=None, servers=1, scales=(1.0, 1.0)):
     print('seed', SEED)
     rng = np.random.default_rng(SEED)
     store, layout = FakeStore(), protocol.Layout(len(SHAPES), 3, servers)
-    server = Server(store, KEY)
+    server = Server(lambda: store, KEY)
     weights = [rng.standard_normal(shape).astype('float32') for shape in SHAPES]
     server.control(0, protocol.sign({}, 1, KEY).encode())
     for key, weight in enumerate(weights):

@@ -6,26 +6,32 @@ from pathlib import Path
 
 from mxsimmim.runtime import mxnet_private
 
-folder, role = Path(sys.argv[1]), os.environ.pop('DMLC_ROLE')
-import mxnet as mx  # noqa: E402, under no role, or its own server would start
-
-os.environ['DMLC_ROLE'] = role
-store = mx.kv.create('dist_async' if role == 'worker' else 'dist')
+folder, role = Path(sys.argv[1]), os.environ['DMLC_ROLE']
+stores = []
 
 
 def control(head, body, _):
-    """A server's: the first command sets the updater."""
+    """A server's: the first command sets the updater. Until then there is only MXNet's library."""
+    assert 'mxnet' not in sys.modules
     with open(folder / 'commands', 'a') as file:
         file.write(f'{head} {body.decode()}\n')
+    del os.environ['DMLC_ROLE']  # or the import would begin a server of its own
+    import mxnet as mx
+    os.environ['DMLC_ROLE'] = role
 
     def update(key, pushed, stored):
         stored[:] = 10 * pushed + key
-    mxnet_private.set_updater(store, update)
+    stores.append(mx.kv.KVStore(handle))
+    mxnet_private.set_updater(stores[0], update)
 
 
 if role != 'worker':
-    mxnet_private.run_server(store, control)
+    handle = mxnet_private.create_server()
+    mxnet_private.run_server(handle, control)
     sys.exit()
+import mxnet as mx  # noqa: E402, no server may get here
+
+store = mx.kv.create('dist_async')
 rank = int(os.environ['DMLC_WORKER_ID'])
 if rank == 0:
     mxnet_private.send_command(store, 0, 'first ä')  # returns when it was carried out
