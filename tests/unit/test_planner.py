@@ -189,7 +189,7 @@ def test_contexts_of_one_cpu_worker_compute_one_after_another():
     (Layout(4, 1, 8, store='horovod'), 'a tensor group of 8 does not divide [12] heads or columns'),
     (Layout(32, 1, 1, 128, store='horovod'), 'train.batch_size=2048 is less than 32 replicas x 128 micro-batches'),
     (Layout(32), 'train.store=device is for one worker'),
-    (Layout(32, store='horovod', contexts=8), 'Horovod has one device a worker'),
+    (Layout(2, 4, 4, store='horovod', contexts=8), 'a worker of several devices holds whole models'),
     (Layout(8, 1, 4, store='dist_sync', servers=4, contexts=2), 'with servers each worker holds a whole model'),
     (Layout(16, 2, store='dist_sync', servers=4), 'with servers each worker holds a whole model'),
     (Layout(32, store='dist_sync', contexts=8), 'there is no server'),
