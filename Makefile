@@ -62,7 +62,9 @@ bench: $(VENV)/bench  # measures speed beside PyTorch
 	$(BIN)/python tools/bench/startup.py
 	$(BIN)/python tools/bench/scale.py
 	$(BIN)/python tools/bench/parallel.py
+	$(BIN)/python tools/bench/timeline.py -o timeline.png
 	$(BIN)/python tools/bench/allreduce.py allreduce.png
+	$(BIN)/python tools/bench/plan.py  # the last, as it fails where a prediction is far off
 
 docs: $(VENV)/docs  # builds the documentation into build/site; a broken link or name fails (with -q none would)
 	$(BIN)/mkdocs build --strict

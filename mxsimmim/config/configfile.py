@@ -10,7 +10,7 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import yaml
 from pydantic import ValidationError
@@ -42,10 +42,9 @@ def load_with_lengths(path: Union[str, Path], overrides: Sequence[str] = ()) -> 
         path = Path(paths.home(str(path)))
     except ValueError as error:
         raise _wrong(str(error)) from None
-    layers = [{_canonical(key): (value, str(file)) for key, value in _flatten(content)}
-              for file, content in _inherited(path, ())]
-    layers.append({_canonical(key): (value, COMMAND_LINE) for place in range(len(overrides))
-                   for key, value in _override(overrides, place)})
+    layers = [_layer(_flatten(content), str(file)) for file, content in _inherited(path, ())]
+    layers.append(_layer((pair for place in range(len(overrides)) for pair in _override(overrides, place)),
+                         COMMAND_LINE))
     values: Values = {}
     written: Dict[str, Duration] = {}
     length, keys = Config().train.length, set(schedule.WRITTEN)
@@ -60,6 +59,12 @@ def load_with_lengths(path: Union[str, Path], overrides: Sequence[str] = ()) -> 
     if values.get('name', ('',))[0] in (None, ''):
         values['name'] = (path.stem, str(path))
     return _build(_expanded(values)), written
+
+
+def _layer(pairs: Iterable[Tuple[str, Any]], where: str) -> Values:
+    """Keys and values that were set in one place, under the names that they have here."""
+    pairs = (('parallel.auto', True) if pair == ('parallel', 'auto') else pair for pair in pairs)
+    return {_canonical(key): (value, where) for key, value in pairs}
 
 
 def _override(words: Sequence[str], place: int) -> Iterator[Tuple[str, Any]]:

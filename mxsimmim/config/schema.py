@@ -233,6 +233,8 @@ class TrainConfig(Section):
 
 class ParallelConfig(Section):
     """How a model is divided over devices. Data parallelism takes what is left of them."""
+    auto: bool = Field(False, description='choose pipeline, tensor and micro_batches for the devices of the job at '
+                       'each start, as `mxsimmim plan` does; also written parallel=auto')
     pipeline: int = Field(1, gt=0, description='stages of a pipeline, each of consecutive blocks: the devices of a '
                           'worker, or workers of one device')
     split: Tuple[int, ...] = Field((), description='blocks of each stage, e.g. [7, 5]; empty: by what they cost')
@@ -260,6 +262,9 @@ class ParallelConfig(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'ParallelConfig':
+        require(not self.auto or self.devices == 1 and not self.split, 'auto=true chooses what pipeline='
+                f'{self.pipeline}, tensor={self.tensor} and split={listed(self.split)} say: leave these out, or set '
+                'auto=false')
         require(not self.split or len(self.split) == self.pipeline and min(self.split) > 0,
                  f'split={listed(self.split)} must give each of the {self.pipeline} stages of pipeline={self.pipeline} '
                  'a block or more')

@@ -1,4 +1,5 @@
 """Division of a network: attention and MLP of each block in parts, for tensor parallelism."""
+import gc
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 import mxnet as mx
@@ -17,8 +18,15 @@ def divide(net: Network, shards: Sequence[Shard]) -> Dict[int, List[Divisible]]:
     Returns the parts for all `shards`, by the id of the first. `net.shards` then has the parts of each parameter that
     is cut, by name. They are on cpu(0). What a module has besides, the bias of its last product, only shard 0 has.
     """
+    divided = dict(_divided(net, shards))
+    # A module and its parameters know each other: they would stay until Python looks for such circles.
+    gc.collect()
+    return divided
+
+
+def _divided(net: Network, shards: Sequence[Shard]) -> Iterator[Tuple[int, List[Divisible]]]:
+    """Replace each module that can be cut by its first part; yield that one's id, and all parts."""
     names = {id(parameter): name for name, parameter in structural_parameters(net).items()}
-    divided = {}
     for parent, attribute, module in list(divisible(net)):
         parts = [module.part(shard) for shard in shards]
         for part in parts:
@@ -34,8 +42,7 @@ def divide(net: Network, shards: Sequence[Shard]) -> Dict[int, List[Divisible]]:
                     if cut_of(name):
                         net.shards.setdefault(name, []).append((shard, own))
         setattr(parent, attribute, parts[0])
-        divided[id(parts[0])] = parts
-    return divided
+        yield id(parts[0]), parts
 
 
 def divisible(block: Block) -> Iterator[Tuple[Block, str, Divisible]]:

@@ -56,7 +56,7 @@ class Pending:
 class ControlPlane:
     """What one worker says to the others and hears of them; in a job of one worker, itself, without a network.
 
-    `mesh` says where this worker stands among them.
+    `mesh` says where this worker stands among them; what is built on the control plane takes it from here.
     """
 
     def __init__(self, mesh: Optional[Mesh] = None, addresses: Sequence[Tuple[str, int]] = (), key: bytes = b'',

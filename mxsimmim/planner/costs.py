@@ -144,9 +144,12 @@ def _stage(found: Sequence[Segment], cluster: Cluster, form: Form, tensor: int, 
         gradients.append((own, own_fixed, parameters([segment], tensor)))
     flat = [part for segment in found for part in segment]
     blocks = [part for part in flat if part.is_divided]
+    # A graph's gradient of what came in is there as soon as its backward pass is issued, and all are issued at once.
+    issued = FLOAT * sum(part.output for part in blocks) if tensor > 1 else 0.0
     return Stage(forward, backward, fixed, tuple(gradients), parameters(found, tensor) + table,
-                 sum(part.kept(tensor, recompute) for part in flat), max(part.work(tensor) for part in flat),
-                 len(blocks) // 2, sum(part.output for part in blocks) / 2, flat[-1].output)
+                 sum(part.kept(tensor, recompute) + part.between(tensor, recompute) for part in flat),
+                 max(part.work(tensor) for part in flat) + issued, len(blocks) // 2,
+                 sum(part.output for part in blocks) / 2, flat[-1].output)
 
 
 def _seconds(part: Part, cluster: Cluster, tensor: int) -> float:

@@ -45,6 +45,7 @@ class Part(NamedTuple):
     whole_kept: float = 0.0
     shared_work: float = 0.0  # bytes that the backward pass holds for itself
     whole_work: float = 0.0
+    zeros: float = 0.0  # of shared_work: for what nobody sends a gradient of
     output: float = 0.0  # numbers of what goes out
 
     @property
@@ -60,6 +61,16 @@ class Part(NamedTuple):
         """Bytes from the forward to the backward pass."""
         inside = 0.0 if recompute and self.is_divided else self.shared_kept / tensor + self.whole_kept
         return self.inputs + inside
+
+    def between(self, tensor: int, recompute: bool = False) -> float:
+        """Bytes that each device of a tensor group keeps besides, as there each half block is a graph of its own.
+
+        MXNet's autograd keeps all that goes from one graph to another: a device's term of the sum, and on the device
+        that adds up the others' terms. A graph keeps its zeros.
+        """
+        if tensor == 1 or not self.is_divided:
+            return 0.0
+        return FLOAT * self.output * (1 + (tensor - 1) / tensor) + (0.0 if recompute else self.zeros / tensor)
 
     def work(self, tensor: int = 1) -> float:
         """Bytes that are there only while its backward pass runs."""
@@ -144,7 +155,7 @@ def _attention(model: ModelConfig, form: Form, width: int, tokens: int, seen: in
         shared += ((2 * model.grid - 1) ** 2 + 3) * heads
     unit = tokens * width
     if form.native:
-        kept = dict(shared_kept=form.bytes * 4 * unit)  # queries, keys, values; what attention gave
+        kept = dict(shared_kept=form.bytes * 4 * unit, zeros=form.bytes * 4 * unit)  # q, k, v; what attention gave
         # Zeros for what nobody sends a gradient of; gradients of queries, keys and values, and of attention.
         work = dict(shared_work=NATIVE_WORK * form.bytes * 9 * unit,
                     whole_work=NATIVE_WORK * (form.bytes * 3 + FLOAT * 3) * unit)
@@ -164,7 +175,7 @@ def _mlp(model: ModelConfig, form: Form, width: int, tokens: int, rows: float) -
     whole = 2 * width + width + (width if model.type == 'vit' and model.init_values is not None else 0)
     shared = 2 * width * hidden + hidden
     if form.native:
-        kept = dict(shared_kept=form.bytes * tokens * hidden)  # what GELU is given
+        kept = dict(shared_kept=form.bytes * tokens * hidden, zeros=form.bytes * tokens * hidden)  # what GELU is given
         # Zeros of the same size; the gradient of what GELU is given and what it gave; rows of the width.
         work = dict(shared_work=NATIVE_WORK * form.bytes * (tokens + 2 * rows) * hidden,
                     whole_work=NATIVE_WORK * (form.bytes * 3 * rows + FLOAT * 2 * tokens) * width)

@@ -1,6 +1,6 @@
 """Which layouts a job can have, and which of them is best. Pure functions."""
 import itertools
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..config import Config
 from ..parallel.strategies import STORES
@@ -27,7 +27,8 @@ def refusal(config: Config, cluster: Cluster, layout: Layout) -> str:
         (batch < layout.data * layout.micro_batches, f'train.batch_size={batch} is less than {layout.data} replicas x '
                                                      f'{layout.micro_batches} micro-batches'),
         (layout.store == 'device' and layout.workers > 1, 'train.store=device is for one worker'),
-        (layout.store == 'horovod' and layout.contexts > 1, 'Horovod has one device a worker'),
+        (layout.store == 'horovod' and layout.contexts > 1 and layout.contexts % (layout.pipeline * layout.tensor) > 0,
+         'a worker of several devices holds whole models'),
         (layout.store == 'dist_sync' and layout.contexts % (layout.pipeline * layout.tensor) > 0,
          'with servers each worker holds a whole model'),
         (layout.store == 'dist_sync' and layout.servers < 1, 'there is no server'),
@@ -54,22 +55,30 @@ def layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
     GPUs of a host are contexts of one worker under servers, and of the only worker under train.store=device. CPU
     contexts compute one after another (docs/LOG.md), so that there each worker has one.
     """
-    model, batch, size = config.model, config.train.batch_size, cluster.size
-    recomputes = [model.recompute] if cluster.kind != 'cpu' or model.recompute else [False, True]
     for store in SYNCHRONOUS[config.train.store]:
         contexts = cluster.devices if cluster.kind == 'gpu' and store != 'horovod' else 1
         servers = cluster.hosts if store == 'dist_sync' else 0
-        for pipeline, tensor in itertools.product(divisors(size, model.blocks), divisors(size, cluster.devices)):
-            whole = Layout(size // (pipeline * tensor), pipeline, tensor, 1, store, servers, contexts=contexts)
-            if refusal(config, cluster, whole):
-                continue
-            shards = [False, True] if store == 'horovod' and whole.data > 1 else [False]
-            exchanged = whole.data > whole.inside
-            for power, compression, recompute, shard in itertools.product(
-                    range((batch // whole.data).bit_length()),
-                    ('none', *(STORES[store].compressions if exchanged else ())), recomputes, shards):
-                yield whole._replace(micro_batches=2 ** power, compression=compression, recompute=recompute,
-                                     shard_optimizer=shard)
+        yield from layouts_of(config, cluster, Layout(store=store, servers=servers, contexts=contexts))
+
+
+def layouts_of(config: Config, cluster: Cluster, job: Layout) -> Iterator[Layout]:
+    """Yield every layout that can run in a job with this store, these servers and contexts a worker.
+
+    Micro-batches are a power of two times those of `job`.
+    """
+    model, batch, size, store = config.model, config.train.batch_size, cluster.size, job.store
+    recomputes = [model.recompute] if cluster.kind != 'cpu' or model.recompute else [False, True]
+    for pipeline, tensor in itertools.product(divisors(size, model.blocks), divisors(size, cluster.devices)):
+        whole = job._replace(data=size // (pipeline * tensor), pipeline=pipeline, tensor=tensor)
+        if refusal(config, cluster, whole):
+            continue
+        shards = [False, True] if store == 'horovod' and whole.data > 1 else [False]
+        exchanged = whole.data > whole.inside
+        for power, compression, recompute, shard in itertools.product(
+                range((batch // whole.data // job.micro_batches).bit_length()),
+                ('none', *(STORES[store].compressions if exchanged else ())), recomputes, shards):
+            yield whole._replace(micro_batches=job.micro_batches * 2 ** power, compression=compression,
+                                 recompute=recompute, shard_optimizer=shard)
 
 
 def divisors(number: int, most: int) -> List[int]:
@@ -77,10 +86,12 @@ def divisors(number: int, most: int) -> List[int]:
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
-def search(config: Config, cluster: Cluster, allowed: Callable[[Layout], bool] = is_built) -> List[Prediction]:
+def search(config: Config, cluster: Cluster, allowed: Callable[[Layout], bool] = is_built,
+           job: Optional[Layout] = None) -> List[Prediction]:
     """Return the best allowed layout that fits of each (pipeline, tensor, store, compression), the best of them first.
 
-    Better is faster; of layouts within a hundredth the simpler, see `rank`.
+    Better is faster; of layouts within a hundredth the simpler, see `rank`. They are those of `layouts`, or, for a
+    `job` that has been started, of `layouts_of`.
 
     Raises:
         ValueError: the job is not synchronous, it has too few images for its devices, or no layout fits into memory;
@@ -91,7 +102,7 @@ def search(config: Config, cluster: Cluster, allowed: Callable[[Layout], bool] =
                          'synchronous, and plans are of synchronous jobs: set train.store=auto, train.aggregation=auto')
     best: Dict[Tuple[int, int, str, str], Prediction] = {}
     least: List[Tuple[float, Layout]] = []
-    for layout in filter(allowed, layouts(config, cluster)):
+    for layout in filter(allowed, layouts_of(config, cluster, job) if job else layouts(config, cluster)):
         found = predict(config, cluster, layout)
         needed = found.memory
         if layout.servers and cluster.kind == 'cpu':  # on the hosts of the workers, and from their memory
@@ -135,16 +146,17 @@ def describe(layout: Layout) -> str:
                       f'{layout.micro_batches} micro-batches', layout.store, *extra])
 
 
-def choose(config: Config, cluster: Cluster, allowed: Callable[[Layout], bool] = is_built) -> Tuple[Layout, str]:
+def choose(config: Config, cluster: Cluster, allowed: Callable[[Layout], bool] = is_built,
+           job: Optional[Layout] = None) -> Tuple[Layout, str]:
     """Return the best allowed layout that changes nothing but speed and memory, and a line that says why.
 
-    That leaves out gradients that are rounded, unless `train.compression` asks for it.
+    That leaves out gradients that are rounded, unless `train.compression` asks for it. `job` is as for `search`.
 
     Raises:
         ValueError: as `search`.
     """
     found, *others = search(config, cluster, lambda layout: (
-        allowed(layout) and layout.compression == config.train.compression))
+        allowed(layout) and layout.compression == config.train.compression), job)
     why = (f'{describe(found.layout)}: {found.step:.3g} s a step, {found.efficiency:.0%} of {cluster.size} times one '
            f'device, {found.memory / 1e9:.1f} GB a device; bottleneck: {found.bottleneck}')
     return found.layout, why + (f'; next: {describe(others[0].layout)}, {others[0].step:.3g} s' if others else '')

@@ -57,6 +57,8 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
 
     devices = part('devices', _devices, config, process)
     contexts, backend = devices or (None, None)
+    if config.parallel.auto:
+        config = part('layout', _layout, config, process, contexts, backend) or config
     task = part('data', _data, config)
     planned = part('schedule', _schedule, config, written, process, task, contexts)
     config = planned or config
@@ -74,6 +76,14 @@ def _devices(config: Config, process: ProcessInfo) -> Tuple[str, Tuple[List[mx.C
     backend = agree_on_backend(config, contexts, ControlPlane(), print)
     text = f'{", ".join(map(str, contexts))}; {strategy.aggregation} over {strategy.store}; {backend.describe()}'
     return text, (contexts, backend)
+
+
+def _layout(config: Config, process: ProcessInfo, contexts: List[mx.Context], backend: OpBackend) -> Tuple[str, Config]:
+    """What `parallel.auto` chooses, if all workers of the job are as this one; the network is not measured."""
+    from ..planner.automatic import keys_for, machine_of, with_keys
+    machines = [machine_of(contexts, str(rank // process.local_size)) for rank in range(process.size)]
+    keys, why = keys_for(config, process, machines, backend.is_native)
+    return why, with_keys(config, keys)
 
 
 def _data(config: Config) -> Tuple[str, Task]:

@@ -56,14 +56,20 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         stop = stack.enter_context(Stop())
         if process.rank == 0:
             stack.enter_context(locked(folder, notes.append))
-        communicator = stack.enter_context(joined(config, strategy, process, len(contexts)))
-        check_same_job(config, task, communicator.control)
-        backend = agree_on_backend(config, contexts, communicator.control, notes.append)
-        checkpoint = find_checkpoint(config, task, communicator.control, notes.append)
+        control = stack.enter_context(connected(config, strategy, process))
+        check_same_job(config, task, control)
+        backend = agree_on_backend(config, contexts, control, notes.append)
+        asked, why = config, ''
+        if config.parallel.auto:
+            from ..planner.automatic import lay_out
+            config, why = lay_out(config, process, contexts, backend.is_native, control)
+        control.mesh = mesh_of(process, config.parallel, len(contexts))
+        communicator = build_communicator(strategy, process, control)
+        checkpoint = find_checkpoint(config, task, control, notes.append)
         logger: Union[RunLogger, Quiet] = Quiet()
         if process.rank == 0:
             first = checkpoint.step if checkpoint else 0
-            write_config(folder, config)
+            write_config(folder, asked)  # so that whoever goes on with it chooses again
             discard_after(folder / 'best', first)  # of what this run will do anew
             logger = stack.enter_context(RunLogger(folder, total, first))
         for note in [*notes_of(task.source, task.held_out), *notes]:
@@ -71,7 +77,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
         table = trainer.parts.table() if trainer.parts else ''
         if process.rank == 0:
-            introduce(trainer, checkpoint, strategy, process, table)
+            introduce(trainer, checkpoint, strategy, process, '\n'.join(filter(None, (why, table))))
         stopped = trainer.fit(stop)
         conclude(trainer, folder, not stopped)
     return 128 + stopped if stopped else 0
@@ -80,11 +86,17 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
 @contextlib.contextmanager
 def joined(config: Config, strategy: Strategy, process: ProcessInfo, devices: int = 1) -> Iterator[Communicator]:
     """Join the job with so many devices: while entered, this process has its control plane and a communicator."""
+    with connected(config, strategy, process) as control:
+        control.mesh = mesh_of(process, config.parallel, devices)
+        yield build_communicator(strategy, process, control)
+
+
+def connected(config: Config, strategy: Strategy, process: ProcessInfo) -> ControlPlane:
+    """Join the control plane of the job, with a mesh in which each worker holds a whole model, until another is set."""
     # Without GPUs, Horovod's looking around costs a core's time.
     if strategy.store_can.transport == 'horovod' and not mx.context.num_gpus():
         os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
-    with connect(process, os.environ, mesh_of(process, config.parallel, devices)) as control:
-        yield build_communicator(strategy, process, control)
+    return connect(process, os.environ)
 
 
 def agree_on_backend(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]
@@ -122,7 +134,7 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
 
 def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo,
               table: str = '') -> None:
-    """Say what is about to be trained, on what, and from where; `table` says which worker holds what."""
+    """Say what is about to be trained, on what, and from where; `table` says which worker holds what, and why."""
     config, timetable, say = trainer.config, trainer.timetable, trainer.logger.message
     say(configfile.to_yaml(config).rstrip())
     # Of a part of the network the whole is asked for, which is built for that.

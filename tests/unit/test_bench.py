@@ -209,3 +209,27 @@ def test_torch_side_computes_the_recorded_numbers(kind):
         assert (parameter.grad - gradients[name]).norm() < 1e-3 * gradients[name].norm(), name
     exempt = {id(parameter) for parameter in bench.parameter_groups(net, 0.05)[0]['params']}
     assert {name for name, parameter in net.named_parameters() if id(parameter) in exempt} == set(meta['no_decay'])
+
+
+def test_timeline_of_a_pipeline(tmp_path):
+    """The head of the last stage is a part of its pass."""
+    timeline = load('timeline')
+    first = timeline.passes_of([('forward', False, 0, 2), ('forward', False, 2, 4), ('backward', False, 8, 12),
+                                ('backward', False, 14, 18)], 0)
+    last = timeline.passes_of([('forward', False, 2, 3), ('forward', True, 3, 4), ('backward', False, 4, 8),
+                               ('forward', False, 8, 9), ('forward', True, 9, 10), ('backward', False, 10, 14)], 1)
+    assert [each[:3] for each in last] == [(1, 'forward', 0), (1, 'backward', 0), (1, 'forward', 1), (1, 'backward', 1)]
+    assert last[0][3:] == (2, 4) and timeline.span(first + last) == (0, 18)
+    assert timeline.summary(first + last) == '18.000 s, computing 67%, 67%; the ideal is 67%'
+    timeline.draw([first + last], str(tmp_path / 'a.png'))
+    with Image.open(tmp_path / 'a.png') as image:
+        assert image.size[0] > 1000
+
+
+def test_slow_link_tells_the_medians_and_the_ratio_of_each_turn():
+    slow_link = load('slow_link')
+    found = {layout: [dict(step=step, sent=2e6, received=1e6, memory=3.0) for step in steps]
+             for layout, steps in (('pipeline', [1.0, 2.0, 4.0]), ('data', [2.0, 2.0, 2.0]))}
+    lines = slow_link.table(found)
+    assert lines[2] == '| pipeline of 2 | 2.00 | 2.0 | 1.0 | 3.00 |'
+    assert lines[-1] == 'Data parallelism over the pipeline, seconds: 1.00 (2.00, 1.00, 0.50)'

@@ -155,6 +155,20 @@ def test_kept_is_what_native_operators_give_beside_their_result(precision):
         assert part.kept(recompute=True) == part.inputs == 4 * tokens * width
 
 
+def test_what_lies_between_the_graphs_of_a_tensor_group():
+    """Of each half block and of each of two devices, in tokens x width: its term of the sum, half of the other's copy,
+    the gradient of its own copy, and zeros for its part of what is kept inside, 4 of all."""
+    config, cpus, tokens = configured(**{'model.depth': 2}), Cluster(1, 2, kind='cpu', resident=0), 197 * 768 * 4
+    one, = costs.stages_for(config, cpus, Layout())
+    two, = costs.stages_for(config, cpus, Layout(tensor=2, contexts=2))
+    inside = 4 * (4 / 2) * tokens  # of four half blocks
+    assert two.kept == pytest.approx(one.kept - inside + 4 * (1 + 1 / 2 + 2) * tokens)
+    again, = costs.stages_for(config, cpus, Layout(tensor=2, contexts=2, recompute=True))
+    assert again.kept == pytest.approx(two.kept - inside - 4 * 2 * tokens)
+    largest = max(part.work(2) for segment in model.segments(config.model, config.mask, NATIVE) for part in segment)
+    assert two.work == pytest.approx(largest + 4 * tokens)
+
+
 def test_memory_of_weights_gradients_and_moments():
     config, count = configured(), 86_256_720
     def weights(layout):
@@ -189,7 +203,7 @@ def test_contexts_of_one_cpu_worker_compute_one_after_another():
     (Layout(4, 1, 8, store='horovod'), 'a tensor group of 8 does not divide [12] heads or columns'),
     (Layout(32, 1, 1, 128, store='horovod'), 'train.batch_size=2048 is less than 32 replicas x 128 micro-batches'),
     (Layout(32), 'train.store=device is for one worker'),
-    (Layout(32, store='horovod', contexts=8), 'Horovod has one device a worker'),
+    (Layout(2, 4, 4, store='horovod', contexts=8), 'a worker of several devices holds whole models'),
     (Layout(8, 1, 4, store='dist_sync', servers=4, contexts=2), 'with servers each worker holds a whole model'),
     (Layout(16, 2, store='dist_sync', servers=4), 'with servers each worker holds a whole model'),
     (Layout(32, store='dist_sync', contexts=8), 'there is no server'),

@@ -1,4 +1,6 @@
 """How parameters are cut: by name, and back to the whole, bit for bit."""
+import weakref
+
 import numpy as np
 import pytest
 
@@ -84,3 +86,11 @@ def test_refusals(keys, answer):
     with pytest.raises(ValueError) as error:
         Config(**keys)
     assert answer in str(error.value)
+
+
+def test_nothing_of_the_whole_stays():
+    """Its parts are as many numbers; else a divided network would need the memory of both."""
+    net = build_simmim(ModelConfig(**VIT), SEED)
+    whole = [weakref.ref(spec.parameter) for spec in parameter_specs(net) if cut_of(spec.name)]
+    divide(net, [Shard(index, 2) for index in range(2)])
+    assert len(whole) > 10 and [parameter() for parameter in whole] == [None] * len(whole)
