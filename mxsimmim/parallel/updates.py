@@ -93,7 +93,8 @@ class SynchronousUpdate:
         were computed and when everybody's had arrived.
         """
         if self._several:  # the others do not see this loss: let it spoil the gradient that they do see
-            smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
+            # A parameter's, which the next pass overwrites; what lies between the small ones nobody does.
+            smallest = min((p.list_grad()[0] for p in self._parameters), key=lambda g: g.size).reshape((-1,))
             mx.nd.broadcast_add(smallest, (loss * 0).as_in_context(smallest.context), out=smallest)
         self._all_reduce(clock.computed if clock else None)
         if clock:
