@@ -5,7 +5,7 @@ All have the same methods: `step` turns gradients into an update, `loss_divisor`
 trained so far, `combine` and `observed` reduce per-worker statistics to job-wide values.
 """
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -16,6 +16,7 @@ from ..data.batch_split import BatchSplit
 from ..models import ParameterSpec
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
+from ..system.arrays import Arrays, Gathered
 from .clock import Clock
 from .communicators import Communicator, Copies, Handle
 from .compression import TRANSPORTS
@@ -152,7 +153,11 @@ class SynchronousUpdate:
         """Return the means of some numbers over the workers, and further values for the log."""
         return list(np.mean(self.workers.control.all_gather('figures for the log', noted), axis=0)), {}
 
-    def state_dict(self) -> Dict[str, Any]:
+    def moment_names(self) -> List[str]:
+        """Return the names in a checkpoint of the moments that `load_state_dict` takes in this worker."""
+        return list(self.optimizer.moments)
+
+    def state_dict(self) -> Union[Arrays, Gathered]:
         """Return the optimiser's state, for a checkpoint."""
         return self.optimizer.arrays()
 

@@ -272,29 +272,35 @@ def _exposed_gradients(config: Config, cluster: Cluster, layout: Layout, stages:
                        ) -> float:
     """Seconds of the exchange that the last micro-batch's backward pass does not hide.
 
-    An earlier stage ends its backward pass later, so a later one has more time. With `parallel.shard_optimizer` the
-    second half of the sum, in which all get everybody's shard, follows the update (Rajbhandari et al. 2020,
-    arXiv:1910.02054). The reference's recipe sums after each accumulated part, to clip it.
+    An earlier stage ends its backward pass later, so a later one has more time. With `parallel.shard_optimizer` another
+    sum follows the update, of the new weights. The reference's recipe sums after each accumulated part, to clip it.
     """
     late, slack = 0.0, 0.0
     for stage in stages:
         wire, cores = exchange(cluster, layout, stage.parameters)
-        after = wire / 2 if layout.shard_optimizer else 0.0
         if layout.compression == '2bit' or _is_serial(cluster, layout):
             own = wire
         else:
             order = stage.gradients[::-1]
-            sizes = [(wire - after) * count / max(1, stage.parameters) for *_, count in order]
-            own = exposed([images * seconds + fixed for seconds, fixed, _ in order], sizes) + after
+            sizes = [wire * count / max(1, stage.parameters) for *_, count in order]
+            own = exposed([images * seconds + fixed for seconds, fixed, _ in order], sizes)
         late = max(late, own + cores - slack)
         slack += images * stage.backward + stage.fixed
     clips = config.optim.recipe == 'reference' and config.optim.clip_grad is not None and layout.pipeline == 1
-    return late * (layout.micro_batches if clips else 1)
+    late *= layout.micro_batches if clips else 1
+    if layout.shard_optimizer:
+        plain = layout._replace(compression='none')
+        late += max(sum(exchange(cluster, plain, stage.parameters)) for stage in stages)
+    return late
 
 
 def update_seconds(cluster: Cluster, count: int, shards: int) -> float:
-    """Seconds of the norm, which reads gradients, and of AdamW, which reads four arrays and writes three."""
-    return FLOAT * count * (1 + 7 / shards) / cluster.stream
+    """Seconds of the norm, which reads gradients, and of AdamW, which reads four arrays and writes three.
+
+    An owner then copies its weights into the gradients' arrays; the others write these twice, and copy from them.
+    """
+    copied = (2 + 5 * (shards - 1)) / shards if shards > 1 else 0
+    return FLOAT * count * (1 + 7 / shards + copied) / cluster.stream
 
 
 def in_flight(layout: Layout, stage: int, schedule: str = '1f1b') -> int:
