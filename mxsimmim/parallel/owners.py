@@ -12,6 +12,7 @@ import numpy as np
 from ..config import TrainConfig
 from ..models import ParameterSpec, joined
 from ..optim import Optimizer
+from ..runtime import memory
 from ..system.arrays import Gathered
 from .clock import Clock
 from .communicators import Communicator, Copies
@@ -61,6 +62,8 @@ class ShardedUpdate(SynchronousUpdate):
         self._updated = updated_by(communicator.rank, self._specs, communicator.size)
         exchange, = (each for each in self._exchanges if each.communicator is communicator)
         self._carriers = communicator.register(exchange.arrays)
+        mx.nd.waitall()
+        memory.release()  # of the gradients' first arrays and of initial weights, as much as all weights
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:
@@ -85,7 +88,8 @@ class ShardedUpdate(SynchronousUpdate):
         """
         values = self._moments_of_all()
         if self.workers.rank:
-            assert not list(values)  # but it has given what it has
+            for _ in values:  # there are none, but this worker takes part
+                pass
         shapes = [specs[0].whole_shape for specs in self._whole().values()] * len(self.optimizer.MOMENTS)
         return Gathered({name: ('float32', shape) for name, shape in zip(self.moment_names(), shapes)}, values)
 
@@ -93,9 +97,9 @@ class ShardedUpdate(SynchronousUpdate):
         """As `SynchronousUpdate`; the first worker of the group has the moments, of all of its parameters."""
         for kind in self.optimizer.MOMENTS:
             for name, specs in self._whole().items():
-                value = moments[f'{kind}.{name}'] if moments else None
+                whole = moments[f'{kind}.{name}'] if moments else np.zeros(specs[0].whole_shape, 'float32')
                 for spec in specs:
-                    _put(spec, None if value is None else spec.part_of(value))
+                    _put(spec, None if self.workers.rank else spec.part_of(whole))
             self.workers.all_reduce(self._carriers)
             for spec in self._updated:
                 _copy(spec.parameter.list_grad(), self._moment(kind, spec))

@@ -16,7 +16,7 @@ CALLS = {True: 6, False: 40}  # operators of a part in one direction, native or 
 FUSED = 64 << 20  # bytes that Horovod sends together on GPUs
 PACK, HALVE = 8e-9, 11e-9  # seconds a number takes a CPU core to be packed in two bits, in float16 (measured)
 COMPILER = 0.08e9  # bytes of a process that packs in two bits, for numba (measured)
-SLACK = 1.0  # of the weights, what a process keeps of arrays that are gone (measured)
+SLACK = 1.0  # of the weights, what a process keeps of arrays that are gone, unless it is sharded (measured)
 MOMENTS = {'adamw': 2, 'sgd': 0}
 COMPUTE, BUBBLE, GRADIENTS, ACTIVATIONS, TENSOR, UPDATE, INPUT = PARTS = (
     'compute', 'pipeline bubble', 'gradients', 'activations', 'tensor reduce', 'update', 'input')
@@ -337,7 +337,7 @@ def server_memory(cluster: Cluster, layout: Layout, stages: Sequence[Stage]) -> 
 def _stage_bytes(config: Config, cluster: Cluster, layout: Layout, stage: Stage, passing: int, images: int) -> float:
     count, ema = stage.parameters, bool(config.train.ema)
     moments = MOMENTS[config.optim.type] / (layout.data if layout.shard_optimizer else 1)
-    copies = SLACK if cluster.kind == 'cpu' else 0.0
+    copies = SLACK if cluster.kind == 'cpu' and not layout.shard_optimizer else 0.0
     if layout.inside > 1:
         copies += 1 / layout.contexts  # the store's own sum
     if layout.workers > 1:

@@ -202,6 +202,15 @@ def test_refusals(layout, reason):
     assert search.refusal(configured(), GPUS, layout) == reason
 
 
+def test_a_sharded_optimiser_sends_weights_after_gradients():
+    whole, sharded = (costs.predict(configured(), GPUS, Layout(32, store='horovod', compression='fp16',
+                                                               shard_optimizer=shard)) for shard in (False, True))
+    stage, = costs.stages_for(configured(), GPUS, Layout(32))
+    sent = costs.exchange(GPUS, Layout(32, store='horovod'), stage.parameters)
+    assert sharded.parts[costs.GRADIENTS] == pytest.approx(whole.parts[costs.GRADIENTS] + sum(sent))
+    assert whole.memory - sharded.memory == pytest.approx(8 * 31 / 32 * stage.parameters)
+
+
 def test_an_optimiser_without_moments_is_not_sharded():
     layout, config = Layout(32, store='horovod', shard_optimizer=True), configured(**{'optim.type': 'sgd'})
     reason = 'parallel.shard_optimizer divides moments, and optim.type=sgd has none'

@@ -61,7 +61,7 @@ def trained(trainer):
 
 def own_moments(trainer):
     """How many of the numbers of its network's moments this worker has."""
-    whole = sum(spec.parameter.data().size for spec in parameter_specs(trainer.placement.net))
+    whole = sum(spec.parameter.list_data()[0].size for spec in parameter_specs(trainer.placement.net))
     return sum(copies[0].size for copies in trainer.update_rule.optimizer.moments.values()) / (2 * whole)
 
 
