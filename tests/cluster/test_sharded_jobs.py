@@ -1,4 +1,5 @@
 """Optimisers whose moments are divided among workers: the same weights, and checkpoints that go from job to job."""
+import subprocess
 import sys
 
 import pytest
@@ -30,7 +31,8 @@ def test_weights_and_checkpoints_are_those_of_whole_optimisers(launcher):
     assert set(expected) == {'weights', 'optimizer', 'ema'}
     assert len(expected['optimizer']) == 2 * len(expected['weights'])
     same('two')
-    launcher.run('-n', 1, '--', *PYTHON, PROGRAMS / 'handover.py', runs / 'two', 'name=one')
+    subprocess.run([*PYTHON, PROGRAMS / 'handover.py', runs / 'two', 'name=one'], cwd=launcher.folder, check=True,
+                   timeout=60)
     same('one')
     run(['-n', 3, '--horovod'], 'swin', 'exact', runs / 'one', 'three', 'shard_optimizer=true')
     same('three')
