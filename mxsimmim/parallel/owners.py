@@ -90,7 +90,8 @@ class ShardedUpdate(SynchronousUpdate):
         if self.workers.rank:
             for _ in values:  # there are none, but this worker takes part
                 pass
-        shapes = [specs[0].whole_shape for specs in self._whole().values()] * len(self.optimizer.MOMENTS)
+        shapes = [specs[0].whole_shape if len(specs) > 1 else specs[0].parameter.shape
+                  for specs in self._whole().values()] * len(self.optimizer.MOMENTS)
         return Gathered({name: ('float32', shape) for name, shape in zip(self.moment_names(), shapes)}, values)
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
