@@ -243,6 +243,8 @@ class ParallelConfig(Section):
                                                'activations of all micro-batches; both compute the same')
     tensor: int = Field(1, gt=0, description='devices that compute each block together, each some of its attention '
                         'heads and some of its MLP')
+    shard_optimizer: bool = Field(False, description='each worker keeps the optimiser\'s moments of some parameters '
+                                  'only (ZeRO stage 1): less memory, more to exchange; same weights; Horovod')
 
     @property
     def devices(self) -> int:

@@ -1,11 +1,11 @@
 """A model of which each worker holds a stage: how whole checkpoints come out of it and go into it, array by array."""
 import socket
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 
-from ..system.arrays import Arrays, Gathered
+from ..system.arrays import Arrays, Gathered, on_the_way
 from .channels import pipeline_channels
 from .control import ControlPlane
 from .mesh import Mesh
@@ -56,15 +56,16 @@ class ModelParts:
         names = self._control.all_gather('hosts', socket.gethostname())
         return mesh_table(self._control.mesh, self.slices, names)
 
-    def gather(self, groups: Mapping[str, Arrays]) -> Dict[str, Gathered]:
+    def gather(self, groups: Mapping[str, Union[Arrays, Gathered]]) -> Dict[str, Gathered]:
         """Hand this worker's arrays to rank 0, where the answer has those of the whole model, elsewhere none.
 
         What several stages hold comes from the first of them. All workers call this, and rank 0 takes all values, group
         after group, before anything else passes through the channels.
         """
-        told = self._control.all_gather('arrays of the whole model', {
-            group: {name: [value.dtype.name, value.shape] for name, value in arrays.items()}
-            for group, arrays in groups.items()})
+        own = {group: arrays if isinstance(arrays, Gathered) else on_the_way(arrays)
+               for group, arrays in groups.items()}
+        told = self._control.all_gather('arrays of the whole model',
+                                        {group: arrays.kinds for group, arrays in own.items()})
         gathered: Dict[str, Gathered] = {}
         for group in groups:
             kinds: Dict[str, Tuple[str, Tuple[int, ...]]] = {}
@@ -73,7 +74,7 @@ class ModelParts:
                 names.append([name for name in told[rank][group] if name not in kinds])
                 kinds.update((name, (kind, tuple(shape))) for name, (kind, shape) in told[rank][group].items()
                              if name not in kinds)
-            values = self._towards_first(groups[group], names) if self._first else iter(())
+            values = self._towards_first(own[group], names) if self._first else iter(())
             if self.before and self._first:
                 for value in values:
                     self.before.send(value)
@@ -81,15 +82,13 @@ class ModelParts:
             gathered[group] = Gathered(kinds, values)
         return gathered
 
-    def _towards_first(self, arrays: Arrays, names: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
+    def _towards_first(self, arrays: Gathered, names: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
         """Yield this worker's arrays, then those of the later stages, as the names say."""
-        for stage in range(self.own, len(names)):
-            for name in names[stage]:
-                if stage == self.own:
-                    yield arrays[name]
-                else:
-                    assert self.after
-                    yield self.after.receive_values()
+        yield from (value for name, value in zip(arrays.kinds, arrays.values) if name in names[self.own])
+        for stage in range(self.own + 1, len(names)):
+            for _ in names[stage]:
+                assert self.after
+                yield self.after.receive_values()
 
     def hand_out(self, wanted: Sequence[str], arrays: Optional[Arrays]) -> Iterator[Tuple[str, np.ndarray]]:
         """Yield the wanted ones of rank 0's arrays, in the first replica, whose workers hand them on to the others.

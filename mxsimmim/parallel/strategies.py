@@ -32,6 +32,7 @@ STORES: Dict[str, Store] = {
     'dist_async': Store('ps', updates_weights=True),
     'horovod': Store('horovod', compressions=('fp16', '2bit')),
 }
+SHARDED = 'parallel.shard_optimizer=true'
 AGGREGATIONS: Dict[str, Aggregation] = {
     'sync': Aggregation(shares_weights=True),
     'async': Aggregation(updates_on_servers=True),
@@ -80,7 +81,7 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
     if aggregation == 'auto':
         aggregation = 'async' if STORES[store].updates_weights else 'sync'
     strategy = Strategy(store, aggregation)
-    for check in (_transport, _aggregation, _compression):
+    for check in (_transport, _aggregation, _compression, _shard_optimizer):
         for wrong, message in check(strategy, config, process):
             if wrong:
                 raise ValueError(message)
@@ -167,6 +168,10 @@ def _mesh(strategy: Strategy, config: Config, mesh: Mesh) -> Refusals:
         (several and weights == 'auto',
          f'data.worker_weights=auto cannot work with parallel.pipeline={mesh.pipeline} over several workers, of which '
          'the slowest stage sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
+        (config.parallel.shard_optimizer and mesh.data == 1,
+         f'{SHARDED} divides moments among the workers that hold the same weights, and here each worker '
+         f'holds weights of its own{f" (parallel.pipeline={mesh.pipeline})" * several}: start more of them, or leave '
+         'it out'),
     ]
 
 
@@ -189,6 +194,22 @@ def _compression(strategy: Strategy, config: Config, process: ProcessInfo) -> Re
          f'train.compression={" or ".join(strategy.store_can.compressions)}'),
         (process.p3,
          f'--p3 cannot work with train.compression={kind}: P3 cuts dense arrays into slices: leave one of the two out'),
+    ]
+
+
+def _shard_optimizer(strategy: Strategy, config: Config, process: ProcessInfo) -> Refusals:
+    if not config.parallel.shard_optimizer:
+        return []
+    store, aggregation = strategy
+    return [
+        (strategy.store_can.transport != 'horovod',
+         f'{SHARDED} works with train.store=horovod, not {store}: start the job with tools/launch.py '
+         '--horovod, or leave it out'),
+        (not strategy.aggregation_can.shares_weights,
+         f'{SHARDED} needs workers that hold the same weights after each step, which '
+         f'train.aggregation={aggregation} does not have: set train.aggregation=sync, or leave it out'),
+        (config.optim.type != 'adamw',
+         f'{SHARDED} divides the optimiser\'s moments, and optim.type={config.optim.type} has none: leave it out'),
     ]
 
 

@@ -5,7 +5,7 @@ All have the same methods: `step` turns gradients into an update, `loss_divisor`
 trained so far, `combine` and `observed` reduce per-worker statistics to job-wide values.
 """
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -16,6 +16,7 @@ from ..data.batch_split import BatchSplit
 from ..models import ParameterSpec
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
+from ..system.arrays import Arrays, Gathered
 from .clock import Clock
 from .communicators import Communicator, Copies, Handle
 from .compression import TRANSPORTS
@@ -93,7 +94,8 @@ class SynchronousUpdate:
         were computed and when everybody's had arrived.
         """
         if self._several:  # the others do not see this loss: let it spoil the gradient that they do see
-            smallest = min((first for first, *_ in self.gradients()), key=lambda g: g.size).reshape((-1,))
+            # A parameter's, which the next pass overwrites; what lies between the small ones nobody does.
+            smallest = min((p.list_grad()[0] for p in self._parameters), key=lambda g: g.size).reshape((-1,))
             mx.nd.broadcast_add(smallest, (loss * 0).as_in_context(smallest.context), out=smallest)
         self._all_reduce(clock.computed if clock else None)
         if clock:
@@ -151,7 +153,11 @@ class SynchronousUpdate:
         """Return the means of some numbers over the workers, and further values for the log."""
         return list(np.mean(self.workers.control.all_gather('figures for the log', noted), axis=0)), {}
 
-    def state_dict(self) -> Dict[str, Any]:
+    def moment_names(self) -> List[str]:
+        """Return the names in a checkpoint of the moments that `load_state_dict` takes in this worker."""
+        return list(self.optimizer.moments)
+
+    def state_dict(self) -> Union[Arrays, Gathered]:
         """Return the optimiser's state, for a checkpoint."""
         return self.optimizer.arrays()
 

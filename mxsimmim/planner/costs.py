@@ -16,7 +16,7 @@ CALLS = {True: 6, False: 40}  # operators of a part in one direction, native or 
 FUSED = 64 << 20  # bytes that Horovod sends together on GPUs
 PACK, HALVE = 8e-9, 11e-9  # seconds a number takes a CPU core to be packed in two bits, in float16 (measured)
 COMPILER = 0.08e9  # bytes of a process that packs in two bits, for numba (measured)
-SLACK = 1.0  # of the weights, what a process keeps of arrays that are gone (measured)
+SLACK = 1.0  # of the weights, what a process keeps of arrays that are gone, unless it is sharded (measured)
 MOMENTS = {'adamw': 2, 'sgd': 0}
 COMPUTE, BUBBLE, GRADIENTS, ACTIVATIONS, TENSOR, UPDATE, INPUT = PARTS = (
     'compute', 'pipeline bubble', 'gradients', 'activations', 'tensor reduce', 'update', 'input')
@@ -275,29 +275,35 @@ def _exposed_gradients(config: Config, cluster: Cluster, layout: Layout, stages:
                        ) -> float:
     """Seconds of the exchange that the last micro-batch's backward pass does not hide.
 
-    An earlier stage ends its backward pass later, so a later one has more time. With `parallel.shard_optimizer` the
-    second half of the sum, in which all get everybody's shard, follows the update (Rajbhandari et al. 2020,
-    arXiv:1910.02054). The reference's recipe sums after each accumulated part, to clip it.
+    An earlier stage ends its backward pass later, so a later one has more time. With `parallel.shard_optimizer` another
+    sum follows the update, of the new weights. The reference's recipe sums after each accumulated part, to clip it.
     """
     late, slack = 0.0, 0.0
     for stage in stages:
         wire, cores = exchange(cluster, layout, stage.parameters)
-        after = wire / 2 if layout.shard_optimizer else 0.0
         if layout.compression == '2bit' or _is_serial(cluster, layout):
             own = wire
         else:
             order = stage.gradients[::-1]
-            sizes = [(wire - after) * count / max(1, stage.parameters) for *_, count in order]
-            own = exposed([images * seconds + fixed for seconds, fixed, _ in order], sizes) + after
+            sizes = [wire * count / max(1, stage.parameters) for *_, count in order]
+            own = exposed([images * seconds + fixed for seconds, fixed, _ in order], sizes)
         late = max(late, own + cores - slack)
         slack += images * stage.backward + stage.fixed
     clips = config.optim.recipe == 'reference' and config.optim.clip_grad is not None and layout.pipeline == 1
-    return late * (layout.micro_batches if clips else 1)
+    late *= layout.micro_batches if clips else 1
+    if layout.shard_optimizer:
+        plain = layout._replace(compression='none')
+        late += max(sum(exchange(cluster, plain, stage.parameters)) for stage in stages)
+    return late
 
 
 def update_seconds(cluster: Cluster, count: int, shards: int) -> float:
-    """Seconds of the norm, which reads gradients, and of AdamW, which reads four arrays and writes three."""
-    return FLOAT * count * (1 + 7 / shards) / cluster.stream
+    """Seconds of the norm, which reads gradients, and of AdamW, which reads four arrays and writes three.
+
+    An owner then copies its weights into the gradients' arrays; the others write these twice, and copy from them.
+    """
+    copied = (2 + 5 * (shards - 1)) / shards if shards > 1 else 0
+    return FLOAT * count * (1 + 7 / shards + copied) / cluster.stream
 
 
 def in_flight(layout: Layout, stage: int, schedule: str = '1f1b') -> int:
@@ -334,7 +340,7 @@ def server_memory(cluster: Cluster, layout: Layout, stages: Sequence[Stage]) -> 
 def _stage_bytes(config: Config, cluster: Cluster, layout: Layout, stage: Stage, passing: int, images: int) -> float:
     count, ema = stage.parameters, bool(config.train.ema)
     moments = MOMENTS[config.optim.type] / (layout.data if layout.shard_optimizer else 1)
-    copies = SLACK if cluster.kind == 'cpu' else 0.0
+    copies = SLACK if cluster.kind == 'cpu' and not layout.shard_optimizer else 0.0
     if layout.inside > 1:
         copies += 1 / layout.contexts  # the store's own sum
     if layout.workers > 1:

@@ -5,7 +5,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from ..config import Config
 from ..parallel.strategies import STORES
 from .cluster import Cluster
-from .costs import Layout, Prediction, predict, server_memory, stages_for
+from .costs import MOMENTS, Layout, Prediction, predict, server_memory, stages_for
 
 WORTH = 1.01  # a layout that needs one thing more must be faster by this factor
 SYNCHRONOUS = {'auto': ('device', 'dist_sync', 'horovod'), 'device': ('device',), 'local': ('device',),
@@ -39,14 +39,15 @@ def refusal(config: Config, cluster: Cluster, layout: Layout) -> str:
         (layout.recompute and cluster.kind != 'cpu', 'model.recompute needs native operators, on CPUs'),
         (layout.shard_optimizer and (layout.store != 'horovod' or layout.data == 1),
          'parallel.shard_optimizer needs several replicas and Horovod'),
+        (layout.shard_optimizer and not MOMENTS[config.optim.type],
+         f'parallel.shard_optimizer divides moments, and optim.type={config.optim.type} has none'),
     ]
     return next((reason for wrong, reason in checks if wrong), '')
 
 
 def is_built(layout: Layout) -> bool:
-    """Return whether this version runs a layout: a block's parts need one worker, and no optimiser is sharded."""
-    parts = layout.tensor == 1 or layout.contexts % (layout.pipeline * layout.tensor) == 0
-    return parts and not layout.shard_optimizer
+    """Return whether this version runs a layout: a block's parts need one worker."""
+    return layout.tensor == 1 or layout.contexts % (layout.pipeline * layout.tensor) == 0
 
 
 def layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
@@ -72,7 +73,8 @@ def layouts_of(config: Config, cluster: Cluster, job: Layout) -> Iterator[Layout
         whole = job._replace(data=size // (pipeline * tensor), pipeline=pipeline, tensor=tensor)
         if refusal(config, cluster, whole):
             continue
-        shards = [False, True] if store == 'horovod' and whole.data > 1 else [False]
+        shards = [shard for shard in (False, True)
+                  if not refusal(config, cluster, whole._replace(shard_optimizer=shard))]
         exchanged = whole.data > whole.inside
         for power, compression, recompute, shard in itertools.product(
                 range((batch // whole.data // job.micro_batches).bit_length()),

@@ -1,4 +1,5 @@
 """Where memory runs out: whether an error says so; what was being done, with which sizes, and what to lower."""
+import ctypes
 import errno
 import re
 import resource
@@ -27,6 +28,13 @@ DOING = {'build.build_trainer': 'making the network', 'trainer.fit': 'training',
          'graph.trace': 'tracing the network'}
 TRAINING = ('pretrain', 'finetune')
 HERE = Path(__file__).parents[1]
+
+
+def release() -> None:
+    """Give back to the system what glibc keeps of memory that has been freed; another C library is left alone."""
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim:
+        trim(0)
 
 
 def ran_out(error: Optional[BaseException]) -> bool:

@@ -15,3 +15,8 @@ class Gathered(NamedTuple):
     def nbytes(self) -> int:
         """Size of all of them."""
         return sum(np.dtype(kind).itemsize * int(np.prod(shape)) for kind, shape in self.kinds.values())
+
+
+def on_the_way(arrays: Arrays) -> Gathered:
+    """Return arrays in memory as if they came from elsewhere."""
+    return Gathered({name: (value.dtype.name, value.shape) for name, value in arrays.items()}, iter(arrays.values()))

@@ -15,6 +15,7 @@ from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
 from ..parallel.average import WeightAverage
 from ..parallel.communicators import Communicator, make_communicator
 from ..parallel.control import ControlPlane
+from ..parallel.owners import ShardedUpdate, updated_by
 from ..parallel.parts import ModelParts
 from ..parallel.pipeline import Pipeline
 from ..parallel.placement import Placement, Replicated, contexts_of
@@ -64,7 +65,7 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
         moments: Optional[Arrays] = arrays.get('optimizer')
         if parts and checkpoint:
             assert isinstance(update_rule, SynchronousUpdate)
-            moments = dict(parts.hand_out(list(update_rule.optimizer.moments), moments))
+            moments = dict(parts.hand_out(update_rule.moment_names(), moments))
         update_rule.load_state_dict(moments, step)
     average = None
     if config.train.ema:
@@ -177,8 +178,10 @@ def build_update_rule(config: Config, task: Task, net: Network, strategy: Strate
     if strategy.aggregation_can.updates_on_servers:
         assert isinstance(communicator, WeightServers)
         return AsynchronousUpdate(specs, communicator, config, timetable.per_epoch, timetable.total, net.backend)
-    optimizer = optimizer or OPTIMIZERS[optim.type](specs, optim, net.backend)
+    sharded = config.parallel.shard_optimizer
+    own = updated_by(communicator.rank, specs, communicator.size) if sharded else specs
+    optimizer = optimizer or OPTIMIZERS[optim.type](own, optim, net.backend)
     if strategy.aggregation == 'sync':
-        return SynchronousUpdate(specs, optimizer, communicator, train, optim.clip_grad)
+        return (ShardedUpdate if sharded else SynchronousUpdate)(specs, optimizer, communicator, train, optim.clip_grad)
     kind = {'local_sgd': LocalSGD, 'elastic': ElasticAverage}[strategy.aggregation]
     return kind(specs, optimizer, communicator, train, optim.clip_grad, split, timetable.total)

@@ -158,7 +158,8 @@ def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placeme
         taken.append(_resident())
     each = max(0, taken[1] - taken[0]) / max(1, more - few)
     weights = 4 * _count(placement.net)
-    moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * replicas + (1 if config.train.ema else 0)
+    moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * replicas / (groups if config.parallel.shard_optimizer else 1)
+    moments += 1 if config.train.ema else 0
     each_loaded = sum(array.nbytes for array in task.transform().allocate(1).values())
     loaded = (config.data.prefetch + 2) * config.train.batch_size / process.size * each_loaded
     needed = taken[1] + each * max(0, part - more) + weights * moments + loaded

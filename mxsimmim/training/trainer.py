@@ -240,7 +240,7 @@ class Trainer:
         if picture is not None:
             self.logger.picture(self.step, 'reconstruction', picture)
 
-    def _whole(self, **groups: Callable[[], Arrays]) -> Dict[str, Union[Arrays, Gathered]]:
+    def _whole(self, **groups: Callable[[], Union[Arrays, Gathered]]) -> Dict[str, Union[Arrays, Gathered]]:
         """On rank 0 the arrays of the whole model; every worker calls this, and others that hold parts send these."""
         if self.parts:
             return dict(self.parts.gather({name: make() for name, make in groups.items()}))

@@ -1,6 +1,9 @@
 """What is said where memory runs out, in every wording it is met in."""
 import errno
+import os
 import re
+import subprocess
+import sys
 
 import mxnet as mx
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from mxnet.base import MXNetError
 
 from mxsimmim import cli
+from mxsimmim.cluster.environment import KEPT
 from mxsimmim.config import Config, configfile
 from mxsimmim.data.loader import Loader
 from mxsimmim.data.transforms import BrokenImage
@@ -44,6 +48,30 @@ def chained(outer, inner):
 ])
 def test_what_is_a_shortage(error, expected):
     assert memory.ran_out(error) == expected
+
+
+def test_freed_memory_goes_back_to_the_system(tmp_path):
+    """In a job the launcher has the C library keep it; a live block above the freed ones would keep it, too."""
+    program = tmp_path / 'program.py'
+    program.write_text('''
+from mxsimmim.runtime.memory import release
+import numpy as np
+
+def resident():
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * 4096 / 2 ** 20
+
+blocks = [np.ones(2 << 20, 'float32') for _ in range(16)]
+kept = np.ones(1 << 20, 'float32')
+before = resident()
+del blocks
+freed = resident()
+release()
+print(before - freed, before - resident())
+''')
+    words = subprocess.run([sys.executable, program], env={**os.environ, **KEPT}, stdout=subprocess.PIPE, check=True)
+    freed, released = map(float, words.stdout.split())
+    assert abs(freed) < 8 and released > 120
 
 
 def test_a_chain_that_goes_round_ends():

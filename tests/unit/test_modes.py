@@ -11,10 +11,12 @@ PS = ProcessInfo('worker', 0, 2, servers=1, transport='ps')
 P3 = PS._replace(p3=True)
 HOROVOD = ProcessInfo('worker', 0, 2, transport='horovod')
 NO_CLIP = {'clip_grad': None}
+SHARDED = {'shard_optimizer': True}
 
 
-def config(optim=None, weights='equal', parallel=None, **train):
-    return Config(train=train, optim=optim or {}, data={'worker_weights': weights}, parallel=parallel or {})
+def config(optim=None, weights='equal', parallel=None, devices='auto', **train):
+    return Config(train=train, optim=optim or {}, data={'worker_weights': weights}, parallel=parallel or {},
+                  devices=devices)
 
 
 @pytest.mark.parametrize('process, keys, expected', [
@@ -25,6 +27,8 @@ def config(optim=None, weights='equal', parallel=None, **train):
     (PS, {'store': 'dist_device_sync', 'aggregation': 'local_sgd'}, ('dist_device_sync', 'local_sgd')),
     (HOROVOD, {'aggregation': 'elastic'}, ('horovod', 'elastic')),
     (HOROVOD, {'compression': 'fp16'}, ('horovod', 'sync')),
+    (HOROVOD, {'parallel': SHARDED}, ('horovod', 'sync')),
+    (HOROVOD._replace(size=4), {'devices': ['cpu(0)'], 'parallel': {'pipeline': 2, **SHARDED}}, ('horovod', 'sync')),
     (PS, {'compression': '2bit', 'accumulate': 4}, ('dist_sync', 'sync')),
     (P3, {}, ('dist_sync', 'sync')),
     (PS, {'weights': (3, 1)}, ('dist_sync', 'sync')),
@@ -63,6 +67,17 @@ def test_modes(process, keys, expected):
     (HOROVOD, {'aggregation': 'elastic', 'ema': 0.9}, 'train.aggregation=elastic does not have: set train.ema=0'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'lr_on_plateau': 0.5},
      'train.lr_on_plateau=0.5 cannot work with train.store=dist_async, .*: set train.lr_on_plateau=1, or train.store='),
+    (PS, {'parallel': SHARDED}, 'parallel.shard_optimizer=true works with train.store=horovod, not dist_sync: start '
+     'the job with tools/launch.py --horovod, or leave it out'),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'parallel': SHARDED}, 'train.store=horovod, not dist_async'),
+    (ALONE, {'parallel': SHARDED}, 'works with train.store=horovod, not device'),
+    (HOROVOD, {'aggregation': 'local_sgd', 'parallel': SHARDED},
+     'same weights after each step, which train.aggregation=local_sgd does not have: set train.aggregation=sync, or'),
+    (HOROVOD, {'aggregation': 'elastic', 'parallel': SHARDED}, 'which train.aggregation=elastic does not have'),
+    (HOROVOD, {'optim': {'type': 'sgd'}, 'parallel': SHARDED}, "optimiser's moments, and optim.type=sgd has none"),
+    (HOROVOD._replace(size=1), {'parallel': SHARDED}, 'here each worker holds weights of its own: start more'),
+    (HOROVOD, {'devices': ['cpu(0)'], 'parallel': {'pipeline': 2, **SHARDED}},
+     r'here each worker holds weights of its own \(parallel.pipeline=2\): start more of them, or leave it out'),
     (PS, {'weights': (1, 2, 3)}, r'data.worker_weights=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
 ])
 def test_what_cannot_work_is_refused_by_name(process, keys, message):

@@ -54,6 +54,18 @@ def test_devices(keys, devices, store):
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 
 
+def test_a_loss_that_is_not_finite_spoils_one_step():
+    """As several workers do it: nothing of it stays between the small gradients, which no backward pass overwrites."""
+    trainer = build(SWIN, 2)
+    trainer.update_rule._several = True
+    applied = []
+    for number, batch in enumerate(random_batches(trainer.config.model, 4, 7, SEED)):
+        image = batch.fields['image'].transpose(0, 3, 1, 2).astype('float32') / 255
+        batch.fields['image'] = image * np.float32('nan') if number == 1 else image
+        applied.append(trainer.train_step(batch).asnumpy()[2])
+    assert applied == [1, 0, 1, 1]
+
+
 def test_small_gradients_travel_together(monkeypatch):
     """Same gradients as apart, where the optimiser looks for them; what lies between is 0."""
     monkeypatch.setattr('mxsimmim.parallel.gradients.SMALL', 4 * 300)

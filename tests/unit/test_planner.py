@@ -216,6 +216,22 @@ def test_refusals(layout, reason):
     assert search.refusal(configured(), GPUS, layout) == reason
 
 
+def test_a_sharded_optimiser_sends_weights_after_gradients():
+    whole, sharded = (costs.predict(configured(), GPUS, Layout(32, store='horovod', compression='fp16',
+                                                               shard_optimizer=shard)) for shard in (False, True))
+    stage, = costs.stages_for(configured(), GPUS, Layout(32))
+    sent = costs.exchange(GPUS, Layout(32, store='horovod'), stage.parameters)
+    assert sharded.parts[costs.GRADIENTS] == pytest.approx(whole.parts[costs.GRADIENTS] + sum(sent))
+    assert whole.memory - sharded.memory == pytest.approx(8 * 31 / 32 * stage.parameters)
+
+
+def test_an_optimiser_without_moments_is_not_sharded():
+    layout, config = Layout(32, store='horovod', shard_optimizer=True), configured(**{'optim.type': 'sgd'})
+    reason = 'parallel.shard_optimizer divides moments, and optim.type=sgd has none'
+    assert search.refusal(config, GPUS, layout) == reason
+    assert not [each for each in search.layouts(config, GPUS) if each.shard_optimizer]
+
+
 def test_what_is_found_can_run_and_is_in_order():
     config = configured()
     found = search.search(config, GPUS)
@@ -232,7 +248,7 @@ def test_what_is_found_can_run_and_is_in_order():
 @pytest.mark.parametrize('layout, built', [
     (Layout(8, 1, 4, store='dist_sync', servers=4, contexts=8), True), (Layout(1, 2, 4, contexts=8), True),
     (Layout(2, 2, 2, store='horovod'), False), (Layout(4, 2, store='horovod'), True),
-    (Layout(8, store='horovod', shard_optimizer=True), False)])
+    (Layout(8, store='horovod', shard_optimizer=True), True)])
 def test_what_this_version_runs(layout, built):
     assert search.is_built(layout) == built
     assert all(search.is_built(found.layout) for found in search.search(configured(), GPUS))

@@ -93,6 +93,7 @@ elemwise_mul: Operator
 elemwise_sub: Operator
 max: Operator
 minimum: Operator
+negative: Operator
 ones_like: Operator
 softmax: Operator
 sqrt: Operator

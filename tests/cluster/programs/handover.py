@@ -14,21 +14,26 @@ from mxsimmim.runtime.environment import prepare
 from mxsimmim.runtime.process import process_info
 
 
+def hand_over(run, config, process, communicator):
+    from mxsimmim.tasks.registry import TASKS
+    from mxsimmim.training import checkpoint
+    from mxsimmim.training.build import build_trainer
+
+    saved = checkpoint.newest(Path(run) / 'checkpoints', print)
+    if process.rank:  # rank 0 alone reads
+        saved = saved._replace(arrays={})
+    build_trainer(config, process, TASKS[config.task](config), communicator, saved).save()
+
+
 def main():
     run, *keys = sys.argv[1:]
     config = configfile.load(Path(run) / 'config.yaml', keys)
     prepare(config.runtime)
-    from mxsimmim.tasks.registry import TASKS
-    from mxsimmim.training import checkpoint
-    from mxsimmim.training.build import build_trainer
     from mxsimmim.training.start import joined
 
-    process, task = process_info(os.environ), TASKS[config.task](config)
+    process = process_info(os.environ)
     with joined(config, strategy_of(config, process), process) as communicator:
-        saved = checkpoint.newest(Path(run) / 'checkpoints', print)
-        if process.rank:  # rank 0 alone reads
-            saved = saved._replace(arrays={})
-        build_trainer(config, process, task, communicator, saved).save()
+        hand_over(run, config, process, communicator)
 
 
 if __name__ == '__main__':
