@@ -10,7 +10,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 from ..config import Config, MaskConfig, ModelConfig, ParallelConfig
 from ..parallel.schedules import stages_of
 from .cluster import Cluster, all_reduce, ring, server_bytes
-from .model import FLOAT, Form, Part, Segment, multiply_adds, parameters, segments, shared_table
+from .model import FLOAT, NATIVE_WORK, Form, Part, Segment, multiply_adds, parameters, segments, shared_table
 
 CALLS = {True: 6, False: 40}  # operators of a part in one direction, native or not
 FUSED = 64 << 20  # bytes that Horovod sends together on GPUs
@@ -74,8 +74,9 @@ class Stage(NamedTuple):
     fixed: float  # seconds a micro-batch takes in each direction, however small
     gradients: Tuple[Tuple[float, float, int], ...]  # of each segment: backward, fixed, parameters
     parameters: int
-    kept: float  # bytes an image
-    work: float
+    kept: float  # bytes an image, from its forward to its backward pass
+    planned: float  # that a cached graph plans for a backward pass, and which each micro-batch in flight has
+    work: float  # of a backward pass beside these, once
     blocks: int
     stream: float  # numbers of the residual stream an image, of all its blocks
     output: float  # numbers an image that go to the next stage
@@ -144,8 +145,10 @@ def _stage(found: Sequence[Segment], cluster: Cluster, form: Form, tensor: int, 
         gradients.append((own, own_fixed, parameters([segment], tensor)))
     flat = [part for segment in found for part in segment]
     blocks = [part for part in flat if part.is_divided]
+    work = max(part.work(tensor) for part in flat)
+    planned = work / NATIVE_WORK if form.native else work  # the rest are oneDNN's layouts
     return Stage(forward, backward, fixed, tuple(gradients), parameters(found, tensor) + table,
-                 sum(part.kept(tensor, recompute) for part in flat), max(part.work(tensor) for part in flat),
+                 sum(part.kept(tensor, recompute) for part in flat), planned, work - planned,
                  len(blocks) // 2, sum(part.output for part in blocks) / 2, flat[-1].output)
 
 
@@ -338,4 +341,5 @@ def _stage_bytes(config: Config, cluster: Cluster, layout: Layout, stage: Stage,
         copies += layout.store == 'dist_sync'  # what servers send is received
         copies += {'none': 0.0, 'fp16': 0.5, '2bit': 1 + compressed(layout)}[layout.compression]
     hop = 2 * FLOAT * images * stage.output * (layout.pipeline > 1)
-    return (FLOAT * count * (2 + moments + ema + copies) + passing * images * stage.kept + images * stage.work + hop)
+    return (FLOAT * count * (2 + moments + ema + copies) + passing * images * (stage.kept + stage.planned)
+            + images * stage.work + hop)
