@@ -97,7 +97,8 @@ def test_another_process_is_not_taken_for_the_sender():
     """In a container of its own a process has a number that another one has here."""
     outbox = Outbox()
     process, numbers, (file, pipe) = outbox.place
-    for place in ((process, numbers, (file, pipe + '1')), (process, [0, 1], (file, pipe)), (1 << 22, *outbox.place[1:])):
+    for place in ((process, numbers, (file, pipe + '1')), (process, [0, 1], (file, pipe)),
+                  (1 << 22, numbers, (file, pipe))):
         with pytest.raises(OSError):
             Inbox(place)
     assert put(outbox, ramp(3)) is None  # nobody has said that a slot is free
