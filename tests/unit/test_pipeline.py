@@ -22,6 +22,7 @@ from mxsimmim.parallel.placement import Replicated
 from mxsimmim.parallel.schedules import stages_of
 from mxsimmim.planner import costs
 from mxsimmim.planner.cluster import Cluster
+from mxsimmim.tasks.pictures import grid, to_uint8
 from mxsimmim.tasks.registry import TASKS
 from mxsimmim.training.build import build_trainer
 from mxsimmim.training.run_folder import checkpoint_to_resume
@@ -122,6 +123,18 @@ def test_answers(keys, stages, replicas):
     one, cut = pair(lambda config: build_classifier(config, 3, SEED), keys, stages, replicas, 2)
     assert cut.outputs(batch).shape == (5, 3)
     np.testing.assert_allclose(cut.outputs(batch), one.outputs(batch), rtol=1e-5, atol=1e-6)
+
+
+@machine.natively
+@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
+def test_pictures_are_those_of_one_device(keys):
+    """Natively the last stage computes masked cells alone, and no others are drawn."""
+    batch, = random_batches(ModelConfig(**keys), 1, 3, SEED)
+    batch.fields.pop('uniform')
+    one, cut = (to_uint8(placement.reconstruct(batch), [0.5] * 3, [0.2] * 3) for placement in pair(
+        lambda config: build_simmim(config, SEED, OpBackend('native')), keys, 2, 1, 2))
+    drawn, expected = (grid(batch.fields['image'], batch.fields['mask'], images).astype(int) for images in (cut, one))
+    assert abs(drawn - expected).max() <= 1  # of 255, where a value is on an edge
 
 
 @pytest.mark.parametrize('keys', [VIT, {**VIT, 'use_mean_pooling': True}, SWIN], ids=['vit', 'vit, pooling', 'swin'])
