@@ -124,24 +124,29 @@ def open_boxes(control: ControlPlane, peers: Sequence[int]) -> Dict[int, Boxes]:
 
     All workers of the job do this at once. Where memory cannot be shared there is None, and rank 0 says why.
     """
-    outboxes: Dict[int, Optional[Outbox]] = {peer: Outbox() for peer in peers if hasattr(os, 'memfd_create')}
-    places = control.all_gather('shared memory of channels', {peer: box.place for peer, box in outboxes.items() if box})
+    outboxes: Dict[int, Outbox] = {}
     inboxes: Dict[int, Inbox] = {}
     errors: List[Tuple[int, str]] = []
+    for peer in peers if hasattr(os, 'memfd_create') else ():
+        try:
+            outboxes[peer] = Outbox()
+        except OSError as error:
+            errors.append((peer, f'rank {control.rank} has nothing to share with rank {peer}: {error}'))
+    places = control.all_gather('shared memory of channels', {peer: box.place for peer, box in outboxes.items()})
     for peer in outboxes:
         try:
-            inboxes[peer] = Inbox(places[peer][str(control.rank)])
+            if str(control.rank) in places[peer]:
+                inboxes[peer] = Inbox(places[peer][str(control.rank)])
         except OSError as error:
             errors.append((peer, f'rank {control.rank} cannot see memory of rank {peer}: {error}'))
     told = control.all_gather('shared memory of channels is open', errors)
-    for rank, why in (error for errors in told for error in errors[:control.rank == 0]):
-        print(f'mxsimmim: {why}: what goes from rank {rank} to it goes over TCP', file=sys.stderr)
-        break
-    for peer, outbox in outboxes.items():
-        if outbox and control.rank in [rank for rank, _ in told[peer]]:
-            outbox.close()
-            outboxes[peer] = None
-    return {peer: (outboxes[peer], inboxes.get(peer)) for peer in outboxes}
+    reasons = [why for errors in told for _, why in errors]
+    if reasons and control.rank == 0:
+        print(f'mxsimmim: {reasons[0]}: activations go over TCP', file=sys.stderr)
+    for peer in peers:
+        if peer in outboxes and control.rank in [rank for rank, _ in told[peer]]:  # which does not see it
+            outboxes.pop(peer).close()
+    return {peer: (outboxes.get(peer), inboxes.get(peer)) for peer in peers}
 
 
 def _name(process: int, number: int) -> str:

@@ -1,5 +1,6 @@
 """Slots in shared memory: which are used, how they grow, and what happens where there is no memory."""
 import os
+import threading
 
 import mxnet as mx
 import numpy as np
@@ -134,7 +135,25 @@ def test_where_memory_cannot_be_seen_rank_0_says_why(monkeypatch, capfd):
     found = each(3, lambda control: open_boxes(control, [rank for rank in (0, 1, 2) if rank != control.rank]))
     assert found == [{rank: (None, None) for rank in range(3) if rank != own} for own in range(3)]
     assert capfd.readouterr().err == ('mxsimmim: rank 0 cannot see memory of rank 1: [Errno 13] Permission denied: '
-                                      'what goes from rank 1 to it goes over TCP\n')
+                                      'activations go over TCP\n')
+
+
+def test_who_has_no_memory_to_share_says_so(monkeypatch, capfd):
+    """A middle worker: its neighbours still share nothing with it, and nobody waits."""
+    made, own = slots.Outbox, {}
+
+    def work(control):
+        own[threading.get_ident()] = control.rank
+        return channels.open_boxes(control, [rank for rank in (0, 1, 2) if abs(rank - control.rank) == 1])
+
+    def fail():
+        if own[threading.get_ident()] == 1:
+            raise PermissionError(1, 'Operation not permitted')
+        return made()
+    monkeypatch.setattr(slots, 'Outbox', fail)
+    assert each(3, work) == [{1: (None, None)}, {0: (None, None), 2: (None, None)}, {1: (None, None)}]
+    assert capfd.readouterr().err == ('mxsimmim: rank 1 has nothing to share with rank 0: [Errno 1] Operation not '
+                                      'permitted: activations go over TCP\n')
 
 
 def test_bytes_of_the_connection_are_few():
