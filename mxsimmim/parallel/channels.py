@@ -1,8 +1,9 @@
 """Channels: hand arrays to the neighbour along a pipeline and take its own, in order, without waiting for either.
 
 Both ends of a channel send and receive: activations go one way, their gradients the other. Between two devices of one
-worker it is a copy; between two workers a TCP connection whose messages are signed with the job's key. MXNet has no
-transfer between two processes of its own, and Horovod none in which not all of a group take part.
+worker it is a copy; between two workers a TCP connection whose messages are signed with the job's key. Of workers on
+one host it carries arrays of the host alone, and tells where in shared memory the others lie. MXNet has no transfer
+between two processes of its own, and Horovod none in which not all of a group take part.
 """
 import contextlib
 import hashlib
@@ -14,13 +15,14 @@ import socket
 import threading
 import time
 from collections import deque
-from typing import Any, Deque, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Deque, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
 
 from ..cluster.messages import MAC, secret
 from .control import DEADLINE, ControlError, ControlPlane, tune
+from .slots import Address, Inbox, Outbox, open_boxes
 
 OPENING = 120.0  # seconds until both neighbours must have connected
 GREETING = 5.0  # seconds for one who connects to show that it knows the key
@@ -67,18 +69,27 @@ def local_channel(first: mx.Context, second: mx.Context) -> Tuple[LocalChannel, 
     return ends
 
 
+class Item(NamedTuple):
+    """An array on its way, and the slot in shared memory in which it lies, if it does."""
+    values: Any  # of MXNet or of NumPy; received ones are of NumPy
+    slot: Optional[Address] = None
+
+
 class SocketChannel:
     """One end of a channel between two workers. A thread sends what is computed, another one receives meanwhile.
 
-    Whoever sends more than `WAITING` arrays that nobody receives waits, so that no host's memory fills with them.
+    Whoever sends more than `WAITING` arrays that nobody receives waits, so that no host's memory fills with them. With
+    an outbox or an inbox a device's arrays go or come through it.
     """
 
-    def __init__(self, connection: socket.socket, key: bytes, peer: int, context: mx.Context, upper: bool):
+    def __init__(self, connection: socket.socket, key: bytes, peer: int, context: mx.Context, upper: bool,
+                 outbox: Optional[Outbox] = None, inbox: Optional[Inbox] = None):
         """`peer` is the rank at the other end, `upper` whether it comes later in the pipeline."""
         self._connection, self._key, self._peer, self._context = connection, key, peer, context
+        self._outbox, self._inbox = outbox, inbox
         self._names = (b'up', b'down') if upper else (b'down', b'up')
-        self._outgoing: 'queue.Queue[Union[mx.nd.NDArray, np.ndarray, None]]' = queue.Queue(WAITING)
-        self._arrived: 'queue.Queue[Any]' = queue.Queue(WAITING)  # arrays of NumPy
+        self._outgoing: 'queue.Queue[Optional[Item]]' = queue.Queue(WAITING)
+        self._arrived: 'queue.Queue[Item]' = queue.Queue(WAITING)
         self._lost: Optional[ControlError] = None
         self._threads = [threading.Thread(target=work, name=f'channel to rank {peer}', daemon=True)
                          for work in (self._send_all, self._receive_all)]
@@ -91,11 +102,11 @@ class SocketChannel:
         Raises:
             ControlError: the worker at the other end is gone.
         """
-        copied = array if isinstance(array, np.ndarray) else array.copyto(mx.cpu())
+        item = Item(array) if isinstance(array, np.ndarray) else self._copied(array)
         limit = time.monotonic() + DEADLINE
         while not self._lost:
             with contextlib.suppress(queue.Full):
-                return self._outgoing.put(copied, timeout=TICK)
+                return self._outgoing.put(item, timeout=TICK)
             if time.monotonic() > limit:
                 raise ControlError(f'channel: rank {self._peer} has taken nothing for {DEADLINE:g} s: its log says '
                                    'what it does')
@@ -107,21 +118,18 @@ class SocketChannel:
         Raises:
             ControlError: the worker at the other end is gone, or has sent nothing for `seconds`.
         """
-        arrived = self.receive_values(seconds)
-        return mx.nd.array(arrived, self._context, arrived.dtype)
+        values, slot = self._next(seconds)
+        array = mx.nd.array(values, self._context, values.dtype)
+        self._free(slot)
+        return array
 
     def receive_values(self, seconds: float = DEADLINE) -> np.ndarray:
         """As `receive`, but in the host's memory."""
-        limit = time.monotonic() + seconds
-        while True:
-            lost = self._lost  # before the queue is looked at: what arrived before the end is still there
-            with contextlib.suppress(queue.Empty):
-                return self._arrived.get(timeout=0 if lost else min(TICK, seconds))
-            if lost:
-                raise lost
-            if time.monotonic() > limit:
-                raise ControlError(f'channel: rank {self._peer} has sent nothing for {seconds:g} s: its log says what '
-                                   'it does')
+        values, slot = self._next(seconds)
+        if slot:
+            values = values.copy()
+            self._free(slot)
+        return values
 
     def close(self) -> None:
         """Send what is on its way, and say that nothing follows; what has not been received yet is lost."""
@@ -134,20 +142,56 @@ class SocketChannel:
             with contextlib.suppress(queue.Empty):
                 self._arrived.get(timeout=0.01)
         self._connection.close()
+        if self._outbox:
+            self._outbox.close()
+        if self._inbox:
+            self._inbox.close()
+
+    def _copied(self, array: mx.nd.NDArray) -> Item:
+        """Begin to copy to the host's memory: to a slot, if one is free."""
+        taken = self._outbox.take(array) if self._outbox else None
+        return Item(array.copyto(taken[1]), taken[0]) if taken else Item(array.copyto(mx.cpu()))
+
+    def _next(self, seconds: float) -> Item:
+        limit = time.monotonic() + seconds
+        while True:
+            lost = self._lost  # before the queue is looked at: what arrived before the end is still there
+            with contextlib.suppress(queue.Empty):
+                return self._arrived.get(timeout=0 if lost else min(TICK, seconds))
+            if lost:
+                raise lost
+            if time.monotonic() > limit:
+                raise ControlError(f'channel: rank {self._peer} has sent nothing for {seconds:g} s: its log says what '
+                                   'it does')
+
+    def _free(self, slot: Optional[Address]) -> None:
+        if slot:
+            assert self._inbox
+            self._inbox.free(slot)
 
     def _send_all(self) -> None:
         number = 0
         with contextlib.suppress(OSError):  # the other thread meets it, too
-            while (array := self._outgoing.get()) is not None:
+            while (item := self._outgoing.get()) is not None:
                 try:
-                    values = np.asarray(array if isinstance(array, np.ndarray) else array.asnumpy(), order='C')
+                    self._send_item(number, item)
                 except mx.MXNetError as error:  # of an operator that has made the array
                     return self._lose(str(error))
-                head = json.dumps([values.dtype.name, values.shape]).encode()
-                self._connection.sendall(len(head).to_bytes(2, 'big') + head + self._sign(0, number, head))
-                self._connection.sendall(values.data.cast('B') if values.size else b'')
-                self._connection.sendall(self._sign(0, number, values))
                 number += 1
+
+    def _send_item(self, number: int, item: Item) -> None:
+        values, slot = item
+        if slot:
+            values.wait_to_read()
+            return self._send_head(number, np.dtype(values.dtype), values.shape, *slot)
+        values = np.asarray(values if isinstance(values, np.ndarray) else values.asnumpy(), order='C')
+        self._send_head(number, values.dtype, values.shape)
+        self._connection.sendall(values.data.cast('B') if values.size else b'')
+        self._connection.sendall(self._sign(0, number, values))
+
+    def _send_head(self, number: int, dtype: 'np.dtype', shape: Sequence[int], *slot: int) -> None:
+        head = json.dumps([dtype.name, shape, *slot]).encode()
+        self._connection.sendall(len(head).to_bytes(2, 'big') + head + self._sign(0, number, head))
 
     def _receive_all(self) -> None:
         number, why = 0, f'rank {self._peer} has ended: its log says why'
@@ -157,13 +201,17 @@ class SocketChannel:
                 if not hmac.compare_digest(self._read(MAC), self._sign(1, number, head)):
                     why = f'what arrives is not signed by rank {self._peer}'
                     break
-                dtype, shape = json.loads(head.decode())
-                values = np.empty(shape, dtype)
-                self._read_into(values.data.cast('B') if values.size else memoryview(b''))
-                if not hmac.compare_digest(self._read(MAC), self._sign(1, number, values)):
-                    why = f'what arrives is not signed by rank {self._peer}'
-                    break
-                self._arrived.put(values)
+                dtype, shape, *slot = json.loads(head.decode())
+                if slot:
+                    assert self._inbox
+                    item = Item(self._inbox.values(Address(*slot), dtype, shape), Address(*slot))
+                else:
+                    item = Item(np.empty(shape, dtype))
+                    self._read_into(item.values.data.cast('B') if item.values.size else memoryview(b''))
+                    if not hmac.compare_digest(self._read(MAC), self._sign(1, number, item.values)):
+                        why = f'what arrives is not signed by rank {self._peer}'
+                        break
+                self._arrived.put(item)
                 number += 1
         self._lose(why)
 
@@ -193,19 +241,18 @@ def pipeline_channels(control: ControlPlane, context: mx.Context
     """
     mesh = control.mesh
     stages, stage = mesh.group('pipeline'), mesh.coordinate('pipeline')
+    peers = [stages[number] for number in (stage - 1, stage + 1) if 0 <= number < len(stages)]
     with socket.socket() as listener:
         listener.bind((control.address, 0))
         listener.listen()
         places = control.all_gather('channels', listener.getsockname())
-        before = after = None
-        if stage > 0:
-            peer = stages[stage - 1]
-            before = SocketChannel(*_connect(places[peer], control.key, mesh.rank), peer, context, False)
-        if stage < len(stages) - 1:
-            peer = stages[stage + 1]
-            after = SocketChannel(*_accept(listener, control.key, peer), peer, context, True)
-        control.barrier('channels are open')
-    return before, after
+        # The one before first: it waits for this one.
+        connections = {peer: _accept(listener, control.key, peer) if peer > mesh.rank else
+                       _connect(places[peer], control.key, mesh.rank) for peer in peers}
+    boxes = open_boxes(control, [peer for peer in peers if places[peer][0] == control.address])  # of this host
+    channels = {peer: SocketChannel(*connection, peer, context, peer > mesh.rank, *boxes.get(peer, (None, None)))
+                for peer, connection in connections.items()}
+    return (channels[peers[0]] if stage else None, channels[peers[-1]] if stage < len(stages) - 1 else None)
 
 
 def _connect(place: Sequence[Any], key: bytes, rank: int) -> Tuple[socket.socket, bytes]:

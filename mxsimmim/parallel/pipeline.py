@@ -122,7 +122,7 @@ class Pipeline:
     def loss(self, batch: Batch) -> mx.nd.NDArray:
         """Sum over the batch's images of their losses (1,), on the first context; no gradient."""
         losses = []
-        for replica, part in self._of_replicas(whole(batch)):
+        for replica, part in self._evaluated(batch):
             x, seat = self._through(replica, batch, part), replica[-1]
             if x is not None and self._head:
                 losses.append(self._call(self._head, x, batch, part, seat.context) * (part.stop - part.start))
@@ -130,7 +130,7 @@ class Pipeline:
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The network's answer to each image alone (B, classes)."""
-        answers = [self._answer(replica, batch, part) for replica, part in self._of_replicas(whole(batch))]
+        answers = [self._answer(replica, batch, part) for replica, part in self._evaluated(batch)]
         return np.concatenate([answer.asnumpy() for answer in answers if answer is not None] or [np.empty((0, 1))])
 
     def reconstruct(self, batch: Batch) -> np.ndarray:
@@ -175,6 +175,11 @@ class Pipeline:
             for parameter in stage.without_gradient:  # which other micro-batches have recorded, too
                 mxnet_private.renew(parameter)
         return stage(*inputs) if x is None else stage(x, *inputs)
+
+    def _evaluated(self, batch: Batch) -> List[Tuple[List[Seat], slice]]:
+        """Which images each replica gets at a time: micro-batches, so that stages compute at the same time."""
+        return [(replica, part) for replica, own in self._of_replicas(whole(batch))
+                for part in within(own, self._micro_batches)]
 
     def _of_replicas(self, part: slice) -> List[Tuple[List[Seat], slice]]:
         """Each replica that gets any images, and which."""

@@ -10,7 +10,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 from ..config import Config, MaskConfig, ModelConfig, ParallelConfig
 from ..parallel.schedules import stages_of
 from .cluster import Cluster, all_reduce, ring, server_bytes
-from .model import FLOAT, Form, Part, Segment, multiply_adds, parameters, segments, shared_table
+from .model import FLOAT, NATIVE_WORK, Form, Part, Segment, multiply_adds, parameters, segments, shared_table
 
 CALLS = {True: 6, False: 40}  # operators of a part in one direction, native or not
 FUSED = 64 << 20  # bytes that Horovod sends together on GPUs
@@ -74,8 +74,9 @@ class Stage(NamedTuple):
     fixed: float  # seconds a micro-batch takes in each direction, however small
     gradients: Tuple[Tuple[float, float, int], ...]  # of each segment: backward, fixed, parameters
     parameters: int
-    kept: float  # bytes an image
-    work: float
+    kept: float  # bytes an image, from its forward to its backward pass
+    planned: float  # that a cached graph plans for a backward pass, and which each micro-batch in flight has
+    work: float  # of a backward pass beside these, once
     blocks: int
     stream: float  # numbers of the residual stream an image, of all its blocks
     output: float  # numbers an image that go to the next stage
@@ -146,10 +147,11 @@ def _stage(found: Sequence[Segment], cluster: Cluster, form: Form, tensor: int, 
     blocks = [part for part in flat if part.is_divided]
     # A graph's gradient of what came in is there as soon as its backward pass is issued, and all are issued at once.
     issued = FLOAT * sum(part.output for part in blocks) if tensor > 1 else 0.0
+    work = max(part.work(tensor) for part in flat)
+    planned = work / NATIVE_WORK if form.native else work  # the rest are oneDNN's layouts
     return Stage(forward, backward, fixed, tuple(gradients), parameters(found, tensor) + table,
-                 sum(part.kept(tensor, recompute) + part.between(tensor, recompute) for part in flat),
-                 max(part.work(tensor) for part in flat) + issued, len(blocks) // 2,
-                 sum(part.output for part in blocks) / 2, flat[-1].output)
+                 sum(part.kept(tensor, recompute) + part.between(tensor, recompute) for part in flat), planned,
+                 work - planned + issued, len(blocks) // 2, sum(part.output for part in blocks) / 2, flat[-1].output)
 
 
 def _seconds(part: Part, cluster: Cluster, tensor: int) -> float:
@@ -347,4 +349,5 @@ def _stage_bytes(config: Config, cluster: Cluster, layout: Layout, stage: Stage,
         copies += layout.store == 'dist_sync'  # what servers send is received
         copies += {'none': 0.0, 'fp16': 0.5, '2bit': 1 + compressed(layout)}[layout.compression]
     hop = 2 * FLOAT * images * stage.output * (layout.pipeline > 1)
-    return (FLOAT * count * (2 + moments + ema + copies) + passing * images * stage.kept + images * stage.work + hop)
+    return (FLOAT * count * (2 + moments + ema + copies) + passing * images * (stage.kept + stage.planned)
+            + images * stage.work + hop)

@@ -118,9 +118,11 @@ def _limit() -> str:
         found.append((int(match[1]) * 1024, "the machine's"))
     found += [(int(words[0]), "its container's or cgroup's limit") for name in ('memory.max', 'memory.limit_in_bytes')
               for words in environment.cgroup_values(Path('/'), name) if words[0] != 'max']
-    space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if space != resource.RLIM_INFINITY:
-        found.append((space, 'of addresses: `ulimit -v`'))
+    for kind, who in ((resource.RLIMIT_AS, 'of addresses: `ulimit -v`'),
+                      (resource.RLIMIT_DATA, 'of data: `ulimit -d`')):
+        space = resource.getrlimit(kind)[0]
+        if space != resource.RLIM_INFINITY:
+            found.append((space, who))
     size, who = min(found, default=(0, ''))
     return f'{size / 1e9:,.1f} GB ({who})' if found else 'an unknown amount'
 

@@ -1,18 +1,26 @@
 """A pipeline whose stages are processes: schedules, checkpoints that change the layout, a stage that is killed."""
+import json
 import os
 import signal
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from support import machine
 from support.hosts import three_hosts
 from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, newest, recorded, steps
+from support.running import BASE, DEADLINE, command, rounds
 from support.tiny import TEN_STEPS
 
 pytestmark = pytest.mark.unmeasured
 
 PIPELINE = ['parallel.pipeline=2', 'parallel.micro_batches=4']
 DEEP = ['model.depth=4', 'train.ema=0.9']
+# Nearly all of the memory is for its 38 million parameters.
+WIDE = ['model.img_size=16', 'model.patch_size=4', 'model.embed_dim=512', 'model.depth=12', 'model.num_heads=8',
+        'mask.patch_size=8', 'data.path=digits', 'data.val_fraction=0', 'data.threads=1', 'runtime.threads=1',
+        'train.batch_size=8', 'train.length=20', 'optim.schedule=constant', 'optim.warmup=0']
 HANDOVER = [sys.executable, '-W', 'ignore', PROGRAMS / 'handover.py']
 
 
@@ -70,6 +78,32 @@ def test_a_stage_that_is_killed_ends_the_job(launcher):
     launcher.gone(10)
     told = [line for line in launcher.text('err').splitlines() if line.startswith('launch: worker')]
     assert len(told) == 1 and 'worker 1' in told[0] and 'was killed by SIGKILL' in told[0], launcher.text('err')
+
+
+@machine.natively
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_model_that_does_not_fit_one_process_trains_over_2_and_over_4(launcher):
+    """Under 0.85 of what one process of it has, with the losses of that one; over 2 in `make soak` alone."""
+    program = [sys.executable, '-W', 'ignore', PROGRAMS / 'limited.py', *WIDE]
+
+    def trained(*words):
+        out, _ = launcher.run(*words, seconds=DEADLINE)
+        return json.loads(out.splitlines()[-1])
+    alone = trained('-n', 1, '--', *program)
+    limit = int(0.85 * alone['data'])
+    limited = ['sh', '-c', f'ulimit -d {limit // 1024}; exec "$@"', 'sh']
+    done = subprocess.run([*limited, *command('pretrain', BASE, *WIDE, 'name=alone')], cwd=launcher.folder,
+                          timeout=DEADLINE, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('mxsimmim: error: out of memory while ')
+    assert f'this process may have {limit / 1e9:.1f} GB (of data: `ulimit -d`): ' in done.stderr
+    previous = alone['resident']
+    for stages in rounds([4], [2, 4]):
+        found = trained('-n', stages, '--horovod', '--', *limited, *program, f'parallel.pipeline={stages}',
+                        'parallel.micro_batches=4')
+        np.testing.assert_allclose(found['losses'], alone['losses'], rtol=1e-5)
+        assert found['data'] < limit and found['resident'] < 0.8 * previous
+        previous = found['resident']
 
 
 @pytest.mark.parametrize('words, keys, message', [

@@ -15,6 +15,13 @@ from mxsimmim.parallel.control import ControlError
 DEPTH, IMAGES, WIDTH, MICRO_BATCHES = 3, 4, 5, 6
 
 
+@pytest.fixture(params=['shared memory', 'tcp'])
+def way(request, monkeypatch):
+    """How arrays go between two workers, here of one host."""
+    if request.param == 'tcp':
+        monkeypatch.setattr(channels, 'open_boxes', lambda *_: {})
+
+
 def weights_and_images(seed=7):
     print(f'seed {seed}')
     rng = np.random.default_rng(seed)
@@ -60,6 +67,7 @@ def expected():
     return np.stack([weight.grad.asnumpy() for weight in weights])
 
 
+@pytest.mark.usefixtures('way')
 def test_three_workers_make_the_gradients_of_one_device(expected):
     def work(control):
         weights, images = weights_and_images()
@@ -106,13 +114,16 @@ def pair(first, second):
     """What both ends of a channel between two workers do; the results, or exceptions."""
     def work(control):
         before, after = pipeline_channels(control, mx.cpu())
-        answer = (second if before else first)(before or after)
-        control.barrier('end')
-        (before or after).close()
-        return answer
+        try:
+            answer = (second if before else first)(before or after)
+            control.barrier('end')
+            return answer
+        finally:
+            (before or after).close()
     return each(2, work, axis='pipeline')
 
 
+@pytest.mark.usefixtures('way')
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'float64', 'int32', 'uint8'])
 def test_values_arrive_exactly_and_in_order(dtype):
     rng = np.random.default_rng(3)
@@ -129,6 +140,7 @@ def test_values_arrive_exactly_and_in_order(dtype):
         np.testing.assert_array_equal(array.asnumpy(), expected)
 
 
+@pytest.mark.usefixtures('way')
 def test_what_is_written_after_sending_does_not_travel():
     def send(channel):
         array = mx.nd.ones((1000,))
@@ -140,6 +152,7 @@ def test_what_is_written_after_sending_does_not_travel():
     np.testing.assert_array_equal(np.stack(received), np.repeat(np.arange(20)[:, None], 1000, 1))
 
 
+@pytest.mark.usefixtures('way')
 def test_both_ends_send_much_before_they_receive():
     """Neither waits for the other to read."""
     def both(channel):
@@ -149,6 +162,7 @@ def test_both_ends_send_much_before_they_receive():
     assert pair(both, both) == [list(range(8))] * 2
 
 
+@pytest.mark.usefixtures('way')
 def test_who_ends_is_missed_and_who_is_late_is_named(capfd):
     def ends(channel):
         channel.send(mx.nd.ones((2,)))
@@ -194,6 +208,7 @@ def test_a_stranger_is_turned_away(monkeypatch):
             after.send(mx.nd.ones((3,)))
         answer = before.receive().asnumpy().tolist() if before else None
         control.barrier('end')
+        (before or after).close()
         return answer
     assert each(2, work, axis='pipeline') == [None, [1, 1, 1]]
     assert heard == [16, b'']
@@ -209,3 +224,20 @@ def test_what_is_not_signed_is_refused():
     channel.close()
     theirs.close()
     assert not [thread for thread in threading.enumerate() if thread.name == 'channel to rank 4']
+
+
+@pytest.mark.usefixtures('way')
+def test_sending_does_not_wait_for_computing():
+    """What is sent takes 0.2 s or more to compute; `send` returns before half of that."""
+    def sends(channel):
+        weight = mx.nd.ones((1 << 8, 1 << 8)) / (1 << 8)
+        weight.wait_to_read()
+        began, y = time.monotonic(), weight
+        for _ in range(400):
+            y = mx.nd.dot(y, weight)
+        channel.send(y)
+        return time.monotonic() - began, began
+
+    (issued, began), (values, arrived) = pair(sends, lambda channel: (channel.receive().asnumpy(), time.monotonic()))
+    np.testing.assert_allclose(values, 1 / (1 << 8), rtol=1e-4)
+    assert issued < 0.5 * (arrived - began)

@@ -1,8 +1,14 @@
 """Transparency of a pipeline: cut in whatever way, a network has the gradients and the answers of one device."""
+import json
+import os
+import subprocess
+import sys
+
 import mxnet as mx
 import numpy as np
 import pytest
-from support import machine
+from support import machine, passing
+from support.running import DEADLINE, ROOT
 from support.trainer import build_tiny_trainer, random_batches, relative_difference, tiny_config, train_randomly
 
 from mxsimmim.config import ModelConfig
@@ -14,6 +20,9 @@ from mxsimmim.ops import REFERENCE, OpBackend
 from mxsimmim.parallel.pipeline import Pipeline
 from mxsimmim.parallel.placement import Replicated
 from mxsimmim.parallel.schedules import stages_of
+from mxsimmim.planner import costs
+from mxsimmim.planner.cluster import Cluster
+from mxsimmim.tasks.pictures import grid, to_uint8
 from mxsimmim.tasks.registry import TASKS
 from mxsimmim.training.build import build_trainer
 from mxsimmim.training.run_folder import checkpoint_to_resume
@@ -116,6 +125,18 @@ def test_answers(keys, stages, replicas):
     np.testing.assert_allclose(cut.outputs(batch), one.outputs(batch), rtol=1e-5, atol=1e-6)
 
 
+@machine.natively
+@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
+def test_pictures_are_those_of_one_device(keys):
+    """Natively the last stage computes masked cells alone, and no others are drawn."""
+    batch, = random_batches(ModelConfig(**keys), 1, 3, SEED)
+    batch.fields.pop('uniform')
+    one, cut = (to_uint8(placement.reconstruct(batch), [0.5] * 3, [0.2] * 3) for placement in pair(
+        lambda config: build_simmim(config, SEED, OpBackend('native')), keys, 2, 1, 2))
+    drawn, expected = (grid(batch.fields['image'], batch.fields['mask'], images).astype(int) for images in (cut, one))
+    assert abs(drawn - expected).max() <= 1  # of 255, where a value is on an edge
+
+
 @pytest.mark.parametrize('keys', [VIT, {**VIT, 'use_mean_pooling': True}, SWIN], ids=['vit', 'vit, pooling', 'swin'])
 def test_gradients_of_a_classifier(keys):
     rng = np.random.default_rng(SEED)
@@ -165,3 +186,23 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
             assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in theirs)
         losses[devices] = again.validate()['val_loss']
     np.testing.assert_allclose(list(losses.values()), losses[1], rtol=1e-6)
+
+
+@machine.natively
+@pytest.mark.unmeasured
+def test_memory_of_what_is_in_flight():
+    """A cached graph keeps as many states as micro-batches are in flight, each as large as the planner says."""
+    # Blocks of 64 KB and more come from the system and go back to it, so that what is resident is what is held.
+    environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': str(1 << 16)}
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'support.passing'], cwd=ROOT / 'tests', env=environ,
+                          timeout=DEADLINE, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    config = tiny_config(model=passing.MODEL, train=dict(batch_size=2 * passing.IMAGES))
+    stages = costs.stages_for(config, Cluster(1, 2, 1e12, kind='cpu'),
+                              costs.Layout(pipeline=passing.STAGES, micro_batches=2))
+    state = passing.IMAGES * np.mean([stage.kept + stage.planned for stage in stages])
+    # 1F1B of two stages has 2 and 1 in flight, however many there are; GPipe all of them on each.
+    assert found['1f1b 6'] - found['1f1b 2'] < 0.4 * state
+    np.testing.assert_allclose(found['gpipe 3'] - found['1f1b 6'], (2 * 3 - 3) * state, rtol=0.15)
+    np.testing.assert_allclose(found['gpipe 5'] - found['gpipe 3'], 2 * 2 * state, rtol=0.15)
+    assert found['evaluation'] - found['gpipe 5'] < 0.8 * state  # of micro-batches, too

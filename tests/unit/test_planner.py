@@ -71,7 +71,7 @@ def test_what_a_backward_pass_does_not_hide(backward, messages, late):
 
 @pytest.mark.parametrize('stages, micro_batches', [(1, 1), (2, 8), (4, 8), (8, 1)])
 def test_bubble_in_closed_form(stages, micro_batches):
-    stage = costs.Stage(1, 2, 0, ((2, 0, 10),), 10, 0, 0, 1, 0, 0)
+    stage = costs.Stage(1, 2, 0, ((2, 0, 10),), 10, 0, 0, 0, 1, 0, 0)
     parts = costs._passes(GPUS, Layout(1, stages, 1, micro_batches), [stage] * stages, 1)
     turns = micro_batches + stages - 1
     assert parts[costs.COMPUTE] == 3 * micro_batches
@@ -176,7 +176,8 @@ def test_memory_of_weights_gradients_and_moments():
         images = math.ceil(2048 / layout.data / layout.micro_batches)
         stages = costs.stages_for(config, GPUS, layout)
         assert len(stages) == layout.pipeline
-        return one.memory - images * (stages[0].kept * costs.in_flight(layout, 0) + stages[0].work), stages
+        first, passing = stages[0], costs.in_flight(layout, 0)
+        return one.memory - images * (passing * (first.kept + first.planned) + first.work), stages
     assert weights(Layout(32, store='horovod'))[0] == pytest.approx(16 * count)
     assert weights(Layout(32, store='horovod', shard_optimizer=True))[0] == pytest.approx((8 + 8 / 32) * count)
     assert weights(Layout(32, store='horovod', compression='fp16'))[0] == pytest.approx(18 * count)
