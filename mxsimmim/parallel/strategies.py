@@ -86,7 +86,7 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
                 raise ValueError(message)
     if devices is None and config.devices != 'auto':
         devices = len(config.devices)
-    if devices is not None or config.parallel.pipeline == 1:  # or only the worker itself can tell
+    if devices is not None or config.parallel.devices == 1:  # or only the worker itself can tell
         for wrong, message in _mesh(strategy, config, mesh_of(process, config.parallel, devices or 1)):
             if wrong:
                 raise ValueError(message)
@@ -155,18 +155,17 @@ def _aggregation(strategy: Strategy, config: Config, process: ProcessInfo) -> Re
 
 
 def _mesh(strategy: Strategy, config: Config, mesh: Mesh) -> Refusals:
-    several, weights = mesh.pipeline > 1, config.data.worker_weights
+    several, keys, weights = mesh.data < mesh.size, config.parallel.described, config.data.worker_weights
     return [
         (not isinstance(weights, str) and len(weights) != mesh.data,
          f'data.worker_weights={list(weights)} has {len(weights)} weights for {mesh.data} '
          + ('replicas of the model: one a replica' if several else 'workers: one a worker')),
         (several and not strategy.aggregation_can.shares_weights,
-         f'train.aggregation={strategy.aggregation} cannot work with parallel.pipeline={mesh.pipeline} over several '
-         'workers, whose gradients have one norm together: set train.aggregation=sync, or give each worker a device a '
-         'stage with devices=[…]'),
+         f'train.aggregation={strategy.aggregation} cannot work with {keys} over several workers, whose gradients have '
+         'one norm together: set train.aggregation=sync, or give each worker a device a part with devices=[…]'),
         (several and weights == 'auto',
-         f'data.worker_weights=auto cannot work with parallel.pipeline={mesh.pipeline} over several workers, of which '
-         'the slowest stage sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
+         f'data.worker_weights=auto cannot work with {keys} over several workers, of which the slowest of a replica '
+         'sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
     ]
 
 

@@ -14,13 +14,15 @@ from mxnet.gluon import Parameter
 from ..config import TrainConfig
 from ..data.batch_split import BatchSplit
 from ..models import ParameterSpec
+from ..models.shards import gradient_axes
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
 from .clock import Clock
-from .communicators import Communicator, Copies, Handle
+from .communicators import GROUPS, Communicator, Copies, Handle
 from .compression import TRANSPORTS
 from .control import Pending
 from .gradients import exchanged
+from .mesh import AXES
 
 
 def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
@@ -66,15 +68,19 @@ class SynchronousUpdate:
         self._buffers = [spec.parameter for spec in specs if not spec.trainable]
         self._registered: Optional[Handle] = None  # the buffers, once somebody needs them
         self._several = communicator.control.size > 1  # workers, in this group or another
-        mesh = communicator.control.mesh
-        groups = [(communicator, True, [spec for spec in specs if spec.axes == ('data',)]),
-                  (communicator.everyone, mesh.coordinate('pipeline') == 0,
-                   [spec for spec in specs if spec.axes == ('pipeline', 'data')])]
-        self._exchanges = [_Exchange(found, [spec.parameter for spec in group if spec.trainable], counts, optimizer,
-                                     train) for found, counts, group in groups if group]
+        self._mesh = mesh = communicator.control.mesh
+        weights = [spec for spec in specs if spec.trainable]
+        groups = {axes: [spec.parameter for spec in weights if spec.axes == axes] for axes in GROUPS}
+        self._exchanges = [_Exchange(communicator.over(axes), group,
+                                     not any(mesh.coordinate(axis) for axis in axes if axis != 'data'), optimizer, train)
+                           for axes, group in groups.items() if group]
         # Of the workers that hold the parts of a model, those of the first replica send in the squares of its norm.
-        self._squares = communicator.everyone.register([[mx.nd.zeros((1,))]]) if mesh.pipeline > 1 else None
+        self._squares = communicator.over(AXES).register([[mx.nd.zeros((1,))]]) if mesh.data < mesh.size else None
         self._in_norm = mesh.coordinate('data') == 0
+        # What all workers of a tensor group compute alike is summed over them, too, so that no rounding ever tells
+        # their copies apart. Only the first one's counts.
+        self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes
+                      and 'tensor' not in gradient_axes(spec.name)] if mesh.coordinate('tensor') else []
         self._votes: Optional[Pending] = None  # of the last step
 
     def loss_divisor(self, _images: int) -> int:
@@ -144,7 +150,8 @@ class SynchronousUpdate:
     def combine(self, rows: np.ndarray) -> np.ndarray:
         """Reduce this worker's rows (k, 3) to the job's: loss, norm, whether applied, of k steps."""
         if self._several:
-            rows[:, 0] = np.sum(self._communicator.control.all_gather('losses', rows[:, 0]), axis=0)
+            own = rows[:, 0] if self._mesh.reports else 0 * rows[:, 0]
+            rows[:, 0] = np.sum(self._communicator.control.all_gather('losses', own), axis=0)
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
@@ -189,6 +196,9 @@ class SynchronousUpdate:
         return [copies[first:first + count] for first in range(0, len(copies), count)]
 
     def _all_reduce(self, computed: Optional[Callable[[], None]] = None) -> None:
+        for parameter in self._idle:
+            for gradient in parameter.list_grad():
+                gradient[:] = 0
         own, *others = self._exchanges
         for other in others:
             other.transport.all_reduce()
@@ -201,7 +211,7 @@ class SynchronousUpdate:
         if self._squares:
             (total,), = self._squares.arrays
             total[:] = squares.as_in_context(total.context) if self._in_norm else 0
-            self.workers.everyone.all_reduce(self._squares)
+            self.workers.over(AXES).all_reduce(self._squares)
             squares = total.as_in_context(squares.context)
         return mx.nd.sqrt(squares)
 

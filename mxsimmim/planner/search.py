@@ -43,8 +43,8 @@ def refusal(config: Config, cluster: Cluster, layout: Layout) -> str:
 
 
 def is_built(layout: Layout) -> bool:
-    """Return whether this version runs a layout: a block's parts need one worker, and no optimiser is sharded."""
-    parts = layout.tensor == 1 or layout.contexts % (layout.pipeline * layout.tensor) == 0
+    """Return whether this version runs a layout: workers of several devices have whole models; no sharded optimiser."""
+    parts = layout.contexts == 1 or layout.contexts % (layout.pipeline * layout.tensor) == 0
     return parts and not layout.shard_optimizer
 
 
