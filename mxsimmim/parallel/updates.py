@@ -70,10 +70,12 @@ class SynchronousUpdate:
         self._several = communicator.control.size > 1  # workers, in this group or another
         self._mesh = mesh = communicator.control.mesh
         weights = [spec for spec in specs if spec.trainable]
-        groups = {axes: [spec.parameter for spec in weights if spec.axes == axes] for axes in GROUPS}
-        self._exchanges = [_Exchange(communicator.over(axes), group,
-                                     not any(mesh.coordinate(axis) for axis in axes if axis != 'data'), optimizer, train)
-                           for axes, group in groups.items() if group]
+        self._exchanges: List[_Exchange] = []
+        for axes in GROUPS:
+            group = [spec.parameter for spec in weights if spec.axes == axes]
+            counts = not any(mesh.coordinate(axis) for axis in axes if axis != 'data')
+            if group:
+                self._exchanges.append(_Exchange(communicator.over(axes), group, counts, optimizer, train))
         # Of the workers that hold the parts of a model, those of the first replica send in the squares of its norm.
         self._squares = communicator.over(AXES).register([[mx.nd.zeros((1,))]]) if mesh.data < mesh.size else None
         self._in_norm = mesh.coordinate('data') == 0

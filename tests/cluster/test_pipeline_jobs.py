@@ -3,10 +3,9 @@ import os
 import signal
 import sys
 
-import numpy as np
 import pytest
 from support.hosts import three_hosts
-from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, newest, recorded, steps
+from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, newest, recorded, same, steps
 from support.tiny import TEN_STEPS
 
 pytestmark = pytest.mark.unmeasured
@@ -14,15 +13,6 @@ pytestmark = pytest.mark.unmeasured
 PIPELINE = ['parallel.pipeline=2', 'parallel.micro_batches=4']
 DEEP = ['model.depth=4', 'train.ema=0.9']
 HANDOVER = [sys.executable, '-W', 'ignore', PROGRAMS / 'handover.py']
-
-
-def same(ours, expected):
-    """Bit for bit, all groups of arrays."""
-    assert set(ours) == set(expected)
-    for group, arrays in expected.items():
-        assert set(ours[group]) == set(arrays), group
-        for name, array in arrays.items():
-            np.testing.assert_array_equal(ours[group][name], array, err_msg=f'{group} {name}')
 
 
 def test_schedules_compute_the_same_bits_and_so_do_two_hosts(launcher, tmp_path):

@@ -24,7 +24,8 @@ def main():
     from mxsimmim.training.start import joined
 
     process, task = process_info(os.environ), TASKS[config.task](config)
-    with joined(config, strategy_of(config, process), process) as communicator:
+    devices = 1 if config.devices == 'auto' else len(config.devices)
+    with joined(config, strategy_of(config, process, devices), process, devices) as communicator:
         saved = checkpoint.newest(Path(run) / 'checkpoints', print)
         if process.rank:  # rank 0 alone reads
             saved = saved._replace(arrays={})
