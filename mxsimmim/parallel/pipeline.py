@@ -73,7 +73,7 @@ class Pipeline:
                 parameter.grad_req = 'add'
         for stage in stages:
             for graph in stage.graphs if isinstance(stage, TensorStage) else [stage]:
-                hybridize(graph, net.backend)
+                hybridize(graph, net.backend, not divided)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """As `Replicated.forward_backward`; `on_micro_batch` is called between two accumulated parts."""

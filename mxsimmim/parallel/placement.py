@@ -117,7 +117,7 @@ class Replicated:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
         for graph in graphs:
-            hybridize(graph, net.backend)
+            hybridize(graph, net.backend, not parts)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.
@@ -164,13 +164,15 @@ class Replicated:
                 for s, ctx in zip(within(part, len(self._firsts)), self._firsts)]
 
 
-def hybridize(block: HybridBlock, backend: OpBackend) -> None:
+def hybridize(block: HybridBlock, backend: OpBackend, static: bool = True) -> None:
     """Have a block that `backend` computes run as a cached graph.
 
     Gradients can be exchanged while others are computed, but not those of operators that MXNet runs in one bulk: 15 by
-    default, which are 7 blocks where a native operator is half a block.
+    default, which are 7 blocks where a native operator is half a block. `static` keeps the graph's memory from step to
+    step. Of many small graphs each would keep what only one of them needs at a time, such as zeros for the gradients of
+    what native operators leave for their backward passes.
     """
-    block.hybridize(static_alloc=True, backward_bulk_size=1 if backend.is_native else None)
+    block.hybridize(static_alloc=static, backward_bulk_size=1 if backend.is_native else None)
 
 
 def within(part: slice, count: int) -> List[slice]:

@@ -25,6 +25,7 @@ from ..parallel.shared_memory import is_supported
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
 from ..parallel.worker_group import WorkerGroup
+from ..runtime.memory import share_heap
 from ..runtime.process import ALONE, ProcessInfo
 from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
@@ -59,6 +60,8 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
     backend = backend or select_backend(config.runtime.precision, contexts)
     communicator = communicator or build_communicator(strategy, process)
     parts = build_parts(config, communicator.control, contexts)
+    if communicator.control.mesh.tensor > 1:
+        share_heap()
     net = build_network(config, process, task, backend, checkpoint, logger, parts)
     split = build_split(config, task, communicator, least_images(config, contexts), checkpoint)
     group = build_group(config, process, communicator.control, contexts, backend, max(split.images))
@@ -141,13 +144,16 @@ def build_group(config: Config, process: ProcessInfo, control: ControlPlane, con
         raise ValueError(f'parallel.tensor={tensor}: workers that compute blocks together must be on one host, and the '
                          f'first ranks of the hosts are {firsts}: start the job with tools/launch.py, and give each '
                          f'host slots that are a multiple of {tensor}')
+    micro_batches = config.parallel.micro_batches
+    if mesh.pipeline > 1 and micro_batches > 1:
+        raise ValueError(f'parallel.micro_batches={micro_batches}: where several workers compute each block, one '
+                         'micro-batch goes through a pipeline at a time: set parallel.micro_batches=1')
     if not is_supported(contexts[0], os.environ, backend):
         raise ValueError(f'parallel.tensor={tensor} over several workers needs native operators on cpu(0), and '
                          f'rank {control.rank} has {backend.describe()} on {contexts[0]}: give each worker {tensor} '
                          'devices with devices=[…]')
-    accumulate, parallel = config.train.accumulate, config.parallel
     most = max(images, -(-config.train.batch_size // mesh.data))  # validation has equal parts
-    batches = {-(-most // accumulate), -(-images // accumulate // (parallel.micro_batches if mesh.pipeline > 1 else 1))}
+    batches = {-(-number // config.train.accumulate) for number in (images, most)}
     sizes = {batch * tokens * width for batch in batches for tokens, width in token_shapes(config.model)}
     return WorkerGroup(contexts[0], sorted(sizes), ranks, control)
 

@@ -1,6 +1,8 @@
 """What is said where memory runs out, in every wording it is met in."""
 import errno
 import re
+import subprocess
+import sys
 
 import mxnet as mx
 import numpy as np
@@ -44,6 +46,37 @@ def chained(outer, inner):
 ])
 def test_what_is_a_shortage(error, expected):
     assert memory.ran_out(error) == expected
+
+
+HEAPS = """
+import ctypes, os, threading
+from mxsimmim.runtime import memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+if {called}:
+    memory.share_heap()
+barrier = threading.Barrier(4)
+def work():
+    barrier.wait()
+    libc.malloc(1 << 16)
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+stream = ctypes.c_void_p(libc.fdopen(1, b'w'))
+libc.malloc_info(0, stream)
+libc.fflush(stream)
+"""
+
+
+def test_threads_share_a_heap():
+    """As glibc tells; without the call, each of four threads has one."""
+    heaps = [subprocess.run([sys.executable, '-c', HEAPS.format(called=called)], stdout=subprocess.PIPE,
+                            universal_newlines=True, check=True).stdout.count('<heap ') for called in (True, False)]
+    assert heaps[0] == 1 < heaps[1]
 
 
 def test_a_chain_that_goes_round_ends():
