@@ -57,7 +57,7 @@ def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: O
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
     if parts and parts.shard.count > 1:
         divide(trained.net, [parts.shard])
-    group = build_group(config, process_info(os.environ), communicator.control, contexts, backend, 1)
+    group = build_group(config, communicator, contexts, backend, 1)
     placement = build_placement(config.parallel, trained.net, contexts, parts=parts, group=group)
     report = evaluator.report(placement, folder)
     if communicator.control.rank == 0:

@@ -6,7 +6,6 @@ sets. The workers of a host reduce what lies in memory that all of them see, see
 through the control plane, and the weights of train.store=dist_async through `WeightServers`, which reduce nothing.
 """
 import copy
-import os
 import sys
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -130,8 +129,8 @@ class ServerCommunicator(Communicator):
         mxnet_private.barrier(self._store)
 
 
-# The axes of a mesh along which workers reduce arrays: of parts of a model, of what several parts have, of scalars.
-GROUPS = ('data',), ('data', 'tensor'), ('pipeline', 'data'), AXES
+# The axes of a mesh along which workers reduce: gradients of a part, of what several parts have, tokens, scalars.
+GROUPS = ('data',), ('data', 'tensor'), ('pipeline', 'data'), ('tensor',), AXES
 
 
 class HorovodCommunicator(Communicator):
@@ -189,7 +188,7 @@ class HorovodCommunicator(Communicator):
         self._shared: Dict[int, Tuple[SharedMemoryGroup, int]] = {}  # id of an array -> its memory, its number there
 
     def allocate(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
-        own = is_supported(contexts[0], os.environ, backend)
+        own = is_supported(contexts[0], backend)
         # All workers of the job do this at once, whatever their groups.
         able, several = zip(*self.control.all_gather('who can share memory', [own, self._hosts.several]))
         if not all(able) or not any(several):

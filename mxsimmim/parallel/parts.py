@@ -28,6 +28,9 @@ def mesh_table(mesh: Mesh, slices: Sequence[slice], hosts: Sequence[str]) -> str
         ranks = mesh._replace(rank=stage * mesh.data * mesh.tensor).group('data', 'tensor')
         rows.append('  ' + f'stage {stage}: ' * (mesh.pipeline > 1) + ', '.join([blocks, *map(holder, ranks)]))
     sizes = [f'{size} {name}' for size, name in ((mesh.pipeline, 'stages'), (mesh.tensor, 'parts')) if size > 1]
+    if any(len({hosts[rank] for rank in group}) > 1 for group in mesh.groups('tensor')):
+        rows.append('  parts of a block are on several hosts, and every sum of theirs goes over the network: give each '
+                    f'host slots that are a multiple of {mesh.tensor}')
     return '\n'.join([' x '.join([*sizes, f'{mesh.data} replica{"s"[:mesh.data > 1]} of the model']), *rows])
 
 

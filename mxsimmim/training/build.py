@@ -1,5 +1,4 @@
 """Builds a trainer of a configuration: network, placement, division of the batch, update rule, averaged weights."""
-import os
 from typing import List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -21,7 +20,6 @@ from ..parallel.parts import ModelParts
 from ..parallel.pipeline import Pipeline
 from ..parallel.placement import Placement, Replicated, contexts_of
 from ..parallel.schedules import stages_of
-from ..parallel.shared_memory import is_supported
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
 from ..parallel.worker_group import WorkerGroup
@@ -64,7 +62,7 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
         share_heap()
     net = build_network(config, process, task, backend, checkpoint, logger, parts)
     split = build_split(config, task, communicator, least_images(config, contexts), checkpoint)
-    group = build_group(config, process, communicator.control, contexts, backend, max(split.images))
+    group = build_group(config, communicator, contexts, backend, max(split.images))
     placement = build_placement(config.parallel, net, contexts, config.train.accumulate, parts, group)
     update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split, parts=parts)
     step, state, arrays = (checkpoint.step, checkpoint.state, checkpoint.arrays) if checkpoint else (0, {}, {})
@@ -128,34 +126,17 @@ def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Opti
     return net
 
 
-def build_group(config: Config, process: ProcessInfo, control: ControlPlane, contexts: List[mx.Context],
-                backend: OpBackend, images: int) -> Optional[WorkerGroup]:
-    """Join the workers that compute blocks together, of `images` at most; None where each computes whole ones.
-
-    Raises:
-        ValueError: they cannot here.
-    """
-    mesh = control.mesh
+def build_group(config: Config, communicator: Communicator, contexts: List[mx.Context], backend: OpBackend, images: int
+                ) -> Optional[WorkerGroup]:
+    """Join the workers that compute blocks together, of `images` at most; None where each computes whole ones."""
+    mesh, accumulate = communicator.control.mesh, config.train.accumulate
     if mesh.tensor == 1:
         return None
-    ranks, tensor = list(mesh.group('tensor')), mesh.tensor
-    firsts = list(process.firsts)
-    if any(first % tensor for first in firsts) or not firsts:
-        raise ValueError(f'parallel.tensor={tensor}: workers that compute blocks together must be on one host, and the '
-                         f'first ranks of the hosts are {firsts}: start the job with tools/launch.py, and give each '
-                         f'host slots that are a multiple of {tensor}')
-    micro_batches = config.parallel.micro_batches
-    if mesh.pipeline > 1 and micro_batches > 1:
-        raise ValueError(f'parallel.micro_batches={micro_batches}: where several workers compute each block, one '
-                         'micro-batch goes through a pipeline at a time: set parallel.micro_batches=1')
-    if not is_supported(contexts[0], os.environ, backend):
-        raise ValueError(f'parallel.tensor={tensor} over several workers needs native operators on cpu(0), and '
-                         f'rank {control.rank} has {backend.describe()} on {contexts[0]}: give each worker {tensor} '
-                         'devices with devices=[…]')
-    most = max(images, -(-config.train.batch_size // mesh.data))  # validation has equal parts
-    batches = {-(-number // config.train.accumulate) for number in (images, most)}
+    micro_batches = config.parallel.micro_batches if mesh.pipeline > 1 else 1
+    most = max(images, -(-config.train.batch_size // mesh.data))  # validation has equal parts, and no micro-batches
+    batches = {-(-most // accumulate), -(-images // (accumulate * micro_batches))}
     sizes = {batch * tokens * width for batch in batches for tokens, width in token_shapes(config.model)}
-    return WorkerGroup(contexts[0], sorted(sizes), ranks, control)
+    return WorkerGroup(contexts[0], sorted(sizes), communicator.over(('tensor',)), backend)
 
 
 def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Context], accumulate: int = 1,

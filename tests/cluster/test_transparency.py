@@ -66,7 +66,8 @@ def alone(tmp_path_factory):
     (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, 'parallel.tensor=2'], SGD),
     (HOROVOD, [TWO_DEVICES, *TENSOR], WIDE),
     (HOROVOD, [*TENSOR, 'train.accumulate=2'], WIDE),
-    (FOUR, [*TENSOR, 'parallel.pipeline=2', 'parallel.micro_batches=1'], WINDOWS),
+    (FOUR, [*TENSOR, *PIPELINE], WINDOWS),
+    (HOROVOD + MESSAGES, TENSOR, []),
     (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')

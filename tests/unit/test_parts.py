@@ -139,6 +139,7 @@ def test_who_holds_which_part_is_written():
     assert mesh_table(Mesh(1, 2, 2), [slice(0, 14)], 'aabb').splitlines() == [
         '2 parts x 2 replicas of the model', '  blocks 0 to 11, rank 0 on a (part 1 of 2), rank 1 on a (part 2 of 2), '
         'rank 2 on b (part 1 of 2), rank 3 on b (part 2 of 2)']
+    assert 'give each host slots that are a multiple of 2' in mesh_table(Mesh(1, 2, 2), [slice(0, 14)], 'aaab')
     assert mesh_table(Mesh(2, 1, 2), [slice(0, 3), slice(3, 6)], 'aabb').splitlines() == [
         '2 stages x 2 parts x 1 replica of the model',
         '  stage 0: blocks 0 to 1, rank 0 on a (part 1 of 2), rank 1 on a (part 2 of 2)',
