@@ -45,6 +45,12 @@ def share_heap() -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
+def give_back() -> None:
+    """Has glibc give what its heaps keep of freed memory back to the system."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def ran_out(error: Optional[BaseException]) -> bool:
     """Whether memory, or room for a thread, was what an error, or one that it came from, lacked."""
     return any(_lacks(link) for link in _chain(error))

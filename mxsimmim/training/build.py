@@ -23,7 +23,7 @@ from ..parallel.schedules import stages_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
 from ..parallel.worker_group import WorkerGroup
-from ..runtime.memory import share_heap
+from ..runtime.memory import give_back, share_heap
 from ..runtime.process import ALONE, ProcessInfo
 from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
@@ -83,6 +83,9 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
                 average.set(name, value)
         if checkpoint:
             average.share(communicator)
+    if communicator.control.mesh.tensor > 1:
+        mx.nd.waitall()
+        give_back()  # weights as they were drawn and read
     return Trainer(config, timetable, task, placement, update_rule, split, average, logger, step, state, parts)
 
 

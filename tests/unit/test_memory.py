@@ -48,6 +48,38 @@ def test_what_is_a_shortage(error, expected):
     assert memory.ran_out(error) == expected
 
 
+HELD = """
+import numpy as np
+from mxsimmim.runtime import memory
+
+def resident():
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * 4096
+
+np.ones(1 << 20)  # freed at once: glibc cuts the next ones out of its heap
+before, kept, large = resident(), [], []
+for _ in range(8):
+    large.append(np.ones(1 << 20))
+    kept.append(np.ones(1 << 10))
+del large
+if {called}:
+    memory.give_back()
+print((resident() - before) / 2 ** 20)
+"""
+
+
+def outputs(program):
+    """What it prints with the call and without."""
+    return [subprocess.run([sys.executable, '-c', program.format(called=called)], stdout=subprocess.PIPE,
+                           universal_newlines=True, check=True).stdout for called in (True, False)]
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """64 MiB between small blocks that stay."""
+    left = [float(megabytes) for megabytes in outputs(HELD)]
+    assert left[0] < 4 and left[1] > 40
+
+
 HEAPS = """
 import ctypes, os, threading
 from mxsimmim.runtime import memory
@@ -74,8 +106,7 @@ libc.fflush(stream)
 
 def test_threads_share_a_heap():
     """As glibc tells; without the call, each of four threads has one."""
-    heaps = [subprocess.run([sys.executable, '-c', HEAPS.format(called=called)], stdout=subprocess.PIPE,
-                            universal_newlines=True, check=True).stdout.count('<heap ') for called in (True, False)]
+    heaps = [told.count('<heap ') for told in outputs(HEAPS)]
     assert heaps[0] == 1 < heaps[1]
 
 
