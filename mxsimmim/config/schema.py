@@ -241,8 +241,8 @@ class ParallelConfig(Section):
     micro_batches: int = Field(8, gt=0, description='pipeline: parts in which a batch passes through the stages')
     schedule: Literal['1f1b', 'gpipe'] = Field('1f1b', description='pipeline: 1f1b, or gpipe, which keeps the '
                                                'activations of all micro-batches; both compute the same')
-    tensor: int = Field(1, gt=0, description='devices that compute each block together, each some of its attention '
-                        'heads and some of its MLP')
+    tensor: int = Field(1, gt=0, description='devices of a worker, or workers of one device, that compute each block '
+                        'together, each some of its attention heads and some of its MLP')
     shard_optimizer: bool = Field(False, description='each worker keeps the optimiser\'s moments of some parameters '
                                   'only (ZeRO stage 1): less memory, more to exchange; same weights; Horovod')
 
@@ -251,15 +251,19 @@ class ParallelConfig(Section):
         """Devices of one replica."""
         return self.pipeline * self.tensor
 
+    @property
+    def described(self) -> str:
+        """What divides a model, as it is written."""
+        return ' x '.join(f'parallel.{key}={value}' for key, value in (('pipeline', self.pipeline),
+                                                                       ('tensor', self.tensor)) if value > 1)
+
     def check_devices(self, count: int, what: str) -> None:
         """See that `count` devices of a worker, described by `what`, are those of one replica or several.
 
         Raises:
             ValueError: they are not.
         """
-        keys = [f'parallel.{key}={value}' for key, value in (('pipeline', self.pipeline), ('tensor', self.tensor))
-                if value > 1]
-        require(count % self.devices == 0, f'{" x ".join(keys)} needs {self.devices} devices a worker, or a multiple, '
+        require(count % self.devices == 0, f'{self.described} needs {self.devices} devices a worker, or a multiple, '
                 f'and {what}: name more of them with devices=[…], or lower it')
 
     @model_validator(mode='after')
@@ -352,8 +356,8 @@ class Config(Section):
             self._check_pipeline()
         if self.parallel.tensor > 1:
             self._check_tensor()
-        # One device a worker may have a stage each: the mesh of the job tells.
-        if self.devices != 'auto' and (len(self.devices) > 1 or self.parallel.tensor > 1):
+        # Workers of one device may have a part of the model each: the mesh of the job tells.
+        if self.devices != 'auto' and len(self.devices) > 1:
             self.parallel.check_devices(len(self.devices), f'devices={listed(self.devices)} names {len(self.devices)}')
         require(self.train.length.unit != '%' and self.train.length.value > 0,
                  f'train.length={self.train.length} must be a positive number of steps or epochs')

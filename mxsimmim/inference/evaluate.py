@@ -7,15 +7,17 @@ import mxnet as mx
 
 from ..config import Config, configfile
 from ..data.sources import notes_of, tell
+from ..models.division import divide
 from ..ops import OpBackend
 from ..parallel.communicators import Communicator
+from ..parallel.mesh import AXES
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..runtime.process import process_info
 from ..system import files
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
-from ..training.build import build_parts, build_placement
+from ..training.build import build_group, build_parts, build_placement
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
 from ..training.start import agree_on_backend, joined
@@ -48,12 +50,16 @@ def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: O
     if communicator.rank == 0:
         tell(notes_of(task.source, task.held_out))
     parts = build_parts(config, communicator.control, contexts)
-    trained = load_run(folder, backend, config.data, communicator.everyone)
+    trained = load_run(folder, backend, config.data, communicator.over(AXES))
     task.check_state(trained.state, str(folder), 'give data of its classes')
     for key, old, new in configfile.differences(trained.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
-    report = evaluator.report(build_placement(config.parallel, trained.net, contexts, parts=parts), folder)
-    if communicator.rank == 0:
+    if parts and parts.shard.count > 1:
+        divide(trained.net, [parts.shard])
+    group = build_group(config, communicator, contexts, backend, 1)
+    placement = build_placement(config.parallel, trained.net, contexts, parts=parts, group=group)
+    report = evaluator.report(placement, folder)
+    if communicator.control.rank == 0:
         print(f'{folder}, step {trained.step}\n{report}', flush=True)
     return 0

@@ -12,7 +12,7 @@ from .initial import begin
 from .layers import LayerNorm, Linear
 from .pixels import MEAN, STD, PixelInput
 from .segments import Segment
-from .shards import Shard
+from .shards import WHOLE, Shard
 from .simmim import ENCODERS
 
 
@@ -89,11 +89,11 @@ class Classifier(HybridBlock):
 
 def build_classifier(config: ModelConfig, classes: int, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,
                      mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD,
-                     parts: Sequence[slice] = (), own: int = 0) -> Classifier:
+                     parts: Sequence[slice] = (), own: int = 0, shard: Shard = WHOLE) -> Classifier:
     """Build a classifier on cpu(0), with the reference's random initial weights, or zeros where `seed` is None.
 
-    backend, mean, std, parts and own as in `build_simmim`.
+    backend, mean, std, parts, own and shard as in `build_simmim`.
     """
     net = Classifier(config, classes, backend, mean, std)
-    begin(net, seed, parts, own)
+    begin(net, seed, parts, own, shard)
     return net

@@ -1,5 +1,5 @@
 """What a forward pass costs, counted from the configuration."""
-from typing import List
+from typing import List, Tuple
 
 from ..config import ModelConfig
 
@@ -26,6 +26,13 @@ def segment_costs(config: ModelConfig, decoder: bool = True) -> List[int]:
                 tokens, width = tokens // 4, 2 * width
                 costs[-1] += tokens * 2 * width * width
     return [*costs, tokens * width * 3 * config.stride ** 2 if decoder else 0]
+
+
+def token_shapes(config: ModelConfig) -> List[Tuple[int, int]]:
+    """(tokens, width) of an image between the halves of blocks: one of ViT's, one of each of Swin's stages."""
+    if config.type == 'vit':
+        return [(config.grid ** 2 + 1, config.embed_dim)]
+    return [((config.grid >> stage) ** 2, config.embed_dim << stage) for stage in range(config.stages)]
 
 
 def _block(tokens: int, width: int, seen: int, mlp_ratio: float) -> int:

@@ -3,25 +3,29 @@ import math
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Mapping, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import Parameter
 
 from ..config import ModelConfig
+from .division import divide
 from .segments import users
-from .specs import named_parameters
+from .shards import WHOLE, Shard
+from .specs import ParameterSpec, parameter_specs
 
 STD = 0.02
 
 
-def begin(net: Any, seed: Optional[int], parts: Sequence[slice] = (), own: int = 0) -> None:
+def begin(net: Any, seed: Optional[int], parts: Sequence[slice] = (), own: int = 0, shard: Shard = WHOLE) -> None:
     """Give a network's parameters their initial values on cpu(0), or zeros where `seed` is None.
 
     Of a network whose segments are divided into `parts`, only the parameters that part number `own` uses: the others
-    have no memory here, and `parameter_specs` leaves them out.
+    have no memory here, and `parameter_specs` leaves them out. Likewise of each module that can be cut only the `shard`
+    of it is there: see `division.divide`.
     """
+    if shard.count > 1:
+        divide(net, [shard], weights=False)
     parameters = net.collect_params()
     if parts:
         net.elsewhere = {name for name, numbers in users(net, parts).items() if own not in numbers}
@@ -29,19 +33,21 @@ def begin(net: Any, seed: Optional[int], parts: Sequence[slice] = (), own: int =
         if name not in net.elsewhere:
             parameter.initialize(None, mx.cpu(), mx.init.Zero())
     if seed is not None:
-        initialise(named_parameters(net), net.config, seed)
+        initialise([spec for spec in parameter_specs(net) if spec.trainable], net.config, seed)
 
 
-def initialise(parameters: Mapping[str, Parameter], config: ModelConfig, seed: int) -> None:
-    """Draws all weights in place: a function of (seed, name) alone, whatever the number of threads."""
-    def draw(item: Tuple[str, Parameter]) -> Tuple[Parameter, np.ndarray]:
-        name, parameter = item
-        rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-        return parameter, initial_value(name, parameter.shape, config, rng)
+def initialise(specs: Sequence[ParameterSpec], config: ModelConfig, seed: int) -> None:
+    """Draws all weights in place: a function of (seed, name) alone, whatever the number of threads.
+
+    Of a part the whole is drawn, and then cut.
+    """
+    def draw(spec: ParameterSpec) -> np.ndarray:
+        rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(spec.name.encode())]))
+        return spec.part_of(initial_value(spec.name, spec.whole_shape, config, rng))
 
     with ThreadPoolExecutor() as pool:  # NumPy draws outside the interpreter's lock
-        for parameter, value in pool.map(draw, parameters.items()):
-            parameter.set_data(value)
+        for spec, value in zip(specs, pool.map(draw, specs)):
+            spec.parameter.set_data(value)
 
 
 def initial_value(name: str, shape: tuple, config: ModelConfig,

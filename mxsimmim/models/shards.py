@@ -33,6 +33,7 @@ CUTS: Dict[str, Cut] = {  # by the end of the name
 }
 # Of these each shard has a copy, whose gradient is a term of a sum: what it computes follows them.
 SHARED = '.norm1.weight', '.norm1.bias', '.norm2.weight', '.norm2.bias', '.gamma_1', '.gamma_2'
+FIRST = 'attn.proj.bias', 'mlp.fc2.bias'  # which the first shard has alone, as they are added to the sum
 
 
 def gradient_axes(name: str) -> Tuple[str, ...]:
@@ -41,6 +42,11 @@ def gradient_axes(name: str) -> Tuple[str, ...]:
     That of a part is whole where the part is, and so is that of what every shard computes alike.
     """
     return ('data', 'tensor') if name.endswith(SHARED) else ('data',)
+
+
+def is_copied(name: str) -> bool:
+    """Tell whether every shard has a copy of this parameter, and of its moments."""
+    return cut_of(name) is None and not name.endswith(FIRST)
 
 
 def cut_of(name: str) -> Optional[Cut]:

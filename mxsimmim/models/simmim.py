@@ -15,7 +15,7 @@ from .initial import begin
 from .layers import Linear, pair
 from .pixels import MEAN, STD, PixelInput
 from .segments import Segment
-from .shards import Shard
+from .shards import WHOLE, Shard
 from .swin import SwinTransformer
 from .vit import VisionTransformer
 
@@ -127,12 +127,13 @@ def normalise_cells(F: Any, cells: Any) -> Tuple[Any, Any, Any]:
 
 def build_simmim(config: ModelConfig, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,
                  mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD,
-                 parts: Sequence[slice] = (), own: int = 0) -> SimMIM:
+                 parts: Sequence[slice] = (), own: int = 0, shard: Shard = WHOLE) -> SimMIM:
     """Build a SimMIM network on cpu(0), with the reference's random initial weights, or zeros where `seed` is None.
 
     It computes with `backend`; mean and std of each channel, of values in [0, 1], normalise uint8 images. Of `parts` of
-    its segments, only the parameters of part number `own` are given values, see `initial.begin`.
+    its segments, only the parameters of part number `own` are given values, and of these only the `shard`, see
+    `initial.begin`.
     """
     net = SimMIM(config, backend, mean, std)
-    begin(net, seed, parts, own)
+    begin(net, seed, parts, own, shard)
     return net

@@ -76,10 +76,20 @@ class Optimizer:
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Sets the moments from what `arrays` returned."""
-        for moment in self.MOMENTS:
-            for spec in self._specs:
+        for name in self.names():
+            self.set(name, arrays[name])
+
+    def names(self) -> List[str]:
+        """Return the names of the whole parameters' moments, as `arrays` has them."""
+        return list(dict.fromkeys(f'{moment}.{spec.name}' for moment in self.MOMENTS for spec in self._specs))
+
+    def set(self, name: str, whole: np.ndarray) -> None:
+        """Set one of `names`."""
+        moment, _, parameter = name.partition('.')
+        for spec in self._specs:
+            if spec.name == parameter:
                 for copy in self.moments[f'{moment}.{spec.key}']:
-                    copy[:] = spec.part_of(arrays[f'{moment}.{spec.name}'])
+                    copy[:] = spec.part_of(whole)
 
 
 class AdamW(Optimizer):

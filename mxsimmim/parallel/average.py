@@ -1,6 +1,6 @@
 """An average of the weights over time."""
 import contextlib
-from typing import Dict, Iterator, Mapping, Optional, Sequence
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -21,9 +21,18 @@ class WeightAverage:
         self._decay, self._specs = decay, list(specs)
         self._parameters = {spec.key: spec.parameter for spec in specs if spec.trainable}
         self._average = {key: p.list_data()[0].copy() for key, p in self._parameters.items()}
-        for spec in specs:
-            if saved and spec.trainable:
-                self._average[spec.key][:] = spec.part_of(saved[spec.name].reshape(spec.whole_shape))
+        for name in self.names() if saved else ():
+            self.set(name, saved[name])  # type: ignore[index]
+
+    def names(self) -> List[str]:
+        """Return the names of the whole parameters that are averaged."""
+        return list(dict.fromkeys(spec.name for spec in self._specs if spec.trainable))
+
+    def set(self, name: str, whole: np.ndarray) -> None:
+        """Set the average of one of `names`."""
+        for spec in self._specs:
+            if spec.name == name:
+                self._average[spec.key][:] = spec.part_of(whole.reshape(spec.whole_shape))
 
     def update(self, done: int) -> None:
         """Take in the weights after update number `done`, counted from 1."""

@@ -230,17 +230,18 @@ class SocketChannel:
         _read_into(self._connection, data)
 
 
-def pipeline_channels(control: ControlPlane, context: mx.Context
+def pipeline_channels(control: ControlPlane, context: mx.Context, axis: str = 'pipeline'
                       ) -> Tuple[Optional[SocketChannel], Optional[SocketChannel]]:
     """Open channels to the workers before and after this one in its pipeline; None where there is none.
 
-    All workers of the job do this at once. Each listens in the network through which it reaches rank 0.
+    Or to those along another axis of the mesh. All workers of the job do this at once. Each listens in the network
+    through which it reaches rank 0.
 
     Raises:
         ControlError: a neighbour cannot be reached, or does not know the job's key.
     """
     mesh = control.mesh
-    stages, stage = mesh.group('pipeline'), mesh.coordinate('pipeline')
+    stages, stage = mesh.group(axis), mesh.coordinate(axis)
     peers = [stages[number] for number in (stage - 1, stage + 1) if 0 <= number < len(stages)]
     with socket.socket() as listener:
         listener.bind((control.address, 0))

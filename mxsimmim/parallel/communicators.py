@@ -6,7 +6,6 @@ sets. The workers of a host reduce what lies in memory that all of them see, see
 through the control plane, and the weights of train.store=dist_async through `WeightServers`, which reduce nothing.
 """
 import copy
-import os
 import sys
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -16,6 +15,7 @@ from ..ops import OpBackend
 from ..runtime import mxnet_private
 from ..runtime.process import ALONE, ProcessInfo
 from .control import ControlPlane
+from .mesh import AXES
 from .shared_memory import SharedMemoryGroup, is_supported
 
 Copies = List[mx.nd.NDArray]  # of one array, one a device
@@ -55,7 +55,6 @@ class Communicator:
         self.rank, self.size = process.rank, process.size  # within the group
         self.control = control or ControlPlane()
         assert self.control.size == self.size, 'a job of several workers needs its control plane'
-        self.everyone = self  # the communicator of all workers of the job
         self._latest: Dict[int, mx.nd.NDArray] = {}  # key -> what was reduced under it last
         self._next = 0
         try:
@@ -63,6 +62,11 @@ class Communicator:
         except mx.MXNetError as error:
             raise ValueError(f'train.store={name}: this build of MXNet does not have it '
                              f'({str(error).strip().splitlines()[-1]}): use train.store=device') from error
+
+    def over(self, axes: Sequence[str]) -> 'Communicator':
+        """Return the communicator of the workers that differ from this one along these axes of the mesh alone."""
+        assert len(self.control.mesh.group(*axes)) == self.size, axes
+        return self
 
     def allocate(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
         """Return zeros (n,) of float32 where they are reduced fastest; all workers ask for the same ones at once.
@@ -125,12 +129,16 @@ class ServerCommunicator(Communicator):
         mxnet_private.barrier(self._store)
 
 
+# The axes of a mesh along which workers reduce: gradients of a part, of what several parts have, tokens, scalars.
+GROUPS = ('data',), ('data', 'tensor'), ('pipeline', 'data'), ('tensor',), AXES
+
+
 class HorovodCommunicator(Communicator):
     """Horovod's allreduce. It reads one device a process: devices are reduced before it, and written to after it.
 
-    The group are the workers along the mesh's data axis, a process set of Horovod's if there are others. CPU arrays
-    from `allocate` are first reduced within each host, in shared memory. Horovod then reduces the sums of the hosts, in
-    a process set of the first worker of each.
+    The group are the workers along the mesh's data axis; `over` returns those of other groups. One that has not all
+    workers is a process set of Horovod's. CPU arrays from `allocate` are first reduced within each host, in shared
+    memory. Horovod then reduces the sums of the hosts, in a process set of the first worker of each.
     """
 
     def __init__(self, _name: str, process: ProcessInfo, control: Optional[ControlPlane] = None):
@@ -141,15 +149,18 @@ class HorovodCommunicator(Communicator):
         """
         super().__init__('device', process, control)
         mesh = self.control.mesh
-        everyone = tuple(range(process.size))
-        groups = [_Hosts(group, process.firsts) for group in dict.fromkeys([everyone, *mesh.groups('data')])]
-        sets = self._join(process, dict.fromkeys(ranks for group in groups for ranks in (group.ranks, group.leaders)
-                                                 if 1 < len(ranks) < process.size))
-        self._form(groups[0], sets, 'all.' if mesh.data < process.size else '')
-        if mesh.data < process.size:
-            self.everyone = copy.copy(self)
-            self.everyone.everyone = self.everyone
-            self._form(next(group for group in groups[1:] if process.rank in group.ranks), sets, '')
+        hosts = {ranks: _Hosts(ranks, process.firsts) for axes in GROUPS for ranks in mesh.groups(*axes)}
+        among = (ranks for group in hosts.values() for ranks in (group.ranks, group.leaders))
+        sets = self._join(process, dict.fromkeys(ranks for ranks in among if 1 < len(ranks) < process.size))
+        self._others: Dict[Tuple[int, ...], HorovodCommunicator] = {}  # by their ranks, this one among them
+        self._form(hosts[mesh.group('data')], sets, '')
+        for axes in GROUPS:
+            ranks = mesh.group(*axes)
+            if ranks not in self._others:
+                copy.copy(self)._form(hosts[ranks], sets, '.'.join([*axes, '']))
+
+    def over(self, axes: Sequence[str]) -> Communicator:
+        return self._others[self.control.mesh.group(*axes)]
 
     def _join(self, process: ProcessInfo, groups: Iterable[Tuple[int, ...]]) -> Dict[Tuple[int, ...], Any]:
         """Begin Horovod with process sets of these groups, which all workers name alike."""
@@ -171,12 +182,13 @@ class HorovodCommunicator(Communicator):
         self._hosts, self._prefix = hosts, prefix
         self.rank, self.size = hosts.ranks.index(self.control.rank), len(hosts.ranks)
         self._group, self._leaders = sets.get(hosts.ranks), sets.get(hosts.leaders)
+        self._others[hosts.ranks] = self
         self._latest, self._next = {}, 0
         self._memories: List[SharedMemoryGroup] = []
         self._shared: Dict[int, Tuple[SharedMemoryGroup, int]] = {}  # id of an array -> its memory, its number there
 
     def allocate(self, sizes: Sequence[int], contexts: Sequence[mx.Context], backend: OpBackend) -> List[Copies]:
-        own = is_supported(contexts[0], os.environ, backend)
+        own = is_supported(contexts[0], backend)
         # All workers of the job do this at once, whatever their groups.
         able, several = zip(*self.control.all_gather('who can share memory', [own, self._hosts.several]))
         if not all(able) or not any(several):

@@ -28,15 +28,18 @@ class Mesh(NamedTuple):
         assert 0 <= self.rank < self.size, self
         return self.rank // self._stride(axis) % getattr(self, axis)
 
-    def group(self, axis: str) -> Tuple[int, ...]:
-        """Return the ranks that differ from this one along `axis` alone, ascending; this one is among them."""
-        stride = self._stride(axis)
-        first = self.rank - self.coordinate(axis) * stride
-        return tuple(range(first, first + getattr(self, axis) * stride, stride))
+    def group(self, *axes: str) -> Tuple[int, ...]:
+        """Return the ranks that differ from this one along `axes` alone, ascending; this one is among them."""
+        ranks = [self.rank]
+        for axis in axes:
+            stride, size = self._stride(axis), getattr(self, axis)
+            own = self.coordinate(axis)
+            ranks = [rank + (other - own) * stride for rank in ranks for other in range(size)]
+        return tuple(sorted(ranks))
 
-    def groups(self, axis: str) -> List[Tuple[int, ...]]:
-        """Return the groups of all ranks along `axis`, in the order of their first ranks."""
-        return list(dict.fromkeys(self._replace(rank=rank).group(axis) for rank in range(self.size)))
+    def groups(self, *axes: str) -> List[Tuple[int, ...]]:
+        """Return the groups of all ranks along `axes`, in the order of their first ranks."""
+        return list(dict.fromkeys(self._replace(rank=rank).group(*axes) for rank in range(self.size)))
 
     def by_data(self, values: Sequence[Any]) -> List[List[Any]]:
         """Sort one value a rank by the ranks' data coordinates."""
@@ -58,26 +61,25 @@ class Mesh(NamedTuple):
 def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mesh:
     """Return the mesh of a job whose workers have so many devices each.
 
-    The stages of a pipeline lie on the devices of each worker, if it has several; of workers of one device, each holds
-    a stage. Data parallelism takes what is left.
+    The parts of a model lie on the devices of each worker, if it has several; of workers of one device, each holds a
+    part. Data parallelism takes what is left.
 
     Raises:
-        ValueError: the stages do not fit the devices or the workers, or parameter servers are between these.
+        ValueError: the parts do not fit the devices or the workers, or parameter servers are between these.
     """
-    stages = parallel.pipeline
-    if devices % parallel.devices == 0:
+    needed, keys = parallel.devices, parallel.described
+    if devices % needed == 0:
         return Mesh(data=process.size, rank=process.rank)
-    if devices > 1 or parallel.tensor > 1:
-        parallel.check_devices(devices, f'here {"is" if devices == 1 else "are"} {devices}')
+    if devices > 1:
+        parallel.check_devices(devices, f'here are {devices}')
     if process.size == 1:
-        raise ValueError(f'parallel.pipeline={stages} needs {stages} devices a worker, or a multiple, and here is 1: '
-                         'name them with devices=[…], or start as many workers of one device: tools/launch.py '
-                         f'--horovod -n {stages}')
+        raise ValueError(f'{keys} needs {needed} devices a worker, or a multiple, and here is 1: name them with '
+                         f'devices=[…], or start as many workers of one device: tools/launch.py --horovod -n {needed}')
     if process.transport != 'horovod':
-        raise ValueError(f'parallel.pipeline={stages} with one device a worker puts its stages into several workers, '
-                         'and a parameter server waits for the same gradients of all: start the job with '
-                         'tools/launch.py --horovod, or give each worker a device a stage with devices=[…]')
-    if process.size % stages:
-        raise ValueError(f'parallel.pipeline={stages} does not divide the {process.size} workers: start a multiple '
-                         'of it, or change it')
-    return Mesh(pipeline=stages, data=process.size // stages, rank=process.rank)
+        raise ValueError(f'{keys} with one device a worker puts the parts of a model into several workers, and a '
+                         'parameter server waits for the same gradients of all: start the job with tools/launch.py '
+                         '--horovod, or give each worker a device a part with devices=[…]')
+    if process.size % needed:
+        raise ValueError(f'{keys} does not divide the {process.size} workers: start a multiple of {needed}, or change '
+                         'it')
+    return Mesh(parallel.pipeline, process.size // needed, parallel.tensor, process.rank)

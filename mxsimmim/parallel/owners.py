@@ -4,7 +4,7 @@ Rajbhandari et al. 2020 (arXiv:1910.02054). Gradients are reduced as ever. Then 
 parameter, updates it and alone keeps its moments, and all others get the new weights from it.
 """
 import heapq
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -63,7 +63,7 @@ class ShardedUpdate(SynchronousUpdate):
         exchange, = (each for each in self._exchanges if each.communicator is communicator)
         self._carriers = communicator.register(exchange.arrays)
         mx.nd.waitall()
-        memory.release()  # of the gradients' first arrays and of initial weights, as much as all weights
+        memory.give_back()  # of the gradients' first arrays and of initial weights, as much as all weights
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:
@@ -93,6 +93,9 @@ class ShardedUpdate(SynchronousUpdate):
         shapes = [specs[0].whole_shape if len(specs) > 1 else specs[0].parameter.shape
                   for specs in self._whole().values()] * len(self.optimizer.MOMENTS)
         return Gathered({name: ('float32', shape) for name, shape in zip(self.moment_names(), shapes)}, values)
+
+    def load_one_by_one(self, moments: Iterable[Tuple[str, np.ndarray]], update: int) -> None:
+        self.load_state_dict(dict(moments), update)
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
         """As `SynchronousUpdate`; the first worker of the group has the moments, of all of its parameters."""

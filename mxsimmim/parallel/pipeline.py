@@ -14,7 +14,7 @@ from .channels import Channel, local_channel
 from .parts import ModelParts
 from .placement import Inputs, hybridize, whole, within
 from .schedules import FORWARD, SCHEDULES, in_order
-from .tensor import TensorStage, divide_evenly, groups_of, place
+from .tensor import Group, TensorStage, grouped, place
 
 Stage = Union[PipelineStage, TensorStage]
 
@@ -36,16 +36,18 @@ class Pipeline:
     that several stages use lies on the contexts of all of them, and its gradient is the sum over these.
 
     With `worker` the other stages are in other workers. Then what the last stage computes, losses and answers, is there
-    alone; elsewhere losses are 0 and of answers there are none.
+    alone; elsewhere losses are 0 and of answers there are none. With `group` each stage is in several workers, which
+    compute its half blocks together.
     """
 
     def __init__(self, net: Network, contexts: Sequence[mx.Context], parts: Sequence[slice], micro_batches: int,
-                 schedule: str = '1f1b', accumulate: int = 1, tensor: int = 1, worker: Optional[ModelParts] = None):
+                 schedule: str = '1f1b', accumulate: int = 1, tensor: int = 1, worker: Optional[ModelParts] = None,
+                 group: Optional[Group] = None):
         """Place the network's segments number `parts[s]` on the context of stage s; see `Network.segments`."""
         self.net, self.contexts, self._micro_batches = net, list(contexts), micro_batches
         self._schedule, self._accumulate, self._inputs = SCHEDULES[schedule], accumulate, Inputs(net)
-        divided = divide_evenly(net, tensor) if tensor > 1 else {}
-        segments, groups = net.segments(), groups_of(self.contexts, tensor)
+        divided, groups = grouped(net, self.contexts, tensor, group)
+        segments = net.segments()
         *trunk, last = parts
         assert last.stop == len(segments) and len(groups) % (1 if worker else len(parts)) == 0
         # The head, the last segment, is a block of its own, as evaluation ends before it.
@@ -71,7 +73,7 @@ class Pipeline:
                 parameter.grad_req = 'add'
         for stage in stages:
             for graph in stage.graphs if isinstance(stage, TensorStage) else [stage]:
-                hybridize(graph, net.backend)
+                hybridize(graph, net.backend, not divided)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """As `Replicated.forward_backward`; `on_micro_batch` is called between two accumulated parts."""

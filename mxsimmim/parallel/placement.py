@@ -13,7 +13,7 @@ from ..models import Classifier, Network, parameter_specs
 from ..models.layers import keep_factors
 from ..ops import OpBackend
 from ..runtime.process import ALONE, ProcessInfo
-from .tensor import TensorParallel, divide_evenly, groups_of
+from .tensor import Group, TensorParallel, grouped
 
 
 def contexts_of(devices: Any, process: ProcessInfo = ALONE) -> List[mx.Context]:
@@ -96,16 +96,19 @@ class Replicated:
     """The whole network on each context; a batch is split over them, and over `accumulate` parts in time.
 
     Every image has the same number of masked pixels, so the mean loss of the batch is the mean of the slices' losses,
-    each weighted with its images: slices may be uneven. With `tensor` a group of contexts takes the place of one.
+    each weighted with its images: slices may be uneven. With `tensor` a group of contexts takes the place of one, or
+    with `group` that of a context of this worker and one of each of others.
     """
 
-    def __init__(self, net: Network, contexts: Sequence[mx.Context], accumulate: int = 1, tensor: int = 1):
+    def __init__(self, net: Network, contexts: Sequence[mx.Context], accumulate: int = 1, tensor: int = 1,
+                 group: Optional[Group] = None):
         self.net, self.contexts, self._accumulate, self._inputs = net, list(contexts), accumulate, Inputs(net)
-        self._firsts = self.contexts[::tensor]  # of each replica
+        parts, groups = grouped(net, self.contexts, tensor, group)
+        self._firsts = [each.contexts[0] for each in groups]  # of each replica
         self._compute: Union[Network, TensorParallel] = net
         graphs: Sequence[HybridBlock] = [net]
-        if tensor > 1:
-            self._compute = TensorParallel(net, divide_evenly(net, tensor), groups_of(self.contexts, tensor))
+        if parts:
+            self._compute = TensorParallel(net, parts, groups)
             graphs = self._compute.graphs
         else:
             net.collect_params().reset_ctx(self.contexts)
@@ -114,7 +117,7 @@ class Replicated:
             for parameter in self._parameters:
                 parameter.grad_req = 'add'
         for graph in graphs:
-            hybridize(graph, net.backend)
+            hybridize(graph, net.backend, not parts)
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """Leaves in the parameters' gradients, on each context, its part of the mean gradient over `total` images.
@@ -161,13 +164,15 @@ class Replicated:
                 for s, ctx in zip(within(part, len(self._firsts)), self._firsts)]
 
 
-def hybridize(block: HybridBlock, backend: OpBackend) -> None:
+def hybridize(block: HybridBlock, backend: OpBackend, static: bool = True) -> None:
     """Have a block that `backend` computes run as a cached graph.
 
     Gradients can be exchanged while others are computed, but not those of operators that MXNet runs in one bulk: 15 by
-    default, which are 7 blocks where a native operator is half a block.
+    default, which are 7 blocks where a native operator is half a block. `static` keeps the graph's memory from step to
+    step. Of many small graphs each would keep what only one of them needs at a time, such as zeros for the gradients of
+    what native operators leave for their backward passes.
     """
-    block.hybridize(static_alloc=True, backward_bulk_size=1 if backend.is_native else None)
+    block.hybridize(static_alloc=static, backward_bulk_size=1 if backend.is_native else None)
 
 
 def within(part: slice, count: int) -> List[slice]:

@@ -1,8 +1,9 @@
 """Whether all replicas of a model, over devices and workers, are still the same, bit by bit."""
 import hashlib
-from typing import Any, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 from ..models import ParameterSpec
+from ..models.shards import is_copied
 from .control import ControlPlane
 
 
@@ -30,13 +31,21 @@ def compare(specs: Sequence[ParameterSpec], control: ControlPlane, step: int) ->
     Raises:
         ReplicasDiffer: in every worker, naming ranks and devices.
     """
-    everybody = control.all_gather('comparison of replicas', fingerprints(specs))
     mesh = control.mesh
-    first = {rank: group[0] for group in mesh.groups('data') for rank in group}
-    origin = 'rank 0' if mesh.pipeline == 1 else 'the first worker of the same stage'
-    different = [f'rank {rank}' + (f' device {device}' if len(row) > 1 else '') for rank, row in
-                 enumerate(everybody) for device, own in enumerate(row) if own != everybody[first[rank]][0]]
+    held: Dict[Tuple[str, ...], List[ParameterSpec]] = {}  # by the axes along which all workers hold the same
+    for spec in specs:
+        held.setdefault(('data', 'tensor') if mesh.tensor > 1 and is_copied(spec.name) else ('data',), []).append(spec)
+    everybody = control.all_gather('comparison of replicas', {
+        ' '.join(axes): fingerprints(same) for axes, same in held.items()})
+    different: Dict[str, None] = {}
+    for axes in held:
+        first = {rank: group[0] for group in mesh.groups(*axes) for rank in group}
+        rows = [found[' '.join(axes)] for found in everybody]
+        different.update({f'rank {rank}' + (f' device {device}' if len(row) > 1 else ''): None
+                          for rank, row in enumerate(rows) for device, own in enumerate(row)
+                          if own != rows[first[rank]][0]})
     if different:
+        origin = 'rank 0' if mesh.data == mesh.size else 'the first worker that has the same'
         raise ReplicasDiffer(
             f'after step {step} the weights of {", ".join(different)} differ from those of {origin} device 0: a '
             'faulty memory or device, a weight changed outside of the optimiser, or different libraries on these '

@@ -6,7 +6,7 @@ it, as containers limit /dev/shm.
 import ctypes
 import mmap
 import os
-from typing import Any, Mapping, Sequence
+from typing import Any, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -16,22 +16,19 @@ from ..runtime import mxnet_private
 from .control import ControlPlane
 
 LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
-# Threads of MXNet's that wait at a time, for a sum and for a copy: with fewer, one would keep the other from happening.
-THREADS = 2
 
 
-def is_supported(context: mx.Context, environ: Mapping[str, str], backend: OpBackend) -> bool:
+def is_supported(context: mx.Context, backend: OpBackend) -> bool:
     """Tell whether what these operators compute on this device can lie in memory that its host's workers share.
 
     MXNet takes memory that it has not allocated for that of cpu(0), not of other CPU contexts.
     """
-    return (context == mx.cpu() and backend.is_native and hasattr(os, 'memfd_create')
-            and int(environ.get('MXNET_CPU_PRIORITY_NTHREADS') or 4) >= THREADS)
+    return context == mx.cpu() and backend.is_native and hasattr(os, 'memfd_create')
 
 
 class HostTask(ctypes.Structure):
-    """As in ops/src/host_sum.cc."""
-    _fields_ = [('arrived', ctypes.c_void_p), ('arrays', ctypes.c_void_p), ('processes', ctypes.c_void_p),
+    """As `Task` of ops/src/host_sum.cc."""
+    _fields_ = [('group', ctypes.c_void_p), ('arrived', ctypes.c_void_p), ('arrays', ctypes.c_void_p),
                 ('workers', ctypes.c_int32), ('me', ctypes.c_int32), ('size', ctypes.c_int64),
                 ('targets', ctypes.c_int32), ('times', ctypes.c_uint32)]
 
@@ -53,7 +50,7 @@ class SharedMemoryGroup:
         offsets = np.cumsum([0] + [-(-4 * size // LINE) * LINE for size in sizes])
         # Each worker's part begins a page: pages lie near the worker that touches them first.
         head, part = (-(-int(size) // mmap.PAGESIZE) * mmap.PAGESIZE
-                      for size in (2 * len(sizes) * LINE, offsets[-1]))
+                      for size in ((2 * len(sizes) + 1) * LINE, offsets[-1]))
         self._processes = np.array(control.all_gather('process numbers', os.getpid()), 'int32')[ranks]
         own = range(0 if self.first else head + me * part, head + (me + 1) * part)
         self._memory = mapped(head + workers * part, own, self.first, ranks[0], self._processes[0], control)
@@ -62,39 +59,43 @@ class SharedMemoryGroup:
         self.arrays = [mx.nd.from_numpy(np.frombuffer(self._memory, 'float32', size, int(address) - begin))
                        for size, address in zip(sizes, self._addresses[:, me])]
 
+        self._group, self._sum, self._copy, self._lost = (library.function(f'mxsimmim_host_{name}')
+                                                          for name in ('group', 'sum', 'copy', 'lost'))
+        self._group.restype = ctypes.c_void_p
+        group = self._group(ctypes.c_void_p(begin), self._processes.ctypes, workers)
+
         def task(number: int, array: int, targets: int) -> HostTask:
-            return HostTask(begin + number * LINE, self._addresses[array].ctypes.data, self._processes.ctypes.data,
-                        workers, me, sizes[array], targets, 0)
+            return HostTask(group, begin + (1 + number) * LINE, self._addresses[array].ctypes.data, workers, me,
+                            sizes[array], targets, 0)
 
         self._sums = [task(2 * i, i, workers if everybody else 1) for i in range(len(sizes))]
         self._copies = [task(2 * i + 1, i, 0) for i in range(len(sizes))]
-        # Workers that wait for each other must do so in the same order; copies, which also wait for other hosts, apart.
-        self._order = mx.nd.zeros((1,)), mx.nd.zeros((1,))
-        self._sum, self._copy, self._lost = (library.function(f'mxsimmim_host_{name}')
-                                             for name in ('sum', 'copy', 'lost'))
 
     def all_reduce(self, i: int) -> None:
         """Replace all workers' arrays `i` by their sum, or, if the job has more hosts, the first worker's.
 
         As `broadcast`, this waits for nothing, and MXNet orders it among what else is done with the array. All workers
-        call them for the same arrays in the same order.
+        do the same with an array in the same order; among arrays there is none.
         """
-        self._push(self._sum, self._sums[i], i, self._order[0])
+        self._push(self._sum, self._sums[i], i)
 
     def broadcast(self, i: int) -> None:
         """Overwrite all others' arrays `i` with the first worker's."""
-        self._push(self._copy, self._copies[i], i, self._order[1])
+        self._push(self._copy, self._copies[i], i)
 
-    def _push(self, function: Any, task: HostTask, i: int, order: mx.nd.NDArray) -> None:
-        mxnet_private.push_host_task(function, task, (self.arrays[i], order))
+    def _push(self, function: Any, task: HostTask, i: int) -> None:
+        mxnet_private.push_host_task(function, task, (self.arrays[i],))
 
     def check(self) -> None:
         """See that all workers of the host are there.
 
         Raises:
-            RuntimeError: another worker has ended; since then all sums are NaN.
+            RuntimeError: another worker has ended or is late; since then all sums are NaN.
         """
         process = self._lost()
+        if process < 0:
+            raise RuntimeError('the workers of this host have not all come to a sum within 30 minutes: their logs say '
+                               'what they do')
         if process:
             raise RuntimeError(f'process {process}, a worker of this host, has ended before its job: its log says why')
 

@@ -87,7 +87,7 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
                 raise ValueError(message)
     if devices is None and config.devices != 'auto':
         devices = len(config.devices)
-    if devices is not None or config.parallel.pipeline == 1:  # or only the worker itself can tell
+    if devices is not None or config.parallel.devices == 1:  # or only the worker itself can tell
         for wrong, message in _mesh(strategy, config, mesh_of(process, config.parallel, devices or 1)):
             if wrong:
                 raise ValueError(message)
@@ -156,22 +156,20 @@ def _aggregation(strategy: Strategy, config: Config, process: ProcessInfo) -> Re
 
 
 def _mesh(strategy: Strategy, config: Config, mesh: Mesh) -> Refusals:
-    several, weights = mesh.pipeline > 1, config.data.worker_weights
+    several, keys, weights = mesh.data < mesh.size, config.parallel.described, config.data.worker_weights
     return [
         (not isinstance(weights, str) and len(weights) != mesh.data,
          f'data.worker_weights={list(weights)} has {len(weights)} weights for {mesh.data} '
          + ('replicas of the model: one a replica' if several else 'workers: one a worker')),
         (several and not strategy.aggregation_can.shares_weights,
-         f'train.aggregation={strategy.aggregation} cannot work with parallel.pipeline={mesh.pipeline} over several '
-         'workers, whose gradients have one norm together: set train.aggregation=sync, or give each worker a device a '
-         'stage with devices=[…]'),
+         f'train.aggregation={strategy.aggregation} cannot work with {keys} over several workers, whose gradients have '
+         'one norm together: set train.aggregation=sync, or give each worker a device a part with devices=[…]'),
         (several and weights == 'auto',
-         f'data.worker_weights=auto cannot work with parallel.pipeline={mesh.pipeline} over several workers, of which '
-         'the slowest stage sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
+         f'data.worker_weights=auto cannot work with {keys} over several workers, of which the slowest of a replica '
+         'sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
         (config.parallel.shard_optimizer and mesh.data == 1,
          f'{SHARDED} divides moments among the workers that hold the same weights, and here each worker '
-         f'holds weights of its own{f" (parallel.pipeline={mesh.pipeline})" * several}: start more of them, or leave '
-         'it out'),
+         f'holds weights of its own{f" ({keys})" * several}: start more of them, or leave it out'),
     ]
 
 

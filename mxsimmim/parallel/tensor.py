@@ -8,13 +8,13 @@ A cached graph has one context, so neither can stand inside of one. Each half bl
 records what lies between like any operator, copies from one context to another included. A step stays one graph of
 MXNet's: its engine waits for what must be waited for and nothing else, and Python is far ahead.
 """
-from typing import Dict, List, Mapping, Protocol, Sequence, Tuple, Union
+from typing import Dict, List, Mapping, Optional, Protocol, Sequence, Tuple, Union
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock, Parameter
 
 from ..models import Network, SimMIM
-from ..models.division import divide
+from ..models.division import divide, own_parts
 from ..models.layers import Divisible
 from ..models.segments import Half, PipelineStage, Segment
 from ..models.shards import Shard
@@ -23,8 +23,11 @@ Parts = Mapping[int, List[Divisible]]  # of each module, see `division.divide`
 
 
 class Group(Protocol):
-    """Devices that compute half blocks together: `contexts` of this worker, each with the part of its number."""
-    contexts: Sequence[mx.Context]
+    """Devices that compute half blocks together."""
+
+    @property
+    def contexts(self) -> Sequence[mx.Context]:
+        """Those of this worker, each with a part, in the order of parts."""
 
     def begin(self) -> None:
         """Prepare for another pass through half blocks."""
@@ -63,6 +66,18 @@ def groups_of(contexts: Sequence[mx.Context], size: int) -> List[Group]:
 def divide_evenly(net: Network, count: int) -> Parts:
     """Cut a network, with the weights that it has, for groups of `count` devices of one worker."""
     return divide(net, [Shard(index, count) for index in range(count)])
+
+
+def grouped(net: Network, contexts: Sequence[mx.Context], size: int, group: Optional[Group] = None
+            ) -> Tuple[Parts, List[Group]]:
+    """Return the parts of a network and the groups that compute them; no parts where a device computes whole blocks.
+
+    The network is cut now for groups of `size` contexts. Of one that other workers compute, too, this one already has
+    its part alone, and `group` is theirs.
+    """
+    if group:
+        return own_parts(net), [group]
+    return divide_evenly(net, size) if size > 1 else {}, groups_of(contexts, size)
 
 
 class TensorStage:

@@ -5,7 +5,20 @@ All have the same methods: `step` turns gradients into an update, `loss_divisor`
 trained so far, `combine` and `observed` reduce per-worker statistics to job-wide values.
 """
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import mxnet as mx
 import numpy as np
@@ -14,14 +27,16 @@ from mxnet.gluon import Parameter
 from ..config import TrainConfig
 from ..data.batch_split import BatchSplit
 from ..models import ParameterSpec
+from ..models.shards import gradient_axes
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
 from ..system.arrays import Arrays, Gathered
 from .clock import Clock
-from .communicators import Communicator, Copies, Handle
+from .communicators import GROUPS, Communicator, Copies, Handle
 from .compression import TRANSPORTS
 from .control import Pending
 from .gradients import exchanged
+from .mesh import AXES
 
 
 def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
@@ -67,15 +82,21 @@ class SynchronousUpdate:
         self._buffers = [spec.parameter for spec in specs if not spec.trainable]
         self._registered: Optional[Handle] = None  # the buffers, once somebody needs them
         self._several = communicator.control.size > 1  # workers, in this group or another
-        mesh = communicator.control.mesh
-        groups = [(communicator, True, [spec for spec in specs if spec.axes == ('data',)]),
-                  (communicator.everyone, mesh.coordinate('pipeline') == 0,
-                   [spec for spec in specs if spec.axes == ('pipeline', 'data')])]
-        self._exchanges = [_Exchange(found, [spec.parameter for spec in group if spec.trainable], counts, optimizer,
-                                     train) for found, counts, group in groups if group]
+        self._mesh = mesh = communicator.control.mesh
+        weights = [spec for spec in specs if spec.trainable]
+        self._exchanges: List[_Exchange] = []
+        for axes in GROUPS:
+            group = [spec.parameter for spec in weights if spec.axes == axes]
+            counts = not any(mesh.coordinate(axis) for axis in axes if axis != 'data')
+            if group:
+                self._exchanges.append(_Exchange(communicator.over(axes), group, counts, optimizer, train))
         # Of the workers that hold the parts of a model, those of the first replica send in the squares of its norm.
-        self._squares = communicator.everyone.register([[mx.nd.zeros((1,))]]) if mesh.pipeline > 1 else None
+        self._squares = communicator.over(AXES).register([[mx.nd.zeros((1,))]]) if mesh.data < mesh.size else None
         self._in_norm = mesh.coordinate('data') == 0
+        # What all workers of a tensor group compute alike is summed over them, too, so that no rounding ever tells
+        # their copies apart. Only the first one's counts.
+        self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes
+                      and 'tensor' not in gradient_axes(spec.name)] if mesh.coordinate('tensor') else []
         self._votes: Optional[Pending] = None  # of the last step
 
     def loss_divisor(self, _images: int) -> int:
@@ -146,7 +167,8 @@ class SynchronousUpdate:
     def combine(self, rows: np.ndarray) -> np.ndarray:
         """Reduce this worker's rows (k, 3) to the job's: loss, norm, whether applied, of k steps."""
         if self._several:
-            rows[:, 0] = np.sum(self._communicator.control.all_gather('losses', rows[:, 0]), axis=0)
+            own = rows[:, 0] if self._mesh.reports else 0 * rows[:, 0]
+            rows[:, 0] = np.sum(self._communicator.control.all_gather('losses', own), axis=0)
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
@@ -155,11 +177,17 @@ class SynchronousUpdate:
 
     def moment_names(self) -> List[str]:
         """Return the names in a checkpoint of the moments that `load_state_dict` takes in this worker."""
-        return list(self.optimizer.moments)
+        return self.optimizer.names()
 
     def state_dict(self) -> Union[Arrays, Gathered]:
         """Return the optimiser's state, for a checkpoint."""
         return self.optimizer.arrays()
+
+    def load_one_by_one(self, moments: Iterable[Tuple[str, np.ndarray]], update: int) -> None:
+        """As `load_state_dict`, of whole moments each of which is kept before the next is asked for."""
+        for name, value in moments:
+            self.optimizer.set(name, value)
+        self.load_state_dict(None, update)
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], _update: int) -> None:
         """Go on from rank 0's weights and buffers and, unless None, the moments of its checkpoint."""
@@ -195,6 +223,9 @@ class SynchronousUpdate:
         return [copies[first:first + count] for first in range(0, len(copies), count)]
 
     def _all_reduce(self, computed: Optional[Callable[[], None]] = None) -> None:
+        for parameter in self._idle:
+            for gradient in parameter.list_grad():
+                gradient[:] = 0
         own, *others = self._exchanges
         for other in others:
             other.transport.all_reduce()
@@ -207,7 +238,7 @@ class SynchronousUpdate:
         if self._squares:
             (total,), = self._squares.arrays
             total[:] = squares.as_in_context(total.context) if self._in_norm else 0
-            self.workers.everyone.all_reduce(self._squares)
+            self.workers.over(AXES).all_reduce(self._squares)
             squares = total.as_in_context(squares.context)
         return mx.nd.sqrt(squares)
 

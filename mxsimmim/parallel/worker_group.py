@@ -1,115 +1,131 @@
-"""Workers of a host that compute half blocks together: a group of tensor parallelism, one device of each worker.
+"""Workers that compute half blocks together: a group of tensor parallelism, one device of each worker.
 
 The conjugate pair of Shoeybi et al. 2019 (arXiv:1909.08053): where tokens enter a half block, nothing is done forward,
 and gradients are added up backward; where they leave it, it is the other way round. What comes before the blocks and
-what follows them each worker computes for itself. No training mode uses it yet.
+what follows them each worker computes for itself.
 """
 import threading
-from typing import List, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import mxnet as mx
 from mxnet import autograd
 
-from .control import ControlPlane
-from .shared_memory import SharedMemoryGroup
+from ..ops import OpBackend
+from .communicators import Communicator, Handle
 
-DEADLINE = 1800.0  # seconds for the backward pass before
-
-
-class HostSums:
-    """Sums of arrays over the workers of a host, in shared memory."""
-
-    def __init__(self, sizes: Sequence[int], ranks: Sequence[int], control: ControlPlane):
-        """All workers of the job do this at once, each with the `ranks` of its group and the same sizes.
-
-        sizes: elements of what will be summed. An array takes the first that it fits in, whose elements are all moved.
-
-        Raises:
-            OSError: see `SharedMemoryGroup`.
-        """
-        self._memory = SharedMemoryGroup(sizes, ranks, control.rank, control, True)
-
-    def sum(self, array: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Return the sum of all workers' arrays, to be called by all in the same order; returns before it is there."""
-        self._memory.check()
-        number, shared = next((i, own) for i, own in enumerate(self._memory.arrays) if own.size >= array.size)
-        own = shared[:array.size]
-        array.reshape((-1,)).copyto(own)
-        self._memory.all_reduce(number)
-        return own.reshape(array.shape).copy()
+DEADLINE = 600.0  # seconds for the next sum of a backward pass: what it waits for may have failed
 
 
 class WorkerGroup:
-    """One device of each of several workers; see `tensor.Group`. This worker has the part of its place among `ranks`.
+    """One device of each of several workers; see `tensor.Group`. This worker has the part of its place among them.
 
-    MXNet has no operator that adds up over processes, so the two that the group records call Python back: backward in
-    a thread of MXNet's, when the main thread has long gone on. Sums must come in the same order in all workers, and
-    those of one direction must not wait in the queue of the other. So each direction has its own, and a pass begins
-    when the one before has gone all the way back: a worker cannot have two of them under way, as a pipeline has.
+    MXNet has no operator that adds up over processes, so the group records functions that call Python back: backward in
+    threads of MXNet's, when the main thread has long gone on. Each direction has arrays of its own, in which one sum
+    follows the other, in the same order in all workers. Forward it is that of the program. Backward the passes that are
+    under way, such as the micro-batches of a pipeline, come to their functions in an order that differs from worker to
+    worker. So they take turns: a function waits until all passes recorded before its own have gone back. MXNet calls
+    each in another thread, as many as it takes, and none that computes. Passes that are recorded must go back, in the
+    order in which they were; others take no turn.
     """
 
-    def __init__(self, context: mx.Context, sizes: Sequence[int], ranks: Sequence[int], control: ControlPlane):
-        """See `HostSums`; sizes are those of the tokens (B, L, C) of the largest batch, ascending."""
+    def __init__(self, context: mx.Context, sizes: Sequence[int], communicator: Communicator, backend: OpBackend):
+        """Allocate the arrays of both directions; all workers of the job do this at once.
+
+        sizes: elements of the tokens (B, L, C), ascending, the last of them those of the largest batch. A sum takes the
+        first array that it fits in, whose elements are all moved. communicator: that of the group's workers.
+        """
         self.contexts = [context]
-        self.forward, self.backward = (HostSums(sizes, ranks, control) for _ in range(2))
-        self._done, self._pending = threading.Condition(), 0  # sums of the backward pass that has not ended
+        self._communicator = communicator
+        self._forward, self._backward = (
+            communicator.register(communicator.allocate(sizes, [context], backend)) for _ in range(2))
+        self._turn = threading.Condition()
+        self._recorded = self._gone_back = 0  # passes
+        self._begins = False  # this pass has entered no half block yet
+        self._latest: Optional[Tuple[mx.nd.NDArray, _Sum]] = None  # of this pass
 
     def begin(self) -> None:
-        """Wait for the last backward pass.
-
-        Raises:
-            TimeoutError: it has not come.
-        """
-        with self._done:
-            if not self._done.wait_for(lambda: self._pending == 0, DEADLINE):
-                raise TimeoutError(f'a backward pass has not ended within {DEADLINE:g} s')
+        """See `Group`."""
+        self._recorded += autograd.is_recording()
+        self._begins, self._latest = True, None
 
     def copies(self, x: mx.nd.NDArray) -> List[mx.nd.NDArray]:
         """See `Group`."""
         if not autograd.is_recording():
             return [x]
-        with self._done:
-            self._pending += 1
-        return [_Enter(self)(x)]
+        if self._latest and x is self._latest[0]:
+            function = self._latest[1]
+        else:
+            function = _Sum(self, self._recorded - 1, forward=False)
+            x = function(x)
+        function.add_up_back(last=self._begins)
+        self._begins = False
+        return [x]
 
     def reduced(self, terms: Sequence[mx.nd.NDArray]) -> mx.nd.NDArray:
         """See `Group`."""
         term, = terms
-        return _Leave(self)(term)
+        function = _Sum(self, self._recorded - 1)
+        x = function(term)
+        self._latest = x, function
+        return x
 
-    def summed_back(self) -> None:
-        """Count a sum of the backward pass."""
-        with self._done:
-            self._pending -= 1
-            self._done.notify_all()
+    def sum(self, term: mx.nd.NDArray) -> mx.nd.NDArray:
+        """Return the sum of all workers' terms, before it is computed.
+
+        Raises:
+            RuntimeError: a worker of this host has ended.
+        """
+        self._sum(self._forward, term).copyto(term)  # no operator looks at what it has computed
+        return term.detach()
+
+    def sum_back(self, gradient: mx.nd.NDArray, number: int, last: bool) -> mx.nd.NDArray:
+        """As `sum`, of gradients, for pass `number` when it is its turn; `last`: after this sum it has gone back.
+
+        Valid until the next sum. If a worker has ended, it is NaN: the main thread comes to that, too, and raises it.
+
+        Raises:
+            TimeoutError: the passes before do not go on.
+        """
+        with self._turn:
+            while self._gone_back != number:
+                if not self._turn.wait(DEADLINE):
+                    raise TimeoutError(f'a backward pass has not gone on for {DEADLINE:g} s')
+            try:
+                total = self._sum(self._backward, gradient)
+                # MXNet copies what a function returns: before the next sum of the same pass, but not of another.
+                return total.copy() if last else total
+            except RuntimeError:
+                return gradient * float('nan')
+            finally:
+                self._gone_back += last
+                self._turn.notify_all()
+
+    def _sum(self, arrays: Handle, term: mx.nd.NDArray) -> mx.nd.NDArray:
+        """Return the sum where it is made."""
+        number, array = next((i, own) for i, (own,) in enumerate(arrays.arrays) if own.size >= term.size)
+        part = array[:term.size]
+        term.reshape((-1,)).copyto(part)
+        self._communicator.all_reduce(arrays.part(number, number + 1))
+        return part.reshape(term.shape)
 
 
-class _Enter(autograd.Function):
-    """x; backward the sum of all workers' gradients."""
+class _Sum(autograd.Function):
+    """The sum of all workers' terms, or x as it is; backward the gradient as it is, or the sum of all workers'.
 
-    def __init__(self, group: WorkerGroup):
+    Where half blocks follow each other, one function is the end of the first and the beginning of the second.
+    """
+
+    def __init__(self, group: WorkerGroup, number: int, forward: bool = True):
+        """`number` is that of the pass, `forward` whether terms are added up."""
         super().__init__()
-        self._group = group
+        self._group, self._number, self._forward, self._back, self._last = group, number, forward, False, False
+
+    def add_up_back(self, last: bool) -> None:
+        """Add up gradients, too; `last`: none of the pass come after these."""
+        self._back, self._last = True, last
 
     def forward(self, x: mx.nd.NDArray) -> mx.nd.NDArray:
-        return x.detach()
+        return self._group.sum(x) if self._forward else x.detach()
 
     def backward(self, gradient: mx.nd.NDArray) -> mx.nd.NDArray:
-        try:
-            return self._group.backward.sum(gradient)
-        finally:
-            self._group.summed_back()
-
-
-class _Leave(autograd.Function):
-    """The sum of all workers' terms; backward the gradient of that."""
-
-    def __init__(self, group: WorkerGroup):
-        super().__init__()
-        self._group = group
-
-    def forward(self, term: mx.nd.NDArray) -> mx.nd.NDArray:
-        return self._group.forward.sum(term)
-
-    def backward(self, gradient: mx.nd.NDArray) -> mx.nd.NDArray:
-        return gradient
+        return self._group.sum_back(gradient, self._number, self._last) if self._back else gradient

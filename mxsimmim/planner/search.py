@@ -46,8 +46,8 @@ def refusal(config: Config, cluster: Cluster, layout: Layout) -> str:
 
 
 def is_built(layout: Layout) -> bool:
-    """Return whether this version runs a layout: a block's parts need one worker."""
-    return layout.tensor == 1 or layout.contexts % (layout.pipeline * layout.tensor) == 0
+    """Return whether this version runs a layout: workers of several devices have whole models."""
+    return layout.contexts == 1 or layout.contexts % (layout.pipeline * layout.tensor) == 0
 
 
 def layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:

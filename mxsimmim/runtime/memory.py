@@ -1,4 +1,5 @@
 """Where memory runs out: whether an error says so; what was being done, with which sizes, and what to lower."""
+import contextlib
 import ctypes
 import errno
 import re
@@ -27,14 +28,27 @@ DOING = {'build.build_trainer': 'making the network', 'trainer.fit': 'training',
          'start.conclude': 'measuring on the held-out images', 'quantise.quantised': 'quantising',
          'graph.trace': 'tracing the network'}
 TRAINING = ('pretrain', 'finetune')
+# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h: one heap, for large blocks, too, that never shrinks.
+MALLOC = (-8, 1), (-3, 1 << 30), (-1, 2 ** 31 - 1)
 HERE = Path(__file__).parents[1]
 
 
-def release() -> None:
-    """Give back to the system what glibc keeps of memory that has been freed; another C library is left alone."""
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-    if trim:
-        trim(0)
+def share_heap() -> None:
+    """Has glibc serve all threads from one heap, and keep what they free for the next that asks.
+
+    By itself it has a heap for each thread, of which none can use what another has kept: arrays that come and go with
+    every step then need more than there are at any time. Threads that run already keep their heap. Another C library
+    is left alone.
+    """
+    with contextlib.suppress(AttributeError):
+        for parameter, value in MALLOC:
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def give_back() -> None:
+    """Has glibc give what its heaps keep of freed memory back to the system."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def ran_out(error: Optional[BaseException]) -> bool:

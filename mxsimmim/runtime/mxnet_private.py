@@ -244,14 +244,15 @@ def data_address(array: 'mx.nd.NDArray') -> int:
 
 
 def push_host_task(function: Any, argument: ctypes.Structure, written: 'Sequence[mx.nd.NDArray]') -> None:
-    """Have the engine call a C function, void(void *context, void *argument), once nobody uses the arrays `written`.
+    """Have the engine call a C function, void(void *context, void *completion, void *argument), that returns at once.
 
-    1.9.1: `MXEnginePushSyncND`. Returns at once. The function runs in one of MXNET_CPU_PRIORITY_NTHREADS (4) threads
-    that do not compute, so that it may wait; what uses the arrays later waits for it. `argument` must live until then.
+    1.9.1: `MXEnginePushAsyncND`. It is called once nobody uses the arrays `written`, in one of few threads that do not
+    compute. What uses the arrays later waits until somebody has called the `CallbackOnComplete` at `completion`, whose
+    three pointers must be copied. `argument` must live until then.
     """
     handles = (ctypes.c_void_p * len(written))(*(array.handle for array in written))
-    _call('MXEnginePushSyncND', function, ctypes.byref(argument), None, _CPU, None, 0, handles, len(written),
-          ctypes.byref(_PRIORITIZED), 0, b'host task')
+    _call('MXEnginePushAsyncND', function, ctypes.byref(argument), None, _CPU, None, 0, handles, len(written),
+          ctypes.byref(_PRIORITIZED), 0, b'host task', False)
 
 
 def forget_shutdown() -> None:

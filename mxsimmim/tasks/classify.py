@@ -15,6 +15,7 @@ from ..data.sources import Source
 from ..data.transforms import ClassifyEvalTransform, ClassifyTransform, Fields
 from ..models import Classifier, Network, build_classifier, named_parameters
 from ..models.cost import multiply_adds
+from ..models.shards import WHOLE, Shard
 from ..ops import OpBackend
 from ..optim import parameter_groups
 from ..parallel.control import ControlPlane
@@ -187,11 +188,11 @@ class Classification:
         self._data = open_labelled(config.data, config.seed)
         self.source, self.held_out, self.classes = self._data.train, self._data.held_out, self._data.classes
 
-    def build_network(self, initial: bool, backend: OpBackend, parts: Sequence[slice] = (), own: int = 0
-                      ) -> Classifier:
+    def build_network(self, initial: bool, backend: OpBackend, parts: Sequence[slice] = (), own: int = 0,
+                      shard: Shard = WHOLE) -> Classifier:
         config = self.config
         return build_classifier(config.model, len(self.classes), config.seed if initial else None, backend,
-                                config.data.mean, config.data.std, parts, own)
+                                config.data.mean, config.data.std, parts, own, shard)
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
         net = Classifier(self.config.model, len(self.classes))

@@ -14,6 +14,7 @@ from ..data.sources import SEED, Source, hold_out, open_source
 from ..data.transforms import EvalTransform, Fields, PretrainTransform
 from ..models import Network, SimMIM, build_simmim, named_parameters
 from ..models.cost import multiply_adds
+from ..models.shards import WHOLE, Shard
 from ..ops import OpBackend
 from ..optim import weight_decays
 from ..parallel.control import ControlPlane
@@ -55,7 +56,7 @@ class MaskedEvaluator:
             masks.append(batch.fields['mask'])
         if self._distances is None:  # while the device works; the masks never change
             self._distances = sum(len(mask) * average_distance(mask, self._config.model.patch_size) for mask in masks)
-        own = [math.fsum(s.asscalar() for s in sums), self._distances * mesh.reports]
+        own = [math.fsum(s.asscalar() for s in sums) * mesh.reports, self._distances * mesh.reports]
         loss, distance = np.sum(self._control.all_gather('validation', own), axis=0) / self.images
         return {'val_loss': loss, 'val_avg_dist': distance}
 
@@ -175,10 +176,11 @@ class Pretraining:
             return source, open_source(data.val_path)
         return hold_out(source, data.val_fraction, SEED) if data.val_fraction else (source, None)
 
-    def build_network(self, initial: bool, backend: OpBackend, parts: Sequence[slice] = (), own: int = 0) -> SimMIM:
+    def build_network(self, initial: bool, backend: OpBackend, parts: Sequence[slice] = (), own: int = 0,
+                      shard: Shard = WHOLE) -> SimMIM:
         config = self.config
         return build_simmim(config.model, config.seed if initial else None, backend, config.data.mean, config.data.std,
-                            parts, own)
+                            parts, own, shard)
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
         return {name: p.shape for name, p in named_parameters(SimMIM(self.config.model)).items()}

@@ -25,6 +25,7 @@ from ..data.transforms import Fields, Transform
 
 if TYPE_CHECKING:
     from ..models import Network
+    from ..models.shards import Shard
     from ..ops import OpBackend
     from ..parallel.control import ControlPlane
     from ..parallel.placement import Placement
@@ -136,11 +137,12 @@ class Task(Protocol):
             ValueError: the data are not there, or not what the task needs.
         """
 
-    def build_network(self, initial: bool, backend: 'OpBackend', parts: Sequence[slice] = (), own: int = 0
-                      ) -> 'Network':
+    def build_network(self, initial: bool, backend: 'OpBackend', parts: Sequence[slice] = (), own: int = 0,
+                      shard: 'Shard' = ...) -> 'Network':
         """Builds the network, computing with `backend`; with random initial weights if they are used, else zeros.
 
-        Of `parts` of its segments, number `own` alone is held here: see `models.initial.begin`.
+        Of `parts` of its segments, number `own` alone is held here, and of that the `shard`: see
+        `models.initial.begin`.
         """
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:

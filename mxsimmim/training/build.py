@@ -1,14 +1,15 @@
 """Builds a trainer of a configuration: network, placement, division of the batch, update rule, averaged weights."""
-from typing import List, Optional, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 
 from ..config import Config, ParallelConfig
 from ..data.batch_split import BatchSplit, split_batch
 from ..interop import official
-from ..models import Network, parameter_specs
-from ..models.cost import segment_costs
+from ..models import Network, ParameterSpec, parameter_specs
+from ..models.cost import segment_costs, token_shapes
 from ..models.segments import users
+from ..models.shards import is_copied
 from ..ops import OpBackend, select_backend
 from ..optim import OPTIMIZERS, Optimizer
 from ..parallel.asynchronous import AsynchronousUpdate, WeightServers
@@ -22,6 +23,8 @@ from ..parallel.placement import Placement, Replicated, contexts_of
 from ..parallel.schedules import stages_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
+from ..parallel.worker_group import WorkerGroup
+from ..runtime.memory import give_back, share_heap
 from ..runtime.process import ALONE, ProcessInfo
 from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
@@ -56,32 +59,39 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
     backend = backend or select_backend(config.runtime.precision, contexts)
     communicator = communicator or build_communicator(strategy, process)
     parts = build_parts(config, communicator.control, contexts)
+    if communicator.control.mesh.tensor > 1:
+        share_heap()
     net = build_network(config, process, task, backend, checkpoint, logger, parts)
-    placement = build_placement(config.parallel, net, contexts, config.train.accumulate, parts)
     split = build_split(config, task, communicator, least_images(config, contexts), checkpoint)
+    group = build_group(config, communicator, contexts, backend, max(split.images))
+    placement = build_placement(config.parallel, net, contexts, config.train.accumulate, parts, group)
     update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split, parts=parts)
     step, state, arrays = (checkpoint.step, checkpoint.state, checkpoint.arrays) if checkpoint else (0, {}, {})
     if checkpoint or config.model.pretrained:
         moments: Optional[Arrays] = arrays.get('optimizer')
         if parts and checkpoint:
             assert isinstance(update_rule, SynchronousUpdate)
-            moments = dict(parts.hand_out(update_rule.moment_names(), moments))
-        update_rule.load_state_dict(moments, step)
+            update_rule.load_one_by_one(parts.hand_out(update_rule.moment_names(), moments), step)
+        else:
+            update_rule.load_state_dict(moments, step)
     average = None
     if config.train.ema:
         # All workers hold the same one: rank 0's, of its checkpoint.
-        saved: Optional[Arrays] = arrays.get('ema')
+        average = WeightAverage(parameter_specs(net), config.train.ema, None if parts else arrays.get('ema'))
         if parts and checkpoint:
-            saved = dict(parts.hand_out([spec.name for spec in parameter_specs(net) if spec.trainable], saved))
-        average = WeightAverage(parameter_specs(net), config.train.ema, saved)
+            for name, value in parts.hand_out(average.names(), arrays.get('ema')):
+                average.set(name, value)
         if checkpoint:
             average.share(communicator)
+    if communicator.control.mesh.tensor > 1:
+        mx.nd.waitall()
+        give_back()  # weights as they were drawn and read
     return Trainer(config, timetable, task, placement, update_rule, split, average, logger, step, state, parts)
 
 
 def build_parts(config: Config, control: ControlPlane, contexts: List[mx.Context]) -> Optional[ModelParts]:
-    """Join the workers that hold the stages of a pipeline; None where each holds a whole model."""
-    if control.mesh.pipeline == 1:
+    """Join the workers that hold the parts of a model; None where each holds a whole one."""
+    if control.mesh.data == control.mesh.size:
         return None
     return ModelParts(stages_of(config.parallel, segment_costs(config.model)), control, contexts[0])
 
@@ -103,8 +113,8 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
 
 def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Optional[Checkpoint],
                 logger: Union[RunLogger, Quiet], parts: ModelParts) -> Network:
-    """`build_network` for this worker's stage."""
-    net = task.build_network(checkpoint is None, backend, parts.slices, parts.own)
+    """`build_network` for this worker's part."""
+    net = task.build_network(checkpoint is None, backend, parts.slices, parts.own, parts.shard)
     weights: Optional[Arrays] = checkpoint.arrays.get('weights') if checkpoint else None
     fresh = not checkpoint and task.takes_encoder and config.model.pretrained
     if fresh and parts.rank == 0:  # it alone reads the file, for which it needs a whole network
@@ -112,24 +122,38 @@ def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Opti
         logger.message(load_encoder(whole, config.model.pretrained))
         weights = official.export_weights(whole)
     if checkpoint or fresh:
-        parameters = {spec.name: spec.parameter for spec in parameter_specs(net)}
-        for name, value in parts.hand_out(list(parameters), weights):
-            parameters[name].set_data(mx.nd.array(value.reshape(parameters[name].shape)))
+        specs = {spec.name: spec for spec in parameter_specs(net)}
+        for name, value in parts.hand_out(list(specs), weights):
+            spec = specs[name]
+            spec.parameter.set_data(mx.nd.array(spec.part_of(value.reshape(spec.whole_shape))))
     return net
 
 
+def build_group(config: Config, communicator: Communicator, contexts: List[mx.Context], backend: OpBackend, images: int
+                ) -> Optional[WorkerGroup]:
+    """Join the workers that compute blocks together, of `images` at most; None where each computes whole ones."""
+    mesh, accumulate = communicator.control.mesh, config.train.accumulate
+    if mesh.tensor == 1:
+        return None
+    micro_batches = config.parallel.micro_batches if mesh.pipeline > 1 else 1
+    most = max(images, -(-config.train.batch_size // mesh.data))  # validation has equal parts, and no micro-batches
+    batches = {-(-most // accumulate), -(-images // (accumulate * micro_batches))}
+    sizes = {batch * tokens * width for batch in batches for tokens, width in token_shapes(config.model)}
+    return WorkerGroup(contexts[0], sorted(sizes), communicator.over(('tensor',)), backend)
+
+
 def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Context], accumulate: int = 1,
-                    parts: Optional[ModelParts] = None) -> Placement:
+                    parts: Optional[ModelParts] = None, group: Optional[WorkerGroup] = None) -> Placement:
     """Place the network on the devices of this worker, as `parallel` says, for batches of `accumulate` parts.
 
     The mesh has seen that there are as many devices as one replica needs, or a multiple, unless other workers hold the
-    other `parts`.
+    other `parts`, and compute the blocks together with this one as a `group`.
     """
     if parallel.pipeline == 1:
-        return Replicated(net, contexts, accumulate, parallel.tensor)
+        return Replicated(net, contexts, accumulate, parallel.tensor, group)
     slices = parts.slices if parts else stages_of(parallel, segment_costs(net.config))
     return Pipeline(net, contexts, slices, parallel.micro_batches, parallel.schedule, accumulate, parallel.tensor,
-                    parts)
+                    parts, group)
 
 
 def least_images(config: Config, contexts: List[mx.Context]) -> int:
@@ -172,9 +196,8 @@ def build_update_rule(config: Config, task: Task, net: Network, strategy: Strate
     """
     optim, train = config.optim, config.train
     specs = parameter_specs(net, task.parameter_groups(net))
-    if parts:  # what several stages use has a gradient in each of them
-        several = {name for name, stages in users(net, parts.slices).items() if len(stages) > 1}
-        specs = [spec._replace(axes=('pipeline', 'data')) if spec.parameter.name in several else spec for spec in specs]
+    if parts:
+        specs = [spec._replace(axes=axes) for spec, axes in zip(specs, gradient_groups(net, specs, parts))]
     if strategy.aggregation_can.updates_on_servers:
         assert isinstance(communicator, WeightServers)
         return AsynchronousUpdate(specs, communicator, config, timetable.per_epoch, timetable.total, net.backend)
@@ -185,3 +208,15 @@ def build_update_rule(config: Config, task: Task, net: Network, strategy: Strate
         return (ShardedUpdate if sharded else SynchronousUpdate)(specs, optimizer, communicator, train, optim.clip_grad)
     kind = {'local_sgd': LocalSGD, 'elastic': ElasticAverage}[strategy.aggregation]
     return kind(specs, optimizer, communicator, train, optim.clip_grad, split, timetable.total)
+
+
+def gradient_groups(net: Network, specs: Sequence[ParameterSpec], parts: ModelParts) -> List[Tuple[str, ...]]:
+    """Return for each parameter the axes of the mesh over which its gradient is summed.
+
+    What several stages use has a gradient in each of them, and what all parts of a stage have a copy of, in each of
+    these.
+    """
+    several = {name for name, stages in users(net, parts.slices).items() if len(stages) > 1}
+    copied = parts.shard.count > 1
+    return [('pipeline', 'data') if spec.parameter.name in several
+            else ('data', 'tensor') if copied and is_copied(spec.name) else ('data',) for spec in specs]

@@ -135,8 +135,8 @@ def _batch(config: Config, task: Task, images: int) -> Batch:
 
 
 def _forward(config: Config, task: Task, net: Network, contexts: List[mx.Context]) -> Tuple[str, Placement]:
-    # A worker that is to hold one stage tries the whole network: the others are not there.
-    one = config.parallel.pipeline > len(contexts)
+    # A worker that is to hold a part tries the whole network: the others are not there.
+    one = config.parallel.devices > len(contexts)
     placement = build_placement(ParallelConfig() if one else config.parallel, net, contexts)
     images = 2 * least_images(config, contexts) // config.train.accumulate
     loss = float(placement.loss(_batch(config, task, images)).asscalar()) / images

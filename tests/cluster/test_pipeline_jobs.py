@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import machine
 from support.hosts import three_hosts
-from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, newest, recorded, steps
+from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, newest, recorded, same, steps
 from support.running import BASE, DEADLINE, command, rounds
 from support.tiny import TEN_STEPS
 
@@ -22,15 +22,6 @@ WIDE = ['model.img_size=16', 'model.patch_size=4', 'model.embed_dim=512', 'model
         'mask.patch_size=8', 'data.path=digits', 'data.val_fraction=0', 'data.threads=1', 'runtime.threads=1',
         'train.batch_size=8', 'train.length=20', 'optim.schedule=constant', 'optim.warmup=0']
 HANDOVER = [sys.executable, '-W', 'ignore', PROGRAMS / 'handover.py']
-
-
-def same(ours, expected):
-    """Bit for bit, all groups of arrays."""
-    assert set(ours) == set(expected)
-    for group, arrays in expected.items():
-        assert set(ours[group]) == set(arrays), group
-        for name, array in arrays.items():
-            np.testing.assert_array_equal(ours[group][name], array, err_msg=f'{group} {name}')
 
 
 def test_schedules_compute_the_same_bits_and_so_do_two_hosts(launcher, tmp_path):

@@ -12,11 +12,14 @@ from support.tiny import TEN_STEPS
 pytestmark = pytest.mark.unmeasured
 
 SGD = ['optim.type=sgd', 'optim.clip_grad=null', 'optim.base_lr=1']
+TENSOR = ['parallel.tensor=2']
 WIDE = ['model.embed_dim=320', 'model.num_heads=4', 'optim.base_lr=1e-3']  # has arrays that are exchanged by themselves
 TWO_DEVICES = 'devices=[cpu(0),cpu(1)]'
 FOUR, PIPELINE = ['-n', 4, '--horovod'], ['parallel.pipeline=2', 'parallel.micro_batches=4']
 SWIN = ['model.type=swin', 'model.img_size=32', 'model.embed_dim=8', 'model.depths=[2,1]', 'model.num_heads=[1,2]',
         'model.window_size=4']
+
+WINDOWS = [*SWIN, 'model.num_heads=[2,2]', 'model.drop_path=0.2']
 
 
 def weights(run):
@@ -61,7 +64,10 @@ def alone(tmp_path_factory):
     (FOUR, [*PIPELINE, 'train.accumulate=2', 'data.worker_weights=[3,1]'], []),
     (FOUR, [*PIPELINE], SWIN),
     (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, 'parallel.tensor=2'], SGD),
-    (HOROVOD, [TWO_DEVICES, 'parallel.tensor=2'], WIDE),
+    (HOROVOD, [TWO_DEVICES, *TENSOR], WIDE),
+    (HOROVOD, [*TENSOR, 'train.accumulate=2'], WIDE),
+    (FOUR, [*TENSOR, *PIPELINE], WINDOWS),
+    (HOROVOD + MESSAGES, TENSOR, []),
     (HOROVOD, ['data.worker_weights=[3,1]', 'train.accumulate=2'], []),
     (HOROVOD, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES], SGD),
 ], ids=lambda value: ' '.join(map(str, value)) or '-')
@@ -89,6 +95,20 @@ def test_hosts_of_several_horovod_ranks(launcher, alone, tmp_path):
     np.testing.assert_allclose(recorded(many, 'loss'), recorded(one, 'loss'), rtol=1e-5)
     print('megabytes', sent / 1e6, 'of gradients', 10 * expected.nbytes / 1e6)
     assert sent < 1.2 * 10 * expected.nbytes
+
+
+def test_hosts_of_a_tensor_group_each(launcher, alone, tmp_path):
+    """Two replicas in two parts: what a host's workers compute together they hold together."""
+    with three_hosts(tmp_path / 'hosts') as hosts:
+        (tmp_path / 'hostfile').write_text('host0 slots=2\nhost1 slots=2\n')
+        told = launcher.run(*FOUR, '-H', tmp_path / 'hostfile', '--', *PRETRAIN, *TEN_STEPS, *TENSOR, 'name=many',
+                            'data.worker_weights=[3,1]', env=hosts.environ)
+    assert 'rank 1 on host0 (part 2 of 2), rank 2 on host1 (part 1 of 2)' in told[0] + told[1]
+    many, one = launcher.folder / 'runs' / 'many', alone(())
+    expected = weights(one)
+    assert np.linalg.norm(weights(many) - expected) / np.linalg.norm(expected) < 1e-5
+    for name in ('loss', 'val_loss', 'val_avg_dist'):
+        np.testing.assert_allclose(recorded(many, name), recorded(one, name), rtol=1e-5)
 
 
 @pytest.mark.parametrize('launch, store, devices', [

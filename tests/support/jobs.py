@@ -36,6 +36,15 @@ def newest(run):
     return int(path.name[5:]), {file.stem: load_file(file) for file in path.glob('*.safetensors')}
 
 
+def same(ours, expected):
+    """Asserts that two checkpoints have the same arrays, bit for bit."""
+    assert set(ours) == set(expected)
+    for group, arrays in expected.items():
+        assert set(ours[group]) == set(arrays), group
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(ours[group][name], array, err_msg=f'{group} {name}')
+
+
 def assert_close(ours, expected):
     """The arrays of two checkpoints."""
     for group, arrays in expected.items():

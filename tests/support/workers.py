@@ -9,10 +9,11 @@ SECONDS = 60
 KEY = b'k' * 32
 
 
-def each(count, function, keys=(), axis='data'):
+def each(count, function, keys=(), axis='data', mesh=None):
     """[function(control plane)] of `count` workers at once; an exception in place of a result.
 
-    `keys` are the keys of some ranks that have another one, `axis` is that of the mesh along which the workers lie.
+    `keys` are the keys of some ranks that have another one, `axis` is that of the mesh along which the workers lie; or
+    `mesh` has the sizes of several.
     """
     results = [None] * count
     listener = _listen('127.0.0.1', 0, count)
@@ -20,8 +21,8 @@ def each(count, function, keys=(), axis='data'):
 
     def run(rank):
         try:
-            control = ControlPlane(Mesh(**{axis: count}, rank=rank), [address], dict(keys).get(rank, KEY),
-                                   None if rank else listener)
+            control = ControlPlane((mesh or Mesh(**{axis: count}))._replace(rank=rank), [address],
+                                   dict(keys).get(rank, KEY), None if rank else listener)
         except Exception as error:
             results[rank] = error
             return

@@ -1,6 +1,5 @@
 """What is said where memory runs out, in every wording it is met in."""
 import errno
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 from mxnet.base import MXNetError
 
 from mxsimmim import cli
-from mxsimmim.cluster.environment import KEPT
 from mxsimmim.config import Config, configfile
 from mxsimmim.data.loader import Loader
 from mxsimmim.data.transforms import BrokenImage
@@ -50,28 +48,66 @@ def test_what_is_a_shortage(error, expected):
     assert memory.ran_out(error) == expected
 
 
-def test_freed_memory_goes_back_to_the_system(tmp_path):
-    """In a job the launcher has the C library keep it; a live block above the freed ones would keep it, too."""
-    program = tmp_path / 'program.py'
-    program.write_text('''
-from mxsimmim.runtime.memory import release
+HELD = """
 import numpy as np
+from mxsimmim.runtime import memory
 
 def resident():
     with open('/proc/self/statm') as file:
-        return int(file.read().split()[1]) * 4096 / 2 ** 20
+        return int(file.read().split()[1]) * 4096
 
-blocks = [np.ones(2 << 20, 'float32') for _ in range(16)]
-kept = np.ones(1 << 20, 'float32')
-before = resident()
-del blocks
-freed = resident()
-release()
-print(before - freed, before - resident())
-''')
-    words = subprocess.run([sys.executable, program], env={**os.environ, **KEPT}, stdout=subprocess.PIPE, check=True)
-    freed, released = map(float, words.stdout.split())
-    assert abs(freed) < 8 and released > 120
+np.ones(1 << 20)  # freed at once: glibc cuts the next ones out of its heap
+before, kept, large = resident(), [], []
+for _ in range(8):
+    large.append(np.ones(1 << 20))
+    kept.append(np.ones(1 << 10))
+del large
+if {called}:
+    memory.give_back()
+print((resident() - before) / 2 ** 20)
+"""
+
+
+def outputs(program):
+    """What it prints with the call and without."""
+    return [subprocess.run([sys.executable, '-c', program.format(called=called)], stdout=subprocess.PIPE,
+                           universal_newlines=True, check=True).stdout for called in (True, False)]
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """64 MiB between small blocks that stay."""
+    left = [float(megabytes) for megabytes in outputs(HELD)]
+    assert left[0] < 4 and left[1] > 40
+
+
+HEAPS = """
+import ctypes, os, threading
+from mxsimmim.runtime import memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+if {called}:
+    memory.share_heap()
+barrier = threading.Barrier(4)
+def work():
+    barrier.wait()
+    libc.malloc(1 << 16)
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+stream = ctypes.c_void_p(libc.fdopen(1, b'w'))
+libc.malloc_info(0, stream)
+libc.fflush(stream)
+"""
+
+
+def test_threads_share_a_heap():
+    """As glibc tells; without the call, each of four threads has one."""
+    heaps = [told.count('<heap ') for told in outputs(HEAPS)]
+    assert heaps[0] == 1 < heaps[1]
 
 
 def test_a_chain_that_goes_round_ends():

@@ -75,13 +75,26 @@ def test_mesh_of_a_job(process, stages, devices, expected):
     assert mesh_of(process, ParallelConfig(pipeline=stages), devices) == expected
 
 
-def test_tensor_parallelism_is_within_a_worker():
+@pytest.mark.parametrize('axes, expected', [
+    (('data', 'tensor'), (6, 7, 8, 9, 10, 11)), (('pipeline', 'data'), (1, 3, 5, 7, 9, 11)),
+    (('tensor', 'pipeline'), (2, 3, 8, 9)), (AXES, tuple(range(12))), ((), (9,))])
+def test_groups_along_several_axes(axes, expected):
+    assert Mesh(2, 3, 2, expected[-1]).group(*axes) == expected
+    assert Mesh(2, 3, 2).groups(*axes)[0][0] == 0 and sum(map(len, Mesh(2, 3, 2).groups(*axes))) == 12
+
+
+def test_tensor_parallelism_within_a_worker_and_over_workers():
     parallel = ParallelConfig(pipeline=2, tensor=2)
     assert mesh_of(JOB, parallel, 4) == mesh_of(JOB, parallel, 8) == Mesh(data=8, rank=5)
-    for devices, verb in ((1, 'is'), (2, 'are')):
-        with pytest.raises(ValueError, match=rf'parallel.pipeline=2 x parallel.tensor=2 needs 4 devices a worker, or a '
-                                             rf'multiple, and here {verb} {devices}: '):
-            mesh_of(JOB, parallel, devices)
+    assert mesh_of(JOB, parallel, 1) == Mesh(2, 2, 2, 5)
+    assert mesh_of(JOB, ParallelConfig(tensor=8), 1) == Mesh(1, 1, 8, 5)
+    for process, devices, message in [
+            (JOB, 2, 'needs 4 devices a worker, or a multiple, and here are 2: '),
+            (ALONE, 1, 'needs 4 devices a worker, or a multiple, and here is 1: .* tools/launch.py --horovod -n 4'),
+            (JOB._replace(size=6), 1, 'does not divide the 6 workers: start a multiple of 4'),
+            (JOB._replace(transport='ps'), 1, 'a parameter server waits for the same gradients of all: ')]:
+        with pytest.raises(ValueError, match=f'^parallel.pipeline=2 x parallel.tensor=2 .*{message}'):
+            mesh_of(process, parallel, devices)
 
 
 @pytest.mark.parametrize('process, stages, devices, message', [

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -193,23 +194,35 @@ class Told(ctypes.Structure):
     _fields_ = [('number', ctypes.c_int)]
 
 
+class Completion(ctypes.Structure):
+    _fields_ = [('call', ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)), ('engine', ctypes.c_void_p),
+                ('operation', ctypes.c_void_p)]
+
+
 def test_a_host_task_is_ordered_by_the_engine():
-    """After what makes the arrays, before what uses them; meanwhile others compute, and pushing waits for nothing."""
+    """After what makes the arrays, before what uses them; however many wait, they take no thread, nor does pushing."""
     events = []
 
-    def run(_context, argument):
-        time.sleep(0.2)
-        events.append(ctypes.cast(argument, ctypes.POINTER(Told)).contents.number)
-    function, told = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(run), [Told(41), Told(42)]
-    written, other = mx.nd.ones((3,)) * 2, mx.nd.ones((3,))
+    def run(_context, completion, argument):
+        own = Completion.from_buffer_copy(ctypes.cast(completion, ctypes.POINTER(Completion)).contents)
+
+        def complete():
+            events.append(ctypes.cast(argument, ctypes.POINTER(Told)).contents.number)
+            own.call(own.engine, own.operation, None)
+        threading.Timer(0.2, complete).start()
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(run)
+    written, others = mx.nd.ones((3,)) * 2, [mx.nd.ones((3,)) for _ in range(20)]
     written.wait_to_read()
+    told = [Told(41), Told(42), *(Told(43) for _ in others)]
     began = time.monotonic()
-    for argument in told:
-        mxnet_private.push_host_task(function, argument, [written])
-    assert time.monotonic() - began < 0.2 and (other + 1).asnumpy().tolist() == [2, 2, 2] and events == []
+    for argument, array in zip(told, [written, written, *others]):
+        mxnet_private.push_host_task(function, argument, [array])
+    assert time.monotonic() - began < 0.2 and (mx.nd.ones((3,)) + 1).asnumpy().tolist() == [2, 2, 2] and events == []
     after = written + 1
     after.wait_to_read()
-    assert events == [41, 42] and time.monotonic() - began >= 0.4
+    mx.nd.waitall()
+    assert [number for number in events if number < 43] == [41, 42] and events[-1] == 42  # 20 others at once
+    assert len(events) == 22 and 0.4 <= time.monotonic() - began < 2
 
 
 def test_operators_of_a_library_are_in_both_modules():

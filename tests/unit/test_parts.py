@@ -1,4 +1,4 @@
-"""A whole model's arrays, on their way to and from the workers that hold its stages."""
+"""A whole model's arrays, on their way to and from the workers that hold its parts."""
 import threading
 import time
 
@@ -6,11 +6,12 @@ import mxnet as mx
 import numpy as np
 from support.workers import each
 
+from mxsimmim.models.shards import part_of
 from mxsimmim.parallel.channels import WAITING, pipeline_channels
 from mxsimmim.parallel.mesh import Mesh
 from mxsimmim.parallel.parts import ModelParts, mesh_table
 
-STAGES = 3
+STAGES = Mesh(3)
 SLICES = [slice(0, 2), slice(2, 3), slice(3, 5)]
 # What each stage holds; all of them the table.
 HELD = [{'a': np.arange(6, dtype='float32').reshape(2, 3), 'table': np.ones(4, 'float32')},
@@ -18,17 +19,17 @@ HELD = [{'a': np.arange(6, dtype='float32').reshape(2, 3), 'table': np.ones(4, '
         {'c': np.zeros((1, 2), 'int64'), 'table': np.ones(4, 'float32'), 'd': np.full((), 7, 'float32')}]
 
 
-def workers(work):
-    """What `work(parts)` returns in each of three stages."""
+def workers(work, mesh=STAGES, slices=SLICES):
+    """What `work(parts)` returns in each of three stages, or on this mesh."""
     def one(control):
-        parts = ModelParts(SLICES, control, mx.cpu())
+        parts = ModelParts(slices, control, mx.cpu())
         try:
             found = work(parts)
             control.barrier('end')
             return found
         finally:
             parts.close()
-    return each(STAGES, one, axis='pipeline')
+    return each(mesh.size, one, mesh=mesh)
 
 
 def test_rank_0_gathers_the_whole_model():
@@ -56,6 +57,33 @@ def test_rank_0_hands_out_what_each_stage_wants():
         assert list(own) == list(expected)
         for name, value in expected.items():
             np.testing.assert_array_equal(own[name], value)
+
+
+def test_parts_of_stages_on_their_way_to_rank_0_and_back():
+    """2 stages in 3 parts, of 2 replicas; the first part has a bias more."""
+    mesh = Mesh(2, 2, 3)
+    rng = np.random.default_rng(4)
+    whole = {f'mean.blocks.{stage}.{name}': rng.random(shape, 'float32') for stage in range(2) for name, shape in (
+        ('attn.qkv.weight', (18, 2)), ('attn.proj.weight', (2, 6)), ('attn.proj.bias', (2,)), ('norm1.weight', (2,)))}
+    table = 'mean.rel_pos_bias.relative_position_bias_table'  # of both stages
+    whole[table] = rng.random((5, 3), 'float32')
+
+    def work(parts):
+        wanted = [name for name in whole if (f'blocks.{parts.own}' in name or name == table)
+                  and not (parts.shard.index and name.endswith('proj.bias'))]
+        own = {name: part_of(name, whole[name], parts.shard) for name in wanted}
+        gathered = parts.gather({'moments': own})['moments']
+        found = gathered.kinds, list(gathered.values)
+        return wanted, found, dict(parts.hand_out(wanted, None if parts.rank else whole))
+    results = workers(work, mesh, SLICES[:2])
+    (kinds, values), *others = (found for _, found, _ in results)
+    assert others == [({}, [])] * 11 and set(kinds) == set(whole)
+    for (name, (kind, shape)), value in zip(kinds.items(), values):
+        assert (kind, shape) == ('float32', whole[name].shape)
+        np.testing.assert_array_equal(value, whole[name])
+    for rank, (wanted, _, handed) in enumerate(results):
+        assert list(handed) == (wanted if mesh._replace(rank=rank).coordinate('data') == 0 else [])
+        assert all(np.array_equal(value, whole[name]) for name, value in handed.items())
 
 
 def test_what_rank_0_does_not_have_is_named():
@@ -105,3 +133,14 @@ def test_who_holds_what_is_written():
     assert mesh_table(Mesh(3, 2, 1), parts, ['a', 'a', 'b', 'b', 'c', 'd']).splitlines() == [
         '3 stages x 2 replicas of the model', '  stage 0: blocks 0 to 1, rank 0 on a, rank 1 on a',
         '  stage 1: blocks 2 to 3, rank 2 on b, rank 3 on b', '  stage 2: block 4, rank 4 on c, rank 5 on d']
+
+
+def test_who_holds_which_part_is_written():
+    assert mesh_table(Mesh(1, 2, 2), [slice(0, 14)], 'aabb').splitlines() == [
+        '2 parts x 2 replicas of the model', '  blocks 0 to 11, rank 0 on a (part 1 of 2), rank 1 on a (part 2 of 2), '
+        'rank 2 on b (part 1 of 2), rank 3 on b (part 2 of 2)']
+    assert 'give each host slots that are a multiple of 2' in mesh_table(Mesh(1, 2, 2), [slice(0, 14)], 'aaab')
+    assert mesh_table(Mesh(2, 1, 2), [slice(0, 3), slice(3, 6)], 'aabb').splitlines() == [
+        '2 stages x 2 parts x 1 replica of the model',
+        '  stage 0: blocks 0 to 1, rank 0 on a (part 1 of 2), rank 1 on a (part 2 of 2)',
+        '  stage 1: blocks 2 to 3, rank 2 on b (part 1 of 2), rank 3 on b (part 2 of 2)']

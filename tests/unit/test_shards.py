@@ -8,11 +8,15 @@ from mxsimmim.config import Config, ModelConfig
 from mxsimmim.interop import official
 from mxsimmim.models import build_classifier, build_simmim, joined, parameter_specs
 from mxsimmim.models.division import divide
-from mxsimmim.models.shards import Shard, cut_of, gradient_axes, join, part_of, whole_shape
+from mxsimmim.models.shards import Shard, cut_of, gradient_axes, is_copied, join, part_of, whole_shape
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=6, mlp_ratio=2)
 SWIN = dict(type='swin', img_size=16, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=2)
 SEED = 3
+
+
+def build_three(config, seed, **parts):
+    return build_classifier(config, 3, seed, **parts)
 
 
 @pytest.mark.parametrize('name, whole, expected', [
@@ -40,7 +44,7 @@ def test_parts_of_two(name, whole, expected):
 
 @pytest.mark.parametrize('keys, count', [(VIT, 2), (VIT, 3), ({**VIT, 'use_rpb': True, 'use_shared_rpb': False}, 6),
                                          (SWIN, 2)])
-@pytest.mark.parametrize('build', [build_simmim, lambda config, seed: build_classifier(config, 3, seed)])
+@pytest.mark.parametrize('build', [build_simmim, build_three])
 def test_a_network_in_parts_is_the_whole(build, keys, count):
     """Under the reference's names; every part has the same share, and decay goes by the whole's shape."""
     config = ModelConfig(**keys)
@@ -59,6 +63,25 @@ def test_a_network_in_parts_is_the_whole(build, keys, count):
     official.load_weights(net, other)
     found = official.export_weights(net)
     assert all(np.array_equal(found[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize('keys, stages', [({**VIT, 'use_mean_pooling': True}, [slice(0, 2), slice(2, 4)]),
+                                          (SWIN, [slice(0, 5)])])
+@pytest.mark.parametrize('build', [build_simmim, build_three])
+def test_a_worker_begins_with_its_part_of_the_whole(build, keys, stages):
+    """As it is drawn with the whole, bit for bit."""
+    config, found = ModelConfig(**keys), {}
+    for own in range(len(stages)):
+        parts = {}
+        for index in range(2):
+            for spec in parameter_specs(build(config, SEED, parts=stages, own=own, shard=Shard(index, 2))):
+                parts.setdefault(spec.name, []).append(spec.parameter.data().asnumpy())
+        for name, values in parts.items():
+            assert len(values) == (2 if cut_of(name) or is_copied(name) else 1)
+            assert cut_of(name) or all(np.array_equal(value, values[0]) for value in values)
+            found[name] = join(name, values)
+    expected = {spec.name: spec.parameter.data().asnumpy() for spec in parameter_specs(build(config, SEED))}
+    assert set(found) == set(expected) and all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize('keys, most', [

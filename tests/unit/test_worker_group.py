@@ -1,83 +1,99 @@
-"""Workers of a host that compute half blocks together: the loss and the gradients of one device."""
+"""Workers that compute half blocks together, as threads: the losses and the gradients of one worker."""
+import threading
+import time
+
 import mxnet as mx
 import numpy as np
 import pytest
-from mxnet import autograd
 from support import machine
-from support.trainer import random_batches
+from support.passes import GPIPE, NETWORKS, TWO_UNDER_WAY, assert_same, compute_together, compute_whole, largest
 from support.workers import each
 
 from mxsimmim.config import ModelConfig
-from mxsimmim.models import build_simmim, joined, parameter_specs
-from mxsimmim.models.division import divide
-from mxsimmim.models.shards import Shard, gradient_axes
 from mxsimmim.ops import OpBackend
-from mxsimmim.parallel.placement import hybridize
-from mxsimmim.parallel.tensor import TensorParallel
-from mxsimmim.parallel.worker_group import HostSums, WorkerGroup
+from mxsimmim.parallel import worker_group
+from mxsimmim.parallel.communicators import Handle
+from mxsimmim.parallel.shared_memory import SharedMemoryGroup
+from mxsimmim.parallel.worker_group import WorkerGroup
 
 pytestmark = machine.natively
-VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=4, drop_path=0.3)
-SWIN = dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4)
-SEED = 27
+SEED = 28
+
+
+class InMemory:
+    """What a group takes of a `Communicator`, of workers of one host, without Horovod, which has one a process."""
+
+    def __init__(self, control):
+        self._control, self._where = control, {}
+
+    def allocate(self, sizes, contexts, backend):
+        memory = SharedMemoryGroup(sizes, list(range(self._control.size)), self._control.rank, self._control, True)
+        self._where.update({id(array): (memory, i) for i, array in enumerate(memory.arrays)})
+        return [[array] for array in memory.arrays]
+
+    def register(self, arrays):
+        return Handle(tuple(range(len(arrays))), tuple(arrays))
+
+    def all_reduce(self, handle):
+        for array, in handle.arrays:
+            memory, i = self._where[id(array)]
+            memory.all_reduce(i)
+
+
+class Shaken(WorkerGroup):
+    """Comes to its sums backward after a while that differs from worker to worker."""
+
+    def shake(self, rank):
+        self._rng = np.random.default_rng(SEED + rank)
+        return self
+
+    def sum_back(self, *arguments):
+        time.sleep(self._rng.choice([0, 0.01]))
+        return super().sum_back(*arguments)
 
 
 def test_sums_of_several_sizes():
     """Of as many elements as an array has, in the first memory that it fits in."""
-    workers = each(2, lambda control: HostSums([6, 20], [0, 1], control))
+    workers = each(2, lambda control: WorkerGroup(mx.cpu(), [6, 20], InMemory(control), OpBackend('native')))
     for shape in ((2, 3), (1,), (4, 5), (7,)):
-        sums = [sums.sum(mx.nd.full(shape, 10 ** rank)) for rank, sums in enumerate(workers)]
+        sums = [group.sum(mx.nd.full(shape, 10 ** rank)) for rank, group in enumerate(workers)]
         assert all(total.shape == shape and np.all(total.asnumpy() == 11) for total in sums), shape
 
 
-@pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
-def test_gradients_are_those_of_one_device(keys):
-    """Twice, and of fewer images without gradients between: three passes that share the memory."""
+def test_passes_go_back_in_turn(monkeypatch):
+    """The second, which comes first, waits for both sums of the first; one whose turn does not come gives up."""
+    group, = each(1, lambda control: WorkerGroup(mx.cpu(), [4], InMemory(control), OpBackend('native')))
+    done, ones = [], mx.nd.ones((4,))
+
+    def back(number, last):
+        group.sum_back(ones * number, number, last)
+        done.append((number, last))
+    second = threading.Thread(target=back, args=(1, True), daemon=True)
+    second.start()
+    for last in (False, True):
+        time.sleep(0.05)
+        assert (1, True) not in done
+        back(0, last)
+    second.join(10)
+    assert done == [(0, False), (0, True), (1, True)] or done == [(0, False), (1, True), (0, True)]
+    assert group._gone_back == 2
+    monkeypatch.setattr(worker_group, 'DEADLINE', 0.05)
+    with pytest.raises(TimeoutError, match='has not gone on for 0.05 s'):
+        group.sum_back(ones, 3, True)
+
+
+@pytest.mark.parametrize('network, workers, plan', [
+    ('vit', 2, TWO_UNDER_WAY), ('vit', 3, GPIPE), ('swin', 2, TWO_UNDER_WAY)])
+def test_gradients_are_those_of_one_worker(network, workers, plan):
+    """Of passes that are under way together, of different numbers of images, and without gradients between them.
+
+    The passes go back in another order of their steps in each worker.
+    """
     print('seed', SEED)
-    config, backend = ModelConfig(**keys), OpBackend('native')
-    batches = list(random_batches(config, 2, 5, SEED))
-
-    def inputs(batch, images):
-        fields = [batch.fields[name][:images] for name in ('image', 'mask')]
-        keep = [(batch.fields['uniform'][:images] < 0.7) / 0.7] if config.drop_path else []
-        return [*(mx.nd.array(field, dtype='uint8') for field in fields), *map(mx.nd.array, keep)]
-
-    def run(net, compute):
-        found = []
-        for batch in batches:
-            arrays = inputs(batch, 5)
-            with autograd.record():
-                loss = compute(*arrays)
-            loss.backward()
-            smaller = compute(*inputs(batch, 3))
-            gradients = [spec.parameter.grad().asnumpy() for spec in parameter_specs(net)]
-            found.append((loss.asscalar(), smaller.asscalar(), gradients))
-        return parameter_specs(net), found
+    config, backend = ModelConfig(**NETWORKS[network]), OpBackend('native')
+    size = largest(config)
 
     def work(control):
-        net = build_simmim(config, SEED, backend)
-        parts = divide(net, [Shard(control.rank, control.size)])
-        group = WorkerGroup(mx.cpu(), [5 * 4 * 16, 5 * 65 * 16], range(control.size), control)
-        together = TensorParallel(net, parts, [group])
-        for graph in together.graphs:
-            hybridize(graph, backend)
-        return run(net, together)
-    whole = build_simmim(config, SEED, backend)
-    specs, expected = run(whole, whole)
-    (first, ours), (second, theirs) = each(2, work)
-    for (loss, smaller, gradients), (*one, own), (*two, others) in zip(expected, ours, theirs):
-        assert one == two
-        np.testing.assert_allclose(one, [loss, smaller], rtol=1e-6)
-        other, terms = {spec.key: gradient for spec, gradient in zip(second, others)}, []
-        for spec, gradient in zip(first, own):
-            if 'tensor' in gradient_axes(spec.name):
-                gradient = gradient + other[spec.key]
-            elif spec.shard.count == 1 and spec.key in other:  # of what both compute
-                np.testing.assert_array_equal(gradient, other[spec.key])
-            terms.append((spec, gradient))
-            terms += [(part, other[part.key]) for part in second if part.name == spec.name and spec.shard.count > 1]
-        found = joined(*zip(*terms))
-        assert len(found) == len(specs)
-        for spec, gradient in zip(specs, gradients):
-            error = np.linalg.norm(found[spec.name] - gradient)
-            assert error <= 1e-5 * max(np.linalg.norm(gradient), 1e-2), (spec.name, error)
+        group = Shaken(mx.cpu(), [size // 4, size // 2, size], InMemory(control), backend).shake(control.rank)
+        return compute_together(config, backend, control, group, plan)
+    assert_same(each(workers, work), compute_whole(config, backend, plan))

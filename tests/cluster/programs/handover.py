@@ -32,7 +32,8 @@ def main():
     from mxsimmim.training.start import joined
 
     process = process_info(os.environ)
-    with joined(config, strategy_of(config, process), process) as communicator:
+    devices = 1 if config.devices == 'auto' else len(config.devices)
+    with joined(config, strategy_of(config, process, devices), process, devices) as communicator:
         hand_over(run, config, process, communicator)
 
 
