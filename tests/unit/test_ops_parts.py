@@ -153,23 +153,21 @@ def test_an_operator_adds_to_gradients_where_told(name):
 
 
 @machine.natively
-@pytest.mark.parametrize('width, units', [(40, 72), (72, 1024)])  # 1024 float32 are a page
-def test_few_rows_take_a_weight_as_it_is_and_compute_the_same_bits(width, units):
+def test_few_rows_take_a_weight_as_it_is_and_compute_the_same_bits():
     """Of many rows the weight is brought into another layout first."""
     print('seed', SEED)
     rng, backend = np.random.default_rng(SEED), OpBackend('native')
-    rows, weight, head = (mx.nd.array(rng.standard_normal(shape)) for shape in ((900, width), (units, width),
-                                                                                (900, units)))
+    rows, weight, head = (mx.nd.array(rng.standard_normal(shape)) for shape in ((700, 40), (72, 40), (700, 72)))
 
     def results(count):
         x = rows[:count].copy()
         x.attach_grad()
         with autograd.record():
-            y = backend.linear(mx.nd, x, weight, units=units)
+            y = backend.linear(mx.nd, x, weight, units=72)
         y.backward(head[:count])
         return y.asnumpy(), x.grad.asnumpy()
-    for many, few in zip(results(900), results(700)):
-        np.testing.assert_array_equal(many[:700], few)
+    for many, few in zip(results(700), results(500)):
+        np.testing.assert_array_equal(many[:500], few)
 
 
 @machine.natively
