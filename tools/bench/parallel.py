@@ -1,15 +1,19 @@
 #!/usr/bin/env python
-"""What a model that is divided between two processes gains and needs, beside PyTorch's torch.distributed.pipelining.
+"""What a model that is divided between two processes gains and needs, beside PyTorch doing the same.
 
 A step is forward, backward, clipping of the whole model's norm and AdamW, on random images that are in memory already.
-One process computes the whole batch; two of a core and a thread each compute it in micro-batches, as a pipeline (1F1B,
-over TCP in both programs). Efficiency is the images/s of two over twice those of one; the ideal is M / (M + 1) for M
-micro-batches. Memory is the largest resident set of any process. Every measurement is a job of its own, started by
-tools/launch.py; all take turns, and ratios are medians over the turns. PyTorch may be installed elsewhere:
+One process computes the whole batch; two of a core and a thread each compute it together. With `--mode pipeline` (1F1B)
+each has half of the blocks, and the batch passes through them in M micro-batches: at best they reach M / (M + 1) of
+twice the images/s. With `--mode tensor` each has half of every block; PyTorch sums over Gloo.
+
+Efficiency is the images/s of two over twice those of one. CPU time is that of a step over all processes: where the
+machine does other work it says what dividing costs, and efficiency does not. Memory is the largest resident set of any
+process. Every measurement is a job of its own, started by tools/launch.py; all take turns, and ratios are medians over
+the turns. PyTorch may be installed elsewhere:
 
     python tools/bench/parallel.py --torch-python ~/torch/bin/python
 
-Prints a table for docs/parallelism.md. Takes ten minutes and 6 GB.
+Prints a table for docs/parallelism.md. A turn of ViT-B with 16 images takes some eight minutes, and 5 GB.
 """
 import argparse
 import json
@@ -39,6 +43,7 @@ class Worker(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', choices=MODELS, default='vit_base')
+    parser.add_argument('--mode', choices=['pipeline', 'tensor'], default='pipeline', help='(default: pipeline)')
     parser.add_argument('--batch', type=int, default=32, help='images a step (default: 32)')
     parser.add_argument('--micro-batches', type=int, default=8, help='of a pipeline (default: 8)')
     parser.add_argument('--rounds', type=int, default=5, help='turns of each job (default: 5)')
@@ -51,21 +56,21 @@ def main() -> None:
     if args.worker:
         return work(args)
     machine = on_two_cores(args.torch_python if 'torch' in args.sides else None)
-    print(f'{args.model}, {machine.cpu}, 2 of {machine.cores} cores, {machine.system}; batch {args.batch}, '
-          f'{args.micro_batches} micro-batches, 1 thread a worker, float32; median of {args.rounds} turns of '
-          f'{args.steps} steps\n', flush=True)
+    how = f'pipeline, {args.micro_batches} micro-batches' if args.mode == 'pipeline' else args.mode
+    print(f'{args.model}, {machine.cpu}, 2 of {machine.cores} cores, {machine.system}; {how}, batch {args.batch}, '
+          f'1 thread a worker, float32; median of {args.rounds} turns of {args.steps} steps\n', flush=True)
     print('\n'.join(table(measure(args), args.batch)))
 
 
 def measure(args: argparse.Namespace) -> Dict[Tuple[str, int], List[Dict[str, float]]]:
-    """(side, processes) -> what each turn measured: seconds a step and the largest memory of a process, GB."""
+    """(side, processes) -> what each turn measured: seconds a step, CPU time too, and most memory of a process, GB."""
     found: Dict[Tuple[str, int], List[Dict[str, float]]] = {}
     for turn in range(args.rounds):
         print(f'turn {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
         for side in args.sides:
             program = [args.torch_python if side == 'torch' else sys.executable, __file__, '--worker', side, '--model',
-                       args.model, '--batch', str(args.batch), '--micro-batches', str(args.micro_batches), '--steps',
-                       str(args.steps)]
+                       args.model, '--mode', args.mode, '--batch', str(args.batch), '--micro-batches',
+                       str(args.micro_batches), '--steps', str(args.steps)]
             found.setdefault((side, 1), []).append(job(program))
             found.setdefault((side, 2), []).append(job(program, ['--horovod']))
     return found
@@ -74,24 +79,26 @@ def measure(args: argparse.Namespace) -> Dict[Tuple[str, int], List[Dict[str, fl
 def work(args: argparse.Namespace) -> None:
     """A process of a job. Rank 0 prints what was measured."""
     import time
-    worker = (torch_worker if args.worker == 'torch' else mxnet_worker)(MODELS[args.model], args.batch,
+    worker = (torch_worker if args.worker == 'torch' else mxnet_worker)(MODELS[args.model], args.batch, args.mode,
                                                                               args.micro_batches)
     for _ in range(WARM_UP):
         worker.step()
     worker.wait()
     worker.gather(0)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     for _ in range(args.steps):
         worker.step()
     worker.wait()
+    used = time.process_time() - used
     seconds = worker.gather((time.perf_counter() - began) / args.steps)
+    shares = worker.gather(used / args.steps)
     peaks = worker.gather(memory('VmHWM'))
     if worker.rank == 0:
-        print(json.dumps({'step': max(seconds), 'memory': max(peaks)}), flush=True)
+        print(json.dumps({'step': max(seconds), 'cpu': sum(shares), 'memory': max(peaks)}), flush=True)
 
 
-def mxnet_worker(keys: dict, batch: int, micro_batches: int) -> Worker:
-    """The project's own trainer, a pipeline where there are two workers."""
+def mxnet_worker(keys: dict, batch: int, mode: str, micro_batches: int) -> Worker:
+    """The project's own trainer, of a model that is divided where there are two workers."""
     process = join(threads=1)
     import mxnet as mx
     import numpy as np
@@ -103,7 +110,8 @@ def mxnet_worker(keys: dict, batch: int, micro_batches: int) -> Worker:
     from mxsimmim.training.start import joined
 
     config = step_config(keys, batch, 'auto')
-    config = config.model_copy(update={'parallel': ParallelConfig(pipeline=process.size, micro_batches=micro_batches)})
+    divided = ParallelConfig(**{mode: process.size, 'micro_batches': micro_batches})
+    config = config.model_copy(update={'parallel': divided})
     entered = joined(config, strategy_of(config, process), process)
     communicator = entered.__enter__()
     trainer = build_trainer(config, process, communicator=communicator, backend=select_backend('float32', [mx.cpu()]))
@@ -118,11 +126,11 @@ def mxnet_worker(keys: dict, batch: int, micro_batches: int) -> Worker:
     return Worker(step, mx.nd.waitall, lambda value: control.all_gather('measured', value), process.rank)
 
 
-def torch_worker(keys: dict, batch: int, micro_batches: int) -> Worker:
-    """PyTorch's 1F1B, with the blocks cut in the middle; the shared position table's gradient is summed over stages."""
+def torch_worker(keys: dict, batch: int, mode: str, micro_batches: int) -> Worker:
+    """PyTorch doing the same, see torch_parallel.py."""
     import torch
     from torch import distributed
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+    from torch_parallel import clip, part_of, stage_of, whole
     from torch_simmim import build_simmim, parameter_groups
 
     rank, size = join_gloo()
@@ -131,25 +139,8 @@ def torch_worker(keys: dict, batch: int, micro_batches: int) -> Worker:
     side, grid = keys['img_size'], keys['img_size'] // keys['patch_size']
     image = torch.randn(batch, 3, side, side)
     mask = torch.randint(0, 2, (batch, grid, grid))
-    table = model.encoder.rel_pos_bias.relative_position_bias_table
-
-    def error(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The loss of the model, whose encoder's tokens are there; target (B, 4, S, S) is image and mask."""
-        model.encoder.forward = lambda *_: tokens
-        scale = side // grid
-        return model(target[:, :3], target[:, 3, ::scale, ::scale])
-
-    if size > 1:
-        stage = _torch_half(model, rank)
-        schedule = Schedule1F1B(PipelineStage(stage, rank, size, torch.device('cpu')), micro_batches,
-                                loss_fn=error)
-        hidden = mask.float().repeat_interleave(side // grid, 1).repeat_interleave(side // grid, 2).unsqueeze(1)
-        target = torch.cat([image, hidden], 1)
-        kept = {id(p) for p in stage.parameters()}
-        for parameter in model.parameters():
-            if id(parameter) not in kept:
-                parameter.requires_grad_(False)
-                parameter.data = torch.empty(0)
+    part = (whole(model, image, mask) if size == 1 else stage_of(model, image, mask, rank, micro_batches)
+            if mode == 'pipeline' else part_of(model, image, mask, rank, size))
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{**group, 'params': [p for p in group['params'] if p.requires_grad]}
               for group in parameter_groups(model, DECAY)]
@@ -157,16 +148,11 @@ def torch_worker(keys: dict, batch: int, micro_batches: int) -> Worker:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
+        part.forward_backward()
         if size == 1:
-            model(image, mask).backward()
             torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
         else:
-            schedule.step(image, mask) if rank == 0 else schedule.step(target=target)
-            distributed.all_reduce(table.grad)
-            grads = [p.grad for p in parameters if p is not table or rank == 0]
-            squares = torch.stack(torch._foreach_norm(grads)).square().sum()
-            distributed.all_reduce(squares)
-            torch._foreach_mul_([p.grad for p in parameters], (CLIP / (squares.sqrt() + 1e-6)).clamp(max=1))
+            clip(part.counted, parameters, CLIP)
         optimizer.step()
 
     def gather(value: float) -> List[float]:
@@ -178,42 +164,6 @@ def torch_worker(keys: dict, batch: int, micro_batches: int) -> Worker:
     return Worker(step, lambda: None, gather, rank)
 
 
-def _torch_half(model: Any, rank: int) -> Any:
-    """The first or the last half of the blocks, with the embedding or with the norm and the decoder."""
-    import torch
-    from torch_simmim import replace_masked
-    encoder = model.encoder
-    half = len(encoder.blocks) // 2
-
-    class First(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.patch_embed = encoder.patch_embed
-            self.cls_token, self.mask_token = encoder.cls_token, encoder.mask_token
-            self.rel_pos_bias, self.blocks = encoder.rel_pos_bias, encoder.blocks[:half]
-
-        def forward(self, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            x = replace_masked(self.patch_embed(image), mask.flatten(1).to(image.dtype), self.mask_token)
-            x, bias = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1), self.rel_pos_bias()
-            for block in self.blocks:
-                x = block(x, bias)
-            return x
-
-    class Last(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rel_pos_bias, self.blocks, self.norm = encoder.rel_pos_bias, encoder.blocks[half:], encoder.norm
-            self.decoder = model.decoder  # used by the loss
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            bias = self.rel_pos_bias()
-            for block in self.blocks:
-                x = block(x, bias)
-            return self.norm(x)[:, 1:]
-
-    return (Last if rank else First)()
-
-
 def table(found: Dict[Tuple[str, int], List[Dict[str, float]]], batch: int) -> List[str]:
     """Lines of the table; each ratio is the median of the turns' ratios."""
     def ratio(numbers: List[float], others: List[float]) -> float:
@@ -222,13 +172,14 @@ def table(found: Dict[Tuple[str, int], List[Dict[str, float]]], batch: int) -> L
     def of(side: str, processes: int, what: str) -> List[float]:
         return [turn[what] for turn in found[side, processes]]
 
-    lines = ['| program | images/s, 1 process | 2 | efficiency | GB a process, 1 | 2 | ratio |',
-             '|---|--:|--:|--:|--:|--:|--:|']
+    lines = ['| program | images/s, 1 process | 2 | efficiency | CPU s a step, 1 | 2 | GB a process, 1 | 2 | ratio |',
+             '|---|--:|--:|--:|--:|--:|--:|--:|--:|']
     for side in dict.fromkeys(side for side, _ in found):
         one, two = of(side, 1, 'step'), of(side, 2, 'step')
-        memories = of(side, 1, 'memory'), of(side, 2, 'memory')
+        used, memories = [[of(side, processes, what) for processes in (1, 2)] for what in ('cpu', 'memory')]
         lines.append(f'| {SIDES[side]} | {batch / statistics.median(one):.2f} | {batch / statistics.median(two):.2f} '
-                     f'| {ratio(one, two) / 2:.1%} | {statistics.median(memories[0]):.2f} '
+                     f'| {ratio(one, two) / 2:.1%} | {statistics.median(used[0]):.2f} '
+                     f'| {statistics.median(used[1]):.2f} | {statistics.median(memories[0]):.2f} '
                      f'| {statistics.median(memories[1]):.2f} | {ratio(memories[1], memories[0]):.2f} |')
     if len({side for side, _ in found}) == 2:
         lines += ['', f'Ours over PyTorch, images/s of two processes: '

@@ -282,13 +282,16 @@ EXPORT int _opCallInferSType(const void*, const char* const*, const char* const*
 namespace {
 
 // Where attribute `add` has bit i, the gradient of input i is added to what is there: its parameter has grad_req='add',
-// and MXNet does not say so.
+// and MXNet does not say so. Operators add to matrices themselves, as they multiply; what else they compute is small.
 void run_backward(const Operator& op, const Attributes& attrs, const Tensors& in, const Tensors& out) {
   int64_t added = attrs.integer("add");
   Scratch scratch;
   Tensors own = out;
-  for (size_t i = 0; i < out.size(); ++i)
-    if (added >> i & 1 && out[i]) own[i].data = scratch.take<float>(out[i].size());
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (!(added >> i & 1) || !out[i]) continue;
+    if (out[i].shape.size() == 2) own[i].added = true;
+    else own[i].data = scratch.take<float>(out[i].size());
+  }
   op.backward(attrs, in, own);
   for (size_t i = 0; i < out.size(); ++i) {
     if (own[i].data == out[i].data) continue;

@@ -25,6 +25,7 @@ struct Tensor {
   void* data;  // null: nobody wants this result
   Shape shape;
   Type type;
+  bool added = false;  // a weight's gradient, which is added to what is there
 
   explicit operator bool() const { return data != nullptr; }
   template <class T> T* as() const { return static_cast<T*>(data); }
@@ -72,7 +73,8 @@ template <class... Parts> void require(bool holds, const Parts&... parts) {
 }
 
 // An operator. `backward` gets the gradients of all outputs, then the inputs, then the outputs, and fills the gradients
-// of the inputs; a result with null data is not wanted. MXNet never calls two operators of one context at a time.
+// of the inputs; a result with null data is not wanted, and a matrix may be `added`. MXNet never calls two operators of
+// one context at a time.
 struct Operator {
   const char* name;
   int (*inputs)(const Attributes&);

@@ -304,12 +304,12 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
     float* sums = inner.take<float>(width);
     T* scaled = is.incoming(dout, d, inner, sums);
     multiply(d_o, type_of<T>(), {scaled, type_of<T>(), rows, width}, {is.proj_weight, Type::f32, width, columns});
-    is.projection_backward(d, sums, o, columns, is.proj_weight, is.proj_bias, wanted(PROJ_WEIGHT), wanted(at.proj_bias),
+    is.projection_backward(d, sums, o, columns, is.proj_weight, is.proj_bias, out[PROJ_WEIGHT], wanted(at.proj_bias),
                            wanted(at.gamma));
     attend_backward(is, qkv, d_o, dqkv, wanted(at.bias));
   }
   if (wanted(QKV_BIAS)) column_sums(dqkv, rows, 3 * columns, wanted(QKV_BIAS));
-  weight_gradient(dqkv, rows, 3 * columns, n, width, wanted(QKV_WEIGHT));
+  weight_gradient(dqkv, rows, 3 * columns, n, width, out[QKV_WEIGHT]);
   if (!wanted(X) && !wanted(NORM_WEIGHT) && !wanted(NORM_BIAS)) return;
   float* dn = scratch.take<float>(rows * width);
   multiply(dn, Type::f32, {dqkv, type_of<T>(), rows, 3 * columns}, {is.qkv_weight, Type::f32, 3 * columns, width});

@@ -109,30 +109,35 @@ void Branch::normalise_backward(const float* dn, const float* mean, const float*
 }
 
 template <class T>
-void weight_gradient(const T* dy, int64_t rows, int64_t outputs, const T* z, int64_t inputs, float* dw) {
+void weight_gradient(const T* dy, int64_t rows, int64_t outputs, const T* z, int64_t inputs, const Tensor& dw) {
   if (!dw) return;
-  if (!rows) return void(std::memset(dw, 0, size_t(outputs * inputs) * sizeof(float)));
-  multiply(dw, Type::f32, transposed({dy, type_of<T>(), rows, outputs}), {z, type_of<T>(), rows, inputs});
+  if (rows)
+    multiply(dw.data, Type::f32, transposed({dy, type_of<T>(), rows, outputs}), {z, type_of<T>(), rows, inputs},
+             nullptr, dw.added);
+  else if (!dw.added) clear(dw.as<float>(), outputs * inputs);
 }
 
 template <class T>
 void Branch::projection_backward(const T* d, const float* sums, const T* z, int64_t inputs, const float* weight,
-                                 const float* bias, float* dweight, float* dbias, float* dgamma) const {
-  Scratch scratch;
-  if (!dweight && dgamma) dweight = scratch.take<float>(width * inputs);
-  weight_gradient(d, rows, width, z, inputs, dweight);
+                                 const float* bias, const Tensor& dweight, float* dbias, float* dgamma) const {
   if (!gamma) {
+    weight_gradient(d, rows, width, z, inputs, dweight);
     if (dbias) copy(sums, dbias, width);
     return;
   }
+  Scratch scratch;
+  Tensor t = dweight;
+  if (dweight.added || (!dweight && dgamma)) t = {scratch.take<float>(width * inputs), {width, inputs}, Type::f32};
+  weight_gradient(d, rows, width, z, inputs, t);
 #pragma omp parallel for schedule(static)
   for (int64_t c = 0; c < width; ++c) {
     if (dbias) dbias[c] = gamma[c] * sums[c];
-    if (!dweight) continue;
-    float* row = dweight + c * inputs;
+    if (!t) continue;
+    float* row = t.as<float>() + c * inputs;
     if (dgamma)
       dgamma[c] = float(dot(weight + c * inputs, row, inputs) + (bias ? double(bias[c]) * double(sums[c]) : 0.));
     kernels().scale(row, gamma[c], inputs);
+    if (dweight.added) simmim::rows<float>().add(row, dweight.as<float>() + c * inputs, inputs);
   }
 }
 
@@ -140,8 +145,8 @@ void Branch::projection_backward(const T* d, const float* sums, const T* z, int6
   template void Branch::normalise<T>(T*, float*, float*) const;                                                       \
   template T* Branch::incoming<T>(const float*, T*, Scratch&, float*) const;                                          \
   template void Branch::projection_backward<T>(const T*, const float*, const T*, int64_t, const float*, const float*, \
-                                               float*, float*, float*) const;                                         \
-  template void weight_gradient<T>(const T*, int64_t, int64_t, const T*, int64_t, float*);                            \
+                                               const Tensor&, float*, float*) const;                                  \
+  template void weight_gradient<T>(const T*, int64_t, int64_t, const T*, int64_t, const Tensor&);                     \
   template void column_sums<T>(const T*, int64_t, int64_t, float*);
 FOR_BOTH(float)
 FOR_BOTH(Bf16)

@@ -52,14 +52,14 @@ struct Branch {
   // y itself is not needed. bias may be null.
   template <class T>
   void projection_backward(const T* d, const float* sums, const T* z, int64_t inputs, const float* weight,
-                           const float* bias, float* dweight, float* dbias, float* dgamma) const;
+                           const float* bias, const Tensor& dweight, float* dbias, float* dgamma) const;
 };
 
 template <class T> constexpr Type type_of() { return sizeof(T) == 4 ? Type::f32 : Type::f16; }
 
 // The gradient dw (N, K), unless null, of the weight of y = z weight' from dy (R, N) and z (R, K).
 template <class T>
-void weight_gradient(const T* dy, int64_t rows, int64_t outputs, const T* z, int64_t inputs, float* dw);
+void weight_gradient(const T* dy, int64_t rows, int64_t outputs, const T* z, int64_t inputs, const Tensor& dw);
 
 // sums (n,) of the columns of x (R, n).
 template <class T> void column_sums(const T* x, int64_t rows, int64_t n, float* sums);

@@ -89,8 +89,7 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
   if (out[X])
     multiply(out[X].data, Type::f32, {dy, type_of<T>(), count, outputs}, {in[WEIGHT].data, Type::f32, outputs, width});
   if (out[WEIGHT])
-    weight_gradient(dy, count, outputs, as(in[X].as<const float>(), count * width, scratch, T()), width,
-                    out[WEIGHT].as<float>());
+    weight_gradient(dy, count, outputs, as(in[X].as<const float>(), count * width, scratch, T()), width, out[WEIGHT]);
 }
 
 void forward_either(const Attributes& attrs, const Tensors& in, const Tensors& out) {

@@ -214,7 +214,7 @@ void gradients(const Sizes& s, const Selection& chosen, float scale, const Tenso
   if (out[kWeight]) {
     T* tokens = scratch.take<T>(count * s.width);
     gather(s, chosen, in[kTokens].as<float>(), scale, tokens);
-    weight_gradient(slopes, count, s.pixels, tokens, s.width, out[kWeight].as<float>());
+    weight_gradient(slopes, count, s.pixels, tokens, s.width, out[kWeight]);
   }
   if (out[kBias]) {
     float* sums = out[kBias].as<float>();
@@ -231,7 +231,8 @@ void backward(const Attributes& attrs, const Tensors& in, const Tensors& out) {
   Selection chosen = select(s, inputs[kMask]);
   float scale = float(*in[0].as<float>() / chosen.divisor);
   auto clear = [&](int i, size_t item) {
-    if (out[size_t(i)]) std::memset(out[size_t(i)].data, 0, size_t(out[size_t(i)].size()) * item);
+    const Tensor& gradient = out[size_t(i)];
+    if (gradient && !gradient.added) std::memset(gradient.data, 0, size_t(gradient.size()) * item);
   };
   clear(kTarget, sizeof(float));
   with_type(inputs[kMask].type, [&](auto* type) { clear(kMask, sizeof *type); });

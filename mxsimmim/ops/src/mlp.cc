@@ -141,11 +141,11 @@ template <class T> void backward(const Attributes& attrs, const Tensors& all, co
         simmim::rows<T>().gelu_backward(h + r * hidden, dh + r * hidden, g + r * hidden, mine, hidden);
     }
     columns.finish(sums);
-    mlp.projection_backward(d, sums_d, g, hidden, mlp.fc2_weight, mlp.fc2_bias, wanted(FC2_WEIGHT), wanted(at.fc2_bias),
+    mlp.projection_backward(d, sums_d, g, hidden, mlp.fc2_weight, mlp.fc2_bias, out[FC2_WEIGHT], wanted(at.fc2_bias),
                             wanted(at.gamma));
   }
   if (wanted(FC1_BIAS)) copy(sums, wanted(FC1_BIAS), hidden);
-  weight_gradient(dh, rows, hidden, n, width, wanted(FC1_WEIGHT));
+  weight_gradient(dh, rows, hidden, n, width, out[FC1_WEIGHT]);
   if (!wanted(X) && !wanted(NORM_WEIGHT) && !wanted(NORM_BIAS)) return;
   float* dn = scratch.take<float>(rows * width);
   multiply(dn, Type::f32, {dh, type_of<T>(), rows, hidden}, {mlp.fc1_weight, Type::f32, hidden, width});

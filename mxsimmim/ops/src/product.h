@@ -18,9 +18,9 @@ struct Matrix {
 // The same values seen as cols x rows.
 inline Matrix transposed(Matrix m) { return {m.data, m.type, m.cols, m.rows, !m.transposed}; }
 
-// c (a.rows, b.cols) = a b + bias, all threads. b is brought into oneDNN's own layout first, which pays where a has
-// many rows; on the way a b of float32 is rounded to the type of a.
-void multiply(void* c, Type c_type, Matrix a, Matrix b, const float* bias = nullptr);
+// c (a.rows, b.cols) = a b + bias, or c += a b + bias if `add`, all threads. b is brought into oneDNN's own layout
+// first where that pays; on the way a b of float32 is rounded to the type of a.
+void multiply(void* c, Type c_type, Matrix a, Matrix b, const float* bias = nullptr, bool add = false);
 
 // The same product of `count` pairs of small matrices lying one after another, by the calling thread alone. The shapes
 // are set once; calls on several threads may overlap.
