@@ -13,7 +13,7 @@ from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 from . import __version__
 from .config import Config, ConfigError, configfile, foreign_names, schedule
-from .runtime import memory, mxnet_private
+from .runtime import memory, mxnet_private, report
 from .system import paths, text
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
@@ -297,6 +297,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         # In a job with parameter servers, too, this must be the end while the exception is still held: with it goes the
         # kvstore, and MXNet then waits for the other workers, which wait for this one.
         ends = argv is None or 'DMLC_ROLE' in os.environ
+        report.tell_error(error)
         if args and memory.ran_out(error):
             status = fail(1, memory.explain(error, args.command, _config_of(args)))
         elif speaks_to_the_user(error):

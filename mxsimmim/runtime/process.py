@@ -6,6 +6,7 @@ HOROVOD = ('HOROVOD_RANK', 'HOROVOD_SIZE', 'HOROVOD_LOCAL_RANK', 'HOROVOD_LOCAL_
 MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_SIZE')
 FIRSTS = 'MXSIMMIM_FIRST_RANKS'  # from our launcher: of Horovod's ranks, which go host by host, each host's first
 CONTROL = 'MXSIMMIM_CONTROL'  # from our launcher: address:port where rank 0 serves the control plane
+RESTARTS = 'MXSIMMIM_RESTARTS'  # from our launcher: how often it has started the job again; unset where never
 SLURM = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE')
 
 
@@ -25,6 +26,7 @@ class ProcessInfo(NamedTuple):
     p3: bool = False
     firsts: Tuple[int, ...] = ()
     control: str = ''
+    restarts: int = 0  # of the job, by its launcher
 
 
 ALONE = ProcessInfo()
@@ -39,6 +41,10 @@ def process_info(environ: Mapping[str, str]) -> ProcessInfo:
     Raises:
         ValueError: a variable is missing or no number.
     """
+    return _place(environ)._replace(restarts=_number(environ, RESTARTS, 0))
+
+
+def _place(environ: Mapping[str, str]) -> ProcessInfo:
     if environ.get('DMLC_ROLE'):
         return _servers(environ)
     # In a Slurm batch script, before srun, SLURM_PROCID is set though there is only one process.

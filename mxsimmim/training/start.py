@@ -19,6 +19,7 @@ from ..parallel.control import ControlPlane, connect
 from ..parallel.mesh import mesh_of
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, horovod_settings, strategy_of
+from ..runtime import report
 from ..runtime.process import ProcessInfo, process_info
 from ..system import files
 from ..tasks.registry import TASKS
@@ -59,7 +60,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         communicator = stack.enter_context(joined(config, strategy, process, len(contexts)))
         check_same_job(config, task, communicator.control)
         backend = agree_on_backend(config, contexts, communicator.control, notes.append)
-        checkpoint = find_checkpoint(config, task, communicator.control, notes.append)
+        checkpoint = find_checkpoint(config, task, communicator.control, notes.append, process.restarts > 0)
         logger: Union[RunLogger, Quiet] = Quiet()
         if process.rank == 0:
             first = checkpoint.step if checkpoint else 0
@@ -72,7 +73,8 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         table = trainer.parts.table() if trainer.parts else ''
         if process.rank == 0:
             introduce(trainer, checkpoint, strategy, process, table)
-        stopped = trainer.fit(stop)
+        with told(trainer):
+            stopped = trainer.fit(stop)
         conclude(trainer, folder, not stopped)
     return 128 + stopped if stopped else 0
 
@@ -85,6 +87,16 @@ def joined(config: Config, strategy: Strategy, process: ProcessInfo, devices: in
         os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
     with connect(process, os.environ, mesh_of(process, config.parallel, devices)) as control:
         yield build_communicator(strategy, process, control)
+
+
+@contextlib.contextmanager
+def told(trainer: Trainer) -> Iterator[None]:
+    """Tell the launcher, should this end by an error, after how many updates."""
+    try:
+        yield
+    except Exception:
+        report.tell(step=trainer.step)
+        raise
 
 
 def agree_on_backend(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]
@@ -108,14 +120,14 @@ def agree_on_backend(config: Config, contexts: List[mx.Context], control: Contro
     return REFERENCE
 
 
-def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Callable[[str], None]
-                    ) -> Optional[Checkpoint]:
+def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Callable[[str], None],
+                    restarted: bool = False) -> Optional[Checkpoint]:
     """Find what this run goes on from, in all workers; only rank 0 reads it, and has its arrays.
 
     Raises:
         ValueError: see `checkpoint_to_resume`.
     """
-    saved = checkpoint_to_resume(config, task, log) if control.rank == 0 else None
+    saved = checkpoint_to_resume(config, task, log, restarted) if control.rank == 0 else None
     told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
     return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
 

@@ -20,6 +20,7 @@ from ..parallel.parts import ModelParts
 from ..parallel.placement import Placement
 from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
+from ..runtime import report
 from ..system.arrays import Arrays, Gathered
 from ..system.text import encode, one_line
 from ..tasks.task import Task
@@ -163,6 +164,7 @@ class Trainer:
             if self.control.rank == 0:
                 checkpoint.save(folder_of(self.config) / 'checkpoints', self.step, arrays, self.state_dict(),
                                 self.config.checkpoint.keep, self.timetable.keep_every)
+                report.tell(checkpoint=self.step)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what a checkpoint holds besides arrays, JSON-ready."""
