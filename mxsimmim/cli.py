@@ -145,6 +145,20 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def checkpoints(args: argparse.Namespace) -> int:
+    from .training import kept
+    lines, whole = kept.listing(Path(args.run))
+    print(*lines, sep='\n')
+    return 0 if whole else 1
+
+
+def average(args: argparse.Namespace) -> int:
+    from .training import kept
+    run = Path(args.run)
+    print(kept.average(run, args.k, Path(args.output) if args.output else run.with_name(f'{run.name}-average')))
+    return 0
+
+
 def plan(args: argparse.Namespace) -> int:
     from .planner import command
     given = {name: getattr(args, name.replace('-', '_')) for name in PLAN_SIZES}
@@ -241,6 +255,10 @@ def parser() -> argparse.ArgumentParser:
             (['--json'], dict(action='store_true', help='the same, and where the time goes, as JSON')))
     command(plot, "draw a run's curves", run,
             (['-o', '--output'], dict(metavar='PNG', help='picture to write (RUN/curves.png)')))
+    command(checkpoints, "list a run's checkpoints, each verified; exit 1 if one is damaged", run)
+    command(average, "make a run of the mean of another's last checkpoints", run,
+            (['-k'], dict(type=int, default=5, metavar='N', help='checkpoints (5)')),
+            (['-o', '--output'], dict(metavar='RUN', help='folder to make (RUN-average)')))
     command(config, 'print every key with its default and meaning, or what a file and overrides resolve to',
             (['config'], dict(nargs='?', metavar='CONFIG', help='YAML file')), overrides)
     command(doctor, 'print what matters for speed and for a bug report; exit 1 if something is broken')
@@ -287,7 +305,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             args = arguments(argv)
         finally:
             print(end='', flush=True)  # help
-        text.needs_output(args.function in (predict, probe, plan, config, doctor))
+        text.needs_output(args.function in (predict, probe, plan, config, doctor, checkpoints))
         status = args.function(args)
         print(end='', flush=True)
         return status
