@@ -152,6 +152,13 @@ def checkpoints(args: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
+def status_(args: argparse.Namespace) -> int:
+    from .training import status
+    with contextlib.suppress(KeyboardInterrupt):
+        status.show(Path(args.run), args.json, args.watch)
+    return 0
+
+
 def average(args: argparse.Namespace) -> int:
     from .training import kept
     run = Path(args.run)
@@ -255,6 +262,9 @@ def parser() -> argparse.ArgumentParser:
             (['--json'], dict(action='store_true', help='the same, and where the time goes, as JSON')))
     command(plot, "draw a run's curves", run,
             (['-o', '--output'], dict(metavar='PNG', help='picture to write (RUN/curves.png)')))
+    command(status_, 'say how a run is doing, from any machine that sees its folder', run,
+            (['--watch'], dict(action='store_true', help='again every 2 seconds, until it trains no more')),
+            (['--json'], dict(action='store_true', help='as a JSON object')))
     command(checkpoints, "list a run's checkpoints, each verified; exit 1 if one is damaged", run)
     command(average, "make a run of the mean of another's last checkpoints", run,
             (['-k'], dict(type=int, default=5, metavar='N', help='checkpoints (5)')),
@@ -305,7 +315,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             args = arguments(argv)
         finally:
             print(end='', flush=True)  # help
-        text.needs_output(args.function in (predict, probe, plan, config, doctor, checkpoints))
+        text.needs_output(args.function in (predict, probe, plan, config, doctor, checkpoints, status_))
         status = args.function(args)
         print(end='', flush=True)
         return status

@@ -2,7 +2,7 @@
 import asyncio
 import signal
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from mxsimmim.cluster.backends.base import Backend
 from mxsimmim.cluster.connections import AgentConnection
@@ -26,8 +26,9 @@ class Attempt:
         ValueError: a host would get more workers than it takes.
     """
 
-    def __init__(self, spec: JobSpec, backend: Backend, terminal: Terminal, restarts: int = 0) -> None:
-        """`restarts` counts the attempts at this job before."""
+    def __init__(self, spec: JobSpec, backend: Backend, terminal: Terminal,
+                 restarts: Sequence[Tuple[float, str]] = ()) -> None:
+        """`restarts` tell when and why this job was started again."""
         self.spec, self.backend, self.terminal, self.restarts = spec, backend, terminal, restarts
         self.loop = asyncio.get_running_loop()
         self.agents = agents_of(spec, backend, self.on_event)

@@ -1,5 +1,6 @@
 """Begin an attempt: agents on all hosts, an inspection of each, and only then the processes."""
 import asyncio
+import json
 import secrets
 import time
 from typing import Callable, List, Sequence, Tuple
@@ -57,12 +58,12 @@ def agent_of(process: Process, agents: Sequence[AgentConnection]) -> AgentConnec
 
 
 async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnection], say: Callable[..., None],
-                  restarts: int = 0) -> None:
+                  restarts: Sequence[Tuple[float, str]] = ()) -> None:
     """Start the agents, inspect all hosts, and have the agents start the processes.
 
     Args:
         say: shows lines to the user.
-        restarts: attempts at this job before, whose logs the processes go on with.
+        restarts: when and why the job was started again; its processes go on with the logs of those before.
 
     Raises:
         ConfigurationError: the command refuses its own configuration.
@@ -92,9 +93,9 @@ async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnect
     say(*describe_placement(infos, processes))
     header = ''
     if restarts:
-        header = f'launch: restart {restarts}\n'
+        header = f'launch: restart {len(restarts)}\n'
         for environ in environs.values():
-            environ[RESTARTS] = str(restarts)
+            environ[RESTARTS] = json.dumps(restarts)
     else:
         remove_other_logs(processes)
     key = secrets.token_hex(32)

@@ -4,6 +4,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 from mxsimmim.cluster.outcome import Outcome, exit_status, summary
 
 SOONEST, LATEST = 1.0, 60.0  # seconds until the next attempt: twice as long after each failure without progress
+LONGEST = 300  # characters of a line
 USAGE = 2  # exit status of a command that refuses its words or its configuration
 
 
@@ -63,5 +64,9 @@ def history(failures: Sequence[Failure]) -> List[str]:
     """Say how each attempt failed, in lines for the user; nothing where there was one, of which all is said."""
     if len(failures) == 1:
         return []
-    return [f'attempt {number}: {failure.causes[0] if failure.causes else "failed without a word"}'
-            for number, failure in enumerate(failures, 1)]
+    return [f'attempt {number}: {brief(failure)}' for number, failure in enumerate(failures, 1)]
+
+
+def brief(failure: Failure) -> str:
+    """Say in a line what a failure came from."""
+    return failure.causes[0][:LONGEST] if failure.causes else 'failed without a word'

@@ -1,15 +1,18 @@
 """Run a job: attempts at it, signals, and what the user is told at the end."""
 import asyncio
 import signal
-from typing import List, Optional
+import time
+from typing import List, Optional, Sequence, Tuple
 
 from mxsimmim.cluster.attempt import Attempt
 from mxsimmim.cluster.backends.base import Backend
 from mxsimmim.cluster.outcome import Outcome, exit_status, summary
 from mxsimmim.cluster.prepare import ConfigurationError
-from mxsimmim.cluster.restarts import USAGE, Failure, decide, failure_of, history
+from mxsimmim.cluster.restarts import USAGE, Failure, brief, decide, failure_of, history
 from mxsimmim.cluster.spec import JobSpec
 from mxsimmim.cluster.terminal import Terminal
+
+TOLD = 50  # latest restarts that a job's processes are told of
 
 
 class Supervisor:
@@ -44,9 +47,10 @@ class Supervisor:
                 loop.add_signal_handler(number, stop, number)
         loop.add_signal_handler(signal.SIGTSTP, self.terminal.say, 'a job cannot be suspended; Ctrl-C ends it')
         failures: List[Failure] = []
+        restarts: List[Tuple[float, str]] = []
         while True:
             try:
-                outcome = await self._attempt(spec, len(failures))
+                outcome = await self._attempt(spec, restarts)
             except ValueError as error:
                 if not failures:
                     raise
@@ -64,12 +68,13 @@ class Supervisor:
                 self.terminal.say(*history(failures))
                 return failures[-1].status
             await asyncio.wait([stopped], timeout=decision.seconds)
+            restarts = [*restarts, (round(time.time(), 3), brief(failures[-1]))][-TOLD:]
             if stopped.done():
                 outcome = Outcome(signal=stopped.result())
                 self.terminal.say(*summary(outcome))
                 return exit_status(outcome)
 
-    async def _attempt(self, spec: JobSpec, restarts: int) -> Outcome:
+    async def _attempt(self, spec: JobSpec, restarts: Sequence[Tuple[float, str]]) -> Outcome:
         self.attempt = Attempt(spec, self.backend, self.terminal, restarts)
         try:
             return await self.attempt.run()

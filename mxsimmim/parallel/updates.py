@@ -76,6 +76,7 @@ class SynchronousUpdate:
         self._squares = communicator.everyone.register([[mx.nd.zeros((1,))]]) if mesh.pipeline > 1 else None
         self._in_norm = mesh.coordinate('data') == 0
         self._votes: Optional[Pending] = None  # of the last step
+        self.by_worker: List[Sequence[float]] = []  # what each gave to `observed` last
 
     def loss_divisor(self, _images: int) -> int:
         """Return the number of images over which the gradient is a mean; a worker has `_images` of them."""
@@ -148,8 +149,9 @@ class SynchronousUpdate:
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
-        """Return the means of some numbers over the workers, and further values for the log."""
-        return list(np.mean(self.workers.control.all_gather('figures for the log', noted), axis=0)), {}
+        """Return the means of some numbers over the workers, kept in `by_worker`, and further values for the log."""
+        self.by_worker = self.workers.control.all_gather('figures for the log', noted)
+        return list(np.mean(self.by_worker, axis=0)), {}
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the optimiser's state, for a checkpoint."""

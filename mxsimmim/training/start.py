@@ -60,13 +60,14 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         communicator = stack.enter_context(joined(config, strategy, process, len(contexts)))
         check_same_job(config, task, communicator.control)
         backend = agree_on_backend(config, contexts, communicator.control, notes.append)
-        checkpoint = find_checkpoint(config, task, communicator.control, notes.append, process.restarts > 0)
+        checkpoint = find_checkpoint(config, task, communicator.control, notes.append, bool(process.restarts))
         logger: Union[RunLogger, Quiet] = Quiet()
         if process.rank == 0:
             first = checkpoint.step if checkpoint else 0
             write_config(folder, config)
             discard_after(folder / 'best', first)  # of what this run will do anew
             logger = stack.enter_context(RunLogger(folder, total, first))
+            logger.status(restarts=process.restarts)
         for note in [*notes_of(task.source, task.held_out), *notes]:
             logger.message(note)
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
@@ -75,6 +76,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
             introduce(trainer, checkpoint, strategy, process, table)
         with told(trainer):
             stopped = trainer.fit(stop)
+        logger.status(state='stopped' if stopped else 'ended', step=trainer.step)
         conclude(trainer, folder, not stopped)
     return 128 + stopped if stopped else 0
 
@@ -91,11 +93,12 @@ def joined(config: Config, strategy: Strategy, process: ProcessInfo, devices: in
 
 @contextlib.contextmanager
 def told(trainer: Trainer) -> Iterator[None]:
-    """Tell the launcher, should this end by an error, after how many updates."""
+    """Tell whoever looks at the run, and the launcher, should this end by an error, after how many updates."""
     try:
         yield
-    except Exception:
+    except Exception as error:
         report.tell(step=trainer.step)
+        trainer.logger.status(state='failed', step=trainer.step, error=' '.join(str(error).split())[:1000])
         raise
 
 

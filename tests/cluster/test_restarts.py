@@ -1,4 +1,5 @@
 """Jobs that nobody watches: the launcher starts them again."""
+import json
 import os
 import signal
 import sys
@@ -36,6 +37,10 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(launcher, un
     assert 'was killed by SIGKILL' in err
     assert 'restart in 1 s, from the newest whole checkpoint (not counted, as there was progress)' in err
     assert 'launch: restart 1' in launcher.log('worker-1')
+    told = json.loads((run / 'status.json').read_text())
+    (_, why), = told['restarts']
+    assert 'was killed by SIGKILL; its log is logs/' in why
+    assert (told['state'], told['step'], len(told['workers'])) == ('ended', 120, 2)
     assert len(set(steps(run))) == len(steps(run)) and steps(run)[-1] == 120
     (step, ours), (expected_step, expected) = newest(run), undisturbed
     assert step == expected_step == 120

@@ -89,7 +89,7 @@ class Screen:
 
 PROGRAM = '''
 import json, os, signal, sys, time
-attempt = int(os.environ.get('MXSIMMIM_RESTARTS', 0))
+attempt = len(json.loads(os.environ.get('MXSIMMIM_RESTARTS', '[]')))
 print('attempt', attempt)
 def tell(**values):
     with open(os.environ['MXSIMMIM_REPORT_FILE'], 'w') as file:
