@@ -37,7 +37,7 @@ class Attempt:
         self.lost: List[AgentConnection] = []
         self.logs = FetchedLogs()
         self.running = self.ending = self.finishing = False  # finishing: agents are told to go
-        self.signal, self.checkpoint = 0, -1
+        self.signal, self.checkpoint, self.notify = 0, -1, ('', '')
         self.changed, self.hurry = asyncio.Event(), asyncio.Event()
         self.preparing: Optional['asyncio.Task[None]'] = None
         self.pinged = time.monotonic()
@@ -66,7 +66,10 @@ class Attempt:
 
     def _note(self, reports: Sequence[Mapping[str, Any]]) -> None:
         """Take note of what processes tell of themselves."""
-        self.checkpoint = max([self.checkpoint, *(report.get('checkpoint', -1) for report in reports)])
+        for report in reports:
+            self.checkpoint = max(self.checkpoint, report.get('checkpoint', -1))
+            if 'notify' in report:
+                self.notify = report['notify'], report['run']
 
     def stop(self, number: int) -> None:
         """React to a signal to the launcher: the first ends the attempt in good order, the next one at once."""
@@ -118,7 +121,7 @@ class Attempt:
             self.ending = self.finishing = True
             await self._finish()
         lost = tuple((agent.name, agent.last_words()) for agent in self.lost)
-        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint)
+        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, self.notify)
 
     async def _until(self, condition: Callable[[], object], seconds: Optional[float]) -> None:
         """Wait for a condition, a deadline, or the user's impatience."""

@@ -2,7 +2,7 @@
 import asyncio
 import signal
 import time
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 from mxsimmim.cluster.attempt import Attempt
 from mxsimmim.cluster.backends.base import Backend
@@ -11,6 +11,7 @@ from mxsimmim.cluster.prepare import ConfigurationError
 from mxsimmim.cluster.restarts import USAGE, Failure, brief, decide, failure_of, history
 from mxsimmim.cluster.spec import JobSpec
 from mxsimmim.cluster.terminal import Terminal
+from mxsimmim.system.notify import send
 
 TOLD = 50  # latest restarts that a job's processes are told of
 
@@ -21,6 +22,7 @@ class Supervisor:
     def __init__(self, backend: Backend, terminal: Terminal) -> None:
         self.backend, self.terminal = backend, terminal
         self.attempt: Optional[Attempt] = None  # under way
+        self.notify = '', ''  # see `Outcome`
 
     def run(self, spec: JobSpec) -> int:
         """Attempt a job until it ends well, its restarts are spent, or the user stops it.
@@ -57,22 +59,27 @@ class Supervisor:
                 failures.append(_not_started(error))
                 self.terminal.say(*failures[-1].causes)
             else:
+                self.notify = outcome.notify if outcome.notify[0] else self.notify
                 self.terminal.say(*summary(outcome))
                 if outcome.signal or not exit_status(outcome):
+                    await self._tell(event='end', status=exit_status(outcome))
                     return exit_status(outcome)
                 failures.append(failure_of(outcome))
             decision = decide(failures, spec.max_restarts)
             if decision.why:
                 self.terminal.say(decision.why)
+            await self._tell(event='failure', causes=list(failures[-1].causes), restart_in=decision.seconds)
             if decision.seconds is None:
                 self.terminal.say(*history(failures))
                 return failures[-1].status
             await asyncio.wait([stopped], timeout=decision.seconds)
-            restarts = [*restarts, (round(time.time(), 3), brief(failures[-1]))][-TOLD:]
             if stopped.done():
                 outcome = Outcome(signal=stopped.result())
                 self.terminal.say(*summary(outcome))
+                await self._tell(event='end', status=exit_status(outcome))
                 return exit_status(outcome)
+            restarts = [*restarts, (round(time.time(), 3), brief(failures[-1]))][-TOLD:]
+            await self._tell(event='restart', number=len(failures), cause=restarts[-1][1])
 
     async def _attempt(self, spec: JobSpec, restarts: Sequence[Tuple[float, str]]) -> Outcome:
         self.attempt = Attempt(spec, self.backend, self.terminal, restarts)
@@ -80,6 +87,14 @@ class Supervisor:
             return await self.attempt.run()
         finally:
             self.attempt = None
+
+    async def _tell(self, **event: Any) -> None:
+        """Tell the command of the job's `notify.command`, if it got so far that it told us."""
+        command, run = self.notify
+        if command:
+            problem = await asyncio.get_running_loop().run_in_executor(None, send, command, {'run': run, **event})
+            if problem:
+                self.terminal.say(f'warning: {problem}')
 
 
 def _not_started(error: ValueError) -> Failure:

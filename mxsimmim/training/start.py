@@ -3,7 +3,7 @@ import contextlib
 import os
 from pathlib import Path
 from types import MappingProxyType
-from typing import Callable, Iterator, List, Mapping, Optional, Union
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Union
 
 import mxnet as mx
 import numpy as np
@@ -22,6 +22,7 @@ from ..parallel.strategies import Strategy, horovod_settings, strategy_of
 from ..runtime import report
 from ..runtime.process import ProcessInfo, process_info
 from ..system import files
+from ..system.notify import send
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
 from .build import build_communicator, build_trainer
@@ -68,6 +69,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
             discard_after(folder / 'best', first)  # of what this run will do anew
             logger = stack.enter_context(RunLogger(folder, total, first))
             logger.status(restarts=process.restarts)
+            report.tell(notify=config.notify.command, run=str(folder))
         for note in [*notes_of(task.source, task.held_out), *notes]:
             logger.message(note)
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
@@ -78,6 +80,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
             stopped = trainer.fit(stop)
         logger.status(state='stopped' if stopped else 'ended', step=trainer.step)
         conclude(trainer, folder, not stopped)
+        notify(trainer, event='end', status=128 + stopped if stopped else 0)
     return 128 + stopped if stopped else 0
 
 
@@ -97,9 +100,20 @@ def told(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        text = ' '.join(str(error).split())[:1000]
         report.tell(step=trainer.step)
-        trainer.logger.status(state='failed', step=trainer.step, error=' '.join(str(error).split())[:1000])
+        trainer.logger.status(state='failed', step=trainer.step, error=text)
+        notify(trainer, event='failure', causes=[text], restart_in=None)
         raise
+
+
+def notify(trainer: Trainer, **event: Any) -> None:
+    """Tell `notify.command` of an event, on rank 0 and if no launcher does."""
+    command = trainer.config.notify.command
+    if command and not isinstance(trainer.logger, Quiet) and report.FILE not in os.environ:
+        problem = send(command, {'run': str(folder_of(trainer.config)), 'step': trainer.step, **event})
+        if problem:
+            trainer.logger.message(f'warning: {problem}')
 
 
 def agree_on_backend(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]

@@ -13,6 +13,7 @@ from mxsimmim.cluster.restarts import Failure, decide, failure_of, history, with
 from mxsimmim.cluster.spec import JobSpec, Process
 from mxsimmim.cluster.supervisor import Supervisor
 from mxsimmim.runtime import report
+from mxsimmim.system import notify
 
 KILLED = Failure(137, ['worker 1 on a was killed by SIGKILL'])
 SAVED_5, SAVED_9 = (KILLED._replace(checkpoint=step) for step in (5, 9))
@@ -157,6 +158,29 @@ def test_what_would_happen_again_is_not_tried(tmp_path, monkeypatch):
     assert status == 1 and 'no restart: the same error after the same 12 steps as the time before' in lines
     status, lines = run(tmp_path, monkeypatch, [{'code': 2}], 5)
     assert status == 2 and 'no restart: the command refuses its words or its configuration, and would again' in lines
+
+
+def test_a_command_hears_of_all(tmp_path, monkeypatch):
+    """In the order in which things happen; a command that fails or hangs costs nothing but a line."""
+    told = {'notify': f'cat >> {tmp_path}/heard; echo no >&2; exit 3', 'run': 'runs/x'}
+    status, lines = run(tmp_path, monkeypatch, [{'signal': 9, 'told': told}, {'code': 3}, {'code': 0}], 2)
+    heard = [json.loads(line) for line in (tmp_path / 'heard').read_text().splitlines()]
+    host = os.uname().nodename
+    killed, failed = (f'worker 1 on {host} {words}; its log is logs/worker-1.log, its last lines:'
+                      for words in ('was killed by SIGKILL', 'failed with exit code 3'))
+    assert status == 0 and {event.pop('run') for event in heard} == {'runs/x'}
+    assert [heard[0].pop('causes')[0], heard[2].pop('causes')[0]] == [killed, failed]
+    assert heard == [{'event': 'failure', 'restart_in': 0.05}, {'event': 'restart', 'number': 1, 'cause': killed},
+                     {'event': 'failure', 'restart_in': 0.1}, {'event': 'restart', 'number': 2, 'cause': failed},
+                     {'event': 'end', 'status': 0}]
+    assert lines.count(f'warning: notify.command={told["notify"]} failed with exit code 3: no') == 5
+
+
+def test_commands_that_hear_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(notify, 'PATIENCE', 0.2)
+    assert notify.send('sleep 60; true', {}) == 'notify.command=sleep 60; true has not ended within 0.2 s'
+    assert notify.send('exit 0', {'x': 'y' * 1_000_000}) == ''  # it reads nothing of what it is told
+    assert 'exit code 127: ' in notify.send('/nowhere/to/be/found', {})
 
 
 def test_a_signal_while_it_waits_for_the_next_attempt(tmp_path, monkeypatch):
