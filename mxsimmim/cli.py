@@ -13,7 +13,7 @@ from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 from . import __version__
 from .config import Config, ConfigError, configfile, foreign_names, schedule
-from .runtime import memory, mxnet_private
+from .runtime import memory, mxnet_private, report
 from .system import paths, text
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
@@ -145,6 +145,27 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def checkpoints(args: argparse.Namespace) -> int:
+    from .training import kept
+    lines, whole = kept.listing(Path(args.run))
+    print(*lines, sep='\n')
+    return 0 if whole else 1
+
+
+def status_(args: argparse.Namespace) -> int:
+    from .training import status
+    with contextlib.suppress(KeyboardInterrupt):
+        status.show(Path(args.run), args.json, args.watch)
+    return 0
+
+
+def average(args: argparse.Namespace) -> int:
+    from .training import kept
+    run = Path(args.run)
+    print(kept.average(run, args.k, Path(args.output) if args.output else run.with_name(f'{run.name}-average')))
+    return 0
+
+
 def plan(args: argparse.Namespace) -> int:
     from .planner import command
     given = {name: getattr(args, name.replace('-', '_')) for name in PLAN_SIZES}
@@ -241,6 +262,13 @@ def parser() -> argparse.ArgumentParser:
             (['--json'], dict(action='store_true', help='the same, and where the time goes, as JSON')))
     command(plot, "draw a run's curves", run,
             (['-o', '--output'], dict(metavar='PNG', help='picture to write (RUN/curves.png)')))
+    command(status_, 'say how a run is doing, from any machine that sees its folder', run,
+            (['--watch'], dict(action='store_true', help='again every 2 seconds, until it trains no more')),
+            (['--json'], dict(action='store_true', help='as a JSON object')))
+    command(checkpoints, "list a run's checkpoints, each verified; exit 1 if one is damaged", run)
+    command(average, "make a run of the mean of another's last checkpoints", run,
+            (['-k'], dict(type=int, default=5, metavar='N', help='checkpoints (5)')),
+            (['-o', '--output'], dict(metavar='RUN', help='folder to make (RUN-average)')))
     command(config, 'print every key with its default and meaning, or what a file and overrides resolve to',
             (['config'], dict(nargs='?', metavar='CONFIG', help='YAML file')), overrides)
     command(doctor, 'print what matters for speed and for a bug report; exit 1 if something is broken')
@@ -287,7 +315,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             args = arguments(argv)
         finally:
             print(end='', flush=True)  # help
-        text.needs_output(args.function in (predict, probe, plan, config, doctor))
+        text.needs_output(args.function in (predict, probe, plan, config, doctor, checkpoints, status_))
         status = args.function(args)
         print(end='', flush=True)
         return status
@@ -297,6 +325,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         # In a job with parameter servers, too, this must be the end while the exception is still held: with it goes the
         # kvstore, and MXNet then waits for the other workers, which wait for this one.
         ends = argv is None or 'DMLC_ROLE' in os.environ
+        report.tell_error(error)
         if args and memory.ran_out(error):
             status = fail(1, memory.explain(error, args.command, _config_of(args)))
         elif speaks_to_the_user(error):

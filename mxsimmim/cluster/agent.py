@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, Optional
 from mxsimmim.cluster import inspection
 from mxsimmim.cluster.messages import OPENING, Message, MessageStream
 from mxsimmim.cluster.rendezvous import Rendezvous
-from mxsimmim.runtime import environment, fault
+from mxsimmim.runtime import environment, fault, report
 from mxsimmim.system import guards
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's linux/prctl.h
@@ -34,8 +34,10 @@ libc = ctypes.CDLL(None)
 class Child:
     """Hold a process of the job, the leader of its own session and process group."""
 
-    def __init__(self, role: str, index: int, process: Any, log: str) -> None:
-        self.role, self.index, self.process, self.log, self.ended = role, index, process, log, False
+    def __init__(self, role: str, index: int, process: Any, log: str, begin: int, report_file: str) -> None:
+        """`begin` is the size that its log had."""
+        self.role, self.index, self.process, self.log, self.begin = role, index, process, log, begin
+        self.report_file, self.ended = report_file, False
 
 
 class Agent:
@@ -66,7 +68,8 @@ class Agent:
             self.messages.send(event='problem', text=str(error))
 
     def do_ping(self) -> None:
-        self.messages.send(event='pong', time=time.time())
+        self.messages.send(event='pong', time=time.time(),
+                           reports=[report.read(child.report_file) for child in self.children])
 
     def do_inspect(self, directory: str, environ: Dict[str, Optional[str]], needs: Dict[str, Any]) -> None:
         """Enter the working directory, and tell the launcher about the host."""
@@ -110,8 +113,11 @@ class Agent:
                              'the hosts for it, or choose another network with --interface') from None
         self.messages.send(event='reached')
 
-    def do_start(self, processes: List[Message], logs: str, key: str) -> None:
-        """Start processes, whose servers and control plane sign with `key`; their logs go to the folder `logs`."""
+    def do_start(self, processes: List[Message], logs: str, key: str, header: str) -> None:
+        """Start processes, whose servers and control plane sign with `key`; their logs go to the folder `logs`.
+
+        With a `header` the logs go on after this line; else they begin anew.
+        """
         path = os.path.join(self.private, 'key')
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
             file.write(key)
@@ -124,14 +130,18 @@ class Agent:
                              'folder that you may write to') from None
         for process in processes:
             process['environ']['MXSIMMIM_KEY_FILE'] = path
-            self.spawn(logs=logs, **process)
+            self.spawn(logs=logs, header=header, **process)
         self.messages.send(event='started')
 
-    def spawn(self, logs: str, role: str, index: int, argv: List[str], environ: Dict[str, Optional[str]],
-              part: List[int], live: bool) -> None:
+    def spawn(self, logs: str, header: str, role: str, index: int, argv: List[str],
+              environ: Dict[str, Optional[str]], part: List[int], live: bool) -> None:
         """Start one process on its part of the cores; output goes to its log and, if `live`, to the launcher too."""
         path = log_of(logs, role, index)
-        me, log = os.getpid(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        me, kept = os.getpid(), os.O_APPEND if header else os.O_APPEND | os.O_TRUNC
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | kept, 0o644)
+        os.write(log, header.encode())
+        begin, told = os.fstat(log).st_size, os.path.join(self.private, f'report-{role}-{index}')
+        environ[report.FILE] = told
         pipes = [os.pipe(), os.pipe()] if live else []
         outputs = [writer for _, writer in pipes] or [log, log]
         cpus = environment.cpus_of_part(part[0], part[1])
@@ -154,7 +164,7 @@ class Agent:
             self.loop.add_reader(reader, self.pipes[reader])
         if not live:
             os.close(log)
-        self.children.append(Child(role, index, process, path))
+        self.children.append(Child(role, index, process, path, begin, told))
 
     def copy(self, reader: int, log: int, stream: int) -> None:
         """Move what a live process has written, not more than a pipe can hold at a time."""
@@ -193,10 +203,11 @@ class Agent:
         child.ended, child.process.returncode = True, code
         for copy in list(self.pipes.values()):
             copy()
-        lines = tail(child.log)
+        lines = tail(child.log, child.begin)
         shown = '\n'.join(fault.split(lines)[0])[-SHOWN:].splitlines()[-TAIL:]
         self.messages.send(event='exit', role=child.role, index=child.index, code=code, time=time.time(),
-                          tail=shown, crash=fault.place(lines) if code else '')
+                           tail=shown, crash=fault.place(lines) if code else '',
+                           report=report.read(child.report_file))
 
     def do_signal(self, roles: List[str], number: int) -> None:
         for child in self.children:
@@ -270,11 +281,11 @@ def log_of(logs: str, role: str, index: int) -> str:
     return os.path.join(logs, f'{role}-{index}.log')
 
 
-def tail(path: str) -> List[str]:
-    """Read the last lines of a log; none if it is gone."""
+def tail(path: str, begin: int = 0) -> List[str]:
+    """Read the last lines of a log, none before byte number `begin`; none if it is gone."""
     try:
         with open(path, 'rb') as file:
-            file.seek(max(0, os.path.getsize(path) - fault.WINDOW))
+            file.seek(max(begin, os.path.getsize(path) - fault.WINDOW))
             return file.read().decode(errors='surrogateescape').rstrip().splitlines()
     except OSError:
         return []

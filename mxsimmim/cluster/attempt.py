@@ -2,7 +2,7 @@
 import asyncio
 import signal
 import time
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from mxsimmim.cluster.backends.base import Backend
 from mxsimmim.cluster.connections import AgentConnection
@@ -26,8 +26,10 @@ class Attempt:
         ValueError: a host would get more workers than it takes.
     """
 
-    def __init__(self, spec: JobSpec, backend: Backend, terminal: Terminal) -> None:
-        self.spec, self.backend, self.terminal = spec, backend, terminal
+    def __init__(self, spec: JobSpec, backend: Backend, terminal: Terminal,
+                 restarts: Sequence[Tuple[float, str]] = ()) -> None:
+        """`restarts` tell when and why this job was started again."""
+        self.spec, self.backend, self.terminal, self.restarts = spec, backend, terminal, restarts
         self.loop = asyncio.get_running_loop()
         self.agents = agents_of(spec, backend, self.on_event)
         self.exits: Dict[Process, Exit] = {}
@@ -35,7 +37,7 @@ class Attempt:
         self.lost: List[AgentConnection] = []
         self.logs = FetchedLogs()
         self.running = self.ending = self.finishing = False  # finishing: agents are told to go
-        self.signal = 0
+        self.signal, self.checkpoint, self.notify = 0, -1, ('', '')
         self.changed, self.hurry = asyncio.Event(), asyncio.Event()
         self.preparing: Optional['asyncio.Task[None]'] = None
         self.pinged = time.monotonic()
@@ -54,10 +56,20 @@ class Attempt:
                 self.logs.write(process, message['data'].encode('latin-1'))
             else:
                 self.exits[process] = Exit(process, agent.name, message['code'], message['time'] - agent.offset,
-                                           message['tail'], message['crash'])
+                                           message['tail'], message['crash'], message['report'])
+                self._note([message['report']])
+        elif event == 'pong':
+            self._note(message['reports'])
         elif event == 'lost' and not self.finishing and agent not in self.lost:
             self.lost.append(agent)
         self.changed.set()
+
+    def _note(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of what processes tell of themselves."""
+        for report in reports:
+            self.checkpoint = max(self.checkpoint, report.get('checkpoint', -1))
+            if 'notify' in report:
+                self.notify = report['notify'], report['run']
 
     def stop(self, number: int) -> None:
         """React to a signal to the launcher: the first ends the attempt in good order, the next one at once."""
@@ -91,7 +103,8 @@ class Attempt:
         """
         self._ping()
         try:
-            self.preparing = self.loop.create_task(prepare(self.spec, self.backend, self.agents, self.terminal.say))
+            self.preparing = self.loop.create_task(prepare(self.spec, self.backend, self.agents, self.terminal.say,
+                                                            self.restarts))
             if self.signal:  # before it began
                 self.preparing.cancel()
             await self.preparing
@@ -108,7 +121,7 @@ class Attempt:
             self.ending = self.finishing = True
             await self._finish()
         lost = tuple((agent.name, agent.last_words()) for agent in self.lost)
-        return Outcome(self.signal, tuple(self.failed), lost)
+        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, self.notify)
 
     async def _until(self, condition: Callable[[], object], seconds: Optional[float]) -> None:
         """Wait for a condition, a deadline, or the user's impatience."""

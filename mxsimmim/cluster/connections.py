@@ -13,7 +13,7 @@ from mxsimmim.cluster.spec import Process
 from mxsimmim.runtime import fault
 
 PACKAGE = Path(__file__).parents[1]
-SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault', 'cluster.messages',
+SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault', 'runtime.report', 'cluster.messages',
         'cluster.rendezvous', 'cluster.inspection', 'cluster.agent')
 # What an agent's Python runs: it reads the agent's program from its standard input.
 BOOTSTRAP = 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'

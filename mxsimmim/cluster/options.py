@@ -45,6 +45,8 @@ OPTIONS: Tuple = (
                       'a value, the one it has here')),
     (('--env-server',), dict(action='append', default=[], metavar='NAME[=VALUE]', help='for servers and scheduler')),
     (('--env-worker',), dict(action='append', default=[], metavar='NAME[=VALUE]', help='for workers')),
+    (('--max-restarts',), dict(type=int, default=0, metavar='N', help='start a job that fails again, from its newest '
+                               'checkpoint, up to N times without a newer one in between (default: 0)')),
     (('--p3',), dict(action='store_true', help='parameter servers: send what is needed first, first (P3)')),
 )
 
@@ -66,6 +68,7 @@ FOREIGN = {
     **dict.fromkeys(('--oversubscribe', '--allow-run-as-root', '--bind-to', '-bind-to', '-map-by', '--mca', '-mca'),
                     "leave it out, or give it to mpirun: --launcher mpi takes its own options from the environment "
                     '(OMPI_MCA_…)'),
+    **dict.fromkeys(('--max_restarts', '--restarts', '--reset-limit'), 'write --max-restarts N'),
     **dict.fromkeys(('--cluster',), 'write --launcher local, ssh or mpi'),
     **dict.fromkeys(('--gloo', '--mpi'), 'write --horovod; what its ranks speak is chosen by what is there'),
     **dict.fromkeys(('--network-interface', '--network-interfaces', '--nics', '--nic'), 'write --interface NAME'),
@@ -118,6 +121,7 @@ def job_spec(options: argparse.Namespace) -> JobSpec:
         # ssh begins in the home directory
         directory=directory[2:] or '.' if directory.startswith('~/') else directory, copy=bool(options.sync_dst_dir),
         horovod=options.horovod, gpus=options.devices == 'gpu', interface=options.interface, p3=options.p3,
+        max_restarts=options.max_restarts,
         worker_variables=MappingProxyType(given['worker']), server_variables=MappingProxyType(given['server']))
 
 
@@ -157,6 +161,8 @@ def check(options: argparse.Namespace) -> None:
 
     need(options.num_workers is not None, 'how many workers? Give -n N (-h shows help)')
     need(options.num_workers > 0, f'-n {options.num_workers}: at least 1 worker is needed')
+    need(options.max_restarts >= 0, f'--max-restarts {options.max_restarts} cannot be: write how often a job '
+         'that fails without progress is started again')
     need(options.command, 'no command: write it after the options, as in: tools/launch.py -n 2 -- mxsimmim pretrain …')
     options.launcher = options.launcher or ('ssh' if options.hostfile else 'local')
     need(options.hostfile or options.launcher != 'ssh', '--launcher ssh needs the hosts: give -H FILE')

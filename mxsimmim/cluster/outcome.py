@@ -1,6 +1,7 @@
 """Say how an attempt at a job ended: to the user in lines, to the shell as an exit status. Pure functions."""
 import signal
-from typing import List, NamedTuple, Sequence, Tuple
+from types import MappingProxyType
+from typing import Any, List, Mapping, NamedTuple, Sequence, Tuple
 
 from mxsimmim.cluster.logs import log_path
 from mxsimmim.cluster.spec import Process
@@ -14,6 +15,7 @@ class Exit(NamedTuple):
     time: float
     tail: Sequence[str] = ()  # the last lines of its log
     crash: str = ''  # in native code: where Python was
+    report: Mapping[str, Any] = MappingProxyType({})  # what it told, see `runtime.report`
 
 
 class Outcome(NamedTuple):
@@ -21,6 +23,8 @@ class Outcome(NamedTuple):
     signal: int = 0  # that stopped the launcher
     failed: Sequence[Exit] = ()  # by themselves, the first one first
     lost: Sequence[Tuple[str, str]] = ()  # host, last words of its agent
+    checkpoint: int = -1  # step of the newest that a process told of; -1: none
+    notify: Tuple[str, str] = ('', '')  # who is to be told of this, and of what run: a command and a folder
 
 
 def exit_status(outcome: Outcome) -> int:

@@ -1,5 +1,6 @@
 """Begin an attempt: agents on all hosts, an inspection of each, and only then the processes."""
 import asyncio
+import json
 import secrets
 import time
 from typing import Callable, List, Sequence, Tuple
@@ -20,6 +21,7 @@ from mxsimmim.cluster.spec import (
     regroup,
     root,
 )
+from mxsimmim.runtime.process import RESTARTS
 
 CONNECT, INSPECT, START = 30.0, 30.0, 15.0  # seconds for each step
 
@@ -55,11 +57,13 @@ def agent_of(process: Process, agents: Sequence[AgentConnection]) -> AgentConnec
     return next(agent for agent in agents if process in agent.processes)
 
 
-async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnection], say: Callable[..., None]) -> None:
+async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnection], say: Callable[..., None],
+                  restarts: Sequence[Tuple[float, str]] = ()) -> None:
     """Start the agents, inspect all hosts, and have the agents start the processes.
 
     Args:
         say: shows lines to the user.
+        restarts: when and why the job was started again; its processes go on with the logs of those before.
 
     Raises:
         ConfigurationError: the command refuses its own configuration.
@@ -87,14 +91,21 @@ async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnect
     mpi = backend.speaks_mpi and all(fact['mpi'] for fact in facts)
     environs = dict(zip(processes, environments(spec, processes, infos, port, control, mpi)))
     say(*describe_placement(infos, processes))
-    remove_other_logs(processes)
+    header = ''
+    if restarts:
+        header = f'launch: restart {len(restarts)}\n'
+        for environ in environs.values():
+            environ[RESTARTS] = json.dumps(restarts)
+    else:
+        remove_other_logs(processes)
     key = secrets.token_hex(32)
 
     async def start(agent: AgentConnection) -> None:
         starts = [dict(role=process.role, index=process.index, argv=spec.command, environ=environs[process],
                        part=part_of_cores(process, processes), live=process[:2] == ('worker', 0))
                   for process in agent.processes]
-        await agent.request('started', START, do='start', logs=FOLDER, key=key, processes=starts)
+        await agent.request('started', START, do='start', logs=FOLDER, key=key, header=header,
+                            processes=starts)
     raise_if_any(await for_each(agents, start))
 
 

@@ -18,6 +18,7 @@ class JobSpec:
     gpus: bool = False  # whether each host's GPUs are divided among its workers
     interface: str = ''  # network interface of every host; none: the one that it is reached by
     p3: bool = False  # parameter servers: send what is needed first, first
+    max_restarts: int = 0  # without progress, before the job is given up
     worker_variables: Mapping[str, str] = field(default_factory=dict)  # the user's
     server_variables: Mapping[str, str] = field(default_factory=dict)  # the scheduler's as well
 

@@ -147,7 +147,8 @@ def to_yaml(config: Section) -> str:
 ALIASES = {'model.ape': 'model.use_ape', 'data.shares': 'data.worker_weights'}  # other names of keys
 
 # What decides speed, place or amount of output may change when a run goes on; what decides the numbers may not.
-FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'checkpoint.', 'validation.', 'data.path',
+FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'notify.', 'checkpoint.', 'validation.',
+                  'data.path',
                   'data.val_path', 'data.labels', 'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch',
                   'data.max_broken', 'data.worker_weights', 'train.store', 'train.max_bad_steps',
                   'train.check_replicas', 'train.stop_early', 'parallel.', 'model.pretrained',

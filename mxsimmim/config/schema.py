@@ -297,6 +297,12 @@ class LogConfig(Section):
     every: int = Field(10, gt=0, description='steps between two records')
 
 
+class NotifyConfig(Section):
+    """Who is told of a failure, a restart and the end."""
+    command: str = Field('', description='shell command that gets each event as JSON on standard input; in a job it '
+                         'runs where the launcher does; empty: none')
+
+
 class RuntimeConfig(Section):
     """How it is computed. The environment variable of the same effect wins over `auto`."""
     threads: int = Field(0, ge=0, description='threads of one operator (OMP_NUM_THREADS); 0: one a core')
@@ -328,6 +334,7 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    notify: NotifyConfig = NotifyConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode='after')

@@ -162,6 +162,8 @@ class AsynchronousUpdate:
         """Return this worker's rows: asking for the others' would keep it waiting."""
         return rows
 
+    by_worker: Sequence[Sequence[float]] = ()  # of workers that do not wait for each other nobody has them all
+
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
         """As `SynchronousUpdate.observed`, from the board; besides loss, images/s and staleness since the last call."""
         self._write(protocol.NOTES, [1, *noted])

@@ -29,6 +29,7 @@ CLOSING = 5.0  # seconds for the last messages of a worker that ends
 
 class ControlError(ValueError):
     """Another worker is gone, late, or does something else; the text names it."""
+    of_others = True
 
 
 class Pending:

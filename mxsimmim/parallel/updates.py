@@ -98,6 +98,7 @@ class SynchronousUpdate:
         self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes
                       and 'tensor' not in gradient_axes(spec.name)] if mesh.coordinate('tensor') else []
         self._votes: Optional[Pending] = None  # of the last step
+        self.by_worker: List[Sequence[float]] = []  # what each gave to `observed` last
 
     def loss_divisor(self, _images: int) -> int:
         """Return the number of images over which the gradient is a mean; a worker has `_images` of them."""
@@ -172,8 +173,9 @@ class SynchronousUpdate:
         return rows
 
     def observed(self, noted: Sequence[float]) -> Tuple[List[float], Dict[str, float]]:
-        """Return the means of some numbers over the workers, and further values for the log."""
-        return list(np.mean(self.workers.control.all_gather('figures for the log', noted), axis=0)), {}
+        """Return the means of some numbers over the workers, kept in `by_worker`, and further values for the log."""
+        self.by_worker = self.workers.control.all_gather('figures for the log', noted)
+        return list(np.mean(self.by_worker, axis=0)), {}
 
     def moment_names(self) -> List[str]:
         """Return the names in a checkpoint of the moments that `load_state_dict` takes in this worker."""

@@ -1,4 +1,5 @@
 """Who this process is in its job, from what its launcher put into the environment. Standard library only."""
+import json
 from typing import Mapping, NamedTuple, Optional, Tuple, Union
 
 # What each launcher calls rank, size, rank on its host, processes on that host.
@@ -6,6 +7,7 @@ HOROVOD = ('HOROVOD_RANK', 'HOROVOD_SIZE', 'HOROVOD_LOCAL_RANK', 'HOROVOD_LOCAL_
 MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_SIZE')
 FIRSTS = 'MXSIMMIM_FIRST_RANKS'  # from our launcher: of Horovod's ranks, which go host by host, each host's first
 CONTROL = 'MXSIMMIM_CONTROL'  # from our launcher: address:port where rank 0 serves the control plane
+RESTARTS = 'MXSIMMIM_RESTARTS'  # from our launcher: [unix seconds, why] of each time it started the job again, JSON
 SLURM = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE')
 
 
@@ -25,6 +27,7 @@ class ProcessInfo(NamedTuple):
     p3: bool = False
     firsts: Tuple[int, ...] = ()
     control: str = ''
+    restarts: Tuple[Tuple[float, str], ...] = ()  # when the launcher has started the job again, and why
 
 
 ALONE = ProcessInfo()
@@ -39,6 +42,11 @@ def process_info(environ: Mapping[str, str]) -> ProcessInfo:
     Raises:
         ValueError: a variable is missing or no number.
     """
+    restarts = json.loads(environ.get(RESTARTS) or '[]')
+    return _place(environ)._replace(restarts=tuple((when, why) for when, why in restarts))
+
+
+def _place(environ: Mapping[str, str]) -> ProcessInfo:
     if environ.get('DMLC_ROLE'):
         return _servers(environ)
     # In a Slurm batch script, before srun, SLURM_PROCID is set though there is only one process.

@@ -91,8 +91,11 @@ def read_config(folder: Union[str, Path]) -> Config:
         raise ValueError(f'{folder} is not the folder of a run: {path}: {error.strerror}') from None
 
 
-def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None]) -> Optional[Checkpoint]:
+def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None], restarted: bool = False
+                         ) -> Optional[Checkpoint]:
     """Reads the checkpoint `resume` asks for, checked against configuration, number of images and task.
+
+    A job that was `restarted` goes on from what it has written since, whatever `resume` says.
 
     Raises:
         ValueError: it is damaged, or the run it belongs to would not be the one that the configuration describes.
@@ -100,6 +103,8 @@ def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None
     checkpoints, samples = folder_of(config) / 'checkpoints', len(task.source)
     if config.resume == 'none':
         if checkpoints.is_dir() and any(checkpoints.iterdir()):
+            if restarted:
+                return newest(checkpoints, log)
             raise ValueError(f'resume=none, but {checkpoints} has checkpoints: set name= for a new run, '
                              'remove the folder, or resume=auto')
         return None
@@ -107,6 +112,8 @@ def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None
         named = load(Path(config.resume))
         later = newest(checkpoints, log)
         if later and later.step > named.step:
+            if restarted:
+                return later
             raise ValueError(f'resume={config.resume} is step {named.step}, but {checkpoints} goes up to step '
                              f'{later.step}: set name= for a new run from there, or resume=auto to go on here')
         task.check_state(named.state, str(named.path),

@@ -19,6 +19,7 @@ import numpy as np
 from ..system import files
 from ..system.guards import alone
 from ..system.text import encode, show, shown
+from .status import StatusFile
 
 METRICS, LOG = 'metrics.jsonl', 'logs/rank-0.log'
 
@@ -48,7 +49,7 @@ class RunLogger:
             self._log = open(self.run / LOG, 'ab', buffering=0)
         self._events = self.extra('TensorBoard', self._open_events)
         self._bar = self.extra('the progress bar', self._open_bar)
-        self._began = time.monotonic()
+        self._began, self._status = time.monotonic(), StatusFile(self.run, total, start)
 
     def write(self, step: int, values: Mapping[str, Any], echo: bool = True) -> None:
         """Records `values` after `step` updates and moves the bar there, never back.
@@ -72,6 +73,10 @@ class RunLogger:
                 left = (time.monotonic() - self._began) / (step - self.start) * (self.total - step)
                 text += f'  left {timedelta(seconds=round(left))}'
             self._show(text)
+
+    def status(self, **values: Any) -> None:
+        """Tell whoever looks at the run: `state`, `step`, and what `status.text` knows."""
+        self._status.tell(**values)
 
     def message(self, text: str) -> None:
         """Shows `text`, above the bar if there is one, and appends it to the log file, each line with the time."""
@@ -190,6 +195,9 @@ class Quiet:
     def message(self, text: str) -> None:
         """Shows `text`, which its launcher puts into this worker's own log."""
         show(text, sys.stderr)
+
+    def status(self, **values: Any) -> None:
+        """Does nothing: rank 0 tells."""
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Does nothing: rank 0 records."""

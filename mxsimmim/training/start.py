@@ -3,7 +3,7 @@ import contextlib
 import os
 from pathlib import Path
 from types import MappingProxyType
-from typing import Callable, Iterator, List, Mapping, Optional, Union
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Union
 
 import mxnet as mx
 import numpy as np
@@ -19,8 +19,10 @@ from ..parallel.control import ControlPlane, connect
 from ..parallel.mesh import mesh_of
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, horovod_settings, strategy_of
+from ..runtime import report
 from ..runtime.process import ProcessInfo, process_info
 from ..system import files
+from ..system.notify import send
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
 from .build import build_communicator, build_trainer
@@ -65,21 +67,26 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
             config, why = lay_out(config, process, contexts, backend.is_native, control)
         control.mesh = mesh_of(process, config.parallel, len(contexts))
         communicator = build_communicator(strategy, process, control)
-        checkpoint = find_checkpoint(config, task, control, notes.append)
+        checkpoint = find_checkpoint(config, task, control, notes.append, bool(process.restarts))
         logger: Union[RunLogger, Quiet] = Quiet()
         if process.rank == 0:
             first = checkpoint.step if checkpoint else 0
             write_config(folder, asked)  # so that whoever goes on with it chooses again
             discard_after(folder / 'best', first)  # of what this run will do anew
             logger = stack.enter_context(RunLogger(folder, total, first))
+            logger.status(restarts=process.restarts)
+            report.tell(notify=config.notify.command, run=str(folder))
         for note in [*notes_of(task.source, task.held_out), *notes]:
             logger.message(note)
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
         table = trainer.parts.table() if trainer.parts else ''
         if process.rank == 0:
             introduce(trainer, checkpoint, strategy, process, '\n'.join(filter(None, (why, table))))
-        stopped = trainer.fit(stop)
+        with told(trainer):
+            stopped = trainer.fit(stop)
+        logger.status(state='stopped' if stopped else 'ended', step=trainer.step)
         conclude(trainer, folder, not stopped)
+        notify(trainer, event='end', status=128 + stopped if stopped else 0)
     return 128 + stopped if stopped else 0
 
 
@@ -97,6 +104,28 @@ def connected(config: Config, strategy: Strategy, process: ProcessInfo) -> Contr
     if strategy.store_can.transport == 'horovod' and not mx.context.num_gpus():
         os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
     return connect(process, os.environ)
+
+
+@contextlib.contextmanager
+def told(trainer: Trainer) -> Iterator[None]:
+    """Tell whoever looks at the run, and the launcher, should this end by an error, after how many updates."""
+    try:
+        yield
+    except Exception as error:
+        text = ' '.join(str(error).split())[:1000]
+        report.tell(step=trainer.step)
+        trainer.logger.status(state='failed', step=trainer.step, error=text)
+        notify(trainer, event='failure', causes=[text], restart_in=None)
+        raise
+
+
+def notify(trainer: Trainer, **event: Any) -> None:
+    """Tell `notify.command` of an event, on rank 0 and if no launcher does."""
+    command = trainer.config.notify.command
+    if command and not isinstance(trainer.logger, Quiet) and report.FILE not in os.environ:
+        problem = send(command, {'run': str(folder_of(trainer.config)), 'step': trainer.step, **event})
+        if problem:
+            trainer.logger.message(f'warning: {problem}')
 
 
 def agree_on_backend(config: Config, contexts: List[mx.Context], control: ControlPlane, log: Callable[[str], None]
@@ -120,14 +149,14 @@ def agree_on_backend(config: Config, contexts: List[mx.Context], control: Contro
     return REFERENCE
 
 
-def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Callable[[str], None]
-                    ) -> Optional[Checkpoint]:
+def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Callable[[str], None],
+                    restarted: bool = False) -> Optional[Checkpoint]:
     """Find what this run goes on from, in all workers; only rank 0 reads it, and has its arrays.
 
     Raises:
         ValueError: see `checkpoint_to_resume`.
     """
-    saved = checkpoint_to_resume(config, task, log) if control.rank == 0 else None
+    saved = checkpoint_to_resume(config, task, log, restarted) if control.rank == 0 else None
     told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
     return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
 

@@ -1,8 +1,10 @@
 """The loop of pre-training and fine-tuning, and what it does besides updating."""
 import contextlib
+import math
+import platform
 import signal
 import time
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -20,6 +22,7 @@ from ..parallel.parts import ModelParts
 from ..parallel.placement import Placement
 from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
+from ..runtime import report
 from ..system.arrays import Arrays, Gathered
 from ..system.text import encode, one_line
 from ..tasks.task import Task
@@ -27,6 +30,7 @@ from . import checkpoint
 from .plateau import PlateauTracker
 from .run_folder import Stop, folder_of, versions
 from .run_logger import Quiet, RunLogger
+from .status import stragglers
 from .step_metrics import StepMetrics, TooManyBadSteps
 from .timetable import Timetable
 
@@ -62,6 +66,8 @@ class Trainer:
         self.plateau = PlateauTracker(config.train, state.get('progress'))
         self._rate = learning_rates(config.optim, config.train, timetable.per_epoch, timetable.total)
         self._on_micro_batch = None
+        self._hosts: List[str] = self.control.all_gather('hosts', platform.node())
+        self._slow: Set[int] = set()  # ranks of stragglers that were named
         if config.optim.recipe == 'reference' and config.train.accumulate > 1:
             assert isinstance(update_rule, SynchronousUpdate)
             self._on_micro_batch = update_rule.clip_partial
@@ -132,6 +138,7 @@ class Trainer:
         (*seconds, broken), more = self.update_rule.observed([values[name] for name in times] + [self.loader.broken])
         values.update(zip(times, seconds), broken_images=round(broken * self.control.size), **more)
         self._write(values)
+        self._tell_status(values)
 
     def validate(self) -> Dict[str, float]:
         """Measure and draw on the held-out images, keep the best weights if the task is to.
@@ -163,6 +170,7 @@ class Trainer:
             if self.control.rank == 0:
                 checkpoint.save(folder_of(self.config) / 'checkpoints', self.step, arrays, self.state_dict(),
                                 self.config.checkpoint.keep, self.timetable.keep_every)
+                report.tell(checkpoint=self.step)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what a checkpoint holds besides arrays, JSON-ready."""
@@ -233,6 +241,22 @@ class Trainer:
 
     def _write(self, values: Mapping[str, float]) -> None:
         self.logger.write(self.step, {'epoch': self.step / self.timetable.per_epoch, **values})
+
+    def _tell_status(self, values: Mapping[str, float]) -> None:
+        """Tell whoever looks at the run, and name workers that are much slower than the others."""
+        # data_seconds are of every step, compute_seconds of a timed one: what a worker needs by itself.
+        seconds = [row[0] + row[1] for row in self.update_rule.by_worker]
+        workers = [{'host': host, 'seconds': each} for host, each in zip(self._hosts, seconds)]
+        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        per_second = values['images_per_second'] / self.config.train.batch_size
+        self.logger.status(**told, step=self.step, epoch=self.step / self.timetable.per_epoch, workers=workers,
+                           steps_per_second=per_second)
+        slow = stragglers(seconds)
+        for rank in set(slow) - self._slow:
+            self.logger.message(f'warning: rank {rank} on {self._hosts[rank]} needs {seconds[rank]:.3g} s a step, over '
+                                f'twice the median of {len(seconds)} workers, and all wait for it: '
+                                'data.worker_weights=auto gives it fewer images')
+        self._slow = set(slow)
 
     def _draw(self) -> None:
         """The picture of a validation, if there is to be one."""

@@ -1,0 +1,72 @@
+"""Decide whether a job that failed is started again, and when. Pure functions."""
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+from mxsimmim.cluster.outcome import Outcome, exit_status, summary
+
+SOONEST, LATEST = 1.0, 60.0  # seconds until the next attempt: twice as long after each failure without progress
+LONGEST = 300  # characters of a line
+USAGE = 2  # exit status of a command that refuses its words or its configuration
+
+
+class Failure(NamedTuple):
+    """Tell how an attempt failed."""
+    status: int  # the launcher's exit status for it
+    causes: Sequence[str]  # for the user, a line each
+    checkpoint: int = -1  # step of the newest that it wrote; -1: it wrote none
+    error: Optional[Tuple[str, int]] = None  # the exception that began it, and after how many steps; None: no exception
+
+
+class Decision(NamedTuple):
+    """Tell what follows a failure."""
+    seconds: Optional[float]  # until the next attempt; None: there is none
+    why: str  # in words for the user
+
+
+def failure_of(outcome: Outcome) -> Failure:
+    """Sum up an attempt that neither ended well nor was stopped by the user."""
+    first = outcome.failed[0] if outcome.failed else None
+    report = first.report if first else {}
+    error = (report['error'], report.get('step', 0)) if 'error' in report else None
+    return Failure(exit_status(outcome), summary(outcome), outcome.checkpoint, error)
+
+
+def decide(failures: Sequence[Failure], most: int) -> Decision:
+    """Choose what follows the last of a job's failures, in their order.
+
+    Args:
+        most: restarts without progress, which is a newer checkpoint than any before.
+    """
+    *before, last = failures
+    if most == 0:
+        return Decision(None, '')
+    if last.status == USAGE:
+        return Decision(None, 'no restart: the command refuses its words or its configuration, and would again')
+    if before and last.error and last.error == before[-1].error:
+        return Decision(None, f'no restart: the same error after the same {last.error[1]} steps as the time before')
+    spent = without_progress(failures)
+    if spent > most:
+        return Decision(None, f'no restart: {most} without progress were allowed (--max-restarts {most})')
+    seconds = min(SOONEST * 2 ** max(spent - 1, 0), LATEST)
+    counted = f'{spent} of {most}' if spent else 'not counted, as there was progress'
+    return Decision(seconds, f'restart in {seconds:g} s, from the newest whole checkpoint ({counted})')
+
+
+def without_progress(failures: Sequence[Failure]) -> int:
+    """Count the failures since the last that had written a newer checkpoint than any before it."""
+    newest, spent = -1, 0
+    for failure in failures:
+        spent = 0 if failure.checkpoint > newest else spent + 1
+        newest = max(newest, failure.checkpoint)
+    return spent
+
+
+def history(failures: Sequence[Failure]) -> List[str]:
+    """Say how each attempt failed, in lines for the user; nothing where there was one, of which all is said."""
+    if len(failures) == 1:
+        return []
+    return [f'attempt {number}: {brief(failure)}' for number, failure in enumerate(failures, 1)]
+
+
+def brief(failure: Failure) -> str:
+    """Say in a line what a failure came from."""
+    return failure.causes[0][:LONGEST] if failure.causes else 'failed without a word'
