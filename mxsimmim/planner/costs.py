@@ -150,7 +150,7 @@ def _stage(found: Sequence[Segment], cluster: Cluster, form: Form, tensor: int, 
     work = max(part.work(tensor) for part in flat)
     planned = work / NATIVE_WORK if form.native else work  # the rest are oneDNN's layouts
     return Stage(forward, backward, fixed, tuple(gradients), parameters(found, tensor) + table,
-                 sum(part.kept(tensor, recompute) + part.between(tensor, recompute) for part in flat), planned,
+                 sum(part.kept(tensor, recompute) + part.between(tensor) for part in flat), planned,
                  work - planned + issued, len(blocks) // 2, sum(part.output for part in blocks) / 2, flat[-1].output)
 
 

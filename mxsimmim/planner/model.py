@@ -45,7 +45,6 @@ class Part(NamedTuple):
     whole_kept: float = 0.0
     shared_work: float = 0.0  # bytes that the backward pass holds for itself
     whole_work: float = 0.0
-    zeros: float = 0.0  # of shared_work: for what nobody sends a gradient of
     output: float = 0.0  # numbers of what goes out
 
     @property
@@ -62,15 +61,15 @@ class Part(NamedTuple):
         inside = 0.0 if recompute and self.is_divided else self.shared_kept / tensor + self.whole_kept
         return self.inputs + inside
 
-    def between(self, tensor: int, recompute: bool = False) -> float:
+    def between(self, tensor: int) -> float:
         """Bytes that each device of a tensor group keeps besides, as there each half block is a graph of its own.
 
         MXNet's autograd keeps all that goes from one graph to another: a device's term of the sum, and on the device
-        that adds up the others' terms. A graph keeps its zeros.
+        that adds up the others' terms.
         """
         if tensor == 1 or not self.is_divided:
             return 0.0
-        return FLOAT * self.output * (1 + (tensor - 1) / tensor) + (0.0 if recompute else self.zeros / tensor)
+        return FLOAT * self.output * (1 + (tensor - 1) / tensor)
 
     def work(self, tensor: int = 1) -> float:
         """Bytes that are there only while its backward pass runs."""
@@ -155,7 +154,7 @@ def _attention(model: ModelConfig, form: Form, width: int, tokens: int, seen: in
         shared += ((2 * model.grid - 1) ** 2 + 3) * heads
     unit = tokens * width
     if form.native:
-        kept = dict(shared_kept=form.bytes * 4 * unit, zeros=form.bytes * 4 * unit)  # q, k, v; what attention gave
+        kept = dict(shared_kept=form.bytes * 4 * unit)  # q, k, v; what attention gave
         # Zeros for what nobody sends a gradient of; gradients of queries, keys and values, and of attention.
         work = dict(shared_work=NATIVE_WORK * form.bytes * 9 * unit,
                     whole_work=NATIVE_WORK * (form.bytes * 3 + FLOAT * 3) * unit)
@@ -175,7 +174,7 @@ def _mlp(model: ModelConfig, form: Form, width: int, tokens: int, rows: float) -
     whole = 2 * width + width + (width if model.type == 'vit' and model.init_values is not None else 0)
     shared = 2 * width * hidden + hidden
     if form.native:
-        kept = dict(shared_kept=form.bytes * tokens * hidden, zeros=form.bytes * tokens * hidden)  # what GELU is given
+        kept = dict(shared_kept=form.bytes * tokens * hidden)  # what GELU is given
         # Zeros of the same size; the gradient of what GELU is given and what it gave; rows of the width.
         work = dict(shared_work=NATIVE_WORK * form.bytes * (tokens + 2 * rows) * hidden,
                     whole_work=NATIVE_WORK * (form.bytes * 3 * rows + FLOAT * 2 * tokens) * width)

@@ -136,7 +136,7 @@ def build_group(config: Config, communicator: Communicator, contexts: List[mx.Co
     if mesh.tensor == 1:
         return None
     micro_batches = config.parallel.micro_batches if mesh.pipeline > 1 else 1
-    most = max(images, -(-config.train.batch_size // mesh.data))  # validation has equal parts, and no micro-batches
+    most = max(images, -(-config.train.batch_size // mesh.data))  # validation has equal parts
     batches = {-(-most // accumulate), -(-images // (accumulate * micro_batches))}
     sizes = {batch * tokens * width for batch in batches for tokens, width in token_shapes(config.model)}
     return WorkerGroup(contexts[0], sorted(sizes), communicator.over(('tensor',)), backend)
