@@ -213,10 +213,15 @@ def _library() -> ctypes.CDLL:
     package = find_spec('mxnet')
     if not package or not package.submodule_search_locations:
         raise ValueError(f'mxnet is not installed: {sys.executable} -m pip install mxnet=={SUPPORTED}')
-    spec = spec_from_file_location('libinfo', os.path.join(package.submodule_search_locations[0], 'libinfo.py'))
+    place = package.submodule_search_locations[0]
+    spec = spec_from_file_location('libinfo', os.path.join(place, 'libinfo.py'))
     assert spec and spec.loader
     libinfo = module_from_spec(spec)
-    spec.loader.exec_module(libinfo)
+    try:
+        spec.loader.exec_module(libinfo)
+    except OSError as error:
+        raise ValueError(f'{place} is no whole mxnet ({error}): {sys.executable} -m pip install --force-reinstall '
+                         f'mxnet=={SUPPORTED}') from None
     check_version(libinfo.__version__)
     library = ctypes.CDLL(libinfo.find_lib_path()[0], ctypes.RTLD_LOCAL)
     library.MXGetLastError.restype = ctypes.c_char_p

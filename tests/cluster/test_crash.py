@@ -4,6 +4,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from mxnet.libinfo import find_lib_path
+
+from mxsimmim.runtime import mxnet_private
 
 PROGRAM = Path(__file__).parent / 'programs' / 'crash.py'
 LINES = {'read': 15, 'give_up': 19, 'in_a_thread': 15}  # of PROGRAM
@@ -38,6 +41,9 @@ def test_the_commands_own_crash(launcher):
     """At its import, before it does anything: of a stand-in for MXNet."""
     (launcher.folder / 'mxnet').mkdir()
     (launcher.folder / 'mxnet' / '__init__.py').write_text('import os\n\n\nos.abort()\n')
+    # Servers load the library alone: the real one.
+    (launcher.folder / 'mxnet' / 'libinfo.py').write_text(
+        f'__version__ = {mxnet_private.SUPPORTED!r}\n\n\ndef find_lib_path():\n    return {find_lib_path()}\n')
     launcher.environ['PYTHONPATH'] = str(launcher.folder)
     _, err = launcher.run('-n', 1, '-s', 1, '--env', 'PYTHONFAULTHANDLER=', '--', 'python', '-m', 'mxsimmim',
                           'pretrain', PROGRAM.parents[3] / 'conf' / 'digits.yaml', status=134)

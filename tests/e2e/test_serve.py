@@ -317,6 +317,7 @@ def test_reconstruction_and_the_end(folder):
             for part in iter(lambda: connection.recv(65536), b''):
                 answer += part
         assert answer.startswith(b'HTTP/1.1 200 OK') and answer.endswith(png)
+        server.process.wait(DEADLINE)  # a second signal would end it by force
     finally:
         status, errors = server.end()
     assert status == 0
