@@ -233,8 +233,8 @@ class TrainConfig(Section):
 
 class ParallelConfig(Section):
     """How a model is divided over devices. Data parallelism takes what is left of them."""
-    auto: bool = Field(False, description='choose pipeline, tensor and micro_batches for the devices of the job at '
-                       'each start, as `mxsimmim plan` does; also written parallel=auto')
+    auto: bool = Field(False, description='choose pipeline, tensor, micro_batches and shard_optimizer for the '
+                       'devices of the job at each start, as `mxsimmim plan` does; also written parallel=auto')
     pipeline: int = Field(1, gt=0, description='stages of a pipeline, each of consecutive blocks: the devices of a '
                           'worker, or workers of one device')
     split: Tuple[int, ...] = Field((), description='blocks of each stage, e.g. [7, 5]; empty: by what they cost')

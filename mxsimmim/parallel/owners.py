@@ -12,7 +12,6 @@ import numpy as np
 from ..config import TrainConfig
 from ..models import ParameterSpec, joined
 from ..optim import Optimizer
-from ..runtime import memory
 from ..system.arrays import Gathered
 from .clock import Clock
 from .communicators import Communicator, Copies
@@ -62,8 +61,6 @@ class ShardedUpdate(SynchronousUpdate):
         self._updated = updated_by(communicator.rank, self._specs, communicator.size)
         exchange, = (each for each in self._exchanges if each.communicator is communicator)
         self._carriers = communicator.register(exchange.arrays)
-        mx.nd.waitall()
-        memory.give_back()  # of the gradients' first arrays and of initial weights, as much as all weights
 
     def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
              floor: float = 0.0) -> mx.nd.NDArray:

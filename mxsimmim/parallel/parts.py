@@ -1,5 +1,4 @@
 """A model of which each worker holds a part: how whole checkpoints come out of it and go into it, array by array."""
-import socket
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
@@ -64,10 +63,9 @@ class ModelParts:
         self._firsts = mesh._replace(rank=0).group('pipeline')  # of the first replica's stages, the workers of part 0
         self._sends = mesh.coordinate('data') == 0
 
-    def table(self) -> str:
-        """Write who holds what, a line a stage; all workers call this."""
-        names = self._control.all_gather('hosts', socket.gethostname())
-        return mesh_table(self._control.mesh, self.slices, names)
+    def table(self, hosts: Sequence[str]) -> str:
+        """Write who holds what, a line a stage; `hosts` are those of all ranks."""
+        return mesh_table(self._control.mesh, self.slices, hosts)
 
     def gather(self, groups: Mapping[str, Union[Arrays, Gathered]]) -> Dict[str, Gathered]:
         """Hand this worker's arrays to rank 0, where the answer has those of the whole model, elsewhere none.

@@ -83,9 +83,9 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
                 average.set(name, value)
         if checkpoint:
             average.share(communicator)
-    if communicator.control.mesh.tensor > 1:
+    if communicator.control.mesh.tensor > 1 or config.parallel.shard_optimizer:  # where memory is short
         mx.nd.waitall()
-        give_back()  # weights as they were drawn and read
+        give_back()  # weights as they were drawn and read, gradients' first arrays
     return Trainer(config, timetable, task, placement, update_rule, split, average, logger, step, state, parts)
 
 

@@ -79,8 +79,8 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         for note in [*notes_of(task.source, task.held_out), *notes]:
             logger.message(note)
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
-        table = trainer.parts.table() if trainer.parts else ''
         if process.rank == 0:
+            table = trainer.parts.table(trainer.hosts) if trainer.parts else ''
             introduce(trainer, checkpoint, strategy, process, '\n'.join(filter(None, (why, table))))
         with told(trainer):
             stopped = trainer.fit(stop)

@@ -47,6 +47,7 @@ class Trainer:
         update_rule: how the workers of the job agree on an update.
         parts: the workers that hold one model together; None where each holds a whole one.
         split: which part of each batch is this worker's.
+        hosts: of all workers, by rank.
     """
 
     def __init__(self, config: Config, timetable: Timetable, task: Task, placement: Placement,
@@ -66,7 +67,7 @@ class Trainer:
         self.plateau = PlateauTracker(config.train, state.get('progress'))
         self._rate = learning_rates(config.optim, config.train, timetable.per_epoch, timetable.total)
         self._on_micro_batch = None
-        self._hosts: List[str] = self.control.all_gather('hosts', platform.node())
+        self.hosts: List[str] = self.control.all_gather('hosts', platform.node())
         self._slow: Set[int] = set()  # ranks of stragglers that were named
         if config.optim.recipe == 'reference' and config.train.accumulate > 1:
             assert isinstance(update_rule, SynchronousUpdate)
@@ -246,14 +247,14 @@ class Trainer:
         """Tell whoever looks at the run, and name workers that are much slower than the others."""
         # data_seconds are of every step, compute_seconds of a timed one: what a worker needs by itself.
         seconds = [row[0] + row[1] for row in self.update_rule.by_worker]
-        workers = [{'host': host, 'seconds': each} for host, each in zip(self._hosts, seconds)]
+        workers = [{'host': host, 'seconds': each} for host, each in zip(self.hosts, seconds)]
         told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         per_second = values['images_per_second'] / self.config.train.batch_size
         self.logger.status(**told, step=self.step, epoch=self.step / self.timetable.per_epoch, workers=workers,
                            steps_per_second=per_second)
         slow = stragglers(seconds)
         for rank in set(slow) - self._slow:
-            self.logger.message(f'warning: rank {rank} on {self._hosts[rank]} needs {seconds[rank]:.3g} s a step, over '
+            self.logger.message(f'warning: rank {rank} on {self.hosts[rank]} needs {seconds[rank]:.3g} s a step, over '
                                 f'twice the median of {len(seconds)} workers, and all wait for it: '
                                 'data.worker_weights=auto gives it fewer images')
         self._slow = set(slow)

@@ -1,11 +1,9 @@
 """Tensor parallelism over processes: checkpoints that change the layout, a part that is killed, what is refused."""
-import os
-import signal
 import sys
 
 import pytest
 from support import machine
-from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, newest, same, steps
+from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, assert_rank_1_is_named, newest, same, steps
 from support.tiny import TEN_STEPS
 
 pytestmark = [pytest.mark.unmeasured, machine.natively]
@@ -33,16 +31,7 @@ def test_a_checkpoint_goes_from_layout_to_layout_unchanged(launcher):
 
 
 def test_a_part_that_is_killed_ends_the_job(launcher):
-    job = launcher.start(*HOROVOD, '--', *PRETRAIN, *TEN_STEPS, *TENSOR, 'train.length=5000', 'validation.every=5000',
-                         'checkpoint.every=5000', 'name=job')
-    run = launcher.folder / 'runs' / 'job'
-    launcher.until(lambda: (run / 'metrics.jsonl').exists() and (steps(run) or [0])[-1] >= 9, 60, 'step 9')
-    [pid] = launcher.find('HOROVOD_RANK=1')
-    os.kill(pid, signal.SIGKILL)
-    assert job.wait(30) != 0
-    launcher.gone(10)
-    told = [line for line in launcher.text('err').splitlines() if line.startswith('launch: worker')]
-    assert len(told) == 1 and 'worker 1' in told[0] and 'was killed by SIGKILL' in told[0], launcher.text('err')
+    assert_rank_1_is_named(launcher, *HOROVOD, '--', *PRETRAIN, *TEN_STEPS, *TENSOR)
 
 
 @pytest.mark.parametrize('words, keys, message', [

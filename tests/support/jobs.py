@@ -1,5 +1,7 @@
 """Jobs of several processes: how they are started, and what their runs hold."""
 import json
+import os
+import signal
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -50,3 +52,16 @@ def assert_close(ours, expected):
     for group, arrays in expected.items():
         for name, array in arrays.items():
             np.testing.assert_allclose(ours[group][name], array, rtol=1e-4, atol=1e-6, err_msg=f'{group} {name}')
+
+
+def assert_rank_1_is_named(launcher, *words):
+    """Asserts that a job of Horovod's ranks ends when rank 1, which holds a part of the model, is killed."""
+    job = launcher.start(*words, 'train.length=5000', 'validation.every=5000', 'checkpoint.every=5000', 'name=job')
+    run = launcher.folder / 'runs' / 'job'
+    launcher.until(lambda: (run / 'metrics.jsonl').exists() and (steps(run) or [0])[-1] >= 9, 60, 'step 9')
+    [pid] = launcher.find('HOROVOD_RANK=1')
+    os.kill(pid, signal.SIGKILL)
+    assert job.wait(30) != 0
+    launcher.gone(10)
+    told = [line for line in launcher.text('err').splitlines() if line.startswith('launch: worker')]
+    assert len(told) == 1 and 'worker 1' in told[0] and 'was killed by SIGKILL' in told[0], launcher.text('err')
