@@ -19,6 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
 from ..cluster.inspection import interfaces
 from ..cluster.messages import Message, MessageStream, secret
 from ..runtime.process import ProcessInfo
+from ..system.points import reach
 from .mesh import Mesh
 from .protocol import job_key
 
@@ -81,6 +82,7 @@ class ControlPlane:
         self._thread = threading.Thread(target=self._loop.run_forever, name='control', daemon=True)
         self._thread.start()
         self._connection, nonce = _reach(addresses)
+        reach('control.hello')
         self.address = self._connection.getsockname()[0]
         self._loop.call_soon_threadsafe(self._open, secret(key, nonce))
         self._post('hello', 'the start', self.rank).result(CONNECT)

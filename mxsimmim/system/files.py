@@ -16,7 +16,7 @@ LOST = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})  # what was written is
 OWN = ('config.yaml', 'metrics.jsonl', 'logs', 'logs/rank-0.log', 'checkpoints', 'best')
 
 
-class Taken(Exception):
+class Taken(BlockingIOError):
     """Another process holds the lock; `owner` is what it wrote into the file."""
 
     def __init__(self, owner: str) -> None:
@@ -135,7 +135,7 @@ def _refused(folder: Path, made: List[Path], *probes: Path) -> Iterator[Any]:
     except OSError as error:
         way_out = 'make room there, or set output=' if error.errno in LOST else 'set output= or name='
         raise ValueError(f'{folder}: cannot write the run there: cannot {steps[-1]} ({error.strerror or error}): '
-                         f'{way_out}') from None
+                         f'{way_out}') from error
     finally:
         for probe in probes:
             shutil.rmtree(probe, ignore_errors=True)
@@ -167,4 +167,4 @@ def check_room(folder: Path, size: int, saved: int) -> None:
     needed, room = max(1, 2 - saved) * size, free(folder)
     if room is not None and room < needed:
         raise ValueError(f'{folder}: checkpoints need {needed:,} bytes there ({size:,} each), and {room:,} are free: '
-                         'make room, or set output=')
+                         'make room, or set output=') from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

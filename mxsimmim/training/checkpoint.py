@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from ..runtime.memory import ran_out
 from ..system.arrays import Arrays, Gathered
 from ..system.files import alive, free, sync_directory, sync_file
+from ..system.points import reach
 
 FORMAT = 1
 TYPES = {'float32': 'F32', 'float64': 'F64', 'int32': 'I32', 'int64': 'I64', 'uint8': 'U8'}  # of MXNet's arrays
@@ -97,6 +98,7 @@ def save(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]],
         _tidy(folder)
         staged.mkdir()
         _write(staged, step, arrays, state)
+        reach('checkpoint.written')
         _publish(staged, final)
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
@@ -194,6 +196,7 @@ def _write(staged: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]
             _write_gathered(staged / (group + ARRAYS), named)
         else:
             save_file(dict(named), staged / (group + ARRAYS))
+    reach('checkpoint.arrays')
     entries = {}
     for file in sorted(staged.iterdir()):
         sync_file(file)
@@ -235,6 +238,7 @@ def _publish(staged: Path, final: Path) -> None:
         if replaces:
             os.rename(aside, final)
         raise
+    reach('checkpoint.published')
     sync_directory(final.parent)
     sync_directory(final.parent.parent)  # the folder of all checkpoints may be new, too
     shutil.rmtree(aside, ignore_errors=True)

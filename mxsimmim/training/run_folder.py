@@ -33,13 +33,13 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / '.lock', 'a+', encoding='ascii', errors='replace')
     except OSError as error:
-        raise ValueError(f'{folder}: cannot write the run there ({error.strerror}): set output= or name=') from None
+        raise ValueError(f'{folder}: cannot write the run there ({error.strerror}): set output= or name=') from error
     with handle:
         try:
             missing = files.lock(handle)
         except files.Taken as error:
             raise ValueError(f'{folder}: process {error.owner or "?"} is training in this folder: wait for it, stop '
-                             'it, or set name=') from None
+                             'it, or set name=') from error
         if missing:
             log(f'warning: the file system of {folder} has no locks ({missing.strerror}): nothing keeps another '
                 'process from training there, too')
@@ -56,7 +56,7 @@ def write_config(folder: Path, config: Config) -> None:
     try:
         path.write_text(configfile.to_yaml(config), encoding='utf-8')
     except OSError as error:
-        raise ValueError(f'{path}: cannot be written: {error.strerror}: set output= or name=') from None
+        raise ValueError(f'{path}: cannot be written: {error.strerror}: set output= or name=') from error
 
 
 class Stop:

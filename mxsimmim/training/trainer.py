@@ -24,6 +24,7 @@ from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
 from ..runtime import report
 from ..system.arrays import Arrays, Gathered
+from ..system.points import reach
 from ..system.text import encode, one_line
 from ..tasks.task import Task
 from . import checkpoint
@@ -122,7 +123,9 @@ class Trainer:
         loss = self.placement.forward_backward(batch, divisor, self._on_micro_batch)
         self.log()  # the updates before, while the device works on this one
         lr, floor = (self._rate(self.step, scale) * self.plateau.factor for scale in (1, 0))
+        reach('update.before')
         stats = self.update_rule.step(self.step, lr, loss, timed, floor)
+        reach('update.after')
         self.metrics.add(done, lr, stats)
         if self.average:
             self.average.update(done)

@@ -1,9 +1,9 @@
 """Three hosts on one machine: a network namespace each, on a switch in a fourth, each with its name and its sshd.
 
-A host has its own network, host name, processes and mounts (a folder can be hidden from one host alone), and shares
-the files, users and clock of the machine. `eth0` is 10.77.N.1, .2, .3 and `eth1` 10.78.N.1, .2, .3; the machine itself
-is .9 on both. Everything bears the process id of its maker, so that a later run can remove what a killed one left.
-A host's clock cannot be set apart: time namespaces cover the monotonic clocks alone.
+A host has its own network, host name, processes, mounts (a folder can be hidden from one host alone), TMPDIR and
+/dev/shm, and shares the other files, users and clock of the machine. `eth0` is 10.77.N.1, .2, .3 and `eth1`
+10.78.N.1, .2, .3; the machine itself is .9 on both. Everything bears the process id of its maker, so that a later run
+can remove what a killed one left. A host's clock cannot be set apart: time namespaces cover the monotonic clocks alone.
 """
 import contextlib
 import json
@@ -118,7 +118,7 @@ class Hosts:
         self._make_keys()
         self._make_network()
         for n in range(self.count):
-            self._boot(n)
+            self.boot(n)
         return self
 
     def stop(self) -> None:
@@ -132,7 +132,7 @@ class Hosts:
         run('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key)
         for n, name in enumerate(self.names):
             home = self.folder / name
-            home.mkdir(mode=0o700)
+            (home / 'tmp').mkdir(mode=0o700, parents=True)
             run('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', home / 'host_key')
             shutil.copy(str(key) + '.pub', home / 'authorized_keys')
             public = ' '.join((home / 'host_key.pub').read_text().split()[:2])
@@ -141,7 +141,7 @@ class Hosts:
                 f'HostKey {home}/host_key\nAuthorizedKeysFile {home}/authorized_keys\nPidFile none\nUseDNS no\n'
                 'UsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n'
                 'KbdInteractiveAuthentication no\nStrictModes no\nSubsystem sftp internal-sftp\n'
-                f'SetEnv TMPDIR={home}\n')  # what a host that is switched off leaves there is taken away
+                f'SetEnv TMPDIR={home}/tmp\n')
         (self.folder / 'known_hosts').write_text(''.join(known))
         own = ''.join(f'{self.address(n)} {name}\n' for n, name in enumerate(self.names))
         (self.folder / 'etc_hosts').write_text('127.0.0.1 localhost\n' + own)
@@ -173,10 +173,11 @@ class Hosts:
                 run('ip', *where, 'addr', 'add', f'10.{net}.{self.subnet}.{n + 1}/24', 'dev', link)
                 run('ip', *where, 'link', 'set', link, 'up')
 
-    def _boot(self, n: int) -> None:
-        """The first process of a host, which its sshd replaces: once it is killed, nothing of the host runs."""
+    def boot(self, n: int) -> None:
+        """Starts the first process of a host, which its sshd replaces; what lies in TMPDIR and /dev/shm ends with it."""
         home = self.folder / self.names[n]
         script = (f'hostname {self.names[n]} && mount -t tmpfs -o mode=755 none /run && mkdir /run/sshd && '
+                  f'mount -t tmpfs none {home}/tmp && mount -t tmpfs none /dev/shm && '
                   f'sed "s/^root:[^:]*/root:*/" /etc/shadow > {home}/shadow && '  # sshd turns locked accounts away
                   f'mount --bind {home}/shadow /etc/shadow && mount --bind {self.folder}/etc_hosts /etc/hosts && '
                   f'exec {shutil.which("sshd", path=PATH)} -D -e -f {home}/sshd_config')
@@ -187,6 +188,11 @@ class Hosts:
                 start_new_session=True, env=dict(os.environ, PATH=PATH)))
         wait_for(lambda: 'Server listening on 0.0.0.0' in (home / 'sshd.log').read_text(), f'sshd of {self.names[n]}')
         self._init[n] = next(pid for pid in self.processes(n, all=True) if self._name(pid) == 'sshd')
+
+    def switch_off(self, n: int) -> None:
+        """Kills the first process of a host, and with it all others."""
+        os.kill(self._init[n], 9)
+        wait_for(lambda: not self.processes(n, all=True), f'{self.names[n]} is off')
 
     # --- used
 
@@ -216,6 +222,19 @@ class Hosts:
     def plug(self, n: int, interface: int = 0, state: str = 'up') -> None:
         """Puts a host's network cable in, or pulls it out: state='down'."""
         run('ip', '-n', f'{self.prefix}switch', 'link', 'set', f'port{n}-{interface}', state)
+
+    def lose(self, n: int, share: float, interface: int = 0) -> None:
+        """Loses this share of the packets that a host sends and of those sent to it; 0: none any more.
+
+        By a filter in place of `netem`, which not every kernel has: a packet stays if a random word is large enough.
+        """
+        code = f'4,32 0 0 {2**32 - 4096 + 56},53 0 1 {int(share * 2**32)},6 0 0 {2**32 - 1},6 0 0 2'
+        for space, link in ((f'{self.prefix}switch', f'port{n}-{interface}'), (f'{self.prefix}{n}', f'eth{interface}')):
+            with contextlib.suppress(RuntimeError):  # there was none
+                run('tc', '-n', space, 'qdisc', 'del', 'dev', link, 'clsact')
+            if share:
+                run('tc', '-n', space, 'qdisc', 'add', 'dev', link, 'clsact')
+                run('tc', '-n', space, 'filter', 'add', 'dev', link, 'egress', 'bpf', 'da', 'bytecode', code)
 
     def limit(self, rate: str = '200mbit') -> None:
         """Each host sends and receives on eth0 at this rate at most, both at the same time."""

@@ -12,8 +12,10 @@ from mxsimmim.cluster.outcome import Exit, Outcome
 from mxsimmim.cluster.restarts import Failure, decide, failure_of, history, without_progress
 from mxsimmim.cluster.spec import JobSpec, Process
 from mxsimmim.cluster.supervisor import Supervisor
+from mxsimmim.config import Config
 from mxsimmim.runtime import report
-from mxsimmim.system import notify
+from mxsimmim.system import files, notify
+from mxsimmim.training import run_folder
 
 KILLED = Failure(137, ['worker 1 on a was killed by SIGKILL'])
 SAVED_5, SAVED_9 = (KILLED._replace(checkpoint=step) for step in (5, 9))
@@ -57,6 +59,22 @@ def test_what_a_failure_was():
     assert failure_of(Outcome(lost=(('b', 'gone'),))) == Failure(1, ['host b was lost: gone'])
     assert without_progress([]) == 0 and history([KILLED]) == []
     assert history([KILLED, Failure(1, [])]) == [f'attempt 1: {KILLED.causes[0]}', 'attempt 2: failed without a word']
+
+
+def test_what_others_can_mend_is_no_error_of_the_job(tmp_path, monkeypatch):
+    """A restart that meets a full disk, or the processes that it is to replace, may be followed by another."""
+    monkeypatch.setattr(files, 'free', lambda folder: 0)
+    monkeypatch.setattr(report, '_told', {})
+    monkeypatch.setenv(report.FILE, str(tmp_path / 'file'))
+    with run_folder.locked(tmp_path / 'run', print):
+        for refused in (lambda: run_folder.locked(tmp_path / 'run', print).__enter__(),
+                        lambda: files.check_room(tmp_path, 100, 0), lambda: files.try_place(tmp_path / 'file' / 'run'),
+                        lambda: run_folder.write_config(tmp_path / 'no' / 'run', Config())):
+            report.tell(step=3)
+            with pytest.raises(ValueError) as error:
+                refused()
+            report.tell_error(error.value)
+            assert report.read(str(tmp_path / 'file')) == {'step': 3}, error.value
 
 
 def test_reports(tmp_path, monkeypatch):
