@@ -14,7 +14,10 @@ _told: Dict[str, Any] = {}
 
 
 def tell(**values: Any) -> None:
-    """Add to what this process has told: `checkpoint` (step of the newest), `step` (updates done), `error`."""
+    """Add to what this process has told.
+
+    That is `checkpoint` (step of the newest), `step` (updates done), `error`, `stalled` (what it waited for in vain).
+    """
     _told.update(values)
     path = os.environ.get(FILE)
     if path:

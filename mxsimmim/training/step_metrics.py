@@ -7,6 +7,7 @@ import mxnet as mx
 import numpy as np
 
 from ..parallel.clock import Clock
+from ..runtime import watchdog
 
 
 class Row(NamedTuple):
@@ -67,7 +68,9 @@ class StepMetrics:
         waiting, self._waiting = self._waiting, []
         if not waiting:  # in all workers alike
             return
-        combined = self._combine(np.stack([stats.asnumpy().astype('float64') for *_, stats in waiting]))
+        with watchdog.doing(watchdog.EXCHANGE, together=True):
+            rows = np.stack([stats.asnumpy().astype('float64') for *_, stats in waiting])
+        combined = self._combine(rows)
         for (step, lr, _), (loss, norm, applied) in zip(waiting, combined.tolist()):
             self._rows.append(Row(step, lr, loss, norm, bool(applied)))
             self.skipped += not applied

@@ -22,7 +22,7 @@ from ..parallel.parts import ModelParts
 from ..parallel.placement import Placement
 from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
-from ..runtime import report
+from ..runtime import report, watchdog
 from ..system.arrays import Arrays, Gathered
 from ..system.points import reach
 from ..system.text import encode, one_line
@@ -90,15 +90,18 @@ class Trainer:
             if self.step == 0 and self.config.validation.at_start:
                 self.validate()
             for batch in self.metrics.clock.watch(self._batches()):
-                self.train_step(batch)
-                validating, saving = self._is_due(timetable.validate), self._is_due(timetable.save)
-                stop_at = self.update_rule.poll_stop(self.step, bool(stop.signal), validating or saving)
-                self.check_replicas()
+                with watchdog.doing(watchdog.EXCHANGE, together=True):
+                    self.train_step(batch)
+                    validating, saving = self._is_due(timetable.validate), self._is_due(timetable.save)
+                    stop_at = self.update_rule.poll_stop(self.step, bool(stop.signal), validating or saving)
+                    self.check_replicas()
                 if validating:
-                    self.validate()
+                    with watchdog.doing('validation', together=True):
+                        self.validate()
                 ending = self.step == stop_at or self.plateau.ended
                 if saving or ending:
-                    self.save()
+                    with watchdog.doing(f'the checkpoint of step {self.step}', together=self.control.rank > 0):
+                        self.save()
                 if ending:
                     break
         except TooManyBadSteps as error:
@@ -253,6 +256,7 @@ class Trainer:
         workers = [{'host': host, 'seconds': each} for host, each in zip(self.hosts, seconds)]
         told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         per_second = values['images_per_second'] / self.config.train.batch_size
+        watchdog.measured(per_second, self.config.log.every)
         self.logger.status(**told, step=self.step, epoch=self.step / self.timetable.per_epoch, workers=workers,
                            steps_per_second=per_second)
         slow = stragglers(seconds)
