@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ONEDNN := $(shell grep -o 'onednn-devel[^"]*' pyproject.toml)
 LINT := build/lint
+FAULTS := build/faults.jsonl
 LINTERS := $(shell grep -oE "'(ruff|mypy|clang-format|numpy|pydantic|pillow)==[^']*'" setup.py)
 HOROVOD := $(shell grep -o 'horovod==[0-9.]*' setup.py | cut -d= -f3)
 comma := ,
@@ -42,9 +43,14 @@ define run_tests
 	exit $$status
 endef
 
-soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, commands that fail
+soak: $(VENV)/test  # jobs that run long, jobs that are killed again and again, a hundred faults, commands that fail
 	$(BIN)/python -m pytest -v tests/*/soak_*.py
-	SOAK=1 $(BIN)/python -m pytest -v -m soak
+	@mkdir -p build && rm -f $(FAULTS) && touch $(FAULTS)
+	@status=0; \
+	SOAK=1 FAULT_RECORDS=$(CURDIR)/$(FAULTS) $(BIN)/python -m pytest -v -m soak || status=$$?; \
+	echo '==> What became of jobs under faults'; \
+	$(BIN)/python tests/support/faults.py $(FAULTS); \
+	exit $$status
 
 lint: $(LINT)/ready  # checks style and types
 	$(LINT)/bin/ruff check .

@@ -338,11 +338,15 @@ def kill_descendants(collect: Callable[[], None], deadline: float = 2.0) -> None
 
 
 def guard(agent: int, private: str) -> None:
-    """Be the guardian: wait for the agent, kill what it may have left, and clear up."""
+    """Be the guardian: wait for the agent, wake it if it is stopped, kill what it may have left, and clear up."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: send(os.kill, agent, number))
-    while os.waitpid(-1, 0)[0] != agent:
-        pass
+    while True:
+        pid, status = os.waitpid(-1, os.WUNTRACED)
+        if pid == agent and os.WIFSTOPPED(status):
+            send(os.kill, agent, signal.SIGCONT)  # or the launcher would give the host up, and all of it would stay
+        elif pid == agent:
+            break
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects the rest
     kill_descendants(lambda: None)
     shutil.rmtree(private, ignore_errors=True)
@@ -372,4 +376,5 @@ def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(serve(loop, private, reader, writer, secret, address))
+    shutil.rmtree(private, ignore_errors=True)  # in case that the guardian was killed
     os._exit(0)

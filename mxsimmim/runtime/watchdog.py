@@ -138,13 +138,15 @@ class Watch:
         _watch = self
         self._thread = threading.get_ident()
         self._base.__enter__()
-        threading.Thread(target=self._run, name='watchdog', daemon=True).start()
+        self._looks = threading.Thread(target=self._run, name='watchdog', daemon=True)
+        self._looks.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         global _watch
         _watch = None
         self._ended.set()
+        self._looks.join(LEAVING)  # it knows the trainer: MXNet aborts if a kvstore outlives the interpreter
         self._base.__exit__()
 
     def _run(self) -> None:

@@ -232,7 +232,7 @@ def test_killing_the_agent_ends_all(launcher, who):
     """The guardian is the agent's parent; with both gone, the kernel kills the processes that they started."""
     process = launcher.start('-n', 2, '-s', 1, *(SLEEP if who == 'both' else STUBBORN))
     launcher.until(lambda: 'ready' in launcher.text('out'), 20, 'ready')
-    guardian, agent = sorted(launcher.find('import sys; exec('), key=lambda pid: parent(pid) != process.pid)
+    guardian, agent = guardian_and_agent(launcher, process)
     for pid in {'agent': [agent], 'guardian': [guardian], 'both': [agent, guardian]}[who]:
         os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
@@ -240,10 +240,26 @@ def test_killing_the_agent_ends_all(launcher, who):
     launcher.gone(10)
     assert time.monotonic() - began < 12
     assert 'was lost' in launcher.text('err')
+    assert who == 'both' or not list(launcher.folder.glob('mxsimmim-*'))  # whichever is left clears up
 
 
-def parent(pid):
-    return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+def test_an_agent_that_is_stopped_is_woken(launcher):
+    process = launcher.start('-n', 1, '-s', 1, 'sh', '-c', 'echo ready; sleep 600')
+    launcher.until(lambda: 'ready' in launcher.text('out'), 20, 'ready')
+    _, agent = guardian_and_agent(launcher, process)
+    os.kill(agent, signal.SIGSTOP)
+    launcher.until(lambda: stat(agent)[0] in 'SR', 5, 'it goes on')
+    process.send_signal(signal.SIGTERM)
+    launcher.gone(10)
+
+
+def guardian_and_agent(launcher, process):
+    return sorted(launcher.find('import sys; exec('), key=lambda pid: int(stat(pid)[1]) != process.pid)
+
+
+def stat(pid):
+    """State, parent, … of a process."""
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
 
 
 def test_grandchildren_do_not_outlive_a_good_end(launcher):

@@ -18,11 +18,12 @@ from .running import BASE, ROOT, command, last_step
 from .tiny import NETWORK
 
 DEADLINE = 120  # seconds for a whole job, and for a fault to happen
+WAITS = 6  # seconds that a worker waits for others, and a quarter more
 AFTER = 40  # seconds until nothing of a job is left on a host that had lost the launcher
 KEYS = [*NETWORK, 'model.depth=3', 'mask.patch_size=4', 'data.max_broken=0', 'data.threads=1',
         'train.batch_size=12', f'train.length={STEPS}', 'train.check_replicas=20', 'optim.schedule=constant',
         'optim.warmup=0', 'optim.base_lr=1e-2', 'optim.clip_grad=0.5',
-        f'checkpoint.every={SAVED}', 'log.every=1', 'runtime.threads=1']
+        f'checkpoint.every={SAVED}', 'log.every=1', 'runtime.threads=1', f'runtime.deadline={WAITS}']
 
 
 class Job:
@@ -150,6 +151,7 @@ def _signalled(number):
         job.reach(fault.step)
         begin = time.time()
         os.kill(pid, number)
+        assert job.process.poll() is None, 'the fault comes too late'
         return begin
     return happen
 

@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 
 import pytest
 
+from mxsimmim.runtime import watchdog
 from mxsimmim.runtime.watchdog import Peer, deadline, doing, is_on, judge, pause_of
 
 PROGRAM = '''
@@ -145,3 +148,17 @@ def test_it_costs_nothing_beside_a_step():
         seconds = min(seconds, (time.process_time() - began) / 2000)
     print(f'{seconds * 1e6:.2f} us')
     assert seconds < 2e-5
+
+
+def test_nothing_that_it_knew_is_kept():
+    """A kvstore that is still known when the interpreter ends is an abort of MXNet's."""
+    class Trainer:
+        step = 7
+    trainer = Trainer()
+    known = weakref.ref(trainer)
+    with watchdog.Watch('rank 0 on host', 60.0) as watch:
+        watch.step = lambda trainer=trainer: trainer.step
+        time.sleep(0.1)  # it looks, and then waits for seconds
+    assert 'watchdog' not in [thread.name for thread in threading.enumerate()]
+    del watch, trainer
+    assert known() is None
