@@ -186,7 +186,7 @@ class Watch:
 
     def _tell(self, each: doing, age: float, limit: float, why: str) -> None:
         """Say all that is known, to whoever can be told."""
-        threading.Thread(target=_leave_late, daemon=True).start()
+        end_within(LEAVING, 1)
         about, step = '', self.step()
         with contextlib.suppress(Exception):  # this is no time for another error
             about = each.about()
@@ -204,6 +204,9 @@ class Watch:
             print(f'mxsimmim: error: {text}', file=sys.stderr, flush=True)
 
 
-def _leave_late() -> None:
-    time.sleep(LEAVING)
-    os._exit(1)
+def end_within(seconds: float, status: int) -> None:
+    """End this process with this status, should it not have ended by itself within so many seconds."""
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(status)
+    threading.Thread(target=end, daemon=True).start()

@@ -35,6 +35,8 @@ from .run_logger import Quiet, RunLogger, read_metrics
 from .timetable import expected_step, timetable_of
 from .trainer import Trainer
 
+GOODBYE = 30.0  # seconds for workers and servers to end together
+
 
 def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})) -> int:
     """Train until the end, an error or a signal; return the exit status, 128 + its number for a signal.
@@ -48,7 +50,10 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     process = process_info(os.environ)
     name = f'rank {process.rank} on {platform.node()}'
     with watchdog.Watch(name, config.runtime.deadline, library.show_stacks) as watch:
-        return _start(config, written, process, watch)
+        status = _start(config, written, process, watch)
+    if process.transport == 'ps':  # all is saved; MXNet takes its leave of the scheduler, for as long as that is silent
+        watchdog.end_within(GOODBYE, status)
+    return status
 
 
 def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo, watch: watchdog.Watch) -> int:

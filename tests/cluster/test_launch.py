@@ -248,16 +248,16 @@ def test_an_agent_that_is_stopped_is_woken(launcher):
     launcher.until(lambda: 'ready' in launcher.text('out'), 20, 'ready')
     _, agent = guardian_and_agent(launcher, process)
     os.kill(agent, signal.SIGSTOP)
-    launcher.until(lambda: stat(agent)[0] in 'SR', 5, 'it goes on')
+    launcher.until(lambda: state(agent)[0] in 'SR', 5, 'it goes on')
     process.send_signal(signal.SIGTERM)
     launcher.gone(10)
 
 
 def guardian_and_agent(launcher, process):
-    return sorted(launcher.find('import sys; exec('), key=lambda pid: int(stat(pid)[1]) != process.pid)
+    return sorted(launcher.find('import sys; exec('), key=lambda pid: int(state(pid)[1]) != process.pid)
 
 
-def stat(pid):
+def state(pid):
     """State, parent, … of a process."""
     return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
 

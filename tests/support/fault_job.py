@@ -65,6 +65,7 @@ class Job:
             for pid in self.hosts.processes(n):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            self.hosts.run(n, f'rm -rf {self.hosts.folder / self.hosts.names[n]}/tmp/* /dev/shm/*')
         shutil.rmtree(self.run, ignore_errors=True)
 
     # --- seen
@@ -269,7 +270,7 @@ def check(job, expected):
         job.process.wait(DEADLINE)
     assert job.process.poll() == 0, f'exit status {job.process.poll()}\n{job.told()}'
     wait_for(lambda: not job.left(), 'no orphan is left', AFTER)
-    assert job.files() == []
+    assert job.files() == [], 'left behind'
     step, ours = weights_of(job.run)
     assert step == STEPS and np.isfinite(ours).all()
     difference = np.linalg.norm(ours - expected) / np.linalg.norm(expected)

@@ -15,7 +15,7 @@ class Mode(NamedTuple):
     tolerance: float = 1e-5  # of the weights, relative to those of an undisturbed run; 0: the same bits
 
 
-# Sums of three have the order in which messages arrive; those of two, and what a pipeline hands on, are always the same.
+# Sums of three have the order in which messages arrive; those of two, and what a pipeline hands on, have always one.
 MODES: Dict[str, Mode] = {
     'servers': Mode(('-n', 3, '-s', 2)),
     'Horovod': Mode(('-n', 3, '--horovod')),

@@ -174,7 +174,7 @@ class Hosts:
                 run('ip', *where, 'link', 'set', link, 'up')
 
     def boot(self, n: int) -> None:
-        """Starts the first process of a host, which its sshd replaces; what lies in TMPDIR and /dev/shm ends with it."""
+        """Starts the first process of a host, which its sshd replaces, with empty TMPDIR and /dev/shm."""
         home = self.folder / self.names[n]
         script = (f'hostname {self.names[n]} && mount -t tmpfs -o mode=755 none /run && mkdir /run/sshd && '
                   f'mount -t tmpfs none {home}/tmp && mount -t tmpfs none /dev/shm && '
