@@ -83,9 +83,9 @@ def deadline(asked: float, step: Optional[float], record: int) -> float:
     return asked or max(LEAST, max(STEPS, RECORDS * record) * step)
 
 
-def pause_of(limit: float) -> float:
-    """Return the seconds between two looks, at each of which a worker gives a sign of life."""
-    return min(SELDOM, limit / LOOKS)
+def pause_of(asked: float) -> float:
+    """Return the seconds between two looks, at each of which a worker gives a sign of life; all at the same pace."""
+    return min(SELDOM, (asked or LEAST) / LOOKS)
 
 
 class Peer(NamedTuple):
@@ -96,9 +96,12 @@ class Peer(NamedTuple):
     together: bool = False  # whether that may be to wait for others
 
 
-def judge(peers: Sequence[Peer], limit: float) -> Tuple[bool, str]:
-    """Tell whether another worker is at work, and else, in words, who keeps all waiting."""
-    absent = [peer for peer in peers if peer.silent > MISSED * pause_of(limit)]
+def judge(peers: Sequence[Peer], pause: float) -> Tuple[bool, str]:
+    """Tell whether another worker is at work, and else, in words, who keeps all waiting.
+
+    `pause` is that between two signs of life, in seconds.
+    """
+    absent = [peer for peer in peers if peer.silent > MISSED * pause]
     if absent:
         return False, '; '.join(
             f'{peer.name} has not come so far as to be heard of' if math.isinf(peer.silent) else
@@ -115,6 +118,7 @@ class Watch:
     def __init__(self, name: str, asked: float, show_native: Callable[[int], None] = lambda file: None):
         """`name` is what others call this process; `show_native` writes native stacks into a file by its number."""
         self.name, self._asked, self._show_native = name, asked, show_native
+        self._pause = pause_of(asked)
         self.step_seconds: Optional[float] = None
         self.record = 1
         self.step: Callable[[], int] = int  # updates done
@@ -132,6 +136,7 @@ class Watch:
     def join(self, peers: Callable[[], List[Peer]], sign: Callable[[List[Any]], None]) -> None:
         """Ask `peers` for the other workers from now on, and tell them by `sign` what this one does."""
         self._peers, self._sign = peers, sign
+        self._give_sign()
 
     def __enter__(self) -> 'Watch':
         global _watch
@@ -150,19 +155,22 @@ class Watch:
         self._base.__exit__()
 
     def _run(self) -> None:
-        looked, pause = time.monotonic(), 0.0
-        while not self._ended.wait(pause):
+        looked = time.monotonic()
+        while not self._ended.wait(self._pause):
             now = time.monotonic()
             current = [each for stack in list(_under_way.values()) for each in stack[-1:]]
-            if now - looked > 2 * pause + 1:  # this process was suspended: that was no waiting
+            if now - looked > 2 * self._pause + 1:  # this process was suspended: that was no waiting
                 for each in current:
                     each.since += now - looked
             for each in current:
                 self._look_at(each, now)
-            looked, pause = now, pause_of(self.limit)
-            own = (_under_way.get(self._thread) or [self._base])[-1]
+            looked = now
             with contextlib.suppress(RuntimeError):  # the connection is being closed
-                self._sign([self.name, own.what, own.together])
+                self._give_sign()
+
+    def _give_sign(self) -> None:
+        own = (_under_way.get(self._thread) or [self._base])[-1]
+        self._sign([self.name, own.what, own.together])
 
     def _look_at(self, each: doing, now: float) -> None:
         limit, age = self.limit, now - each.since
@@ -175,7 +183,7 @@ class Watch:
             except ValueError as error:  # another worker has ended
                 why = str(error)
             else:
-                works, why = judge(peers, limit)
+                works, why = judge(peers, self._pause)
                 if works:  # under a deadline of its own
                     return
         if time.monotonic() - each.since >= age:  # nothing came while the others were asked
