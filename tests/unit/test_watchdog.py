@@ -162,3 +162,8 @@ def test_nothing_that_it_knew_is_kept():
     assert 'watchdog' not in [thread.name for thread in threading.enumerate()]
     del watch, trainer
     assert known() is None
+
+
+def test_the_end_has_a_limit():
+    program = 'import time; from mxsimmim.runtime import watchdog; watchdog.end_within(0.2, 7); time.sleep(60)'
+    assert subprocess.run([sys.executable, '-c', program], timeout=30).returncode == 7
