@@ -1,6 +1,7 @@
 """`mxsimmim pretrain` and `finetune`: joins a job, goes on from its last checkpoint, trains, and says how it went."""
 import contextlib
 import functools
+import gc
 import os
 import platform
 from pathlib import Path
@@ -51,8 +52,10 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     name = f'rank {process.rank} on {platform.node()}'
     with watchdog.Watch(name, config.runtime.deadline, library.show_stacks) as watch:
         status = _start(config, written, process, watch)
-    if process.transport == 'ps':  # all is saved; MXNet takes its leave of the scheduler, for as long as that is silent
+    if process.transport == 'ps':  # all is saved; a kvstore that is freed waits for the scheduler without a limit
         watchdog.end_within(GOODBYE, status)
+        del watch  # which knows the trainer
+        gc.collect()
     return status
 
 
