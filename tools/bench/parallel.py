@@ -127,7 +127,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str, micro_batches: int) -> Worke
 
     def step() -> None:
         trainer.train_step(images)
-        trainer.update_rule.poll_stop(trainer.step, False)
+        trainer.update_rule.poll(trainer.step, False)
 
     control = communicator.control
     return Worker(step, mx.nd.waitall, lambda value: control.all_gather('measured', value), process.rank)
