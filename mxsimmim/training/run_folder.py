@@ -2,13 +2,14 @@
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Union
 
 from .. import __version__
 from ..config import Config, configfile
 from ..system import files
-from .checkpoint import Checkpoint, load, newest
+from .checkpoint import Checkpoint, load, newest, saved_steps
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -22,9 +23,17 @@ def folder_of(config: Config) -> Path:
     return Path(config.output) / config.name
 
 
+# Seconds until nobody holds a folder any more for a host that was lost: its processes end by themselves within 40, and
+# NFS forgets the locks of one that is switched off after 90.
+ENDING = 120.0
+
+
 @contextlib.contextmanager
-def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, log: Callable[[str], None], patience: float = 0.0) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; `log` hears of a file system that cannot.
+
+    Args:
+        patience: seconds to wait for another process to end.
 
     Raises:
         ValueError: another process trains there, or the folder cannot be made.
@@ -35,11 +44,16 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f'{folder}: cannot write the run there ({error.strerror}): set output= or name=') from None
     with handle:
-        try:
-            missing = files.lock(handle)
-        except files.Taken as error:
-            raise ValueError(f'{folder}: process {error.owner or "?"} is training in this folder: wait for it, stop '
-                             'it, or set name=') from None
+        until = time.monotonic() + patience
+        while True:
+            try:
+                missing = files.lock(handle)
+                break
+            except files.Taken as error:
+                if time.monotonic() > until:
+                    raise ValueError(f'{folder}: process {error.owner or "?"} is training in this folder: wait for it, '
+                                     'stop it, or set name=') from None
+            time.sleep(0.1)
         if missing:
             log(f'warning: the file system of {folder} has no locks ({missing.strerror}): nothing keeps another '
                 'process from training there, too')
@@ -135,6 +149,18 @@ def checkpoint_to_resume(config: Config, task: 'Task', log: Callable[[str], None
     if saved:
         task.check_state(saved.state, str(saved.path), 'give data of its classes, or set name= for a new run')
     return saved
+
+
+def check_shared(folder: Path, written: int) -> None:
+    """Makes sure that this host sees the checkpoint of step `written`, which the job told of, whole or not.
+
+    Raises:
+        ValueError: it does not, as where each host has a folder of its own; another host may.
+    """
+    if max(saved_steps(folder / 'checkpoints'), default=-1) < written:
+        raise ValueError(f'{folder} has no checkpoint of step {written} here, which this job has written: with '
+                         '--min-workers all hosts must see the same folder, set output= to one'
+                         ) from FileNotFoundError(str(folder))
 
 
 def _differences(config: Config, samples: int, state: Dict[str, Any]) -> list:

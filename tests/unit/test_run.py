@@ -12,7 +12,7 @@ from mxsimmim.tasks.classify import Classification
 from mxsimmim.tasks.pretrain import Pretraining
 from mxsimmim.tasks.task import check_same_job
 from mxsimmim.training import checkpoint
-from mxsimmim.training.run_folder import checkpoint_to_resume
+from mxsimmim.training.run_folder import check_shared, checkpoint_to_resume
 
 
 class Images:
@@ -108,6 +108,17 @@ def test_a_checkpoint_of_other_images(tmp_path, monkeypatch):
                        'an earlier version did not read their format: take out what came, put back what went'):
         checkpoint_to_resume(config, pretraining(config, monkeypatch, 5), print)
     assert checkpoint_to_resume(config, pretraining(config, monkeypatch, 3), print).step == 7
+
+
+def test_a_host_that_does_not_see_what_the_job_has_written(tmp_path):
+    """Which another start may: it is no reason to give up."""
+    check_shared(tmp_path, -1)
+    checkpoint.save(tmp_path / 'checkpoints', 7, {}, {}, 1)
+    (tmp_path / 'checkpoints' / 'step-00000007' / 'manifest.json').write_text('')  # damaged, but here
+    check_shared(tmp_path, 7)
+    with pytest.raises(ValueError, match='has no checkpoint of step 8 here, which this job has written') as caught:
+        check_shared(tmp_path, 8)
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 @pytest.mark.parametrize('by_name', [False, True])
