@@ -14,6 +14,7 @@ class Failure(NamedTuple):
     causes: Sequence[str]  # for the user, a line each
     checkpoint: int = -1  # step of the newest that it wrote; -1: it wrote none
     error: Optional[Tuple[str, int]] = None  # the exception that began it, and after how many steps; None: no exception
+    reduced: bool = False  # the job had fewer hosts than it was given
 
 
 class Decision(NamedTuple):
@@ -33,15 +34,17 @@ def failure_of(outcome: Outcome) -> Failure:
 def decide(failures: Sequence[Failure], most: int) -> Decision:
     """Choose what follows the last of a job's failures, in their order.
 
+    What a job refuses with fewer hosts, such as a mesh that does not divide its workers, it may take with all.
+
     Args:
         most: restarts without progress, which is a newer checkpoint than any before.
     """
     *before, last = failures
     if most == 0:
         return Decision(None, '')
-    if last.status == USAGE:
+    if last.status == USAGE and not last.reduced:
         return Decision(None, 'no restart: the command refuses its words or its configuration, and would again')
-    if before and last.error and last.error == before[-1].error:
+    if before and last.error and last.error == before[-1].error and not last.reduced:
         return Decision(None, f'no restart: the same error after the same {last.error[1]} steps as the time before')
     spent = without_progress(failures)
     if spent > most:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 CONFIG, HOLDER = 'config.yaml', '.holder'
+# Seconds until nobody holds a folder any more for a host that was lost: its processes end by themselves within 40, and
+# NFS forgets the locks of one that is switched off after 90.
+ENDING = 120.0
 BEAT = 3.0  # seconds between two signs of life in the folder of a run
 # Keys of the network that change none of its weights: with others the weights of a checkpoint do not fit.
 WITHOUT_WEIGHTS = ('model.drop_path', 'model.loss', 'model.norm_targets', 'model.recompute', 'model.pretrained')
@@ -40,8 +43,11 @@ def checkpoint_folders(config: Config) -> List[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, log: Callable[[str], None], patience: float = 0.0) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; `log` hears of a file system that cannot.
+
+    Args:
+        patience: seconds to wait for another process to end.
 
     Raises:
         ValueError: another process trains there, or the folder cannot be made.
@@ -52,10 +58,15 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f'{folder}: cannot write the run there ({error.strerror}): set output= or name=') from None
     with handle:
-        try:
-            missing = files.lock(handle)
-        except files.Taken as error:
-            raise _taken(folder, error.owner or '?') from None
+        until = time.monotonic() + patience
+        while True:
+            try:
+                missing = files.lock(handle)
+                break
+            except files.Taken as error:
+                if time.monotonic() > until:
+                    raise _taken(folder, error.owner or '?') from None
+            time.sleep(0.1)
         if missing:
             log(f'warning: the file system of {folder} has no locks ({missing.strerror}): nothing keeps another '
                 'process from training there, too')
@@ -63,26 +74,28 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
-        with _held(folder):
+        with _held(folder, until):
             yield
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _held(folder: Path, until: float) -> Iterator[None]:
     """Gives signs of life while entered: many file systems keep their locks from other hosts.
 
     Clocks of hosts differ. So whoever comes to a folder of another host's waits for whether there is another sign.
 
     Raises:
-        ValueError: there is.
+        ValueError: there still is one at the time `until`, of `time.monotonic`.
     """
     file, node = folder / HOLDER, platform.node()
     found = _holder(file)
-    if found[1] not in ('', node):
+    while found[1] not in ('', node):
         time.sleep(3 * BEAT)
-        now = _holder(file)
-        if now[1] and now != found:
-            raise _taken(folder, f'{now[0]} on {now[1]}')
+        before, found = found, _holder(file)
+        if found == before:
+            break
+        if found[1] and time.monotonic() > until:
+            raise _taken(folder, f'{found[0]} on {found[1]}')
     ended, signs = threading.Event(), itertools.count()
 
     def give() -> None:
@@ -250,6 +263,19 @@ def _check_fits(saved: Checkpoint, task: 'Task', changed: List[Tuple[str, Any, A
         raise ValueError(f'{saved.path}: of another network, by mxsimmim {_version(saved)} (this is {__version__}): '
                          f'{keys}{problems}: take the model keys of its run, or start from its encoder by '
                          'model.pretrained=')
+
+
+def check_written(config: Config, written: int) -> None:
+    """Makes sure that this host sees the checkpoint of step `written`, which the job told of, whole or not.
+
+    Raises:
+        ValueError: it does not, as where each host has a folder of its own; another host may.
+    """
+    if max((step for folder in checkpoint_folders(config) for step in saved_steps(folder)), default=-1) < written:
+        folder = folder_of(config)
+        raise ValueError(f'{folder} has no checkpoint of step {written} here, which this job has written: with '
+                         '--min-workers all hosts must see the same folder, set output= or checkpoint.copy_to= to one'
+                         ) from FileNotFoundError(str(folder))
 
 
 def _differences(config: Config, samples: int, saved: Checkpoint) -> List[Tuple[str, Any, Any]]:

@@ -29,7 +29,17 @@ from ..tasks.task import Task, check_same_job
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
 from .room import check_room
-from .run_folder import Stop, check_shared, checkpoint_to_resume, folder_of, locked, newest_here, write_config
+from .run_folder import (
+    ENDING,
+    Stop,
+    check_shared,
+    check_written,
+    checkpoint_to_resume,
+    folder_of,
+    locked,
+    newest_here,
+    write_config,
+)
 from .run_logger import Quiet, RunLogger, read_metrics
 from .timetable import expected_step, timetable_of
 from .trainer import Trainer
@@ -58,7 +68,9 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if process.rank == 0:
-            stack.enter_context(locked(folder, notes.append))
+            # On a host that was lost, this job's own rank 0 of before may still be ending.
+            stack.enter_context(locked(folder, notes.append, ENDING if process.restarts else 0))
+            check_written(config, process.written)
         control = stack.enter_context(connected(config, strategy, process))
         check_same_job(config, task, control)
         backend = agree_on_backend(config, contexts, control, notes.append)

@@ -90,7 +90,8 @@ def test_a_lock_that_is_taken(monkeypatch, tmp_path):
                 pass
             assert str(caught.value) == complaint
         other.stdin.close()
-        other.wait(60)
+        with locked(tmp_path, said.append, patience=60):  # it is about to end
+            pass
     with locked(tmp_path, said.append):  # a stale one is nobody's
         pass
     assert not said

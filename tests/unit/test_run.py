@@ -15,7 +15,7 @@ from mxsimmim.tasks.classify import Classification
 from mxsimmim.tasks.pretrain import Pretraining
 from mxsimmim.tasks.task import check_same_job
 from mxsimmim.training import checkpoint
-from mxsimmim.training.run_folder import check_shared, checkpoint_to_resume, newest_here
+from mxsimmim.training.run_folder import check_shared, check_written, checkpoint_to_resume, newest_here
 
 
 class Images:
@@ -111,6 +111,18 @@ def test_a_checkpoint_of_other_images(tmp_path, monkeypatch):
                        'an earlier version did not read their format: take out what came, put back what went'):
         checkpoint_to_resume(config, pretraining(config, monkeypatch, 5), print)
     assert checkpoint_to_resume(config, pretraining(config, monkeypatch, 3), print).step == 7
+
+
+def test_a_host_that_does_not_see_what_the_job_has_written(tmp_path):
+    """Which another start may: it is no reason to give up."""
+    config = Config(output=str(tmp_path), name='run')
+    check_written(config, -1)
+    checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {}, 1)
+    (tmp_path / 'run' / 'checkpoints' / 'step-00000007' / 'manifest.json').write_text('')  # damaged, but here
+    check_written(config, 7)
+    with pytest.raises(ValueError, match='has no checkpoint of step 8 here, which this job has written') as caught:
+        check_written(config, 8)
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 @pytest.mark.parametrize('by_name', [False, True])
