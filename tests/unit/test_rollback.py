@@ -132,7 +132,8 @@ def test_without_the_key_nothing_happens(tmp_path):
 
 @pytest.mark.parametrize('keys', [
     dict(ema=0.9, compression='2bit', threshold=0.02), dict(aggregation='elastic', local_steps=5),
-    dict(aggregation='local_sgd', local_steps=5, average_moments=False)], ids=lambda keys: ' '.join(map(str, keys.values())))
+    dict(aggregation='local_sgd', local_steps=5, average_moments=False)],
+    ids=lambda keys: ' '.join(map(str, keys.values())))
 def test_workers_go_back_together(tmp_path, keys):
     """One worker's loss spikes, all go back, to what each of them had: as if the batches had never come."""
     def work(build):
