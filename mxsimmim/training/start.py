@@ -28,6 +28,7 @@ from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
+from .restore import in_all_workers
 from .room import check_room
 from .run_folder import (
     ENDING,
@@ -64,7 +65,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     notes += fitting
     total = timetable_of(config, len(task.source), strategy).total
     if process.rank == 0:
-        check_room(config, task, folder, total)
+        check_room(config, task, folder, total, process.size)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if process.rank == 0:
@@ -170,15 +171,15 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
         ValueError: see `checkpoint_to_resume`.
     """
     steps, hosts = zip(*control.all_gather('checkpoints', [newest_here(config), platform.node()]))
-    saved = None
-    if control.rank == 0:
+
+    def find() -> Optional[Checkpoint]:
         if config.resume == 'auto' or restarted:
             check_shared(config, steps, hosts)
         saved = checkpoint_to_resume(config, task, log, restarted)
         if restarted and not saved:
             log(f'warning: this job was restarted, and there is no checkpoint in {folder_of(config)}: it begins anew')
-    told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
-    return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
+        return saved
+    return in_all_workers(find, control)
 
 
 def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo,
