@@ -36,6 +36,7 @@ class Attempt:
         self.exits: Dict[Process, Exit] = {}
         self.failed: List[Exit] = []
         self.lost: List[AgentConnection] = []
+        self.stopped: Dict[Process, str] = {}  # by a signal or a debugger, and on which host
         self.logs = FetchedLogs()
         self.running = self.ending = self.finishing = False  # finishing: agents are told to go
         self.signal, self.checkpoint, self.notify = 0, -1, ('', '')
@@ -53,10 +54,12 @@ class Attempt:
         event = message['event']
         if event == 'output':
             self.terminal.put(message['stream'], message['data'].encode('latin-1'), message['missed'])
-        elif event in ('exit', 'log'):
+        elif event in ('exit', 'log', 'stopped'):
             process = next(p for p in agent.processes if p[:2] == (message['role'], message['index']))
             if event == 'log':
                 self.logs.write(process, message['data'].encode('latin-1'))
+            elif event == 'stopped':
+                self.stopped[process] = agent.name
             else:
                 self.exits[process] = Exit(process, agent.name, message['code'], message['time'] - agent.offset,
                                            message['tail'], message['crash'], message['report'])
@@ -133,7 +136,8 @@ class Attempt:
         lost = tuple((agent.name, agent.last_words()) for agent in self.lost)
         planned = self.stopping and not (self.signal or self.failed or lost) and any(
             exit.code in STOPPED for exit in self.exits.values())
-        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, planned, self.notify)
+        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, planned, self.notify,
+                       tuple(self.stopped.items()))
 
     async def _until(self, condition: Callable[[], object], seconds: Optional[float]) -> None:
         """Wait for a condition, a deadline, or the user's impatience."""

@@ -325,6 +325,9 @@ class RuntimeConfig(Section):
     precision: Literal['float32', 'bf16', 'auto'] = Field(
         'float32', description='of matrix products and the activations between them, on CPUs: float32, bf16, or auto '
         '(bf16 where the CPU multiplies it faster); weights and their updates stay float32')
+    deadline: float = Field(0.0, ge=0, description='seconds that a training may wait for one thing (data, a device, '
+                            'another worker, a server, a disk) before it ends and says why; ten times as long before '
+                            'the first log record; 0: 20 steps, three log records and 300 s at least')
 
 
 class Config(Section):

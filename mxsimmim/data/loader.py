@@ -10,11 +10,14 @@ from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, 
 
 import numpy as np
 
+from ..runtime import watchdog
 from ..runtime.memory import ran_out
+from ..system.text import one_line
 from .sampling import generator, split
 from .sources import Source
 from .transforms import Fields, Transform, decode
 
+SHOWN = 4  # images in work that an error names
 GRACE = 5.0  # seconds that the images in work may take at the end
 
 
@@ -57,6 +60,7 @@ class Loader:
         self._prefetch, self._max_broken, self._log = prefetch, max_broken, log
         self._broken: Dict[int, str] = {}  # sample -> what is wrong with it
         self._unsaid: Deque[str] = deque()
+        self._reading: Dict[int, Tuple[int, float]] = {}  # thread -> sample that it reads, and since when
         self._lock = threading.Lock()
 
     @property
@@ -88,7 +92,8 @@ class Loader:
                     ahead[new] = self._submit(new, tasks)
                     missing[new] = len(self._groups(len(ahead[new].index)))
                 while missing[step]:
-                    number, error = finished.get()
+                    with watchdog.doing('data', self._in_work):
+                        number, error = finished.get()
                     self._say()
                     if error:
                         raise error
@@ -143,6 +148,7 @@ class Loader:
         for candidate in range(index, index + count):
             candidate %= count
             if candidate not in self._broken:
+                self._reading[threading.get_ident()] = candidate, time.monotonic()
                 try:
                     data = self._source.read(candidate)
                     return candidate, decode(data, self._source.name(candidate), self._transform.upright,
@@ -151,6 +157,8 @@ class Loader:
                     if ran_out(error):  # an image that another machine can read: replaced, it would change the run
                         raise
                     self._note(candidate, error)
+                finally:
+                    del self._reading[threading.get_ident()]
         raise TooManyBroken(f'none of the {count} images can be read; the last: {self._last()}')
 
     def _note(self, index: int, error: Exception) -> None:
@@ -166,6 +174,12 @@ class Loader:
 
     def _last(self) -> str:
         return '; '.join(list(self._broken.values())[-3:])
+
+    def _in_work(self) -> str:
+        """Say which images are being read, those that take longest first."""
+        now, reading = time.monotonic(), sorted(self._reading.copy().values(), key=lambda item: item[1])
+        return ', '.join(f'{one_line(self._source.name(index))} is being read for {now - since:.3g} s'
+                         for index, since in reading[:SHOWN])
 
     def _say(self) -> None:
         while self._unsaid:

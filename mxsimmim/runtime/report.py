@@ -16,7 +16,10 @@ _lock = threading.Lock()
 
 
 def tell(**values: Any) -> None:
-    """Add to what this process has told: `checkpoint` (step of the newest), `step` (updates done), `error`."""
+    """Add to what this process has told.
+
+    That is `checkpoint` (step of the newest), `step` (updates done), `error`, `stalled` (what it waited for in vain).
+    """
     path = os.environ.get(FILE)
     with _lock:  # a thread tells of checkpoints
         _told.update(values)

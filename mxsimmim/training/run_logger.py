@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 import numpy as np
 
+from ..runtime import watchdog
 from ..system import files
 from ..system.guards import alone
 from ..system.text import encode, show, shown
@@ -286,7 +287,8 @@ def _drop_after(file: Path, start: int) -> None:
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
-        yield
+        with watchdog.doing(f'a write to {path}'):
+            yield
     except OSError as error:
         raise ValueError(f'{error.filename or path}: cannot be written: {error.strerror or error}. Make room there or '
                          f'make it writable, and run the same command again') from error

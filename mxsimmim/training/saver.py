@@ -3,9 +3,11 @@ import contextlib
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from ..runtime import watchdog
 from . import checkpoint
 from .run_folder import CONFIG
 
@@ -115,7 +117,10 @@ class SecondPlace:
         """Wait until all is copied; after so many seconds say that it is not."""
         thread = self._thread
         if thread:
-            thread.join(seconds)
+            end = time.monotonic() + seconds
+            while thread.is_alive() and time.monotonic() < end:
+                thread.join(1)
+                watchdog.beat()
             if thread.is_alive():
                 self._log(f'warning: {self._run} takes longer than {seconds:g} s to copy a checkpoint: it is left '
                           'without it')

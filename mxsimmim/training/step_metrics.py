@@ -8,6 +8,7 @@ import mxnet as mx
 import numpy as np
 
 from ..parallel.clock import Clock
+from ..runtime import watchdog
 from .spikes import WINDOW, Spike, spike_of
 
 
@@ -81,7 +82,9 @@ class StepMetrics:
         waiting, self._waiting = self._waiting, []
         if not waiting:  # in all workers alike
             return
-        combined = self._combine(np.stack([stats.asnumpy().astype('float64') for *_, stats in waiting]))
+        with watchdog.doing(watchdog.EXCHANGE, together=True):
+            rows = np.stack([stats.asnumpy().astype('float64') for *_, stats in waiting])
+        combined = self._combine(rows)
         for (step, lr, _), (loss, norm, applied) in zip(waiting, combined.tolist()):
             spike = spike_of(self._recent, loss, self._spike) if self._spike and applied else None
             if spike:

@@ -24,7 +24,7 @@ from ..parallel.parts import ModelParts
 from ..parallel.placement import Placement
 from ..parallel.replicas import compare
 from ..parallel.updates import SynchronousUpdate
-from ..runtime import report
+from ..runtime import report, watchdog
 from ..system.arrays import Arrays, Gathered
 from ..system.text import encode, one_line
 from ..tasks.task import Task
@@ -124,16 +124,19 @@ class Trainer:
         if self.step == 0 and self.config.validation.at_start:
             self.validate()
         for batch in self.metrics.clock.watch(self._batches()):
-            self.train_step(batch)
-            self.saver.check()
-            validating, saving = self._is_due(self.timetable.validate), self._is_due(self.timetable.save)
-            agreed = self.update_rule.poll(self.step, bool(stop.signal), self._alarm.rings(), validating or saving)
-            self.check_replicas()
+            with watchdog.doing(watchdog.EXCHANGE, together=True):
+                self.train_step(batch)
+                self.saver.check()
+                validating, saving = self._is_due(self.timetable.validate), self._is_due(self.timetable.save)
+                agreed = self.update_rule.poll(self.step, bool(stop.signal), self._alarm.rings(), validating or saving)
+                self.check_replicas()
             if validating:
-                self.validate()
+                with watchdog.doing('validation', together=True):
+                    self.validate()
             ending = self.step in (agreed.stop_at, self.timetable.total) or self.plateau.ended
             if saving or agreed.save or ending:
-                self.save(wait=ending)
+                with watchdog.doing(f'the checkpoint of step {self.step}', together=self.control.rank > 0):
+                    self.save(wait=ending)
             if ending:
                 return agreed.stop_at
         return None
@@ -328,6 +331,7 @@ class Trainer:
         workers = [{'host': host, 'seconds': each} for host, each in zip(self.hosts, seconds)]
         told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         per_second = values['images_per_second'] / self.config.train.batch_size
+        watchdog.measured(per_second, self.config.log.every)
         self.logger.status(**told, step=self.step, epoch=self.step / self.timetable.per_epoch, workers=workers,
                            steps_per_second=per_second)
         slow = stragglers(seconds)
@@ -351,7 +355,8 @@ class Trainer:
 
     def _publish(self, filled: Optional[checkpoint.Filled], fill: Callable[[], checkpoint.Filled], step: int) -> Path:
         """Finish a checkpoint, in whatever thread, and tell the launcher of it."""
-        path = checkpoint.publish(filled or fill(), self.config.checkpoint.keep, self.timetable.keep_every)
+        with watchdog.doing(f'the checkpoint of step {step}'):
+            path = checkpoint.publish(filled or fill(), self.config.checkpoint.keep, self.timetable.keep_every)
         report.tell(checkpoint=step)
         return path
 
