@@ -30,7 +30,7 @@ from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from .checkpoint import Checkpoint
-from .pretrained import load_encoder
+from .pretrained import find_encoder, load_encoder
 from .run_logger import Quiet, RunLogger
 from .timetable import Timetable, timetable_of
 from .trainer import Trainer, UpdateRule
@@ -115,17 +115,15 @@ def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Opti
                 logger: Union[RunLogger, Quiet], parts: ModelParts) -> Network:
     """`build_network` for this worker's part."""
     net = task.build_network(checkpoint is None, backend, parts.slices, parts.own, parts.shard)
-    weights: Optional[Arrays] = checkpoint.arrays.get('weights') if checkpoint else None
-    fresh = not checkpoint and task.takes_encoder and config.model.pretrained
-    if fresh and parts.rank == 0:  # it alone reads the file, for which it needs a whole network
-        whole = task.build_network(True, backend)
-        logger.message(load_encoder(whole, config.model.pretrained))
-        weights = official.export_weights(whole)
-    if checkpoint or fresh:
-        specs = {spec.name: spec for spec in parameter_specs(net)}
-        for name, value in parts.hand_out(list(specs), weights):
-            spec = specs[name]
-            spec.parameter.set_data(mx.nd.array(spec.part_of(value.reshape(spec.whole_shape))))
+    if checkpoint:
+        parts.load(net, checkpoint.arrays.get('weights'))
+    elif task.takes_encoder and config.model.pretrained:
+        encoder = None
+        if parts.rank == 0:  # it alone reads the file
+            encoder = find_encoder(config.model, task.shapes(), config.model.pretrained)
+            logger.message(encoder.told)
+        found: Arrays = encoder.arrays if encoder else {}
+        parts.load(net, found, parts.control.broadcast_object('arrays of the encoder', lambda: list(found)))
     return net
 
 
