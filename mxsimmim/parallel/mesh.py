@@ -53,6 +53,11 @@ class Mesh(NamedTuple):
         """Whether of the workers that compute the same samples this is the one that has their loss and answers."""
         return self.coordinate('pipeline') == self.pipeline - 1 and self.coordinate('tensor') == 0
 
+    @property
+    def begins(self) -> bool:
+        """Whether of the workers that compute the same samples this is the first, which reads the images."""
+        return self.coordinate('pipeline') == 0 and self.coordinate('tensor') == 0
+
     def _stride(self, axis: str) -> int:
         """Return the distance between the ranks of neighbours along `axis`."""
         return {'pipeline': self.data * self.tensor, 'data': self.tensor, 'tensor': 1}[axis]

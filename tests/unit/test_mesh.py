@@ -57,6 +57,10 @@ def test_groups_and_values_of_all_ranks():
     assert mesh.groups('data') == [(0, 1), (2, 3)] and mesh.groups('pipeline') == [(0, 2), (1, 3)]
     assert mesh.by_data('abcd') == [['a', 'c'], ['b', 'd']]
     assert [mesh._replace(rank=rank).reports for rank in range(4)] == [False, False, True, True]
+    assert [mesh._replace(rank=rank).begins for rank in range(4)] == [True, True, False, False]
+    parts = Mesh(2, 1, 2)
+    assert [parts._replace(rank=rank).reports for rank in range(4)] == [False, False, True, False]
+    assert [parts._replace(rank=rank).begins for rank in range(4)] == [True, False, False, False]
 
 
 JOB = ProcessInfo(rank=5, size=8, transport='horovod')
