@@ -214,7 +214,8 @@ def gradient_groups(net: Network, specs: Sequence[ParameterSpec], parts: ModelPa
     What several stages use has a gradient in each of them, and what all parts of a stage have a copy of, in each of
     these.
     """
-    several = {name for name, stages in users(net, parts.slices).items() if len(stages) > 1}
+    used = users(net, parts.slices)
+    several = {spec.name for spec in specs if len(used.get(spec.parameter.name, ())) > 1}  # with all of their parts
     copied = parts.shard.count > 1
-    return [('pipeline', 'data') if spec.parameter.name in several
+    return [('pipeline', 'data') if spec.name in several
             else ('data', 'tensor') if copied and is_copied(spec.name) else ('data',) for spec in specs]
