@@ -241,7 +241,7 @@ class ParallelConfig(Section):
     auto: bool = Field(False, description='choose pipeline, tensor, micro_batches and shard_optimizer for the '
                        'devices of the job at each start, as `mxsimmim plan` does; also written parallel=auto')
     pipeline: int = Field(1, gt=0, description='stages of a pipeline, each of consecutive blocks: the devices of a '
-                          'worker, or workers of one device')
+                          'worker, or workers of one device or of tensor devices')
     split: Tuple[int, ...] = Field((), description='blocks of each stage, e.g. [7, 5]; empty: by what they cost')
     micro_batches: int = Field(8, gt=0, description='pipeline: parts in which a batch passes through the stages')
     schedule: Literal['1f1b', 'gpipe'] = Field('1f1b', description='pipeline: 1f1b, or gpipe, which keeps the '
@@ -381,8 +381,8 @@ class Config(Section):
             self._check_pipeline()
         if self.parallel.tensor > 1:
             self._check_tensor()
-        # Workers of one device may have a part of the model each: the mesh of the job tells.
-        if self.devices != 'auto' and len(self.devices) > 1:
+        # Workers of one device may have a part of the model each, others a stage: the mesh of the job tells.
+        if self.devices != 'auto' and len(self.devices) not in (1, self.parallel.tensor):
             self.parallel.check_devices(len(self.devices), f'devices={listed(self.devices)} names {len(self.devices)}')
         require(self.train.length.unit != '%' and self.train.length.value > 0,
                  f'train.length={self.train.length} must be a positive number of steps or epochs')

@@ -35,6 +35,9 @@ class Stored(Mapping[str, np.ndarray]):
         with safe_open(self._file, 'numpy') as content:
             return content.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:  # a mapping's own would read the array
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -5,7 +5,6 @@ import mxnet as mx
 
 from ..config import Config, ParallelConfig
 from ..data.batch_split import BatchSplit, split_batch
-from ..interop import official
 from ..models import Network, ParameterSpec, parameter_specs
 from ..models.cost import segment_costs, token_shapes
 from ..models.segments import users
@@ -30,7 +29,7 @@ from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from .checkpoint import Checkpoint
-from .pretrained import load_encoder
+from .pretrained import find_encoder, load_encoder
 from .restore import load_state, load_weights
 from .run_logger import Quiet, RunLogger
 from .timetable import Timetable, timetable_of
@@ -105,14 +104,15 @@ def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Opti
                 logger: Union[RunLogger, Quiet], parts: ModelParts) -> Network:
     """`build_network` for this worker's part."""
     net = task.build_network(checkpoint is None, backend, parts.slices, parts.own, parts.shard)
-    weights: Optional[Arrays] = checkpoint.arrays.get('weights') if checkpoint else None
-    fresh = not checkpoint and task.takes_encoder and config.model.pretrained
-    if fresh and parts.rank == 0:  # it alone reads the file, for which it needs a whole network
-        whole = task.build_network(True, backend)
-        logger.message(load_encoder(whole, config.model.pretrained))
-        weights = official.export_weights(whole)
-    if checkpoint or fresh:
-        load_weights(net, weights, parts)
+    if checkpoint:
+        load_weights(net, checkpoint.arrays.get('weights'), parts)
+    elif task.takes_encoder and config.model.pretrained:
+        encoder = None
+        if parts.rank == 0:  # it alone reads the file
+            encoder = find_encoder(config.model, task.shapes(), config.model.pretrained)
+            logger.message(encoder.told)
+        found: Arrays = encoder.arrays if encoder else {}
+        parts.load(net, found, parts.control.broadcast_object('arrays of the encoder', lambda: list(found)))
     return net
 
 
@@ -203,7 +203,8 @@ def gradient_groups(net: Network, specs: Sequence[ParameterSpec], parts: ModelPa
     What several stages use has a gradient in each of them, and what all parts of a stage have a copy of, in each of
     these.
     """
-    several = {name for name, stages in users(net, parts.slices).items() if len(stages) > 1}
+    used = users(net, parts.slices)
+    several = {spec.name for spec in specs if len(used.get(spec.parameter.name, ())) > 1}  # with all of their parts
     copied = parts.shard.count > 1
-    return [('pipeline', 'data') if spec.parameter.name in several
+    return [('pipeline', 'data') if spec.name in several
             else ('data', 'tensor') if copied and is_copied(spec.name) else ('data',) for spec in specs]

@@ -2,11 +2,9 @@
 from pathlib import Path
 from typing import Any, Callable, List, Mapping, Optional, Tuple, Union
 
-import mxnet as mx
-
 from ..config import Config
 from ..interop import official
-from ..models import Network, parameter_specs
+from ..models import Network
 from ..parallel.asynchronous import AsynchronousUpdate
 from ..parallel.average import WeightAverage
 from ..parallel.control import ControlPlane
@@ -36,10 +34,7 @@ def load_weights(net: Network, weights: Optional[Arrays], parts: Optional[ModelP
         ValueError: they do not fit the network.
     """
     if parts:
-        specs = {spec.name: spec for spec in parameter_specs(net)}
-        for name, value in parts.hand_out(list(specs), weights):
-            spec = specs[name]
-            spec.parameter.set_data(mx.nd.array(spec.part_of(value.reshape(spec.whole_shape))))
+        parts.load(net, weights)
     elif weights is not None:
         official.load_weights(net, weights)
 

@@ -66,7 +66,7 @@ class Trainer:
         self.logger, self.parts = logger or Quiet(), parts
         self.control = update_rule.workers.control
         self.loader = Loader(task.source, task.transform(), self.samples, config.seed, config.data.threads,
-                             config.data.prefetch, config.data.max_broken, self.logger.message)
+                             config.data.prefetch, config.data.max_broken, self.logger.message, placement.inputs)
         self.metrics = self._metrics(state)
         self.skipped_batches = restore.skipped_batches(state)
         self.evaluator = task.evaluator(self.control)
@@ -168,7 +168,8 @@ class Trainer:
         values = self.metrics.summary()
         values['images_per_second'] = values.pop('steps_per_second') * self.config.train.batch_size
         times = ('data_seconds', 'compute_seconds', 'communication_seconds')
-        (*seconds, broken), more = self.update_rule.observed([values[name] for name in times] + [self.loader.broken])
+        own = self.loader.broken if self.control.mesh.begins else 0  # others read the same images, or none
+        (*seconds, broken), more = self.update_rule.observed([values[name] for name in times] + [own])
         values.update(zip(times, seconds), broken_images=round(broken * self.control.size), **more)
         self._write(values)
         self._tell_status(values)

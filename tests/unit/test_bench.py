@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.running import rounds
 
 from mxsimmim.models import cost
 
@@ -148,12 +149,19 @@ def test_breakdown_of_a_real_step_names_what_ran():
         assert sum(line.startswith(f'| {name} |') for line in lines) == 1, done.stdout
 
 
+@pytest.mark.soak
 def test_a_divided_model_is_measured():
-    done = subprocess.run([sys.executable, ROOT / 'tools' / 'bench' / 'parallel.py', '--model', 'tiny', '--batch', '8',
-                           '--micro-batches', '2', '--rounds', '1', '--steps', '1', '--sides', 'ours'], timeout=120,
-                          stdout=subprocess.PIPE, universal_newlines=True, check=True)
-    one, two, efficiency, *more = [cell.strip(' %') for cell in done.stdout.splitlines()[-1].split('|')[2:-1]]
-    assert float(efficiency) == pytest.approx(50 * float(two) / float(one), abs=0.1) and len(more) == 6
+    """In one process; in `make soak` in jobs of one and two."""
+    def told(*words):
+        done = subprocess.run([sys.executable, ROOT / 'tools' / 'bench' / 'parallel.py', '--model', 'tiny', '--batch',
+                               '8', '--micro-batches', '2', '--steps', '1', *words], timeout=120,
+                              stdout=subprocess.PIPE, universal_newlines=True, check=True)
+        return done.stdout.splitlines()[-1]
+    found = json.loads(told('--worker', 'ours'))
+    assert set(found) == {'step', 'cpu', 'memory'} and all(value > 0 for value in found.values())
+    for words in rounds([], [['--rounds', '1', '--sides', 'ours']]):
+        one, two, efficiency, *more = [cell.strip(' %') for cell in told(*words).split('|')[2:-1]]
+        assert float(efficiency) == pytest.approx(50 * float(two) / float(one), abs=0.1) and len(more) == 6
 
 
 def test_the_table_of_divided_models_has_medians_of_ratios():
