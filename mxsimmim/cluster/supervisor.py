@@ -2,6 +2,7 @@
 import asyncio
 import signal
 import time
+from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
 from mxsimmim.cluster.attempt import Attempt
@@ -9,6 +10,7 @@ from mxsimmim.cluster.backends.base import Backend
 from mxsimmim.cluster.outcome import Outcome, exit_status, summary
 from mxsimmim.cluster.prepare import ConfigurationError
 from mxsimmim.cluster.restarts import USAGE, Failure, brief, decide, failure_of, history
+from mxsimmim.cluster.run_status import tell_failure
 from mxsimmim.cluster.spec import JobSpec
 from mxsimmim.cluster.terminal import Terminal
 from mxsimmim.system.notify import send
@@ -59,7 +61,7 @@ class Supervisor:
                 failures.append(_not_started(error))
                 self.terminal.say(*failures[-1].causes)
             else:
-                self.notify = outcome.notify if outcome.notify[0] else self.notify
+                self.notify = outcome.notify if outcome.notify[1] else self.notify
                 self.terminal.say(*summary(outcome))
                 if outcome.signal or not exit_status(outcome):
                     await self._tell(event='end', status=exit_status(outcome))
@@ -68,12 +70,14 @@ class Supervisor:
             decision = decide(failures, spec.max_restarts)
             if decision.why:
                 self.terminal.say(decision.why)
+            self._mark(spec, failures[-1], decision.seconds)
             await self._tell(event='failure', causes=list(failures[-1].causes), restart_in=decision.seconds)
             if decision.seconds is None:
                 self.terminal.say(*history(failures))
                 return failures[-1].status
             await asyncio.wait([stopped], timeout=decision.seconds)
             if stopped.done():
+                self._mark(spec, failures[-1], None)
                 outcome = Outcome(signal=stopped.result())
                 self.terminal.say(*summary(outcome))
                 await self._tell(event='end', status=exit_status(outcome))
@@ -87,6 +91,11 @@ class Supervisor:
             return await self.attempt.run()
         finally:
             self.attempt = None
+
+    def _mark(self, spec: JobSpec, failure: Failure, restart_in: Optional[float]) -> None:
+        """Tell whoever looks at the run, if the job got so far that it has one."""
+        if self.notify[1]:
+            tell_failure(Path(spec.directory, self.notify[1]), failure, restart_in)
 
     async def _tell(self, **event: Any) -> None:
         """Tell the command of the job's `notify.command`, if it got so far that it told us."""
