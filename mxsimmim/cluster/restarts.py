@@ -1,7 +1,7 @@
 """Decide whether a job that failed is started again, and when. Pure functions."""
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from mxsimmim.cluster.outcome import Outcome, exit_status, summary
+from mxsimmim.cluster.outcome import Outcome, describe_code, exit_status, summary
 
 SOONEST, LATEST = 1.0, 60.0  # seconds until the next attempt: twice as long after each failure without progress
 LONGEST = 300  # characters of a line
@@ -15,6 +15,7 @@ class Failure(NamedTuple):
     checkpoint: int = -1  # step of the newest that it wrote; -1: it wrote none
     error: Optional[Tuple[str, int]] = None  # the exception that began it, and after how many steps; None: no exception
     reduced: bool = False  # the job had fewer hosts than it was given
+    gone: Sequence[Mapping[str, Any]] = ()  # workers that ended by themselves: rank, host, why
 
 
 class Decision(NamedTuple):
@@ -28,7 +29,9 @@ def failure_of(outcome: Outcome) -> Failure:
     first = outcome.failed[0] if outcome.failed else None
     report = first.report if first else {}
     error = (report['error'], report.get('step', 0)) if 'error' in report else None
-    return Failure(exit_status(outcome), summary(outcome), outcome.checkpoint, error)
+    gone = tuple({'rank': exit.process.index, 'host': exit.host, 'why': describe_code(exit.code)}
+                 for exit in outcome.failed if exit.process.role == 'worker')
+    return Failure(exit_status(outcome), summary(outcome), outcome.checkpoint, error, gone=gone)
 
 
 def decide(failures: Sequence[Failure], most: int) -> Decision:

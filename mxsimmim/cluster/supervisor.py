@@ -2,6 +2,7 @@
 import asyncio
 import signal
 import time
+from pathlib import Path
 from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 from mxsimmim.cluster.absence import Absence
@@ -12,6 +13,7 @@ from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.outcome import Outcome, exit_status, summary
 from mxsimmim.cluster.prepare import ConfigurationError
 from mxsimmim.cluster.restarts import USAGE, Failure, brief, decide, failure_of, history
+from mxsimmim.cluster.run_status import tell_failure
 from mxsimmim.cluster.spec import JobSpec, without
 from mxsimmim.cluster.terminal import Terminal
 from mxsimmim.system.notify import send
@@ -75,7 +77,7 @@ class Supervisor:
                 failure = _not_started(error)
                 self.terminal.say(*failure.causes)
             else:
-                self.notify = outcome.notify if outcome.notify[0] else self.notify
+                self.notify = outcome.notify if outcome.notify[1] else self.notify
                 written = max(written, outcome.checkpoint)
                 self.terminal.say(*summary(outcome))
                 if not outcome.planned:
@@ -88,11 +90,14 @@ class Supervisor:
                 decision = decide(failures, spec.max_restarts)
                 if decision.why:
                     self.terminal.say(decision.why)
+                self._mark(spec, failure, decision.seconds)
                 await self._tell(event='failure', causes=list(failure.causes), restart_in=decision.seconds)
                 if decision.seconds is None:
                     self.terminal.say(*history(failures))
                     return failure.status
                 await asyncio.wait([stopped], timeout=decision.seconds)
+                if stopped.done():
+                    self._mark(spec, failure, None)
             if not stopped.done():
                 cause = brief(failure) if failure else returned(job, left(spec, absence))
                 restarts.append((round(time.time(), 3), cause))
@@ -125,6 +130,11 @@ class Supervisor:
             self.terminal.say(f'host {host.name} is back: after the next checkpoint the job goes on with {job.workers} '
                               'workers')
             self.attempt.stop_at_checkpoint()
+
+    def _mark(self, spec: JobSpec, failure: Failure, restart_in: Optional[float]) -> None:
+        """Tell whoever looks at the run, if the job got so far that it has one."""
+        if self.notify[1]:
+            tell_failure(Path(spec.directory, self.notify[1]), failure, restart_in)
 
     async def _tell(self, **event: Any) -> None:
         """Tell the command of the job's `notify.command`, if it got so far that it told us."""

@@ -64,6 +64,7 @@ class RunLogger:
         finite = {key: value for key, value in record.items() if math.isfinite(value)}
         line = {'step': step, **{key: finite.get(key) for key in record}, 'time': round(time.time(), 3)}
         self._append(METRICS, self._metrics, json.dumps(line) + '\n')
+        self._status.tell(**{name: value for name, value in line.items() if name != 'time'})
         self._summary(step, [{'tag': key, 'simple_value': value} for key, value in finite.items()])
         if echo and self._bar is not None and 'loss' in record:
             text = _text(record, ('loss', 'images_per_second', 'lr', 'grad_norm', 'skipped'))
@@ -97,6 +98,10 @@ class RunLogger:
     def status(self, **values: Any) -> None:
         """Tell whoever looks at the run: `state`, `step`, and what `status.text` knows."""
         self._status.tell(**values)
+
+    def told(self) -> Mapping[str, Any]:
+        """What `status` and `write` have told last, and when."""
+        return self._status.told
 
     def message(self, text: str) -> None:
         """Shows `text`, above the bar if there is one, and appends it to the log file, each line with the time."""

@@ -27,6 +27,7 @@ from ..system import files
 from ..system.notify import send
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
+from . import exporter
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
 from .restore import in_all_workers
@@ -99,6 +100,9 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
             logger = stack.enter_context(RunLogger(folder, total, first))
             logger.status(restarts=process.restarts)
             report.tell(notify=config.notify.command, run=str(folder))
+            if config.log.prometheus_port:
+                logger.extra(f'log.prometheus_port={config.log.prometheus_port}', exporter.serve, folder, logger.told,
+                             config.log.prometheus_host, config.log.prometheus_port)
         for note in [*notes_of(task.source, task.held_out), *notes]:
             logger.message(note)
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)

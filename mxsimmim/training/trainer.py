@@ -330,11 +330,9 @@ class Trainer:
         # data_seconds are of every step, compute_seconds of a timed one: what a worker needs by itself.
         seconds = [row[0] + row[1] for row in self.update_rule.by_worker]
         workers = [{'host': host, 'seconds': each} for host, each in zip(self.hosts, seconds)]
-        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         per_second = values['images_per_second'] / self.config.train.batch_size
         watchdog.measured(per_second, self.config.log.every)
-        self.logger.status(**told, step=self.step, epoch=self.step / self.timetable.per_epoch, workers=workers,
-                           steps_per_second=per_second)
+        self.logger.status(workers=workers, steps_per_second=per_second)
         slow = stragglers(seconds)
         for rank in set(slow) - self._slow:
             self.logger.message(f'warning: rank {rank} on {self.hosts[rank]} needs {seconds[rank]:.3g} s a step, over '
