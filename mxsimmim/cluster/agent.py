@@ -210,9 +210,17 @@ class Agent:
                            report=report.read(child.report_file))
 
     def do_signal(self, roles: List[str], number: int) -> None:
+        self.tell_stopped()
         for child in self.children:
             if child.role in roles and not child.ended:
                 send(os.killpg, child.process.pid, number)
+
+    def tell_stopped(self) -> None:
+        """Report children that a signal or a debugger has stopped: a job waits for such a one, and it says nothing."""
+        for child in self.children:
+            with contextlib.suppress(OSError):
+                if not child.ended and stat(child.process.pid)[0] in 'tT':
+                    self.messages.send(event='stopped', role=child.role, index=child.index)
 
     def do_finish(self, fetch: bool) -> None:
         """End whatever is left, hand over the logs and go."""
@@ -291,13 +299,22 @@ def tail(path: str, begin: int = 0) -> List[str]:
         return []
 
 
+def stat(pid: int) -> List[str]:
+    """Read what /proc says of a process: its state, its parent, ….
+
+    Raises:
+        OSError: it has ended.
+    """
+    with open(f'/proc/{pid}/stat') as file:
+        return file.read().rpartition(')')[2].split()
+
+
 def descendants(root: int) -> List[int]:
     """List all processes below one, from /proc."""
     below: Dict[int, List[int]] = {}
     for name in filter(str.isdigit, os.listdir('/proc')):
         try:
-            with open(f'/proc/{name}/stat') as file:
-                parent = int(file.read().rpartition(')')[2].split()[1])
+            parent = int(stat(int(name))[1])
         except OSError:
             continue  # ended meanwhile
         below.setdefault(parent, []).append(int(name))

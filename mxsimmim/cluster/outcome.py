@@ -24,7 +24,9 @@ class Outcome(NamedTuple):
     failed: Sequence[Exit] = ()  # by themselves, the first one first
     lost: Sequence[Tuple[str, str]] = ()  # host, last words of its agent
     checkpoint: int = -1  # step of the newest that a process told of; -1: none
+    planned: bool = False  # the launcher itself had it stop at a checkpoint, to start it again
     notify: Tuple[str, str] = ('', '')  # who is to be told of this, and of what run: a command and a folder
+    stopped: Sequence[Tuple[Process, str]] = ()  # process, host: neither running nor ended then
 
 
 def exit_status(outcome: Outcome) -> int:
@@ -42,12 +44,18 @@ def summary(outcome: Outcome) -> List[str]:
     if outcome.signal:
         return [f'stopped by {signal.Signals(outcome.signal).name}']
     lines = [f"host {host} was lost: {last or 'its agent ended without a word'}" for host, last in outcome.lost]
+    lines += [f'{process} on {host} was stopped, by a signal such as SIGSTOP or by a debugger: all wait for it'
+              for process, host in outcome.stopped]
     if not outcome.failed:
         return lines
     first, *others = outcome.failed
-    lines.append(f'{first.process} on {first.host} {describe_code(first.code)}; its log is {log_path(first.process)}'
-                 + (', its last lines:' if first.tail else ', and empty'))
-    lines += [f'  | {line}' for line in first.tail]
+    if 'stalled' in first.report:
+        lines.append(f'{first.process} ended itself: {first.report["stalled"]}; the stack of each of its threads is in '
+                     f'{log_path(first.process)}')
+    else:
+        lines.append(f'{first.process} on {first.host} {describe_code(first.code)}; its log is '
+                     + log_path(first.process) + (', its last lines:' if first.tail else ', and empty'))
+        lines += [f'  | {line}' for line in first.tail]
     if first.crash:
         lines.append(f'{first.process} crashed {first.crash}')
     if first.code in (-signal.SIGKILL, 128 + signal.SIGKILL):  # the launcher had killed nothing yet

@@ -93,6 +93,12 @@ def function(name: str) -> Any:
     return getattr(ctypes.CDLL(str(find())), name)
 
 
+def show_stacks(file: int) -> None:
+    """Write the native stack of each thread into an open file, by its number; nothing without the library."""
+    if _isa is not None:
+        function('mxsimmim_stacks')(file)
+
+
 def load() -> str:
     """Makes the operators known to MXNet, once a process; the instructions they use, as in `Opened`.
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import math
 import queue
 import secrets
 import socket
@@ -21,6 +22,7 @@ import mxnet as mx
 import numpy as np
 
 from ..cluster.messages import MAC, secret
+from ..runtime import watchdog
 from .control import DEADLINE, ControlError, ControlPlane, tune
 from .slots import Address, Inbox, Outbox, open_boxes
 
@@ -103,17 +105,18 @@ class SocketChannel:
             ControlError: the worker at the other end is gone.
         """
         item = Item(array) if isinstance(array, np.ndarray) else self._copied(array)
-        limit = time.monotonic() + DEADLINE
-        while not self._lost:
-            with contextlib.suppress(queue.Full):
-                return self._outgoing.put(item, timeout=TICK)
-            if time.monotonic() > limit:
-                raise ControlError(f'channel: rank {self._peer} has taken nothing for {DEADLINE:g} s: its log says '
-                                   'what it does')
+        limit = math.inf if watchdog.is_on() else time.monotonic() + DEADLINE
+        with watchdog.doing(f'rank {self._peer} to take an array', together=True):
+            while not self._lost:
+                with contextlib.suppress(queue.Full):
+                    return self._outgoing.put(item, timeout=TICK)
+                if time.monotonic() > limit:
+                    raise ControlError(f'channel: rank {self._peer} has taken nothing for {DEADLINE:g} s: its log says '
+                                       'what it does')
         raise self._lost
 
     def receive(self, seconds: float = DEADLINE) -> mx.nd.NDArray:
-        """Wait for the next array.
+        """Wait for the next array; `seconds` count where no watch of this process ends what takes too long.
 
         Raises:
             ControlError: the worker at the other end is gone, or has sent nothing for `seconds`.
@@ -153,16 +156,17 @@ class SocketChannel:
         return Item(array.copyto(taken[1]), taken[0]) if taken else Item(array.copyto(mx.cpu()))
 
     def _next(self, seconds: float) -> Item:
-        limit = time.monotonic() + seconds
-        while True:
-            lost = self._lost  # before the queue is looked at: what arrived before the end is still there
-            with contextlib.suppress(queue.Empty):
-                return self._arrived.get(timeout=0 if lost else min(TICK, seconds))
-            if lost:
-                raise lost
-            if time.monotonic() > limit:
-                raise ControlError(f'channel: rank {self._peer} has sent nothing for {seconds:g} s: its log says what '
-                                   'it does')
+        limit = math.inf if watchdog.is_on() else time.monotonic() + seconds
+        with watchdog.doing(f'an array of rank {self._peer}', together=True):
+            while True:
+                lost = self._lost  # before the queue is looked at: what arrived before the end is still there
+                with contextlib.suppress(queue.Empty):
+                    return self._arrived.get(timeout=0 if lost else min(TICK, seconds))
+                if lost:
+                    raise lost
+                if time.monotonic() > limit:
+                    raise ControlError(f'channel: rank {self._peer} has sent nothing for {seconds:g} s: its log says '
+                                       'what it does')
 
     def _free(self, slot: Optional[Address]) -> None:
         if slot:

@@ -18,12 +18,15 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
 
 from ..cluster.inspection import interfaces
 from ..cluster.messages import Message, MessageStream, secret
+from ..runtime import watchdog
 from ..runtime.process import ProcessInfo
+from ..runtime.watchdog import Peer
 from .mesh import Mesh
 from .protocol import job_key
 
 CONNECT = 120.0  # seconds until all workers must have connected: the slowest imports MXNet from a busy disk
-DEADLINE = 1800.0  # seconds for the others to make the same call: rank 0 may be reading or saving a large checkpoint
+DEADLINE = 1800.0  # seconds for the others to make the same call, in a process that no `watchdog.Watch` looks after
+ASKING = 2.0  # seconds for rank 0 to say what it has heard of the others
 CLOSING = 5.0  # seconds for the last messages of a worker that ends
 
 
@@ -35,20 +38,24 @@ class ControlError(ValueError):
 class Pending:
     """A call under way; `result` waits for the other workers."""
 
-    def __init__(self, name: str, future: 'Future[Any]'):
-        self._name, self._future = name, future
+    def __init__(self, name: str, future: 'Future[Any]', missing: Callable[[], str]):
+        self._name, self._future, self._missing = name, future, missing
 
-    def result(self, seconds: float = DEADLINE) -> Any:
+    def result(self, seconds: Optional[float] = None) -> Any:
         """Return what the call gave, as soon as all workers have made it.
+
+        By default the watch of this process ends a wait that is too long, and if there is none, `DEADLINE`.
 
         Raises:
             ControlError: a worker has ended, made another call, or has not made this one after `seconds`.
         """
+        limit = seconds or (None if watchdog.is_on() else DEADLINE)
         try:
-            answer = self._future.result(seconds)
+            with watchdog.doing(f"'{self._name}' of all workers", self._missing, together=True):
+                answer = self._future.result(limit)
         except NotYet:
-            raise ControlError(f"control plane: not all workers have come to '{self._name}' within {seconds:g} s; the "
-                               'logs of the others say what they do') from None
+            raise ControlError(f"control plane: not all workers have come to '{self._name}' within {limit:g} s "
+                               f'({self._missing()}); the logs of the others say what they do') from None
         if isinstance(answer, ControlError):
             raise answer
         return answer
@@ -61,8 +68,10 @@ class ControlPlane:
     """
 
     def __init__(self, mesh: Optional[Mesh] = None, addresses: Sequence[Tuple[str, int]] = (), key: bytes = b'',
-                 listener: Optional[socket.socket] = None):
+                 listener: Optional[socket.socket] = None, seconds: float = 0.0):
         """Connect to the hub at one of `addresses`; rank 0 runs it, on `listener`.
+
+        All must have come within so many seconds, 0: `CONNECT`.
 
         Raises:
             ControlError: the hub cannot be reached, or is of another job.
@@ -71,6 +80,7 @@ class ControlPlane:
         self.rank, self.size = self.mesh.rank, self.mesh.size
         self.key, self.address = key, '127.0.0.1'  # what signs the job's messages; of this worker, for the others
         self._waiting: List['Future[Any]'] = []
+        self._asked: List['Future[Any]'] = []  # what is known of the others
         self._lost = ''
         self._hub: Optional[_Hub] = None
         if self.size == 1:
@@ -80,12 +90,12 @@ class ControlPlane:
             self._hub = _Hub(self._loop, listener, self.size, key)
         self._thread = threading.Thread(target=self._loop.run_forever, name='control', daemon=True)
         self._thread.start()
-        self._connection, nonce = _reach(addresses)
+        self._connection, nonce = _reach(addresses, seconds or CONNECT)
         self.address = self._connection.getsockname()[0]
         self._loop.call_soon_threadsafe(self._open, secret(key, nonce))
-        self._post('hello', 'the start', self.rank).result(CONNECT)
+        self._post('hello', 'the start', self.rank).result(seconds or CONNECT)
 
-    def all_gather(self, name: str, value: Any, seconds: float = DEADLINE) -> List[Any]:
+    def all_gather(self, name: str, value: Any, seconds: Optional[float] = None) -> List[Any]:
         """Return every worker's value, by rank; what JSON can hold, NumPy's arrays and numbers as lists and numbers.
 
         `name` says in errors what is waited for. Floats arrive exactly.
@@ -99,7 +109,7 @@ class ControlPlane:
         """Begin an `all_gather` without waiting for it; results may be asked for later, in any order."""
         return self._post('gather', name, value)
 
-    def broadcast_object(self, name: str, make: Callable[[], Any], seconds: float = DEADLINE) -> Any:
+    def broadcast_object(self, name: str, make: Callable[[], Any], seconds: Optional[float] = None) -> Any:
         """Return to all workers what `make` returned on rank 0, where alone it is called.
 
         Raises:
@@ -107,13 +117,54 @@ class ControlPlane:
         """
         return self._post('broadcast', name, make() if self.rank == 0 else None).result(seconds)
 
-    def barrier(self, name: str, seconds: float = DEADLINE) -> None:
+    def barrier(self, name: str, seconds: Optional[float] = None) -> None:
         """Wait until all workers are here.
 
         Raises:
             ControlError: see `Pending.result`.
         """
         self.broadcast_object(name, lambda: None, seconds)
+
+    def sign(self, status: Sequence[Any]) -> None:
+        """Give rank 0 a sign of life; `status` are the fields of `Peer` but for `silent`."""
+        if self.size > 1:
+            self._loop.call_soon_threadsafe(lambda: self._channel.send(call='sign', status=list(status)))
+
+    def peers(self) -> List[Peer]:
+        """Return what rank 0 has heard of the other workers.
+
+        Raises:
+            ControlError: a worker has ended, or rank 0 does not answer.
+        """
+        if self.size == 1:
+            return []
+        try:
+            return [Peer(status[0], silent, *status[1:]) if status else Peer(f'rank {rank}')
+                    for rank, (silent, status, _) in enumerate(self._ask()) if rank != self.rank]
+        except NotYet:
+            raise ControlError('rank 0 does not answer: it is stopped, or cut off') from None
+
+    def missing(self) -> str:
+        """Say which workers have not made the call that others wait for; '' if nobody knows."""
+        try:
+            absent = [str(rank) for rank, (_, _, has_come) in enumerate(self._ask()) if not has_come]
+        except (NotYet, ControlError):
+            return ''
+        return f'without rank{"s"[:len(absent) > 1]} {", ".join(absent)}' if absent else ''
+
+    def _ask(self) -> List[Any]:
+        """[seconds since its last sign of life, what that said, whether it waits in a call] of each rank."""
+        future: 'Future[Any]' = Future()
+
+        def ask() -> None:
+            self._asked.append(future)
+            self._channel.send(call='ask')
+        self._loop.call_soon_threadsafe(ask)
+        answer = ControlError(self._lost) if self._lost else future.result(ASKING)
+        if isinstance(answer, ControlError):
+            raise answer
+        found: List[Any] = answer
+        return found
 
     def close(self) -> None:
         """Say goodbye: from now on this worker may end without being missed. Rank 0 stays until all have."""
@@ -149,7 +200,7 @@ class ControlPlane:
             future.set_result([json.loads(text)] if call == 'gather' else json.loads(text))
         else:
             self._loop.call_soon_threadsafe(self._send, future, call, name, text)
-        return Pending(name, future)
+        return Pending(name, future, self.missing)
 
     def _send(self, future: 'Future[Any]', call: str, name: str, text: str) -> None:
         if self._lost:
@@ -162,6 +213,8 @@ class ControlPlane:
         """Answers come in the order of the calls."""
         if 'lost' in message:
             self._lose(message['lost'])
+        elif 'known' in message:
+            self._asked.pop(0).set_result(message['known'])
         elif self._waiting:
             self._waiting.pop(0).set_result(json.loads(message['text']))
 
@@ -180,6 +233,7 @@ class _Hub:
         self._connections: List[socket.socket] = []
         self._calls: List[Deque[Message]] = [deque() for _ in range(size)]  # not yet answered, by rank
         self._channels: Dict[int, MessageStream] = {}
+        self._signs: Dict[int, Tuple[float, List[Any]]] = {}  # when each rank gave its last sign of life, and which
         self._leaving, self._lost = False, ''
         loop.add_reader(listener.fileno(), self._accept)
 
@@ -214,6 +268,11 @@ class _Hub:
             channel.send(lost=self._lost)
 
     def _receive(self, rank: int, message: Message) -> None:
+        if message['call'] == 'sign':
+            self._signs[rank] = time.monotonic(), message['status']
+            return
+        if message['call'] == 'ask':
+            return self._channels[rank].send(known=self._known())
         self._calls[rank].append(message)
         while all(self._calls):
             calls = [calls.popleft() for calls in self._calls]
@@ -226,16 +285,22 @@ class _Hub:
             for channel in self._channels.values():
                 channel.send(text=text)
 
+    def _known(self) -> List[Any]:
+        now = time.monotonic()
+        signs = [self._signs.get(rank) for rank in range(len(self._calls))]
+        return [[sign and now - sign[0], sign and sign[1], bool(calls)] for sign, calls in zip(signs, self._calls)]
+
     def _lose(self, why: str) -> None:
         self._lost = self._lost or why
         for channel in list(self._channels.values()):
             channel.send(lost=self._lost)
 
 
-def connect(process: ProcessInfo, environ: Mapping[str, str], mesh: Optional[Mesh] = None) -> ControlPlane:
+def connect(process: ProcessInfo, environ: Mapping[str, str], mesh: Optional[Mesh] = None, seconds: float = 0.0
+            ) -> ControlPlane:
     """Join the control plane of this worker's job; its launcher says where, or else Horovod carries that to all, once.
 
-    By default all workers of the mesh hold a whole model.
+    By default all workers of the mesh hold a whole model, and have `CONNECT` seconds to come.
 
     Raises:
         ControlError: the hub cannot be reached.
@@ -254,7 +319,7 @@ def connect(process: ProcessInfo, environ: Mapping[str, str], mesh: Optional[Mes
             listener = _listen('', 0, process.size)
         addresses, key = _by_horovod(listener)
     mesh = mesh or Mesh(data=process.size, rank=process.rank)
-    return ControlPlane(mesh, addresses, secret(key, b'control plane'), listener)
+    return ControlPlane(mesh, addresses, secret(key, b'control plane'), listener, seconds)
 
 
 def _listen(host: str, port: int, size: int) -> socket.socket:
@@ -292,9 +357,9 @@ def tune(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def _reach(addresses: Sequence[Tuple[str, int]]) -> Tuple[socket.socket, bytes]:
+def _reach(addresses: Sequence[Tuple[str, int]], seconds: float) -> Tuple[socket.socket, bytes]:
     """A connection to the first address that answers, and the nonce it greets with."""
-    limit = time.monotonic() + CONNECT
+    limit = time.monotonic() + seconds
     while True:
         for address in addresses:
             try:
@@ -311,5 +376,5 @@ def _reach(addresses: Sequence[Tuple[str, int]]) -> Tuple[socket.socket, bytes]:
                 why = error
         if time.monotonic() > limit:
             places = ', '.join(f'{host}:{port}' for host, port in addresses)
-            raise ControlError(f'control plane: rank 0 cannot be reached at {places} within {CONNECT:g} s: {why}')
+            raise ControlError(f'control plane: rank 0 cannot be reached at {places} within {seconds:g} s: {why}')
         time.sleep(0.1)

@@ -1,6 +1,8 @@
 """`mxsimmim pretrain` and `finetune`: joins a job, goes on from its last checkpoint, trains, and says how it went."""
 import contextlib
+import functools
 import os
+import platform
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Union
@@ -13,13 +15,13 @@ from ..config.schedule import fitted
 from ..data.sampling import steps_per_epoch
 from ..data.sources import notes_of
 from ..models import parameter_specs
-from ..ops import REFERENCE, OpBackend, select_backend
+from ..ops import REFERENCE, OpBackend, library, select_backend
 from ..parallel.communicators import Communicator
 from ..parallel.control import ControlPlane, connect
 from ..parallel.mesh import mesh_of
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, horovod_settings, strategy_of
-from ..runtime import report
+from ..runtime import report, watchdog
 from ..runtime.process import ProcessInfo, process_info
 from ..system import files
 from ..system.notify import send
@@ -28,8 +30,19 @@ from ..tasks.task import Task, check_same_job
 from . import exporter
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
+from .restore import in_all_workers
 from .room import check_room
-from .run_folder import Stop, checkpoint_to_resume, folder_of, locked, write_config
+from .run_folder import (
+    ENDING,
+    Stop,
+    check_shared,
+    check_written,
+    checkpoint_to_resume,
+    folder_of,
+    locked,
+    newest_here,
+    write_config,
+)
 from .run_logger import Quiet, RunLogger, read_metrics
 from .timetable import expected_step, timetable_of
 from .trainer import Trainer
@@ -45,6 +58,12 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         ValueError: whatever the user can mend; checkpoints written before stay whole.
     """
     process = process_info(os.environ)
+    name = f'rank {process.rank} on {platform.node()}'
+    with watchdog.Watch(name, config.runtime.deadline, library.show_stacks) as watch:
+        return _start(config, written, process, watch)
+
+
+def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo, watch: watchdog.Watch) -> int:
     contexts = contexts_of(config.devices, process)
     strategy = strategy_of(config, process, len(contexts))
     folder = folder_of(config)
@@ -54,12 +73,15 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     notes += fitting
     total = timetable_of(config, len(task.source), strategy).total
     if process.rank == 0:
-        check_room(config, task, folder, total)
+        check_room(config, task, folder, total, process.size)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if process.rank == 0:
-            stack.enter_context(locked(folder, notes.append))
+            # On a host that was lost, this job's own rank 0 of before may still be ending.
+            stack.enter_context(locked(folder, notes.append, ENDING if process.restarts else 0))
+            check_written(config, process.written)
         control = stack.enter_context(connected(config, strategy, process))
+        watch.join(control.peers, control.sign)
         check_same_job(config, task, control)
         backend = agree_on_backend(config, contexts, control, notes.append)
         asked, why = config, ''
@@ -67,7 +89,8 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
             from ..planner.automatic import lay_out
             config, why = lay_out(config, process, contexts, backend.is_native, control)
         control.mesh = mesh_of(process, config.parallel, len(contexts))
-        communicator = build_communicator(strategy, process, control)
+        with watchdog.doing(f'a connection to all that {strategy.store} needs', together=True):
+            communicator = build_communicator(strategy, process, control)
         checkpoint = find_checkpoint(config, task, control, notes.append, bool(process.restarts))
         logger: Union[RunLogger, Quiet] = Quiet()
         if process.rank == 0:
@@ -86,6 +109,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         if process.rank == 0:
             table = trainer.parts.table(trainer.hosts) if trainer.parts else ''
             introduce(trainer, checkpoint, strategy, process, '\n'.join(filter(None, (why, table))))
+        watch.step, watch.last_words = lambda: trainer.step, functools.partial(tell_failure, trainer)
         with told(trainer):
             stopped = trainer.fit(stop)
         logger.status(state='stopped' if stopped else 'ended', step=trainer.step)
@@ -107,7 +131,7 @@ def connected(config: Config, strategy: Strategy, process: ProcessInfo) -> Contr
     # Without GPUs, Horovod's looking around costs a core's time.
     if strategy.store_can.transport == 'horovod' and not mx.context.num_gpus():
         os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
-    return connect(process, os.environ)
+    return connect(process, os.environ, seconds=watchdog.START * config.runtime.deadline)
 
 
 @contextlib.contextmanager
@@ -116,11 +140,16 @@ def told(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = ' '.join(str(error).split())[:1000]
         report.tell(step=trainer.step)
-        trainer.logger.status(state='failed', step=trainer.step, error=text)
-        notify(trainer, event='failure', causes=[text], restart_in=None)
+        tell_failure(trainer, str(error))
         raise
+
+
+def tell_failure(trainer: Trainer, why: str) -> None:
+    """Tell whoever looks at the run why it ends."""
+    text = ' '.join(why.split())[:1000]
+    trainer.logger.status(state='failed', step=trainer.step, error=text)
+    notify(trainer, event='failure', causes=[text], restart_in=None)
 
 
 def notify(trainer: Trainer, **event: Any) -> None:
@@ -160,9 +189,17 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
     Raises:
         ValueError: see `checkpoint_to_resume`.
     """
-    saved = checkpoint_to_resume(config, task, log, restarted) if control.rank == 0 else None
-    told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
-    return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
+    steps, hosts = zip(*control.all_gather('checkpoints', [newest_here(config), platform.node()]))
+
+    def find() -> Optional[Checkpoint]:
+        if config.resume == 'auto' or restarted:
+            check_shared(config, steps, hosts)
+        with watchdog.doing('the checkpoint to go on from'):
+            saved = checkpoint_to_resume(config, task, log, restarted)
+        if restarted and not saved:
+            log(f'warning: this job was restarted, and there is no checkpoint in {folder_of(config)}: it begins anew')
+        return saved
+    return in_all_workers(find, control)
 
 
 def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo,

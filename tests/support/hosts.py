@@ -217,6 +217,15 @@ class Hosts:
         """Puts a host's network cable in, or pulls it out: state='down'."""
         run('ip', '-n', f'{self.prefix}switch', 'link', 'set', f'port{n}-{interface}', state)
 
+    def switch_off(self, n: int) -> None:
+        """Ends everything on a host at once, as if its power went; its network stays, so that others are refused."""
+        os.kill(self._init.pop(n), 9)
+        wait_for(lambda: not self.processes(n, all=True), f'{self.names[n]} is off')
+
+    def switch_on(self, n: int) -> None:
+        """Boots a host that was switched off. What was hidden from it is to be seen again."""
+        self._boot(n)
+
     def limit(self, rate: str = '200mbit') -> None:
         """Each host sends and receives on eth0 at this rate at most, both at the same time."""
         for n in range(self.count):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support.workers import KEY, each
 
-from mxsimmim.parallel.control import ControlError, _listen, connect
+from mxsimmim.parallel.control import ControlError, ControlPlane, _listen, connect
+from mxsimmim.parallel.mesh import Mesh
 from mxsimmim.runtime.process import ALONE, ProcessInfo
 
 VALUES = [0.1, float('nan'), float('inf'), 2 ** 53 - 1, 5e-324, None, True, 'ä\udce9\n', {'a': [1, {}]}]
@@ -97,6 +98,30 @@ def test_workers_that_do_different_things_are_told():
     errors = each(2, lambda control: control.all_gather(('validation', 'checkpoint')[control.rank], 1))
     assert [str(error) for error in errors] == [
         "control plane: rank 1 is at 'checkpoint', rank 0 at 'validation'"] * 2
+
+
+def test_who_has_not_come_is_named():
+    """Also to those that are not rank 0, which knows."""
+    def work(control):
+        control.sign([f'rank {control.rank} on h{control.rank}', 'data', False])
+        control.barrier('together')
+        if control.rank == 2:
+            time.sleep(1.5)
+            return control.all_gather('a step', 1)
+        if control.rank == 1:
+            with pytest.raises(ControlError, match=r"come to 'a step' within 0.5 s \(without rank 2\)"):
+                control.start_gather('a step', 1).result(0.5)
+            return control.peers()
+        return control.all_gather('a step', 1)
+    _, (first, last), _ = each(3, work)
+    assert first[:1] + first[2:] == ('rank 0 on h0', 'data', False) and 0 < first.silent < 10
+    assert last[:1] + last[2:] == ('rank 2 on h2', 'data', False)
+
+
+def test_who_does_not_come_at_all_is_named():
+    with _listen('127.0.0.1', 0, 3) as listener:
+        with pytest.raises(ControlError, match=r"come to 'the start' within 0.3 s \(without ranks 1, 2\)"):
+            ControlPlane(Mesh(data=3), [listener.getsockname()], KEY, listener, 0.3)
 
 
 def test_another_key_is_refused(monkeypatch):

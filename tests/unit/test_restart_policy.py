@@ -41,6 +41,9 @@ ERROR = Failure(1, ['worker 0 on a failed with exit code 1'], error=('ZeroDivisi
     ([ERROR, ERROR._replace(error=(ERROR.error[0], 8))], 5, 2, '2 of 5'),
     ([ERROR, ERROR._replace(error=('other', 7))], 5, 2, '2 of 5'),
     ([ERROR, KILLED, ERROR], 5, 4, '3 of 5'),
+    # With all hosts it may not.
+    ([Failure(2, ['error: 2 stages, 3 workers'], reduced=True)], 5, 1, '1 of 5'),
+    ([ERROR, ERROR._replace(reduced=True)], 5, 2, '2 of 5'),
 ])
 def test_the_policy(failures, most, seconds, part):
     decision = decide(failures, most)
@@ -55,7 +58,7 @@ def test_what_a_failure_was():
                                 'after it: worker 0 failed with exit code 1'], 2, ('E', 3),
                             tuple({'rank': rank, 'host': 'a', 'why': 'failed with exit code 1'} for rank in (1, 0)))
     assert failure_of(Outcome(failed=(exit_of(0, -9),)))[2:] == (
-        -1, None, ({'rank': 0, 'host': 'a', 'why': 'was killed by SIGKILL'},))
+        -1, None, False, ({'rank': 0, 'host': 'a', 'why': 'was killed by SIGKILL'},))
     assert failure_of(Outcome(lost=(('b', 'gone'),))) == Failure(1, ['host b was lost: gone'])
     assert without_progress([]) == 0 and history([KILLED]) == []
     assert history([KILLED, Failure(1, [])]) == [f'attempt 1: {KILLED.causes[0]}', 'attempt 2: failed without a word']

@@ -135,7 +135,9 @@ def test_averaged_weights_keep_buffers_as_they_are():
     assert own.keys() == averaged.keys()
     for name, value in own.items():
         assert np.array_equal(averaged[name], value) == ('running' in name), name
-    again = WeightAverage(parameter_specs(net), 0.9, averaged)
+    again = WeightAverage(parameter_specs(net), 0.9)
+    for name in again.names():
+        again.set(name, averaged[name])
     assert all(np.array_equal(again.arrays()[name], value) for name, value in averaged.items())
 
 

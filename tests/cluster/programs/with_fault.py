@@ -2,6 +2,7 @@
 
 changed-weight: a weight changes by itself after the third update. slow: each image takes 4 ms longer.
 no-memory: memory cannot be mapped. no-room: there are no pages for it.
+Or of rank 0: hanging-disk: what is written for a checkpoint never comes to the disk.
 """
 import errno
 import mmap
@@ -15,7 +16,16 @@ from mxsimmim.runtime.process import process_info
 
 fault, *arguments = sys.argv[1:]
 process = process_info(os.environ)
-if process.role == 'worker' and process.rank == 1:
+if fault == 'hanging-disk' and process.role == 'worker' and process.rank == 0:
+    fsync = os.fsync
+
+    def hanging(number):
+        if 'checkpoints' in os.readlink(f'/proc/self/fd/{number}'):
+            os.mkfifo('disk')
+            open('disk', 'rb')
+        fsync(number)
+    os.fsync = hanging
+elif process.role == 'worker' and process.rank == 1:
     from mxsimmim.runtime import environment
     environment.prepare(RuntimeConfig(threads=1))
     import mxnet as mx
