@@ -8,8 +8,8 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# What `export --format onnx`, `serve`, `dashboard` and log.prometheus_port need; aiohttp in two versions, since the newer
-# mends holes in its parsers.
+# What `export --format onnx`, `serve`, `dashboard` and log.prometheus_port need; aiohttp in two versions, since the
+# newer mends holes in its parsers.
 DEPLOY = [
     'onnx==1.17.0',
     'onnxruntime==1.19.2',

@@ -50,7 +50,7 @@ def metrics(port):
 def test_a_job_that_loses_a_worker(launcher, page):
     port = free_port()
     page.until(f'document.querySelector("#runs .name").textContent == "{TAG}"', DEADLINE)
-    assert page.evaluate('document.querySelector("#error").textContent') == '<b>bad</b>'
+    page.until('document.querySelector("#error").textContent == "<b>bad</b>"', DEADLINE)
     job = launcher.start(*SERVERS, '--max-restarts', 1, '--', *PRETRAIN, *JOB, 'name=job',
                          f'log.prometheus_port={port}')
     err = lambda: launcher.text('err')  # noqa: E731
