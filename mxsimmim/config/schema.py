@@ -229,6 +229,10 @@ class TrainConfig(Section):
     patience: int = Field(5, gt=0, description='lr_on_plateau: validations')
     stop_early: int = Field(0, ge=0, description='validations without a new best that end the run; 0: none do')
     max_bad_steps: int = Field(10, gt=0, description='non-finite steps in a row that end the run; each is skipped')
+    rollback: bool = Field(False, description='go back to the last checkpoint when the loss spikes, and leave out the '
+                           'batches since then')
+    spike: float = Field(10.0, gt=0, description='rollback: robust deviations above the median of the last 100 losses '
+                         'that are a spike')
 
 
 class ParallelConfig(Section):

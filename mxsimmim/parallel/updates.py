@@ -37,6 +37,7 @@ from .compression import TRANSPORTS
 from .control import Pending
 from .gradients import exchanged
 from .mesh import AXES
+from .own_state import OwnState, arrays_in, residuals_in
 
 
 def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
@@ -80,10 +81,10 @@ class SynchronousUpdate:
         self.optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = [spec.parameter for spec in specs if spec.trainable]
         self._buffers = [spec.parameter for spec in specs if not spec.trainable]
-        self._registered: Optional[Handle] = None  # the buffers, once somebody needs them
+        self._registered: Dict[str, Handle] = {}  # weights, buffers and gradients, once somebody needs them
         self._several = communicator.control.size > 1  # workers, in this group or another
         self._mesh = mesh = communicator.control.mesh
-        weights = [spec for spec in specs if spec.trainable]
+        self._specs = weights = [spec for spec in specs if spec.trainable]
         self._exchanges: List[_Exchange] = []
         for axes in GROUPS:
             group = [spec.parameter for spec in weights if spec.axes == axes]
@@ -97,6 +98,7 @@ class SynchronousUpdate:
         # their copies apart. Only the first one's counts.
         self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes
                       and 'tensor' not in gradient_axes(spec.name)] if mesh.coordinate('tensor') else []
+        self._smallest = min((p for p in self._parameters if p not in self._idle), key=lambda p: p.list_data()[0].size)
         self._votes: Optional[Pending] = None  # of the last step
         self.by_worker: List[Sequence[float]] = []  # what each gave to `observed` last
 
@@ -116,9 +118,7 @@ class SynchronousUpdate:
         were computed and when everybody's had arrived.
         """
         if self._several:  # the others do not see this loss: let it spoil the gradient that they do see
-            # A parameter's, which the next pass overwrites; what lies between the small ones nobody does.
-            smallest = min((p.list_grad()[0] for p in self._parameters), key=lambda g: g.size).reshape((-1,))
-            mx.nd.broadcast_add(smallest, (loss * 0).as_in_context(smallest.context), out=smallest)
+            self._spoil(loss)
         self._all_reduce(clock.computed if clock else None)
         if clock:
             clock.communicated()
@@ -132,16 +132,27 @@ class SynchronousUpdate:
     def clip_partial(self) -> None:
         """Clip what has been accumulated so far, as the reference does after each part but the last.
 
-        The clipped sum stays on rank 0's first device; all others start the next part from zero.
+        The clipped sum stays on rank 0's first device; all others start the next part from zero. A norm that is not
+        finite spoils the sum, so that the step is skipped: clipping to nothing would hide what is too large to square.
         """
         self._all_reduce()
-        scale = self._scale(self._norm())
+        norm = self._norm()
+        scale = mx.nd.where(mx.nd.contrib.isfinite(norm), self._scale(norm), mx.nd.zeros_like(norm))
         for exchange in self._exchanges:
             for first, *others in exchange.arrays:
                 flat = first.reshape((-1,))
                 mx.nd.broadcast_mul(flat, scale.as_in_context(first.context), out=flat)
                 for other in others + ([first] if exchange.communicator.rank else []):
                     other[:] = 0
+        self._spoil(norm)
+
+    def _spoil(self, value: mx.nd.NDArray) -> None:
+        """Make the gradient not finite where `value` (1,) is not.
+
+        A parameter's, which the next pass overwrites; what lies between the small ones nobody does.
+        """
+        smallest = self._smallest.list_grad()[0].reshape((-1,))
+        mx.nd.broadcast_add(smallest, (value * 0).as_in_context(smallest.context), out=smallest)
 
     def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
         """Return, after `step` updates, the step to stop at: the same in all workers, once any of them is `stopping`.
@@ -185,6 +196,18 @@ class SynchronousUpdate:
         """Return the optimiser's state, for a checkpoint."""
         return self.optimizer.arrays()
 
+    def own_state(self) -> Optional[OwnState]:
+        """Return what each worker has of its own, for a checkpoint, too: residuals of compression.
+
+        Not where a model is in several workers: there they start from zero when a run goes on.
+        """
+        if self._mesh.data < self._mesh.size or not self._several:
+            return None
+        exchange, = self._exchanges
+        residuals = exchange.transport.residuals
+        return OwnState(self.workers, self._register('gradients', exchange.arrays), self._specs,
+                        {'residual': residuals_in(exchange.arrays, residuals)}) if residuals else None
+
     def load_one_by_one(self, moments: Iterable[Tuple[str, np.ndarray]], update: int) -> None:
         """As `load_state_dict`, of whole moments each of which is kept before the next is asked for."""
         for name, value in moments:
@@ -203,7 +226,7 @@ class SynchronousUpdate:
 
     def _weights(self) -> Handle:
         """Return the parameters' handle, under whose keys their moments are broadcast, too."""
-        return self.workers.register([p.list_data() for p in self._parameters])
+        return self._register('weights', [p.list_data() for p in self._parameters])
 
     def _average_buffers(self) -> None:
         """Replace each buffer by its mean over all replicas, whose parts of a batch are equal, or nearly."""
@@ -215,9 +238,13 @@ class SynchronousUpdate:
             self.workers.all_reduce(handle)
 
     def _buffer_handle(self) -> Handle:
-        if self._registered is None:
-            self._registered = self.workers.register([p.list_data() for p in self._buffers])
-        return self._registered
+        return self._register('buffers', [p.list_data() for p in self._buffers])
+
+    def _register(self, name: str, arrays: Sequence[Copies]) -> Handle:
+        """Return the handle of these arrays: servers keep an array for each key, so that each gets one only once."""
+        if name not in self._registered:
+            self._registered[name] = self.workers.register(arrays)
+        return self._registered[name]
 
     def _moments(self) -> List[List[Copies]]:
         """Return the moments by kind, of each one array for each parameter."""
@@ -262,7 +289,7 @@ class PeriodicAveraging(SynchronousUpdate):
         super().__init__(specs, optimizer, Communicator('device'), train, clip)
         self.workers = communicator
         self._split, self._every, self._last = split, train.local_steps, last
-        self._handle = super()._weights()
+        self._handle = self._weights()
 
     def loss_divisor(self, images: int) -> int:
         return images
@@ -291,7 +318,7 @@ class PeriodicAveraging(SynchronousUpdate):
         return np.stack([(rows[:, :, 0] * weights).sum(0), (rows[:, :, 1] * weights).sum(0), rows[:, :, 2].min(0)], 1)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the means of the moments over the workers, with which all of them go on after a resumption."""
+        """Return the means of the moments over the workers, with which another number of them goes on."""
         means = []
         for moments in self._moments():
             mean = [[first.copy()] for first, *_ in moments]
@@ -299,8 +326,17 @@ class PeriodicAveraging(SynchronousUpdate):
             means += [first.asnumpy() for first, in mean]
         return self.optimizer.whole(means)
 
-    def _weights(self) -> Handle:
-        return self._handle  # one for all: servers keep an array for each key
+    def own_state(self) -> Optional[OwnState]:
+        """Return the moments of each worker."""
+        return self._own_state()
+
+    def _own_state(self, **more: Sequence[Copies]) -> Optional[OwnState]:
+        """Return the state of each worker that is its moments and arrays of their shapes."""
+        arrays = {**more, **dict(zip(self.optimizer.MOMENTS, self._moments()))}
+        # One handle for all: servers keep an array for each key.
+        gradients = self._handle.with_arrays([p.list_grad() for p in self._parameters])
+        kinds = {name: arrays_in(gradients.arrays, copies) for name, copies in arrays.items()}
+        return OwnState(self.workers, gradients, self._specs, kinds) if kinds else None
 
     def _average(self, arrays: Sequence[Copies]) -> None:
         """Replace arrays shaped like the parameters by their mean over the workers, weighted with their images."""
@@ -325,6 +361,12 @@ class LocalSGD(PeriodicAveraging):
         super().__init__(specs, optimizer, communicator, train, clip, split, last)
         self._with_moments = train.average_moments
 
+    def state_dict(self) -> Dict[str, Any]:
+        return self.optimizer.arrays() if self._with_moments else super().state_dict()
+
+    def own_state(self) -> Optional[OwnState]:
+        return None if self._with_moments else super().own_state()
+
     def _meet(self) -> None:
         self._average([p.list_data() for p in self._parameters])
         for moments in self._moments() if self._with_moments else []:
@@ -346,10 +388,15 @@ class ElasticAverage(PeriodicAveraging):
         super().__init__(specs, optimizer, communicator, train, clip, split, last)
         self._strength = train.elastic
         self._centre = [p.list_data()[0].copy() for p in self._parameters]
+        self._aside: List[Copies] = []  # this worker's weights, while the parameters hold the centre
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
         super().load_state_dict(moments, update)
         self._centre = [p.list_data()[0].copy() for p in self._parameters]
+
+    def own_state(self) -> Optional[OwnState]:
+        """Return the weights and moments of each worker, beside the centre that all of them have."""
+        return self._own_state(weight=self._aside or [p.list_data() for p in self._parameters])
 
     def _meet(self) -> None:
         pulls = [[(p.list_data()[0] - centre) * (self._strength * self._split.fraction)]
@@ -364,10 +411,11 @@ class ElasticAverage(PeriodicAveraging):
     @contextlib.contextmanager
     def consolidated_weights(self) -> Iterator[None]:
         self._average_buffers()
-        own = [p.list_data()[0].copy() for p in self._parameters]
+        self._aside = [[p.list_data()[0].copy()] for p in self._parameters]
         self._set(self._centre)
         yield
-        self._set(own)
+        self._set([first for first, in self._aside])
+        self._aside = []
 
     def _set(self, values: Sequence[mx.nd.NDArray]) -> None:
         for p, value in zip(self._parameters, values):

@@ -31,6 +31,7 @@ from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from .checkpoint import Checkpoint
 from .pretrained import load_encoder
+from .restore import load_state, load_weights
 from .run_logger import Quiet, RunLogger
 from .timetable import Timetable, timetable_of
 from .trainer import Trainer, UpdateRule
@@ -66,23 +67,12 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
     group = build_group(config, communicator, contexts, backend, max(split.images))
     placement = build_placement(config.parallel, net, contexts, config.train.accumulate, parts, group)
     update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split, parts=parts)
-    step, state, arrays = (checkpoint.step, checkpoint.state, checkpoint.arrays) if checkpoint else (0, {}, {})
-    if checkpoint or config.model.pretrained:
-        moments: Optional[Arrays] = arrays.get('optimizer')
-        if parts and checkpoint:
-            assert isinstance(update_rule, SynchronousUpdate)
-            update_rule.load_one_by_one(parts.hand_out(update_rule.moment_names(), moments), step)
-        else:
-            update_rule.load_state_dict(moments, step)
-    average = None
-    if config.train.ema:
-        # All workers hold the same one: rank 0's, of its checkpoint.
-        average = WeightAverage(parameter_specs(net), config.train.ema, None if parts else arrays.get('ema'))
-        if parts and checkpoint:
-            for name, value in parts.hand_out(average.names(), arrays.get('ema')):
-                average.set(name, value)
-        if checkpoint:
-            average.share(communicator)
+    if config.model.pretrained and not checkpoint:
+        update_rule.load_state_dict(None, 0)
+    average = WeightAverage(parameter_specs(net), config.train.ema) if config.train.ema else None
+    if checkpoint:
+        load_state(update_rule, average, parts, checkpoint, logger.message)
+    step, state = (checkpoint.step, checkpoint.state) if checkpoint else (0, {})
     if communicator.control.mesh.tensor > 1 or config.parallel.shard_optimizer:  # where memory is short
         mx.nd.waitall()
         give_back()  # weights as they were drawn and read, gradients' first arrays
@@ -105,7 +95,7 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
         return _build_part(config, task, backend, checkpoint, logger, parts)
     net = task.build_network(not arrays, backend)
     if arrays:
-        official.load_weights(net, arrays['weights'])
+        load_weights(net, arrays['weights'], None)
     elif task.takes_encoder and config.model.pretrained and not checkpoint and process.rank == 0:
         logger.message(load_encoder(net, config.model.pretrained))
     return net
@@ -122,10 +112,7 @@ def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Opti
         logger.message(load_encoder(whole, config.model.pretrained))
         weights = official.export_weights(whole)
     if checkpoint or fresh:
-        specs = {spec.name: spec for spec in parameter_specs(net)}
-        for name, value in parts.hand_out(list(specs), weights):
-            spec = specs[name]
-            spec.parameter.set_data(mx.nd.array(spec.part_of(value.reshape(spec.whole_shape))))
+        load_weights(net, weights, parts)
     return net
 
 

@@ -187,8 +187,9 @@ def _places(config: Config, process: ProcessInfo, task: Optional[Task], planned:
     notes = files.try_place(folder)
     said = [f'{folder}: can be written to']
     if task and planned:
-        check_room(config, task, folder, timetable_of(planned, len(task.source), strategy_of(config, process)).total)
-        size, free = checkpoint_bytes(config, task), files.free(folder)
+        timetable = timetable_of(planned, len(task.source), strategy_of(config, process))
+        check_room(config, task, folder, timetable.total, process.size)
+        size, free = checkpoint_bytes(config, task, process.size), files.free(folder)
         said[0] += f', checkpoints of {size / facts.GIB:.2f} GiB' + (
             '' if free is None else f', {free / facts.GIB:.1f} GiB free')
         if (folder / 'checkpoints').is_dir():

@@ -27,6 +27,7 @@ from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
+from .restore import in_all_workers
 from .room import check_room
 from .run_folder import Stop, checkpoint_to_resume, folder_of, locked, write_config
 from .run_logger import Quiet, RunLogger, read_metrics
@@ -53,7 +54,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
     notes += fitting
     total = timetable_of(config, len(task.source), strategy).total
     if process.rank == 0:
-        check_room(config, task, folder, total)
+        check_room(config, task, folder, total, process.size)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if process.rank == 0:
@@ -156,9 +157,7 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
     Raises:
         ValueError: see `checkpoint_to_resume`.
     """
-    saved = checkpoint_to_resume(config, task, log, restarted) if control.rank == 0 else None
-    told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
-    return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
+    return in_all_workers(lambda: checkpoint_to_resume(config, task, log, restarted), control)
 
 
 def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo,

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import Config, configfile
 from ..data.batch_split import BatchSplit
 from ..data.loader import Batch, Loader
-from ..data.sampling import batch_at
+from ..data.sampling import batch_at, data_step
 from ..interop import official
 from ..models import parameter_specs
 from ..optim import learning_rates
@@ -26,12 +26,12 @@ from ..runtime import report
 from ..system.arrays import Arrays, Gathered
 from ..system.text import encode, one_line
 from ..tasks.task import Task
-from . import checkpoint
+from . import checkpoint, restore
 from .plateau import PlateauTracker
 from .run_folder import Stop, folder_of, versions
 from .run_logger import Quiet, RunLogger
 from .status import stragglers
-from .step_metrics import StepMetrics, TooManyBadSteps
+from .step_metrics import LossSpike, Row, StepMetrics, TooManyBadSteps
 from .timetable import Timetable
 
 UpdateRule = Union[SynchronousUpdate, AsynchronousUpdate]
@@ -48,6 +48,7 @@ class Trainer:
         parts: the workers that hold one model together; None where each holds a whole one.
         split: which part of each batch is this worker's.
         hosts: of all workers, by rank.
+        skipped_batches: which of the data's order were left out after spikes of the loss, as `data_step` takes them.
     """
 
     def __init__(self, config: Config, timetable: Timetable, task: Task, placement: Placement,
@@ -62,7 +63,8 @@ class Trainer:
         self.control = update_rule.workers.control
         self.loader = Loader(task.source, task.transform(), self.samples, config.seed, config.data.threads,
                              config.data.prefetch, config.data.max_broken, self.logger.message)
-        self.metrics = StepMetrics(config.train.max_bad_steps, state.get('meter'), update_rule.combine)
+        self.metrics = self._metrics(state)
+        self.skipped_batches = restore.skipped_batches(state)
         self.evaluator = task.evaluator(self.control)
         self.plateau = PlateauTracker(config.train, state.get('progress'))
         self._rate = learning_rates(config.optim, config.train, timetable.per_epoch, timetable.total)
@@ -82,6 +84,17 @@ class Trainer:
             TooManyBadSteps: naming the samples of the last one.
             ValueError: what a user can mend: replicas that differ, images that cannot be read, a full disk.
         """
+        if self.step == 0 and self.config.train.rollback:
+            self.save()  # so that there is always a checkpoint before a spike
+        while True:
+            try:
+                return self._fit(stop)
+            except LossSpike as found:
+                spike = found
+            self.roll_back(spike)
+
+    def _fit(self, stop: Optional[Stop]) -> int:
+        """As `fit`, but a spike of the loss ends it."""
         timetable, stop, stop_at = self.timetable, stop or Stop(), None
         if self.plateau.ended:  # before this process began
             return 0
@@ -166,19 +179,45 @@ class Trainer:
         """Write a checkpoint: everything that the rest of the run depends on."""
         with self._other_work(), self.update_rule.consolidated_weights():
             moments = self.update_rule.state_dict()  # to which every worker contributes
+            own = self.update_rule.own_state()
+            apart = {'workers': own.gathered()} if own else {}  # and to this
             averaged = {'ema': self.average.arrays} if self.average else {}
-            arrays = self._whole(weights=self._weights, optimizer=lambda: moments, **averaged)
+            arrays = {**self._whole(weights=self._weights, optimizer=lambda: moments, **averaged), **apart}
             if self.control.rank == 0:
                 checkpoint.save(folder_of(self.config) / 'checkpoints', self.step, arrays, self.state_dict(),
                                 self.config.checkpoint.keep, self.timetable.keep_every)
                 report.tell(checkpoint=self.step)
+
+    def roll_back(self, found: LossSpike) -> None:
+        """Go on from the newest checkpoint, which is before this spike, with the batches after the spike's.
+
+        Updates, and the learning rate with them, count on from the checkpoint's step. All workers do this at once.
+
+        Raises:
+            ValueError: see `restore.before_spike`.
+        """
+        saved, told = restore.before_spike(self.config, found, self.control, self.logger.message)
+        restore.load_weights(self.placement.net, saved.arrays.get('weights'), self.parts)
+        restore.load_state(self.update_rule, self.average, self.parts, saved, self.logger.message)
+        self.skipped_batches = [*restore.skipped_batches(saved.state), (saved.step, found.step - saved.step)]
+        self.step, self.metrics = saved.step, self._metrics(saved.state)
+        self.plateau = PlateauTracker(self.config.train, saved.state['progress'])
+        if self.control.rank == 0:
+            for name in ('checkpoints', 'best'):
+                checkpoint.discard_after(folder_of(self.config) / name, self.step)
+        self.logger.rewind(self.step)
+        self.logger.event(self.step, 'rollback', spike_step=found.step, **found.spike._asdict())
+        self.logger.message(f'warning: {told}: back to the checkpoint of step {self.step}, without the '
+                            f'{found.step - self.step} batches since then')
+        self.save()  # that these batches are left out
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what a checkpoint holds besides arrays, JSON-ready."""
         epoch, step = divmod(self.step, self.timetable.per_epoch)
         return {'config': configfile.to_dict(self.config), 'samples': len(self.task.source), 'versions': versions(),
                 'epoch': epoch, 'step_in_epoch': step, 'images': list(self.split.images),
-                'meter': self.metrics.state(), 'progress': self.plateau.state(), **self.task.state()}
+                'meter': self.metrics.state(), 'progress': self.plateau.state(),
+                'skipped_batches': [list(each) for each in self.skipped_batches], **self.task.state()}
 
     def check_replicas(self) -> None:
         """Compare the weights of all replicas, if a comparison is due and they must be equal now.
@@ -200,7 +239,8 @@ class Trainer:
 
     def samples(self, step: int) -> Tuple[int, np.ndarray]:
         """Return the epoch of update number `step`, counted from 0, and the indices (B,) of this worker's samples."""
-        epoch, index = batch_at(step, len(self.task.source), self.config.train.batch_size, self.config.seed)
+        epoch, index = batch_at(data_step(step, self.skipped_batches), len(self.task.source),
+                                self.config.train.batch_size, self.config.seed)
         return epoch, index[self.split.part]
 
     def _batches(self) -> Iterator[Batch]:
@@ -214,6 +254,14 @@ class Trainer:
             if follow_speed:
                 self._rebalance()
             start = end
+
+    def _metrics(self, state: Mapping[str, Any]) -> StepMetrics:
+        """Return metrics that go on from a checkpoint's state."""
+        def on_skip(row: Row) -> None:
+            self.logger.event(row.step, 'skipped', cause='gradient' if math.isfinite(row.loss) else 'loss')
+        train = self.config.train
+        return StepMetrics(train.max_bad_steps, state.get('meter'), self.update_rule.combine,
+                           train.spike if train.rollback else None, on_skip)
 
     def _rebalance(self) -> None:
         """Give each worker images in proportion to how fast it computed those it had."""
