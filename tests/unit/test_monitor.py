@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,7 +168,8 @@ def test_reading_without_a_file(tmp_path):
 
 def test_lines_without_a_terminal(tmp_path, monkeypatch):
     clock = iter([0.0, 60.0, 3000.0])
-    monkeypatch.setattr(run_logger.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(run_logger, 'time', SimpleNamespace(monotonic=lambda: next(clock), time=time.time,
+                                                            strftime=time.strftime))
     stream = io.StringIO()
     with RunLogger(tmp_path, 2400, stream=stream) as monitored:
         monitored.write(120, {'skipped': 0, 'lr': 1e-4, 'loss': 0.48214, 'grad_norm': 1.3214, 'epoch': 3.2,
@@ -259,6 +261,7 @@ def test_a_full_disk_is_an_error_and_no_hang(tmp_path):
 WRITE_FOR_EVER = '''
 import io, itertools, sys
 from pathlib import Path
+from types import SimpleNamespace
 from mxsimmim.training.run_logger import RunLogger
 monitor = RunLogger(Path(sys.argv[1]), 10 ** 9, int(sys.argv[2]), stream=io.StringIO())
 print('ready', flush=True)
