@@ -26,7 +26,8 @@ def test_a_checkpoint_goes_from_layout_to_layout_unchanged(launcher):
     assert set(expected[1]) == {'weights', 'optimizer', 'ema'} and steps(runs / 'first')[-1] == 10
     assert list((runs / 'first' / 'pictures').glob('*.png'))
     before = 'first'
-    for name, launch, keys in (('devices', HOROVOD, ['devices=[cpu(0),cpu(1)]']), ('workers', FOUR, ['devices=[cpu(0)]']),
+    for name, launch, keys in (('devices', HOROVOD, ['devices=[cpu(0),cpu(1)]']),
+                               ('workers', FOUR, ['devices=[cpu(0)]']),
                                ('contexts', ['-n', 1], [DEVICES]))[:rounds(2, 3)]:
         launcher.run(*launch, '--', *HANDOVER, runs / before, 'parallel.pipeline=2', *TENSOR, *keys, f'name={name}')
         step, arrays = newest(runs / name)
