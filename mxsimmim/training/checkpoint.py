@@ -31,8 +31,10 @@ from typing import (
     Union,
 )
 
+import numpy as np
 from safetensors import SafetensorError
 
+from ..runtime import watchdog
 from ..runtime.memory import ran_out
 from ..system.arrays import Arrays, Gathered, on_the_way
 from ..system.files import alive, free, sync_directory, sync_file
@@ -95,7 +97,7 @@ def fill(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]],
         text = json.dumps({'step': step, 'state': state}, indent=1)
         (filled.staged / STATE).write_text(text, encoding='utf-8')
         for group, named in groups.items():
-            write_arrays(filled.staged / (group + ARRAYS), named)
+            write_arrays(filled.staged / (group + ARRAYS), named._replace(values=_one_by_one(named.values)))
     return filled
 
 
@@ -273,12 +275,20 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def _one_by_one(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Arrays that are written one after another: the deadline counts for each."""
+    for array in arrays:
+        yield array
+        watchdog.beat()
+
+
 def _sha256(file: Path, copy_to: Optional[BinaryIO] = None) -> str:
     """The checksum of a file, which is written to `copy_to` on the way."""
     digest = hashlib.sha256()
     with open(file, 'rb') as stream:
         for chunk in iter(lambda: stream.read(1 << 20), b''):
             digest.update(chunk)
+            watchdog.beat()
             if copy_to:
                 copy_to.write(chunk)
     return digest.hexdigest()
