@@ -156,7 +156,7 @@ FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'no
 # Workers of one job do the same at the same time, each from its own disk and on its own devices.
 FREE_BETWEEN_WORKERS = ('output', 'resume', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels',
                         'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken',
-                        'model.pretrained')
+                        'model.pretrained', 'checkpoint.copy_to')
 
 
 def differences(old: Config, new: Config, free: Tuple[str, ...] = FREE_ON_RESUME) -> List[Tuple[str, Any, Any]]:

@@ -4,6 +4,7 @@ The field descriptions are the documentation of the keys; `configfile` reads fil
 them. Nothing here imports mxnet, so a wrong key is reported in a fraction of a second.
 """
 import math
+import os
 import re
 from functools import reduce
 from typing import Optional, Tuple, Union
@@ -11,7 +12,7 @@ from typing import Optional, Tuple, Union
 from pydantic import AliasChoices, Field, model_validator
 from typing_extensions import Literal
 
-from .values import Duration, GivenPlace, Place, Section, Time, listed, require
+from .values import ClockTime, Duration, GivenPlace, Place, Section, Time, listed, require
 
 
 class ModelConfig(Section):
@@ -287,9 +288,19 @@ class ValidationConfig(Section):
 
 class CheckpointConfig(Section):
     """What survives a failing machine. A classifier's best checkpoint so far is kept besides, in RUN/best."""
-    every: Time = Field(Duration(1, 'epochs'), description='time between checkpoints; the last step always saves')
+    every: ClockTime = Field(Duration(1, 'epochs'), description='time between checkpoints, also as 10 minutes; the '
+                             'last step always saves')
     keep: int = Field(2, gt=0, description='newest checkpoints kept')
     keep_every: Optional[Time] = Field(None, description='checkpoints at multiples of this stay for ever; null: none')
+    copy_to: Place = Field('', description='a second folder of runs, on another disk, to which each checkpoint is '
+                           'copied; resume=auto looks there, too; empty: none')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'CheckpointConfig':
+        require(self.every.unit != 'minutes' or self.keep_every is None, f'keep_every={self.keep_every}: with every='
+                f'{self.every} checkpoints come at any step, and hardly one at a multiple: write every in steps or '
+                'epochs, or raise keep')
+        return self
 
 
 class LogConfig(Section):
@@ -371,6 +382,9 @@ class Config(Section):
         for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
                             ('checkpoint.keep_every', self.checkpoint.keep_every)):
             require(period is None or period.value > 0, f'{key}={period} must be positive')
+        second = self.checkpoint.copy_to
+        require(not second or os.path.abspath(second) != os.path.abspath(self.output),
+                 f'checkpoint.copy_to={second} is where the run itself is written: name a folder of another disk')
         return self
 
     def _check_pipeline(self) -> None:

@@ -35,23 +35,32 @@ def load_weights(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
         ValueError: a missing, unknown or wrongly shaped array, each named.
     """
     specs = parameter_specs(net)
-    shapes = {spec.name: spec.whole_shape for spec in specs}
     given = {name: np.asarray(value) for name, value in arrays.items() if not name.endswith(COMPUTED)}
-    problems = [f'missing: {name}' for name in shapes if name not in given]
-    problems += [f'unknown: {name}' for name in given if name not in shapes]
-    for name, value in given.items():
-        expected = official_shape(name, shapes[name]) if name in shapes else value.shape
-        if value.shape != expected:
-            problems.append(f'{name} has shape {value.shape}, the network needs {expected}')
-    _refuse(problems, 'check the model keys of the configuration')
+    problems = misfits({spec.name: spec.whole_shape for spec in specs},
+                       {name: value.shape for name, value in given.items()})
+    if problems:
+        raise ValueError(f'these weights do not fit the network: {problems}: check the model keys of the configuration')
     for spec in specs:
         spec.parameter.set_data(spec.part_of(given[spec.name].reshape(spec.whole_shape)))
 
 
-def _refuse(problems: List[str], remedy: str) -> None:
-    if problems:
-        more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
-        raise ValueError(f'these weights do not fit the network: {"; ".join(problems[:SHOWN])}{more}: {remedy}')
+def misfits(needed: Mapping[str, Tuple[int, ...]], given: Mapping[str, Tuple[int, ...]]) -> str:
+    """Say in what arrays under the reference's names differ from what a network needs; '' where they fit.
+
+    Shapes are the reference's in `given`, and ours in `needed`.
+    """
+    problems = [f'missing: {name}' for name in needed if name not in given]
+    problems += [f'unknown: {name}' for name in given if name not in needed and not name.endswith(COMPUTED)]
+    for name in needed:
+        expected = official_shape(name, needed[name])
+        if given.get(name, expected) != expected:
+            problems.append(f'{name} has shape {given[name]}, the network needs {expected}')
+    return _first(problems)
+
+
+def _first(problems: List[str]) -> str:
+    more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
+    return '; '.join(problems[:SHOWN]) + more
 
 
 def export_weights(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
@@ -131,7 +140,9 @@ def load_encoder_weights(net: Classifier, arrays: Mapping[str, np.ndarray], log:
     # A masked encoder's token and final norm have no place in a classifier that averages its patches.
     problems += [f'unknown: {name}' for name in given
                  if name not in parameters and not name.startswith(('mask_token', 'norm.', 'decoder.', 'fc_norm.'))]
-    _refuse(problems, f'set {" ".join(needed)}' if needed else 'check the model keys of the configuration')
+    if problems:
+        remedy = f'set {" ".join(needed)}' if needed else 'check the model keys of the configuration'
+        raise ValueError(f'these weights do not fit the network: {_first(problems)}: {remedy}')
     for name, value in values.items():
         parameters[name].set_data(value.reshape(parameters[name].shape))
     return missing

@@ -16,7 +16,7 @@ from . import protocol
 from .clock import Clock
 from .communicators import Communicator
 from .control import ControlPlane
-from .updates import global_norm
+from .updates import Agreed, global_norm
 
 KINDS = ('mean', 'var', 'weight')  # what the servers hold for each parameter, besides what workers compute with
 
@@ -75,7 +75,9 @@ class AsynchronousUpdate:
         self._gradients = self._local.register([p.list_grad() for p in self._parameters])
         self._layout = protocol.Layout(len(weights), len(KINDS), store.servers)
         self._boards = [mx.nd.zeros(protocol.BOARD_SHAPE) for _ in range(2)]
-        self._reported, self._time, self._stop_at = np.zeros(protocol.FIELDS), time.monotonic(), None
+        self._reported, self._time = np.zeros(protocol.FIELDS), time.monotonic()
+        self._stop_at: Optional[int] = None
+        self._save_at, self._saves = 0, 0  # what was agreed on last; how often it was
         self._images = 0
         firsts = [p.list_data()[0] for p in self._parameters]
         keys = list(range(len(firsts)))
@@ -129,19 +131,24 @@ class AsynchronousUpdate:
             clock.communicated()
         return stats
 
-    def poll_stop(self, step: int, stopping: bool, due: bool = False) -> Optional[int]:
-        """As `SynchronousUpdate.poll_stop`. Workers are at different steps: all go on to the furthest one's.
+    def poll(self, step: int, stopping: bool, saving: bool = False, due: bool = False) -> Agreed:
+        """As `SynchronousUpdate.poll`. Workers are at different steps: all go on to the furthest one's.
 
         They meet when one of them says so on the board, and, `due`, where they will meet anyway.
         """
-        if self._stop_at is None:
-            if stopping:
-                self._write(protocol.STOP, [1])
-            stopping = stopping or self._boards[1].asnumpy()[0, protocol.STOP] > 0
-            if stopping or due:
-                steps, votes = zip(*self.workers.control.all_gather('votes to stop', [step, stopping]))
-                self._stop_at = max(steps) if any(votes) else None
-        return self._stop_at
+        if self._stop_at is None and step > self._save_at:  # on the way to a save they have met
+            for wanted, field in ((stopping, protocol.STOP), (saving, protocol.SAVE)):
+                if wanted:
+                    self._write(field, [1])
+            board = self._boards[1].asnumpy()[0]
+            stopping = stopping or bool(board[protocol.STOP] > 0)
+            saving = saving or bool(board[protocol.SAVE] > self._saves)
+            if stopping or saving or due:
+                steps, stops, saves = zip(*self.workers.control.all_gather('votes to stop', [step, stopping, saving]))
+                self._stop_at = max(steps) if any(stops) else None
+                if any(saves):
+                    self._save_at, self._saves = max(steps), self._saves + 1
+        return Agreed(self._stop_at, step == self._save_at)
 
     @contextlib.contextmanager
     def consolidated_weights(self) -> Iterator[None]:

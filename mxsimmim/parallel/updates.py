@@ -1,7 +1,7 @@
 """Update rules: how replicas agree on an update.
 
 All have the same methods: `step` turns gradients into an update, `loss_divisor` says which mean those gradients are,
-`poll_stop` lets all workers stop at the same step, `consolidated_weights` shows the one model that the job has
+`poll` lets all workers stop, or save, after the same step, `consolidated_weights` shows the one model that the job has
 trained so far, `combine` and `observed` reduce per-worker statistics to job-wide values.
 """
 import contextlib
@@ -14,6 +14,7 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -51,6 +52,12 @@ def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArra
 def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
     """Return the L2 norm (1,) of all first copies, on the context of the first of them."""
     return mx.nd.sqrt(sum_of_squares(arrays, backend))
+
+
+class Agreed(NamedTuple):
+    """What all workers do."""
+    stop_at: Optional[int]  # the step to stop after, once any of them has voted for it
+    save: bool  # whether to save after this step
 
 
 class _Exchange:
@@ -143,15 +150,17 @@ class SynchronousUpdate:
                 for other in others + ([first] if exchange.communicator.rank else []):
                     other[:] = 0
 
-    def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
-        """Return, after `step` updates, the step to stop at: the same in all workers, once any of them is `stopping`.
+    def poll(self, step: int, stopping: bool, saving: bool = False, _due: bool = False) -> Agreed:
+        """Vote after `step` updates; return what all workers do, which is the same in all of them.
 
-        Reads the votes of the step before, for which nobody has to wait.
+        Any of them can be `stopping`, or `saving` besides what the timetable says, for which one vote is enough. Reads
+        the votes of the step before, for which nobody has to wait.
         """
         if not self._several:
-            return step if stopping else None
-        votes, self._votes = self._votes, self._communicator.control.start_gather('votes to stop', stopping)
-        return step if votes and any(votes.result()) else None
+            return Agreed(step if stopping else None, saving)
+        votes, self._votes = self._votes, self._communicator.control.start_gather('votes to stop', [stopping, saving])
+        stops, saves = zip(*votes.result()) if votes else ((), ())
+        return Agreed(step if any(stops) else None, any(saves))
 
     def consolidated_weights(self) -> ContextManager[None]:
         """Show the model that the job has trained so far: while entered, the parameters hold it.
@@ -263,6 +272,7 @@ class PeriodicAveraging(SynchronousUpdate):
         self.workers = communicator
         self._split, self._every, self._last = split, train.local_steps, last
         self._handle = super()._weights()
+        self._saving = False  # somebody is, since the last meeting
 
     def loss_divisor(self, images: int) -> int:
         return images
@@ -282,8 +292,13 @@ class PeriodicAveraging(SynchronousUpdate):
                 clock.communicated()
         return stats
 
-    def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
-        return step if self.in_sync(step) and any(self.workers.control.all_gather('votes to stop', stopping)) else None
+    def poll(self, step: int, stopping: bool, saving: bool = False, _due: bool = False) -> Agreed:
+        self._saving = self._saving or saving
+        if not self.in_sync(step):
+            return Agreed(None, False)
+        stops, saves = zip(*self.workers.control.all_gather('votes to stop', [stopping, self._saving]))
+        self._saving = False
+        return Agreed(step if any(stops) else None, any(saves))
 
     def combine(self, rows: np.ndarray) -> np.ndarray:
         rows = np.array(self.workers.control.all_gather('losses', rows))  # (workers, k, 3)

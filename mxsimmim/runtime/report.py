@@ -6,22 +6,25 @@ ended. Without one nothing is written.
 import contextlib
 import json
 import os
+import threading
 from typing import Any, Dict
 
 FILE = 'MXSIMMIM_REPORT_FILE'
 LONGEST = 2000  # characters of an error
 _told: Dict[str, Any] = {}
+_lock = threading.Lock()
 
 
 def tell(**values: Any) -> None:
     """Add to what this process has told: `checkpoint` (step of the newest), `step` (updates done), `error`."""
-    _told.update(values)
     path = os.environ.get(FILE)
-    if path:
-        with contextlib.suppress(OSError):  # a report is not worth a training
-            with open(f'{path}.new', 'w', encoding='ascii') as file:
-                json.dump(_told, file)
-            os.replace(f'{path}.new', path)
+    with _lock:  # a thread tells of checkpoints
+        _told.update(values)
+        if path:
+            with contextlib.suppress(OSError):  # a report is not worth a training
+                with open(f'{path}.new', 'w', encoding='ascii') as file:
+                    json.dump(_told, file)
+                os.replace(f'{path}.new', path)
 
 
 def tell_error(error: BaseException) -> None:

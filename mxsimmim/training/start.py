@@ -1,6 +1,7 @@
 """`mxsimmim pretrain` and `finetune`: joins a job, goes on from its last checkpoint, trains, and says how it went."""
 import contextlib
 import os
+import platform
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Union
@@ -28,7 +29,17 @@ from ..tasks.task import Task, check_same_job
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
 from .room import check_room
-from .run_folder import ENDING, Stop, check_shared, checkpoint_to_resume, folder_of, locked, write_config
+from .run_folder import (
+    ENDING,
+    Stop,
+    check_shared,
+    check_written,
+    checkpoint_to_resume,
+    folder_of,
+    locked,
+    newest_here,
+    write_config,
+)
 from .run_logger import Quiet, RunLogger, read_metrics
 from .timetable import expected_step, timetable_of
 from .trainer import Trainer
@@ -59,7 +70,7 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         if process.rank == 0:
             # On a host that was lost, this job's own rank 0 of before may still be ending.
             stack.enter_context(locked(folder, notes.append, ENDING if process.restarts else 0))
-            check_shared(folder, process.written)
+            check_written(config, process.written)
         control = stack.enter_context(connected(config, strategy, process))
         check_same_job(config, task, control)
         backend = agree_on_backend(config, contexts, control, notes.append)
@@ -158,7 +169,14 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
     Raises:
         ValueError: see `checkpoint_to_resume`.
     """
-    saved = checkpoint_to_resume(config, task, log, restarted) if control.rank == 0 else None
+    steps, hosts = zip(*control.all_gather('checkpoints', [newest_here(config), platform.node()]))
+    saved = None
+    if control.rank == 0:
+        if config.resume == 'auto' or restarted:
+            check_shared(config, steps, hosts)
+        saved = checkpoint_to_resume(config, task, log, restarted)
+        if restarted and not saved:
+            log(f'warning: this job was restarted, and there is no checkpoint in {folder_of(config)}: it begins anew')
     told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
     return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
 

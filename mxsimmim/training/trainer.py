@@ -1,9 +1,11 @@
 """The loop of pre-training and fine-tuning, and what it does besides updating."""
 import contextlib
+import functools
 import math
 import platform
 import signal
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import mxnet as mx
@@ -28,11 +30,12 @@ from ..system.text import encode, one_line
 from ..tasks.task import Task
 from . import checkpoint
 from .plateau import PlateauTracker
-from .run_folder import Stop, folder_of, versions
+from .run_folder import Stop, folder_of, second_folder, versions
 from .run_logger import Quiet, RunLogger
+from .saver import Saver, SecondPlace
 from .status import stragglers
 from .step_metrics import StepMetrics, TooManyBadSteps
-from .timetable import Timetable
+from .timetable import Alarm, Timetable
 
 UpdateRule = Union[SynchronousUpdate, AsynchronousUpdate]
 SHOWN = 8  # samples that an error names
@@ -48,6 +51,7 @@ class Trainer:
         parts: the workers that hold one model together; None where each holds a whole one.
         split: which part of each batch is this worker's.
         hosts: of all workers, by rank.
+        saver: writes checkpoints; its `wait` returns when the one under way is written.
     """
 
     def __init__(self, config: Config, timetable: Timetable, task: Task, placement: Placement,
@@ -69,6 +73,10 @@ class Trainer:
         self._on_micro_batch = None
         self.hosts: List[str] = self.control.all_gather('hosts', platform.node())
         self._slow: Set[int] = set()  # ranks of stragglers that were named
+        second, keep = second_folder(config), config.checkpoint.keep
+        self.saver = Saver(self.logger.message, SecondPlace(second, keep, timetable.keep_every, self.logger.message)
+                           if second and self.control.rank == 0 else None)
+        self._alarm = Alarm(timetable.save_seconds if self.control.rank == 0 else None)
         if config.optim.recipe == 'reference' and config.train.accumulate > 1:
             assert isinstance(update_rule, SynchronousUpdate)
             self._on_micro_batch = update_rule.clip_partial
@@ -82,24 +90,12 @@ class Trainer:
             TooManyBadSteps: naming the samples of the last one.
             ValueError: what a user can mend: replicas that differ, images that cannot be read, a full disk.
         """
-        timetable, stop, stop_at = self.timetable, stop or Stop(), None
+        stop = stop or Stop()
         if self.plateau.ended:  # before this process began
             return 0
         try:
-            if self.step == 0 and self.config.validation.at_start:
-                self.validate()
-            for batch in self.metrics.clock.watch(self._batches()):
-                self.train_step(batch)
-                validating, saving = self._is_due(timetable.validate), self._is_due(timetable.save)
-                stop_at = self.update_rule.poll_stop(self.step, bool(stop.signal), validating or saving)
-                self.check_replicas()
-                if validating:
-                    self.validate()
-                ending = self.step == stop_at or self.plateau.ended
-                if saving or ending:
-                    self.save()
-                if ending:
-                    break
+            with self.saver:
+                stop_at = self._train(stop)
         except TooManyBadSteps as error:
             raise TooManyBadSteps(f'{error}. {self._name_samples(error.step)}', error.step) from None
         if stop_at is None:
@@ -108,6 +104,25 @@ class Trainer:
             f'stopped by signal {stop.signal}: step {self.step} is saved, the same command goes on from it'
             if stop.signal else f'stopped at step {self.step}, which is saved, because another worker was')
         return stop.signal or signal.SIGTERM
+
+    def _train(self, stop: Stop) -> Optional[int]:
+        """Make the updates that are left, and what is due between them; return the step at which `stop` ended this."""
+        if self.step == 0 and self.config.validation.at_start:
+            self.validate()
+        for batch in self.metrics.clock.watch(self._batches()):
+            self.train_step(batch)
+            self.saver.check()
+            validating, saving = self._is_due(self.timetable.validate), self._is_due(self.timetable.save)
+            agreed = self.update_rule.poll(self.step, bool(stop.signal), self._alarm.rings(), validating or saving)
+            self.check_replicas()
+            if validating:
+                self.validate()
+            ending = self.step in (agreed.stop_at, self.timetable.total) or self.plateau.ended
+            if saving or agreed.save or ending:
+                self.save(wait=ending)
+            if ending:
+                return agreed.stop_at
+        return None
 
     def train_step(self, batch: Batch) -> mx.nd.NDArray:
         """Make the next update from this worker's part of a batch; nothing here waits for the device but what logs.
@@ -162,16 +177,30 @@ class Trainer:
                     checkpoint.save(folder_of(self.config) / 'best', self.step, arrays, self.state_dict(), keep=1)
         return values
 
-    def save(self) -> None:
-        """Write a checkpoint: everything that the rest of the run depends on."""
+    def save(self, wait: bool = True) -> None:
+        """Write a checkpoint: everything that the rest of the run depends on.
+
+        With `wait` it is there when this returns. Otherwise only its arrays have been taken, and a thread writes them
+        while training goes on; where several workers have them, rank 0 writes them as they come, and the thread does
+        what then takes longer, flushing and checksums.
+
+        Raises:
+            CheckpointError: this one, or the one before, could not be written.
+        """
         with self._other_work(), self.update_rule.consolidated_weights():
+            self.saver.wait_for_turn()
             moments = self.update_rule.state_dict()  # to which every worker contributes
             averaged = {'ema': self.average.arrays} if self.average else {}
             arrays = self._whole(weights=self._weights, optimizer=lambda: moments, **averaged)
             if self.control.rank == 0:
-                checkpoint.save(folder_of(self.config) / 'checkpoints', self.step, arrays, self.state_dict(),
-                                self.config.checkpoint.keep, self.timetable.keep_every)
-                report.tell(checkpoint=self.step)
+                fill = functools.partial(checkpoint.fill, folder_of(self.config) / 'checkpoints', self.step, arrays,
+                                         self.state_dict())
+                gathered = any(isinstance(named, Gathered) for named in arrays.values())
+                write = functools.partial(self._publish, fill() if gathered else None, fill, self.step)
+                if wait:
+                    self.saver.run(write)
+                else:
+                    self.saver.start(write)
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what a checkpoint holds besides arrays, JSON-ready."""
@@ -270,6 +299,12 @@ class Trainer:
         if self.parts:
             return dict(self.parts.gather({name: make() for name, make in groups.items()}))
         return {name: make() for name, make in groups.items()} if self.control.rank == 0 else {}
+
+    def _publish(self, filled: Optional[checkpoint.Filled], fill: Callable[[], checkpoint.Filled], step: int) -> Path:
+        """Finish a checkpoint, in whatever thread, and tell the launcher of it."""
+        path = checkpoint.publish(filled or fill(), self.config.checkpoint.keep, self.timetable.keep_every)
+        report.tell(checkpoint=step)
+        return path
 
     def _weights(self) -> Dict[str, np.ndarray]:
         return official.export_weights(self.placement.net)

@@ -153,7 +153,7 @@ def test_a_divided_model_is_measured():
                            '--micro-batches', '2', '--rounds', '1', '--steps', '1', '--sides', 'ours'], timeout=120,
                           stdout=subprocess.PIPE, universal_newlines=True, check=True)
     one, two, efficiency, *more = [cell.strip(' %') for cell in done.stdout.splitlines()[-1].split('|')[2:-1]]
-    assert float(efficiency) == pytest.approx(50 * float(two) / float(one), abs=0.1) and len(more) == 5
+    assert float(efficiency) == pytest.approx(50 * float(two) / float(one), abs=0.1) and len(more) == 6
 
 
 def test_the_table_of_divided_models_has_medians_of_ratios():
@@ -162,10 +162,11 @@ def test_the_table_of_divided_models_has_medians_of_ratios():
 
     found = {('ours', 1): turns([2.0, 4.0, 3.0], 3.0, [4.0] * 3),
              ('ours', 2): turns([1.25, 2.0, 2.0], 3.5, [2.0, 2.4, 2.0]),
+             ('ours', 0): turns([2.5, 4.0, 4.0], 3.5, [4.0] * 3), ('torch', 0): turns([2.0] * 3, 3.5, [4.0] * 3),
              ('torch', 1): turns([2.0] * 3, 2.0, [5.0] * 3), ('torch', 2): turns([2.5] * 3, 4.0, [5.0] * 3)}
     lines = load('parallel').table(found, 6)
-    assert lines[2:4] == ['| mxsimmim | 2.00 | 3.00 | 80.0% | 3.00 | 3.50 | 4.00 | 2.00 | 0.50 |',
-                          '| PyTorch | 3.00 | 2.40 | 40.0% | 2.00 | 4.00 | 5.00 | 5.00 | 1.00 |']
+    assert lines[2:4] == ['| mxsimmim | 2.00 | 3.00 | 80.0% | 80.0% | 3.00 | 3.50 | 4.00 | 2.00 | 0.50 |',
+                          '| PyTorch | 3.00 | 2.40 | 40.0% | 100.0% | 2.00 | 4.00 | 5.00 | 5.00 | 1.00 |']
     assert lines[-1].endswith('images/s of two processes: 1.25')
 
 
