@@ -136,7 +136,7 @@ class Attempt:
         lost = tuple((agent.name, agent.last_words()) for agent in self.lost)
         planned = self.stopping and not (self.signal or self.failed or lost) and any(
             exit.code in STOPPED for exit in self.exits.values())
-        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, planned, self.notify,
+        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, self.notify, planned,
                        tuple(self.stopped.items()))
 
     async def _until(self, condition: Callable[[], object], seconds: Optional[float]) -> None:

@@ -24,8 +24,8 @@ class Outcome(NamedTuple):
     failed: Sequence[Exit] = ()  # by themselves, the first one first
     lost: Sequence[Tuple[str, str]] = ()  # host, last words of its agent
     checkpoint: int = -1  # step of the newest that a process told of; -1: none
-    planned: bool = False  # the launcher itself had it stop at a checkpoint, to start it again
     notify: Tuple[str, str] = ('', '')  # who is to be told of this, and of what run: a command and a folder
+    planned: bool = False  # the launcher itself had it stop at a checkpoint, to start it again
     stopped: Sequence[Tuple[Process, str]] = ()  # process, host: neither running nor ended then
 
 

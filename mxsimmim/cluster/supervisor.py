@@ -108,7 +108,8 @@ class Supervisor:
         self.attempt = Attempt(job, self.backend, self.terminal, restarts[-TOLD:], written)
         if stopped.done():  # before it began
             self.attempt.stop(stopped.result())
-        absence.beside = self.attempt.agents
+        known = [agent for agent in absence.beside if agent.facts and agent.host in job.hosts]
+        absence.beside = [*self.attempt.agents, *known[:1]]  # these have no facts yet
         try:
             return await self.attempt.run()
         finally:

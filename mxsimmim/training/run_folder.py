@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 CONFIG, HOLDER = 'config.yaml', '.holder'
+BEAT = 3.0  # seconds between two signs of life in the folder of a run
 # Seconds until nobody holds a folder any more for a host that was lost: its processes end by themselves within 40, and
 # NFS forgets the locks of one that is switched off after 90.
 ENDING = 120.0
-BEAT = 3.0  # seconds between two signs of life in the folder of a run
 # Keys of the network that change none of its weights: with others the weights of a checkpoint do not fit.
 WITHOUT_WEIGHTS = ('model.drop_path', 'model.loss', 'model.norm_targets', 'model.recompute', 'model.pretrained')
 
@@ -47,7 +47,7 @@ def locked(folder: Path, log: Callable[[str], None], patience: float = 0.0) -> I
     """Makes the folder and keeps other processes out of it; `log` hears of a file system that cannot.
 
     Args:
-        patience: seconds to wait for another process to end.
+        patience: seconds in which another process that trains there may end.
 
     Raises:
         ValueError: another process trains there, or the folder cannot be made.
@@ -85,7 +85,7 @@ def _held(folder: Path, until: float) -> Iterator[None]:
     Clocks of hosts differ. So whoever comes to a folder of another host's waits for whether there is another sign.
 
     Raises:
-        ValueError: there still is one at the time `until`, of `time.monotonic`.
+        ValueError: there is, and it is later than `until`.
     """
     file, node = folder / HOLDER, platform.node()
     found = _holder(file)
@@ -240,6 +240,19 @@ def check_shared(config: Config, steps: Sequence[int], hosts: Sequence[str]) -> 
             'with that host first, set output= to a folder that all share, or move its checkpoints')
 
 
+def check_written(config: Config, written: int) -> None:
+    """Sees that rank 0 has the checkpoint of step `written`, which the job has told its launcher of, whole or not.
+
+    Raises:
+        ValueError: it has not, as where it was on another host before; with that one it may.
+    """
+    folders = checkpoint_folders(config)
+    if max((step for folder in folders for step in saved_steps(folder)), default=-1) < written:
+        raise ValueError(f'{folder_of(config)} has no checkpoint of step {written} here, which this job has written: '
+                         'with --min-workers all hosts must see the same folder, set output= or '
+                         'checkpoint.copy_to= to one') from FileNotFoundError(str(folders[0]))
+
+
 def newest_here(config: Config) -> int:
     """Returns the step of the newest checkpoint, whole or not, that this worker sees in the run's folder, or -1."""
     with contextlib.suppress(OSError):
@@ -263,19 +276,6 @@ def _check_fits(saved: Checkpoint, task: 'Task', changed: List[Tuple[str, Any, A
         raise ValueError(f'{saved.path}: of another network, by mxsimmim {_version(saved)} (this is {__version__}): '
                          f'{keys}{problems}: take the model keys of its run, or start from its encoder by '
                          'model.pretrained=')
-
-
-def check_written(config: Config, written: int) -> None:
-    """Makes sure that this host sees the checkpoint of step `written`, which the job told of, whole or not.
-
-    Raises:
-        ValueError: it does not, as where each host has a folder of its own; another host may.
-    """
-    if max((step for folder in checkpoint_folders(config) for step in saved_steps(folder)), default=-1) < written:
-        folder = folder_of(config)
-        raise ValueError(f'{folder} has no checkpoint of step {written} here, which this job has written: with '
-                         '--min-workers all hosts must see the same folder, set output= or checkpoint.copy_to= to one'
-                         ) from FileNotFoundError(str(folder))
 
 
 def _differences(config: Config, samples: int, saved: Checkpoint) -> List[Tuple[str, Any, Any]]:

@@ -27,7 +27,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(launcher, un
     """It goes on from what it wrote, though by its own words it may go on from nothing."""
     run = launcher.folder / 'runs' / 'job'
     job = launcher.start(*launch, '--max-restarts', 1, '--', *PRETRAIN, *LONG, 'name=job', 'resume=none')
-    launcher.until(lambda: (run / 'metrics.jsonl').exists() and (steps(run) or [0])[-1] >= 40, 60, 'step 40')
+    launcher.until(lambda: (run / 'checkpoints' / 'step-00000030').exists() and steps(run)[-1] >= 40, 60, 'step 40')
     for pid in launcher.find(*victim):
         os.kill(pid, signal.SIGKILL)
     assert job.wait(60) == 0, launcher.text('err')
