@@ -2,9 +2,9 @@
 """What a checkpoint costs the steps beside it: written while training goes on, and, for comparison, while it waits.
 
 A step is as in train.py. A turn is a few steps, before which a checkpoint is begun or not; every step is waited for,
-and so is, at the end of a turn, what is still being written. Kinds of turns alternate, so that whatever else the machine
-does meets all alike. The stall is what a turn takes longer than the median turn without a checkpoint, also while arrays
-are copied. Ctrl-C ends the measurement: the table has the turns so far.
+and so is, after a turn, what is still being written. Kinds of turns alternate, so that whatever else the machine does
+meets all alike. The stall is what a turn takes longer than the median turn without a checkpoint, also while arrays are
+copied. Ctrl-C ends the measurement: the table has the turns so far.
 
     python tools/bench/saves.py --model vit_base --batch 32 --folder /disk
 """
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 from common import SHAPES, add_case_options, masks, random_batch, step_config
 
@@ -52,44 +52,46 @@ def measure(model: str, batch: int, precision: str, args: argparse.Namespace, fo
     config = step_config(SHAPES[model], batch, 'local').model_copy(update={'output': str(folder), 'name': 'run'})
     trainer = build_trainer(config, backend=select_backend(precision, [mx.cpu()]))
     images = random_batch(config.model, np.array(masks(model, batch), np.uint8), 0)
-    yields = saver.yield_cores
+    yields, publish = saver.yield_cores, trainer._publish
+    found: Dict[str, List[Dict[str, float]]] = {kind: [] for kind in KINDS}
+    writing: List[float] = []
 
-    def step() -> None:
-        trainer.train_step(images)
-        mx.nd.waitall()
-
+    def timed(*arguments: Any) -> Path:
+        began = time.thread_time()
+        path = publish(*arguments)
+        writing.append(time.thread_time() - began)
+        return path
+    vars(trainer)['_publish'] = timed
     begin: Dict[str, Callable[[], None]] = dict(zip(KINDS, (
         lambda: None, lambda: trainer.save(wait=False), lambda: trainer.save(wait=False), trainer.save)))
-    totals: Dict[str, List[float]] = {kind: [] for kind in KINDS}
-    begun: Dict[str, List[float]] = {kind: [] for kind in KINDS}
-    firsts: Dict[str, List[float]] = {kind: [] for kind in KINDS}
-    left: Dict[str, List[float]] = {kind: [] for kind in KINDS}
     with contextlib.suppress(KeyboardInterrupt):
         for turn, kind in ((turn, kind) for turn in range(args.rounds + 1) for kind in KINDS):  # the first warms up
             saver.yield_cores = yields if 'same' not in kind else lambda: None
-            times = [time.monotonic()]
+            writing[:] = [0.0] * (kind == KINDS[0])
+            cpu, times = time.process_time(), [time.monotonic()]
             begin[kind]()
             times.append(time.monotonic())
             for _ in range(args.steps):
-                step()
-                times.append(time.monotonic())
-            trainer.saver.wait()
+                trainer.train_step(images)
+                mx.nd.waitall()
             times.append(time.monotonic())
+            trainer.saver.wait()
             if turn:
-                totals[kind].append(times[-1] - times[0])
-                begun[kind].append(times[1] - times[0])
-                firsts[kind].append(times[2] - times[0])
-                left[kind].append(times[-1] - times[-2])
-    plain, usual = statistics.median(totals[KINDS[0]]), statistics.median(firsts[KINDS[0]])
-    size = sum(file.stat().st_size for file in (folder / 'run' / 'checkpoints').glob('step-*/*')) / 2  # two are kept
-    print(f'{model}, {batch} images, {precision}: {size / 1e6:,.0f} MB a checkpoint; medians of {len(totals[KINDS[-1]])} turns of '
-          f'{args.steps} steps\n\n| a checkpoint | s until training goes on | s of the step, with that | longer than '
-          'without | s of a turn | longer | of that, s of waiting at its end |\n|---|--:|--:|--:|--:|--:|--:|')
+                found[kind].append({'begin': times[1] - times[0], 'turn': times[2] - times[0], 'writing': writing[0],
+                                    'left': time.monotonic() - times[2], 'cpu': time.process_time() - cpu})
+
+    def middle(kind: str, name: str) -> float:
+        return statistics.median(row[name] for row in found[kind])
+    size = sum(file.stat().st_size for file in folder.glob('run/checkpoints/step-*/*')) / 2  # two are kept
+    print(f'{model}, {batch} images, {precision}: {size / 1e6:,.0f} MB a checkpoint; medians of '
+          f'{len(found[KINDS[-1]])} turns of {args.steps} steps\n\n| a checkpoint | s until training goes on | CPU s '
+          'of writing it | CPU s of a turn | s of a turn | longer than without | s until it is written, then |\n'
+          '|---|--:|--:|--:|--:|--:|--:|')
     for kind in KINDS:
-        own, first = statistics.median(totals[kind]), statistics.median(firsts[kind])
-        print(f'| {kind} | {statistics.median(begun[kind]):.3f} | {first:.3f} | {100 * (first / usual - 1):.1f} % | '
-              f'{own:.3f} ({min(totals[kind]):.3f} to {max(totals[kind]):.3f}) | {100 * (own / plain - 1):.1f} % | '
-              f'{statistics.median(left[kind]):.3f} |', flush=True)
+        begun, written, cpu, own, left = (middle(kind, name) for name in ('begin', 'writing', 'cpu', 'turn', 'left'))
+        turns = [row['turn'] for row in found[kind]]
+        print(f'| {kind} | {begun:.3f} | {written:.3f} | {cpu:.2f} | {own:.2f} ({min(turns):.2f} to {max(turns):.2f}) '
+              f'| {100 * (own / middle(KINDS[0], "turn") - 1):.1f} % | {left:.3f} |', flush=True)
 
 
 if __name__ == '__main__':
