@@ -55,7 +55,7 @@ def test_what_a_failure_was():
         return Exit(Process('worker', number, 0), 'a', code, 1.0, (), '', told)
     found = failure_of(Outcome(failed=(exit_of(1, 1, error='E', step=3), exit_of(0, 1, error='other')), checkpoint=2))
     assert found == Failure(1, ['worker 1 on a failed with exit code 1; its log is logs/worker-1.log, and empty',
-                                'after it: worker 0 failed with exit code 1'], 2, ('E', 3),
+                                'after it: worker 0 failed with exit code 1'], 2, ('E', 3), False,
                             tuple({'rank': rank, 'host': 'a', 'why': 'failed with exit code 1'} for rank in (1, 0)))
     assert failure_of(Outcome(failed=(exit_of(0, -9),)))[2:] == (
         -1, None, False, ({'rank': 0, 'host': 'a', 'why': 'was killed by SIGKILL'},))
