@@ -17,11 +17,12 @@ from ..parallel.communicators import Communicator, make_communicator
 from ..parallel.control import ControlPlane
 from ..parallel.owners import ShardedUpdate, updated_by
 from ..parallel.parts import ModelParts
+from ..parallel.periodic import ElasticAverage, LocalSGD
 from ..parallel.pipeline import Pipeline
 from ..parallel.placement import Placement, Replicated, contexts_of
 from ..parallel.schedules import stages_of
 from ..parallel.strategies import Strategy, strategy_of
-from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
+from ..parallel.updates import SynchronousUpdate
 from ..parallel.worker_group import WorkerGroup
 from ..runtime.memory import give_back, share_heap
 from ..runtime.process import ALONE, ProcessInfo

@@ -16,8 +16,9 @@ from mxsimmim.ops import REFERENCE
 from mxsimmim.optim import OPTIMIZERS, AdamW, parameter_groups
 from mxsimmim.parallel.average import WeightAverage
 from mxsimmim.parallel.communicators import make_communicator
+from mxsimmim.parallel.periodic import ElasticAverage, LocalSGD
 from mxsimmim.parallel.replicas import digests
-from mxsimmim.parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate, global_norm
+from mxsimmim.parallel.updates import SynchronousUpdate, global_norm
 
 CONTEXTS = [mx.cpu(0), mx.cpu(1)]
 SEED = 31

@@ -9,7 +9,8 @@ from support.workers import each
 
 from mxsimmim.parallel import protocol
 from mxsimmim.parallel.asynchronous import AsynchronousUpdate
-from mxsimmim.parallel.updates import LocalSGD, SynchronousUpdate
+from mxsimmim.parallel.periodic import LocalSGD
+from mxsimmim.parallel.updates import SynchronousUpdate
 
 
 def bare(kind, **attributes):
