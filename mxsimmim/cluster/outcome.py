@@ -6,6 +6,8 @@ from typing import Any, List, Mapping, NamedTuple, Sequence, Tuple
 from mxsimmim.cluster.logs import log_path
 from mxsimmim.cluster.spec import Process
 
+LAST_LINES = ', its last lines:'  # after what is said in a line
+
 
 class Exit(NamedTuple):
     """Tell of a process that ended; `code` is minus the number of the signal that killed it, `time` is ours."""
@@ -54,7 +56,7 @@ def summary(outcome: Outcome) -> List[str]:
                      f'{log_path(first.process)}')
     else:
         lines.append(f'{first.process} on {first.host} {describe_code(first.code)}; its log is '
-                     + log_path(first.process) + (', its last lines:' if first.tail else ', and empty'))
+                     + log_path(first.process) + (LAST_LINES if first.tail else ', and empty'))
         lines += [f'  | {line}' for line in first.tail]
     if first.crash:
         lines.append(f'{first.process} crashed {first.crash}')

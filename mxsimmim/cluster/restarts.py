@@ -1,7 +1,7 @@
 """Decide whether a job that failed is started again, and when. Pure functions."""
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from mxsimmim.cluster.outcome import Outcome, describe_code, exit_status, summary
+from mxsimmim.cluster.outcome import LAST_LINES, Outcome, describe_code, exit_status, summary
 
 SOONEST, LATEST = 1.0, 60.0  # seconds until the next attempt: twice as long after each failure without progress
 LONGEST = 300  # characters of a line
@@ -75,4 +75,4 @@ def history(failures: Sequence[Failure]) -> List[str]:
 
 def brief(failure: Failure) -> str:
     """Say in a line what a failure came from."""
-    return failure.causes[0][:LONGEST] if failure.causes else 'failed without a word'
+    return failure.causes[0].split(LAST_LINES)[0][:LONGEST] if failure.causes else 'failed without a word'

@@ -172,10 +172,11 @@ def test_a_command_hears_of_all(tmp_path, monkeypatch):
     status, lines = run(tmp_path, monkeypatch, [{'signal': 9, 'told': told}, {'code': 3}, {'code': 0}], 2)
     heard = [json.loads(line) for line in (tmp_path / 'heard').read_text().splitlines()]
     host = os.uname().nodename
-    killed, failed = (f'worker 1 on {host} {words}; its log is logs/worker-1.log, its last lines:'
+    killed, failed = (f'worker 1 on {host} {words}; its log is logs/worker-1.log'
                       for words in ('was killed by SIGKILL', 'failed with exit code 3'))
     assert status == 0 and {event.pop('run') for event in heard} == {'runs/x'}
-    assert [heard[0].pop('causes')[0], heard[2].pop('causes')[0]] == [killed, failed]
+    assert [heard[number].pop('causes')[0] for number in (0, 2)] == [
+        f'{why}, its last lines:' for why in (killed, failed)]
     assert heard == [{'event': 'failure', 'restart_in': 0.05}, {'event': 'restart', 'number': 1, 'cause': killed},
                      {'event': 'failure', 'restart_in': 0.1}, {'event': 'restart', 'number': 2, 'cause': failed},
                      {'event': 'end', 'status': 0}]
