@@ -8,7 +8,8 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# What `export --format onnx` and `serve` need; aiohttp in two versions, since the newer mends holes in its parsers.
+# What `export --format onnx`, `serve`, `dashboard` and log.prometheus_port need; aiohttp in two versions, since the
+# newer mends holes in its parsers.
 DEPLOY = [
     'onnx==1.17.0',
     'onnxruntime==1.19.2',
@@ -60,6 +61,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.8,<3.12',
     packages=find_packages(include=['mxsimmim', 'mxsimmim.*']),
+    package_data={'mxsimmim.training': ['dashboard.html']},
     ext_modules=[Extension('mxsimmim.ops.libmxsimmim', sources=[], optional=True)],
     cmdclass={'build_ext': BuildNative},
     entry_points={'console_scripts': ['mxsimmim = mxsimmim.__main__:main']},

@@ -159,6 +159,12 @@ def status_(args: argparse.Namespace) -> int:
     return 0
 
 
+def dashboard(args: argparse.Namespace) -> int:
+    from .training import dashboard
+    dashboard.serve(Path(args.runs), args.host, args.port)
+    return 0
+
+
 def average(args: argparse.Namespace) -> int:
     from .training import kept
     run = Path(args.run)
@@ -265,6 +271,10 @@ def parser() -> argparse.ArgumentParser:
     command(status_, 'say how a run is doing, from any machine that sees its folder', run,
             (['--watch'], dict(action='store_true', help='again every 2 seconds, until it trains no more')),
             (['--json'], dict(action='store_true', help='as a JSON object')))
+    command(dashboard, 'show the runs in a folder in a browser: curves, pictures, workers, restarts',
+            (['runs'], dict(metavar='RUNS', help='folder of runs, e.g. runs')),
+            (['--host'], dict(default='127.0.0.1', help='address to listen on (127.0.0.1)')),
+            (['--port'], dict(type=int, default=8090, help='port to listen on (8090); 0: a free one')))
     command(checkpoints, "list a run's checkpoints, each verified; exit 1 if one is damaged", run)
     command(average, "make a run of the mean of another's last checkpoints", run,
             (['-k'], dict(type=int, default=5, metavar='N', help='checkpoints (5)')),

@@ -9,7 +9,9 @@ On the launching machine, each module knows those before it alone:
 | `backends` | know the kinds of clusters: a file each, listed in `BACKENDS` |
 | `options`, `preflight` | read the command line; say what keeps a job from starting (pure) |
 | `logs`, `terminal`, `outcome` | keep logs, show output, say how an attempt ended |
-| `prepare`, `attempt`, `supervisor` | begin one start of a job; follow it to its end; run the job |
+| `prepare`, `attempt` | begin one start of a job; follow it to its end |
+| `restarts` | decide what follows a failure (pure) |
+| `absence`, `supervisor` | look out for hosts that are away; run the job |
 | `launch` | the command |
 
 Sent to every host: `agent`, which starts processes and reports their ends, and what it needs: `messages` (to and from

@@ -17,6 +17,7 @@ SETTLE = 0.5  # seconds after the first failure in which others may turn out to 
 CHECKPOINT, HURRIED, REST = 6.0, 2.0, 1.0  # seconds: workers told to stop; after a failure; servers after them
 CLOSING = 5.0  # seconds that servers may take to end by themselves after the last worker
 PING, SILENCE = 2.0, 10.0  # seconds between signs of life, and without one until a host is lost
+STOPPED = 128 + signal.SIGTERM, -signal.SIGTERM  # exit codes of workers that were told to stop
 
 
 class Attempt:
@@ -27,9 +28,9 @@ class Attempt:
     """
 
     def __init__(self, spec: JobSpec, backend: Backend, terminal: Terminal,
-                 restarts: Sequence[Tuple[float, str]] = ()) -> None:
-        """`restarts` tell when and why this job was started again."""
-        self.spec, self.backend, self.terminal, self.restarts = spec, backend, terminal, restarts
+                 restarts: Sequence[Tuple[float, str]] = (), written: int = -1) -> None:
+        """`restarts` and `written` are those of `prepare`."""
+        self.spec, self.backend, self.terminal, self.restarts, self.written = spec, backend, terminal, restarts, written
         self.loop = asyncio.get_running_loop()
         self.agents = agents_of(spec, backend, self.on_event)
         self.exits: Dict[Process, Exit] = {}
@@ -39,6 +40,8 @@ class Attempt:
         self.logs = FetchedLogs()
         self.running = self.ending = self.finishing = False  # finishing: agents are told to go
         self.signal, self.checkpoint, self.notify = 0, -1, ('', '')
+        self.stop_after: Optional[int] = None  # the step of a checkpoint; the next one is the last of this attempt
+        self.stopping = False  # because of that, the workers were told to stop
         self.changed, self.hurry = asyncio.Event(), asyncio.Event()
         self.preparing: Optional['asyncio.Task[None]'] = None
         self.pinged = time.monotonic()
@@ -73,6 +76,9 @@ class Attempt:
             self.checkpoint = max(self.checkpoint, report.get('checkpoint', -1))
             if 'notify' in report:
                 self.notify = report['notify'], report['run']
+        if self.stop_after is not None and self.checkpoint > self.stop_after and not self.stopping:
+            self.stopping = True
+            self._signal(['worker'], signal.SIGTERM)
 
     def stop(self, number: int) -> None:
         """React to a signal to the launcher: the first ends the attempt in good order, the next one at once."""
@@ -82,6 +88,10 @@ class Attempt:
             self.preparing.cancel()
         self.signal = self.signal or number
         self.changed.set()
+
+    def stop_at_checkpoint(self) -> None:
+        """Have the workers stop when they have written their next checkpoint; they write one more where they stop."""
+        self.stop_after = self.checkpoint
 
     def _ping(self) -> None:
         """Exchange signs of life with all agents, and give up those that gave none for `SILENCE` seconds."""
@@ -107,7 +117,7 @@ class Attempt:
         self._ping()
         try:
             self.preparing = self.loop.create_task(prepare(self.spec, self.backend, self.agents, self.terminal.say,
-                                                            self.restarts))
+                                                            self.restarts, self.written))
             if self.signal:  # before it began
                 self.preparing.cancel()
             await self.preparing
@@ -124,7 +134,9 @@ class Attempt:
             self.ending = self.finishing = True
             await self._finish()
         lost = tuple((agent.name, agent.last_words()) for agent in self.lost)
-        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, self.notify,
+        planned = self.stopping and not (self.signal or self.failed or lost) and any(
+            exit.code in STOPPED for exit in self.exits.values())
+        return Outcome(self.signal, tuple(self.failed), lost, self.checkpoint, self.notify, planned,
                        tuple(self.stopped.items()))
 
     async def _until(self, condition: Callable[[], object], seconds: Optional[float]) -> None:
@@ -177,5 +189,6 @@ class Attempt:
                 if process not in self.exits and process.role.startswith(role)]
 
     def failures(self) -> List[Exit]:
-        """List the processes that failed, the first one first."""
-        return sorted((exit for exit in self.exits.values() if exit.code), key=lambda exit: exit.time)
+        """List the processes that failed, the first one first; workers that stopped as they were told did not."""
+        return sorted((exit for exit in self.exits.values() if exit.code and not (
+            self.stopping and exit.process.role == 'worker' and exit.code in STOPPED)), key=lambda exit: exit.time)

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Awaitable, Callable, Dict, List, Mapping, Optional, Sequence, TypeVar
+from typing import Any, Awaitable, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union
 
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.messages import OPENING, Message, MessageStream
@@ -23,6 +23,20 @@ LAST_WORDS = 1.0  # seconds for what a command that ended still has to say
 
 class Lost(Exception):
     """Tell of an agent that is gone; the text is what its command said last."""
+
+
+class Problem(NamedTuple):
+    """Say, in a line for the user, what is wrong with a host."""
+    host: Host
+    line: str
+
+
+class HostError(ValueError):
+    """Tell what keeps a job from starting on some hosts, a line a problem."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__('\n'.join(problem.line for problem in problems))
+        self.hosts = frozenset(problem.host for problem in problems)
 
 
 def program(call: str = 'main()') -> bytes:
@@ -225,26 +239,27 @@ class AgentConnection:
             self.command.close()
 
 
-Item = TypeVar('Item', Host, AgentConnection)
+Item = TypeVar('Item', bound=Union[Host, AgentConnection])
 
 
-async def for_each(items: Sequence[Item], step: Callable[[Item], Awaitable[Any]]) -> List[str]:
+async def for_each(items: Sequence[Item], step: Callable[[Item], Awaitable[Any]]) -> List[Problem]:
     """Do one step for all hosts or agents at once.
 
     Returns:
-        what went wrong, host by host: a line for each `Lost` or `ValueError`.
+        what went wrong, host by host: one for each `Lost` or `ValueError`.
     """
     results = await asyncio.gather(*map(step, items), return_exceptions=True)
     problems = []
     for item, result in zip(items, results):
         if isinstance(result, (Lost, ValueError)):
-            problems.append(f'host {item.name}: {result}')
+            host = item.host if isinstance(item, AgentConnection) else item
+            problems.append(Problem(host, f'host {item.name}: {result}'))
         elif isinstance(result, BaseException):
             raise result
     return list(dict.fromkeys(problems))
 
 
-def raise_if_any(problems: Sequence[str]) -> None:
-    """Raise a ValueError of these lines, if there are any."""
+def raise_if_any(problems: Sequence[Problem]) -> None:
+    """Raise a HostError of these problems, if there are any."""
     if problems:
-        raise ValueError('\n'.join(problems))
+        raise HostError(problems)

@@ -45,10 +45,13 @@ OPTIONS: Tuple = (
                       'a value, the one it has here')),
     (('--env-server',), dict(action='append', default=[], metavar='NAME[=VALUE]', help='for servers and scheduler')),
     (('--env-worker',), dict(action='append', default=[], metavar='NAME[=VALUE]', help='for workers')),
-    (('--max-restarts',), dict(type=int, default=0, metavar='N', help='start a job that fails again, from its newest '
-                               'checkpoint, up to N times without a newer one in between (default: 0)')),
+    (('--max-restarts',), dict(type=int, metavar='N', help='start a job that fails again, from its newest checkpoint, '
+                               'up to N times without a newer one in between (default: 0; 3 with --min-workers)')),
+    (('--min-workers',), dict(type=int, metavar='M', help='over ssh: go on without hosts that are away, as long as '
+                              'there is place for M workers, and with them again once they are back')),
     (('--p3',), dict(action='store_true', help='parameter servers: send what is needed first, first (P3)')),
 )
+RESTARTS = 3  # without progress, that --min-workers allows by default
 
 
 # What mpirun, torchrun, horovodrun and MXNet's own launcher call it.
@@ -69,6 +72,10 @@ FOREIGN = {
                     "leave it out, or give it to mpirun: --launcher mpi takes its own options from the environment "
                     '(OMPI_MCA_…)'),
     **dict.fromkeys(('--max_restarts', '--restarts', '--reset-limit'), 'write --max-restarts N'),
+    **dict.fromkeys(('--min-np', '--min_np', '--min-num-proc', '--min-nodes', '--min-nnodes'), 'write --min-workers M'),
+    **dict.fromkeys(('--max-np', '--max_np', '--max-num-proc'), 'write -n N: no more workers than these are started'),
+    **dict.fromkeys(('--host-discovery-script', '--blacklist-cooldown-range', '--elastic-timeout'),
+                    'write all hosts into the hostfile; with --min-workers M those that are away are left out'),
     **dict.fromkeys(('--cluster',), 'write --launcher local, ssh or mpi'),
     **dict.fromkeys(('--gloo', '--mpi'), 'write --horovod; what its ranks speak is chosen by what is there'),
     **dict.fromkeys(('--network-interface', '--network-interfaces', '--nics', '--nic'), 'write --interface NAME'),
@@ -121,7 +128,7 @@ def job_spec(options: argparse.Namespace) -> JobSpec:
         # ssh begins in the home directory
         directory=directory[2:] or '.' if directory.startswith('~/') else directory, copy=bool(options.sync_dst_dir),
         horovod=options.horovod, gpus=options.devices == 'gpu', interface=options.interface, p3=options.p3,
-        max_restarts=options.max_restarts,
+        max_restarts=options.max_restarts, min_workers=options.min_workers or 0,
         worker_variables=MappingProxyType(given['worker']), server_variables=MappingProxyType(given['server']))
 
 
@@ -161,6 +168,9 @@ def check(options: argparse.Namespace) -> None:
 
     need(options.num_workers is not None, 'how many workers? Give -n N (-h shows help)')
     need(options.num_workers > 0, f'-n {options.num_workers}: at least 1 worker is needed')
+    least = options.min_workers
+    if options.max_restarts is None:
+        options.max_restarts = RESTARTS if least else 0
     need(options.max_restarts >= 0, f'--max-restarts {options.max_restarts} cannot be: write how often a job '
          'that fails without progress is started again')
     need(options.command, 'no command: write it after the options, as in: tools/launch.py -n 2 -- mxsimmim pretrain …')
@@ -168,6 +178,10 @@ def check(options: argparse.Namespace) -> None:
     need(options.hostfile or options.launcher != 'ssh', '--launcher ssh needs the hosts: give -H FILE')
     need(not options.hostfile or options.launcher != 'local', '--launcher local starts everything on this machine: '
          'leave out -H, or use --launcher ssh')
+    need(least is None or 0 < least <= options.num_workers, f'--min-workers {least} cannot be: write a number from 1 '
+         f'to the {options.num_workers} workers of -n')
+    need(least is None or options.launcher == 'ssh', '--min-workers leaves out hosts that do not answer, which only '
+         '--launcher ssh can: give the hosts with -H FILE')
     need(not options.sync_dst_dir or options.launcher != 'local', '--sync-dst-dir copies to other hosts: it needs -H')
     need(not options.sync_dst_dir or options.hostfile, '--sync-dst-dir copies to other hosts: it needs -H')
     if options.horovod:

@@ -6,6 +6,8 @@ from typing import Any, List, Mapping, NamedTuple, Sequence, Tuple
 from mxsimmim.cluster.logs import log_path
 from mxsimmim.cluster.spec import Process
 
+LAST_LINES = ', its last lines:'  # after what is said in a line
+
 
 class Exit(NamedTuple):
     """Tell of a process that ended; `code` is minus the number of the signal that killed it, `time` is ours."""
@@ -25,6 +27,7 @@ class Outcome(NamedTuple):
     lost: Sequence[Tuple[str, str]] = ()  # host, last words of its agent
     checkpoint: int = -1  # step of the newest that a process told of; -1: none
     notify: Tuple[str, str] = ('', '')  # who is to be told of this, and of what run: a command and a folder
+    planned: bool = False  # the launcher itself had it stop at a checkpoint, to start it again
     stopped: Sequence[Tuple[Process, str]] = ()  # process, host: neither running nor ended then
 
 
@@ -53,7 +56,7 @@ def summary(outcome: Outcome) -> List[str]:
                      f'{log_path(first.process)}')
     else:
         lines.append(f'{first.process} on {first.host} {describe_code(first.code)}; its log is '
-                     + log_path(first.process) + (', its last lines:' if first.tail else ', and empty'))
+                     + log_path(first.process) + (LAST_LINES if first.tail else ', and empty'))
         lines += [f'  | {line}' for line in first.tail]
     if first.crash:
         lines.append(f'{first.process} crashed {first.crash}')

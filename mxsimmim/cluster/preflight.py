@@ -1,6 +1,6 @@
 """Say what keeps a job from starting: each host by itself, and compared with the others. Pure functions."""
 import os
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 from mxsimmim.cluster.environment import check_environment
 from mxsimmim.cluster.spec import HostInfo, JobSpec
@@ -46,15 +46,18 @@ def packages(spec: JobSpec) -> List[str]:
 
 
 def problems(spec: JobSpec, infos: Sequence[HostInfo], facts: Sequence[Dict[str, Any]], other_python: str
-             ) -> List[str]:
-    """List what is wrong, a line a problem, with the name of its host and the way out; empty if the job can start.
+             ) -> List[Tuple[int, str]]:
+    """List what is wrong; empty if the job can start.
 
     Args:
         facts: from `inspection.collect_facts` on each host, and `offset`, the seconds that its clock is ahead of ours.
         other_python: how the user says that agents run with another Python.
+
+    Returns:
+        for each problem the number of its host in `infos`, and a line with the host's name and the way out.
     """
-    lines = []
-    for info, fact in zip(infos, facts):
+    lines: List[Tuple[int, str]] = []
+    for number, (info, fact) in enumerate(zip(infos, facts)):
         found = list(fact['problems'])
         for package in packages(spec):
             if not fact['packages'][package]:
@@ -70,21 +73,23 @@ def problems(spec: JobSpec, infos: Sequence[HostInfo], facts: Sequence[Dict[str,
             # Its process sets, the global one too, forget HOROVOD_GLOO_IFACE (gloo_context.cc of 0.28.1).
             found.append(f"its own name, {fact['host']}, stands for {fact['named'] or 'no address'} there, and Horovod "
                          f"would use that: write '{info.address} {fact['host']}' into its /etc/hosts")
-        lines += [f'host {info.name}: {problem}' for problem in found]
-    lines += unequal('Python', [info.name for info in infos], [fact['python'] for fact in facts])
+        lines += [(number, f'host {info.name}: {problem}') for problem in found]
+    lines += unequal('Python', infos, [fact['python'] for fact in facts])
     for package in ('mxnet', 'mxsimmim', 'horovod'):
-        have = [(info.name, fact['packages'][package]) for info, fact in zip(infos, facts)]
         if package in packages(spec) or package == 'mxsimmim':
-            have = [(name, version) for name, version in have if version]
-            lines += unequal(package, [name for name, _ in have], [version for _, version in have])
+            lines += unequal(package, infos, [fact['packages'][package] or '' for fact in facts])
     return lines
 
 
-def unequal(what: str, names: Sequence[str], versions: Sequence[str]) -> List[str]:
-    """List, a line each, the hosts whose version is not the one that most hosts have (of two, the first host's)."""
-    if not versions:
+def unequal(what: str, infos: Sequence[HostInfo], versions: Sequence[str]) -> List[Tuple[int, str]]:
+    """List, as `problems` does, the hosts whose version is not the one that most have (of two, the first host's).
+
+    Hosts without a version do not count.
+    """
+    have = [version for version in versions if version]
+    if not have:
         return []
-    usual = max(versions, key=list(versions).count)
-    other = names[list(versions).index(usual)]
-    return [f'host {name}: {what} {version}, but {other} has {usual}: install the same on all hosts'
-            for name, version in zip(names, versions) if version != usual]
+    usual = max(have, key=have.count)
+    other = infos[list(versions).index(usual)].name
+    return [(number, f'host {info.name}: {what} {version}, but {other} has {usual}: install the same on all hosts')
+            for number, (info, version) in enumerate(zip(infos, versions)) if version not in ('', usual)]

@@ -7,7 +7,7 @@ from typing import Callable, List, Sequence, Tuple
 
 from mxsimmim.cluster import preflight
 from mxsimmim.cluster.backends.base import Backend
-from mxsimmim.cluster.connections import AgentConnection, Command, Lost, for_each, raise_if_any
+from mxsimmim.cluster.connections import AgentConnection, Command, Lost, Problem, for_each, raise_if_any
 from mxsimmim.cluster.environment import environments
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.logs import FOLDER, remove_other_logs
@@ -21,7 +21,7 @@ from mxsimmim.cluster.spec import (
     regroup,
     root,
 )
-from mxsimmim.runtime.process import RESTARTS
+from mxsimmim.runtime.process import RESTARTS, WRITTEN
 
 CONNECT, INSPECT, START = 30.0, 30.0, 15.0  # seconds for each step
 
@@ -58,16 +58,18 @@ def agent_of(process: Process, agents: Sequence[AgentConnection]) -> AgentConnec
 
 
 async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnection], say: Callable[..., None],
-                  restarts: Sequence[Tuple[float, str]] = ()) -> None:
+                  restarts: Sequence[Tuple[float, str]] = (), written: int = -1) -> None:
     """Start the agents, inspect all hosts, and have the agents start the processes.
 
     Args:
         say: shows lines to the user.
         restarts: when and why the job was started again; its processes go on with the logs of those before.
+        written: step of the newest checkpoint that they told of.
 
     Raises:
         ConfigurationError: the command refuses its own configuration.
-        ValueError: something is wrong with the hosts; a line for each problem of each.
+        HostError: something is wrong with the hosts; a line for each problem of each.
+        ValueError: no agent can be started.
     """
     if spec.copy:
         targets = list(dict.fromkeys(agent.host for agent in agents))
@@ -76,19 +78,20 @@ async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnect
     found = await for_each(agents, lambda agent: inspect_host(agent, spec, backend, checks=agent is agents[0]))
     refusal = agents[0].facts.get('refusal')
     if refusal:
-        raise ConfigurationError('\n'.join(refusal + [f'launch: error: {line}' for line in found]))
-    raise_if_any(backend.why_none_came(agents))
+        raise ConfigurationError('\n'.join(refusal + [f'launch: error: {problem.line}' for problem in found]))
+    why = backend.why_none_came(agents)
+    if why:
+        raise ValueError('\n'.join(why))
     if backend.agent_per_process:
         raise_if_any(found)
         take_places(agents)
     hosts = range(1 + max(agent.processes[0].host for agent in agents))
     firsts = [next(agent for agent in agents if agent.processes[0].host == number) for number in hosts]
-    infos = [host_info(agent) for agent in firsts if agent.facts]
-    facts = [agent.facts for agent in firsts if agent.facts]
-    raise_if_any(found + preflight.problems(spec, infos, facts, backend.other_python))
+    infos, wrong = compare(spec, backend, [agent for agent in firsts if agent.facts])
+    raise_if_any(found + wrong)
     port, control = await reserve_ports(spec, agents, infos)
     processes = processes_of(agents)
-    mpi = backend.speaks_mpi and all(fact['mpi'] for fact in facts)
+    mpi = backend.speaks_mpi and all(agent.facts['mpi'] for agent in firsts)
     environs = dict(zip(processes, environments(spec, processes, infos, port, control, mpi)))
     say(*describe_placement(infos, processes))
     header = ''
@@ -96,6 +99,8 @@ async def prepare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnect
         header = f'launch: restart {len(restarts)}\n'
         for environ in environs.values():
             environ[RESTARTS] = json.dumps(restarts)
+            if spec.min_workers:
+                environ[WRITTEN] = str(written)
     else:
         remove_other_logs(processes)
     key = secrets.token_hex(32)
@@ -148,6 +153,38 @@ async def inspect_host(agent: AgentConnection, spec: JobSpec, backend: Backend, 
     asked = time.time()
     answer = await agent.request('pong', INSPECT, do='ping')
     agent.offset = agent.facts['offset'] = answer['time'] - (asked + time.time()) / 2
+
+
+def compare(spec: JobSpec, backend: Backend, agents: Sequence[AgentConnection]
+            ) -> Tuple[List[HostInfo], List[Problem]]:
+    """Describe the hosts of agents that have inspected them, an agent a host, and say what is wrong with them."""
+    infos = [host_info(agent) for agent in agents]
+    lines = preflight.problems(spec, infos, [agent.facts for agent in agents], backend.other_python)
+    return infos, [Problem(agents[number].host, line) for number, line in lines]
+
+
+async def probe(spec: JobSpec, backend: Backend, host: Host, beside: Sequence[AgentConnection]) -> None:
+    """Find out whether a job could start on a host, as `prepare` would, and leave nothing there.
+
+    Args:
+        beside: the agents of other hosts, that have inspected them; the first is compared with.
+
+    Raises:
+        Lost: the host cannot be reached.
+        ValueError: the job cannot run there.
+    """
+    agent = AgentConnection(host, [], lambda *_: None)
+    try:
+        if spec.copy:
+            await copy(host, backend, spec.directory)
+        backend.start_agents(spec, [agent])
+        await inspect_host(agent, spec, backend, checks=False)
+        _, wrong = compare(spec, backend, [*[other for other in beside if other.facts][:1], agent])
+        raise_if_any([problem for problem in wrong if problem.host == host])
+    finally:
+        agent.send(do='finish', fetch=False)
+        await agent.end(3 if agent.facts else 0.5)
+        agent.release()
 
 
 def take_places(agents: Sequence[AgentConnection]) -> None:

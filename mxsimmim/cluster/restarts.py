@@ -1,7 +1,7 @@
 """Decide whether a job that failed is started again, and when. Pure functions."""
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from mxsimmim.cluster.outcome import Outcome, exit_status, summary
+from mxsimmim.cluster.outcome import LAST_LINES, Outcome, describe_code, exit_status, summary
 
 SOONEST, LATEST = 1.0, 60.0  # seconds until the next attempt: twice as long after each failure without progress
 LONGEST = 300  # characters of a line
@@ -14,6 +14,8 @@ class Failure(NamedTuple):
     causes: Sequence[str]  # for the user, a line each
     checkpoint: int = -1  # step of the newest that it wrote; -1: it wrote none
     error: Optional[Tuple[str, int]] = None  # the exception that began it, and after how many steps; None: no exception
+    reduced: bool = False  # the job had fewer hosts than it was given
+    gone: Sequence[Mapping[str, Any]] = ()  # workers that ended by themselves: rank, host, why
 
 
 class Decision(NamedTuple):
@@ -27,11 +29,15 @@ def failure_of(outcome: Outcome) -> Failure:
     first = outcome.failed[0] if outcome.failed else None
     report = first.report if first else {}
     error = (report['error'], report.get('step', 0)) if 'error' in report else None
-    return Failure(exit_status(outcome), summary(outcome), outcome.checkpoint, error)
+    gone = tuple({'rank': exit.process.index, 'host': exit.host, 'why': describe_code(exit.code)}
+                 for exit in outcome.failed if exit.process.role == 'worker')
+    return Failure(exit_status(outcome), summary(outcome), outcome.checkpoint, error, gone=gone)
 
 
 def decide(failures: Sequence[Failure], most: int) -> Decision:
     """Choose what follows the last of a job's failures, in their order.
+
+    What a job refuses with fewer hosts, such as a mesh that does not divide its workers, it may take with all.
 
     Args:
         most: restarts without progress, which is a newer checkpoint than any before.
@@ -39,9 +45,9 @@ def decide(failures: Sequence[Failure], most: int) -> Decision:
     *before, last = failures
     if most == 0:
         return Decision(None, '')
-    if last.status == USAGE:
+    if last.status == USAGE and not last.reduced:
         return Decision(None, 'no restart: the command refuses its words or its configuration, and would again')
-    if before and last.error and last.error == before[-1].error:
+    if before and last.error and last.error == before[-1].error and not last.reduced:
         return Decision(None, f'no restart: the same error after the same {last.error[1]} steps as the time before')
     spent = without_progress(failures)
     if spent > most:
@@ -69,4 +75,4 @@ def history(failures: Sequence[Failure]) -> List[str]:
 
 def brief(failure: Failure) -> str:
     """Say in a line what a failure came from."""
-    return failure.causes[0][:LONGEST] if failure.causes else 'failed without a word'
+    return failure.causes[0].split(LAST_LINES)[0][:LONGEST] if failure.causes else 'failed without a word'

@@ -1,6 +1,6 @@
 """Say what a job is, and which process of it runs on which host. Pure functions of values that never change."""
-from dataclasses import dataclass, field
-from typing import List, Mapping, NamedTuple, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import AbstractSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from mxsimmim.cluster.hostfile import Host
 
@@ -19,6 +19,7 @@ class JobSpec:
     interface: str = ''  # network interface of every host; none: the one that it is reached by
     p3: bool = False  # parameter servers: send what is needed first, first
     max_restarts: int = 0  # without progress, before the job is given up
+    min_workers: int = 0  # with which it goes on while hosts are away; 0: no host may be away
     worker_variables: Mapping[str, str] = field(default_factory=dict)  # the user's
     server_variables: Mapping[str, str] = field(default_factory=dict)  # the scheduler's as well
 
@@ -67,6 +68,26 @@ def place_processes(spec: JobSpec, hosts: Sequence[Host]) -> List[Process]:
     return ([Process('worker', index, host) for index, host in enumerate(places)]
             + [Process('server', index, index % len(hosts)) for index in range(spec.servers)]
             + [Process('scheduler', 0, 0)])
+
+
+def without(spec: JobSpec, away: AbstractSet[Host]) -> Optional[JobSpec]:
+    """Describe what is left of a job while some of its hosts are away.
+
+    Each other host keeps the workers that it has in the whole job, and takes more up to its slots: in all, never more
+    than asked for. No host gets more servers than the whole job would give it.
+
+    Returns:
+        the job on the other hosts, in their order; None if they have no place for `min_workers` workers.
+    """
+    if not away or not spec.min_workers:
+        return None if away else spec
+    whole = [process.host for process in place_processes(spec, spec.hosts) if process.role == 'worker']
+    left = [number for number, host in enumerate(spec.hosts) if host not in away]
+    workers = min(spec.workers, sum(max(spec.hosts[number].slots, whole.count(number)) for number in left))
+    servers = min(spec.servers, len(left) * -(-spec.servers // len(spec.hosts)))
+    if workers < spec.min_workers:
+        return None
+    return replace(spec, hosts=tuple(spec.hosts[number] for number in left), workers=workers, servers=servers)
 
 
 def regroup(processes: Sequence[Process], names: Sequence[str]) -> List[Process]:

@@ -2,14 +2,19 @@
 import asyncio
 import signal
 import time
-from typing import Any, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
+from mxsimmim.cluster.absence import Absence
 from mxsimmim.cluster.attempt import Attempt
 from mxsimmim.cluster.backends.base import Backend
+from mxsimmim.cluster.connections import HostError
+from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.outcome import Outcome, exit_status, summary
 from mxsimmim.cluster.prepare import ConfigurationError
 from mxsimmim.cluster.restarts import USAGE, Failure, brief, decide, failure_of, history
-from mxsimmim.cluster.spec import JobSpec
+from mxsimmim.cluster.run_status import tell_failure
+from mxsimmim.cluster.spec import JobSpec, without
 from mxsimmim.cluster.terminal import Terminal
 from mxsimmim.system.notify import send
 
@@ -48,45 +53,89 @@ class Supervisor:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, stop, number)
         loop.add_signal_handler(signal.SIGTSTP, self.terminal.say, 'a job cannot be suspended; Ctrl-C ends it')
+        absence = Absence(spec, self.backend, lambda host: self._is_back(host, left(spec, absence)))
+        try:
+            return await self._attempts(spec, absence, stopped)
+        finally:
+            await absence.end()
+
+    async def _attempts(self, spec: JobSpec, absence: Absence, stopped: 'asyncio.Future[int]') -> int:
+        """Make attempts until there is no other; `stopped` has the signal by which the user ends them."""
         failures: List[Failure] = []
         restarts: List[Tuple[float, str]] = []
+        written = -1  # step of the newest checkpoint
         while True:
+            job = left(spec, absence)
+            failure: Optional[Failure] = None
             try:
-                outcome = await self._attempt(spec, restarts)
+                outcome = await self._attempt(job, absence, stopped, restarts, written)
             except ValueError as error:
-                if not failures:
+                if isinstance(error, HostError) and self._leave_out(error, spec, absence):
+                    continue
+                if not failures and not restarts:
                     raise
-                failures.append(_not_started(error))
-                self.terminal.say(*failures[-1].causes)
+                failure = _not_started(error)
+                self.terminal.say(*failure.causes)
             else:
-                self.notify = outcome.notify if outcome.notify[0] else self.notify
+                self.notify = outcome.notify if outcome.notify[1] else self.notify
+                written = max(written, outcome.checkpoint)
                 self.terminal.say(*summary(outcome))
-                if outcome.signal or not exit_status(outcome):
-                    await self._tell(event='end', status=exit_status(outcome))
-                    return exit_status(outcome)
-                failures.append(failure_of(outcome))
-            decision = decide(failures, spec.max_restarts)
-            if decision.why:
-                self.terminal.say(decision.why)
-            await self._tell(event='failure', causes=list(failures[-1].causes), restart_in=decision.seconds)
-            if decision.seconds is None:
-                self.terminal.say(*history(failures))
-                return failures[-1].status
-            await asyncio.wait([stopped], timeout=decision.seconds)
-            if stopped.done():
-                outcome = Outcome(signal=stopped.result())
-                self.terminal.say(*summary(outcome))
-                await self._tell(event='end', status=exit_status(outcome))
-                return exit_status(outcome)
-            restarts = [*restarts, (round(time.time(), 3), brief(failures[-1]))][-TOLD:]
-            await self._tell(event='restart', number=len(failures), cause=restarts[-1][1])
+                if not outcome.planned:
+                    if outcome.signal or not exit_status(outcome):
+                        await self._tell(event='end', status=exit_status(outcome))
+                        return exit_status(outcome)
+                    failure = failure_of(outcome)
+            if failure:
+                failures.append(failure._replace(checkpoint=written, reduced=job != spec))
+                decision = decide(failures, spec.max_restarts)
+                if decision.why:
+                    self.terminal.say(decision.why)
+                self._mark(spec, failure, decision.seconds)
+                await self._tell(event='failure', causes=list(failure.causes), restart_in=decision.seconds)
+                if decision.seconds is None:
+                    self.terminal.say(*history(failures))
+                    return failure.status
+                await asyncio.wait([stopped], timeout=decision.seconds)
+                if stopped.done():
+                    self._mark(spec, failure, None)
+            if not stopped.done():
+                cause = brief(failure) if failure else returned(job, left(spec, absence))
+                restarts.append((round(time.time(), 3), cause))
+                await self._tell(event='restart', number=len(restarts), cause=cause)
 
-    async def _attempt(self, spec: JobSpec, restarts: Sequence[Tuple[float, str]]) -> Outcome:
-        self.attempt = Attempt(spec, self.backend, self.terminal, restarts)
+    async def _attempt(self, job: JobSpec, absence: Absence, stopped: 'asyncio.Future[int]',
+                       restarts: Sequence[Tuple[float, str]], written: int) -> Outcome:
+        self.attempt = Attempt(job, self.backend, self.terminal, restarts[-TOLD:], written)
+        if stopped.done():  # before it began
+            self.attempt.stop(stopped.result())
+        known = [agent for agent in absence.beside if agent.facts and agent.host in job.hosts]
+        absence.beside = [*self.attempt.agents, *known[:1]]  # these have no facts yet
         try:
             return await self.attempt.run()
         finally:
             self.attempt = None
+
+    def _leave_out(self, error: HostError, spec: JobSpec, absence: Absence) -> bool:
+        """Go on without the hosts that a start failed on, if enough are left, and say so."""
+        job = without(spec, absence.hosts | error.hosts)
+        if not job:
+            return False
+        absence.add(error.hosts)
+        self.terminal.say(*str(error).splitlines(), f'left out for now: {names(error.hosts)}; the job goes on with '
+                          f'{job.workers} of {spec.workers} workers')
+        return True
+
+    def _is_back(self, host: Host, job: JobSpec) -> None:
+        """Have the attempt under way make room for one at `job`, if that has more workers."""
+        if self.attempt and job.workers > self.attempt.spec.workers:
+            self.terminal.say(f'host {host.name} is back: after the next checkpoint the job goes on with {job.workers} '
+                              'workers')
+            self.attempt.stop_at_checkpoint()
+
+    def _mark(self, spec: JobSpec, failure: Failure, restart_in: Optional[float]) -> None:
+        """Tell whoever looks at the run, if the job got so far that it has one."""
+        if self.notify[1]:
+            tell_failure(Path(spec.directory, self.notify[1]), failure, restart_in)
 
     async def _tell(self, **event: Any) -> None:
         """Tell the command of the job's `notify.command`, if it got so far that it told us."""
@@ -101,3 +150,21 @@ def _not_started(error: ValueError) -> Failure:
     """Sum up a restart that came to nothing, as when a host does not answer."""
     lines = str(error).splitlines()
     return Failure(USAGE if isinstance(error, ConfigurationError) else 1, lines)
+
+
+def left(spec: JobSpec, absence: Absence) -> JobSpec:
+    """Describe what is left of a job without the hosts that are away."""
+    job = without(spec, absence.hosts)
+    assert job, 'no host is left out that it needs'
+    return job
+
+
+def returned(before: JobSpec, after: JobSpec) -> str:
+    """Say in a line why a job that goes on with other hosts was started again."""
+    found = set(after.hosts) - set(before.hosts)
+    return f'{names(found)} {"is" if len(found) == 1 else "are"} back'
+
+
+def names(hosts: Iterable[Host]) -> str:
+    """List hosts for the user."""
+    return ', '.join(sorted(f'host {host.name}' for host in hosts))

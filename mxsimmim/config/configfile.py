@@ -151,12 +151,12 @@ FREE_ON_RESUME = ('name', 'output', 'resume', 'devices', 'runtime.', 'log.', 'no
                   'data.path',
                   'data.val_path', 'data.labels', 'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch',
                   'data.max_broken', 'data.worker_weights', 'train.store', 'train.max_bad_steps',
-                  'train.check_replicas', 'train.stop_early', 'parallel.', 'model.pretrained',
-                  'model.recompute')  # changes no bit
+                  'train.rollback', 'train.spike', 'train.check_replicas', 'train.stop_early', 'parallel.',
+                  'model.pretrained', 'model.recompute')  # changes no bit
 # Workers of one job do the same at the same time, each from its own disk and on its own devices.
 FREE_BETWEEN_WORKERS = ('output', 'resume', 'devices', 'runtime.', 'data.path', 'data.val_path', 'data.labels',
                         'data.val_labels', 'data.classes', 'data.threads', 'data.prefetch', 'data.max_broken',
-                        'model.pretrained')
+                        'model.pretrained', 'checkpoint.copy_to')
 
 
 def differences(old: Config, new: Config, free: Tuple[str, ...] = FREE_ON_RESUME) -> List[Tuple[str, Any, Any]]:

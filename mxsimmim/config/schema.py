@@ -4,6 +4,7 @@ The field descriptions are the documentation of the keys; `configfile` reads fil
 them. Nothing here imports mxnet, so a wrong key is reported in a fraction of a second.
 """
 import math
+import os
 import re
 from functools import reduce
 from typing import Optional, Tuple, Union
@@ -11,7 +12,7 @@ from typing import Optional, Tuple, Union
 from pydantic import AliasChoices, Field, model_validator
 from typing_extensions import Literal
 
-from .values import Duration, GivenPlace, Place, Section, Time, listed, require
+from .values import ClockTime, Duration, GivenPlace, Place, Section, Time, listed, require
 
 
 class ModelConfig(Section):
@@ -229,6 +230,10 @@ class TrainConfig(Section):
     patience: int = Field(5, gt=0, description='lr_on_plateau: validations')
     stop_early: int = Field(0, ge=0, description='validations without a new best that end the run; 0: none do')
     max_bad_steps: int = Field(10, gt=0, description='non-finite steps in a row that end the run; each is skipped')
+    rollback: bool = Field(False, description='go back to the last checkpoint when the loss spikes, and leave out the '
+                           'batches since then')
+    spike: float = Field(10.0, gt=0, description='rollback: robust deviations above the median of the last 100 losses '
+                         'that are a spike')
 
 
 class ParallelConfig(Section):
@@ -236,7 +241,7 @@ class ParallelConfig(Section):
     auto: bool = Field(False, description='choose pipeline, tensor, micro_batches and shard_optimizer for the '
                        'devices of the job at each start, as `mxsimmim plan` does; also written parallel=auto')
     pipeline: int = Field(1, gt=0, description='stages of a pipeline, each of consecutive blocks: the devices of a '
-                          'worker, or workers of one device')
+                          'worker, or workers of one device or of tensor devices')
     split: Tuple[int, ...] = Field((), description='blocks of each stage, e.g. [7, 5]; empty: by what they cost')
     micro_batches: int = Field(8, gt=0, description='pipeline: parts in which a batch passes through the stages')
     schedule: Literal['1f1b', 'gpipe'] = Field('1f1b', description='pipeline: 1f1b, or gpipe, which keeps the '
@@ -287,14 +292,28 @@ class ValidationConfig(Section):
 
 class CheckpointConfig(Section):
     """What survives a failing machine. A classifier's best checkpoint so far is kept besides, in RUN/best."""
-    every: Time = Field(Duration(1, 'epochs'), description='time between checkpoints; the last step always saves')
+    every: ClockTime = Field(Duration(1, 'epochs'), description='time between checkpoints, also as 10 minutes; the '
+                             'last step always saves')
     keep: int = Field(2, gt=0, description='newest checkpoints kept')
     keep_every: Optional[Time] = Field(None, description='checkpoints at multiples of this stay for ever; null: none')
+    copy_to: Place = Field('', description='a second folder of runs, on another disk, to which each checkpoint is '
+                           'copied; resume=auto looks there, too; empty: none')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'CheckpointConfig':
+        require(self.every.unit != 'minutes' or self.keep_every is None, f'keep_every={self.keep_every}: with every='
+                f'{self.every} checkpoints come at any step, and hardly one at a multiple: write every in steps or '
+                'epochs, or raise keep')
+        return self
 
 
 class LogConfig(Section):
     """What is written down."""
     every: int = Field(10, gt=0, description='steps between two records')
+    prometheus_port: int = Field(0, ge=0, lt=65536, description='port at which rank 0 answers Prometheus; 0: it does '
+                                 'not')
+    prometheus_host: str = Field('127.0.0.1', description='prometheus_port: address to listen on; 0.0.0.0: all of the '
+                                 'host, without password or encryption')
 
 
 class NotifyConfig(Section):
@@ -366,14 +385,17 @@ class Config(Section):
             self._check_pipeline()
         if self.parallel.tensor > 1:
             self._check_tensor()
-        # Workers of one device may have a part of the model each: the mesh of the job tells.
-        if self.devices != 'auto' and len(self.devices) > 1:
+        # Workers of one device may have a part of the model each, others a stage: the mesh of the job tells.
+        if self.devices != 'auto' and len(self.devices) not in (1, self.parallel.tensor):
             self.parallel.check_devices(len(self.devices), f'devices={listed(self.devices)} names {len(self.devices)}')
         require(self.train.length.unit != '%' and self.train.length.value > 0,
                  f'train.length={self.train.length} must be a positive number of steps or epochs')
         for key, period in (('validation.every', self.validation.every), ('checkpoint.every', self.checkpoint.every),
                             ('checkpoint.keep_every', self.checkpoint.keep_every)):
             require(period is None or period.value > 0, f'{key}={period} must be positive')
+        second = self.checkpoint.copy_to
+        require(not second or os.path.abspath(second) != os.path.abspath(self.output),
+                 f'checkpoint.copy_to={second} is where the run itself is written: name a folder of another disk')
         return self
 
     def _check_pipeline(self) -> None:

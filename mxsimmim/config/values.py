@@ -46,12 +46,15 @@ LONGEST, LARGEST = 1e12, 2 ** 53  # steps or epochs of a run; any whole number: 
 
 
 class Duration(NamedTuple):
-    """A point or span of training, as the user wrote it: ``500`` or ``500 steps``, ``10 epochs``, ``5%`` of the run."""
+    """A point or span of training, as the user wrote it: ``500`` or ``500 steps``, ``10 epochs``, ``5%`` of the run.
+
+    A key that says so also takes time by the clock: ``10 minutes``, ``2 hours``.
+    """
     value: float
-    unit: str  # 'steps', 'epochs' or '%'
+    unit: str  # 'steps', 'epochs', '%' or 'minutes'
 
     def steps(self, per_epoch: int, total: int = 0) -> int:
-        """In steps, the only unit of time inside the program; `total` is the length of the run in steps."""
+        """In steps, the unit of time inside the program; `total` is the length of the run in steps. Not of minutes."""
         scale = {'steps': 1, 'epochs': per_epoch, '%': total / 100}[self.unit]
         return int(round(self.value * scale))
 
@@ -60,8 +63,12 @@ class Duration(NamedTuple):
         return f'{value}%' if self.unit == '%' else f'{value} {self.unit}'
 
 
-def parse_duration(value: Any) -> Duration:
-    """The length of time that a user wrote.
+UNITS = {'': 'steps', 'step': 'steps', 'epoch': 'epochs', '%': '%'}
+CLOCK = {'minute': 1, 'min': 1, 'hour': 60, 'h': 60}  # in minutes
+
+
+def parse_time(value: Any) -> Duration:
+    """The length of time that a user wrote, which may be by the clock.
 
     Raises:
         ValueError: it is none.
@@ -69,13 +76,25 @@ def parse_duration(value: Any) -> Duration:
     if isinstance(value, Duration):
         return value
     text = str(value) if isinstance(value, (str, int, float)) and not _huge(value) else type(value).__name__
-    match = re.fullmatch(r'\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(|%|(?:step|epoch)s?)\s*', text, re.ASCII)
+    match = re.fullmatch(r'\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(|%|(?:step|epoch|minute|min|hour)s?|h)\s*', text,
+                         re.ASCII)
     if not match or isinstance(value, bool):
         raise ValueError(f"'{text}' is not a length of time: write steps as 500, or '10 epochs', or '5%' of the run")
-    unit = {'': 'steps', 'step': 'steps', 'epoch': 'epochs'}.get(match[2], match[2])
-    number = float(match[1])
+    number, unit = float(match[1]), match[2].rstrip('s')
     require(number <= LONGEST, f"'{text}' is longer than any run: at most {LONGEST:.0e} steps, epochs or per cent")
-    return Duration(number, unit)
+    return Duration(number * CLOCK[unit], 'minutes') if unit in CLOCK else Duration(number, UNITS[unit])
+
+
+def parse_duration(value: Any) -> Duration:
+    """The length of time that a user wrote, in steps, epochs or per cent.
+
+    Raises:
+        ValueError: it is none, or one by the clock.
+    """
+    found = parse_time(value)
+    require(found.unit != 'minutes', f"'{value}' is a time by the clock, which checkpoint.every takes and nothing "
+            "else: write steps as 500, or '10 epochs', or '5%' of the run")
+    return found
 
 
 def _huge(value: Any) -> bool:
@@ -83,6 +102,7 @@ def _huge(value: Any) -> bool:
 
 
 Time = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(str, return_type=str)]
+ClockTime = Annotated[Duration, BeforeValidator(parse_time), PlainSerializer(str, return_type=str)]
 BOOLEANS: Tuple[Any, ...] = (bool, Optional[bool])  # types of keys that take true and false
 
 

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import Callable, Deque, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, Container, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..runtime.memory import ran_out
 from ..system.text import one_line
 from .sampling import generator, split
 from .sources import Source
-from .transforms import Fields, Transform, decode
+from .transforms import DRAWN, Fields, Transform, decode
 
 SHOWN = 4  # images in work that an error names
 GRACE = 5.0  # seconds that the images in work may take at the end
@@ -38,11 +38,14 @@ class Loader:
     A sample's generator is keyed by (seed, epoch, sample): batches are bit-identical for any number of threads and
     from whichever step they are started. Where the transform mixes, the samples at positions 0 and 1, 2 and 3, … of a
     batch are partners, with a generator keyed by (seed, epoch, one, other); an odd last one stays as it is.
+
+    Where nothing that depends on the images is needed, none is read: a worker that computes a later stage of a pipeline
+    has the same draws as the first, which meets the broken images, replaces and counts them.
     """
 
     def __init__(self, source: Source, transform: Transform,
                  batches: Callable[[int], Tuple[int, Union[Sequence[int], np.ndarray]]], seed: int, threads: int,
-                 prefetch: int, max_broken: int, log: Callable[[str], None]):
+                 prefetch: int, max_broken: int, log: Callable[[str], None], needed: Optional[Container[str]] = None):
         """Keep what batches are made of; nothing is read before `iterate`.
 
         Args:
@@ -54,10 +57,12 @@ class Loader:
             prefetch: batches prepared ahead of the one in use.
             max_broken: unreadable images tolerated.
             log: told about each of them, in the consumer's thread.
+            needed: fields of a batch that are used; None for all. If they are DRAWN ones, batches have only these.
         """
         self._source, self._transform, self._batches, self._seed = source, transform, batches, seed
         self._threads = threads or len(os.sched_getaffinity(0))
         self._prefetch, self._max_broken, self._log = prefetch, max_broken, log
+        self._reads = needed is None or any(name in needed for name in transform.allocate(0) if name not in DRAWN)
         self._broken: Dict[int, str] = {}  # sample -> what is wrong with it
         self._unsaid: Deque[str] = deque()
         self._reading: Dict[int, Tuple[int, float]] = {}  # thread -> sample that it reads, and since when
@@ -113,7 +118,9 @@ class Loader:
     def _submit(self, step: int, tasks: queue.SimpleQueue) -> Batch:
         """Queues a step's samples; returns the batch that the threads will fill."""
         epoch, index = self._batches(step)
-        batch = Batch(self._transform.allocate(len(index)), epoch, np.asarray(index))
+        fields = {name: array for name, array in self._transform.allocate(len(index)).items()
+                  if self._reads or name in DRAWN}
+        batch = Batch(fields, epoch, np.asarray(index))
         for positions in self._groups(len(index)):
             tasks.put((step, batch, positions))
         return batch
@@ -134,10 +141,15 @@ class Loader:
     def _fill(self, batch: Batch, positions: range) -> None:
         asked = [int(batch.index[position]) for position in positions]
         for position, index in zip(positions, asked):
-            found, image = self._read(index)
-            for name, value in self._transform(image, generator(self._seed, batch.epoch, index), found).items():
+            rng = generator(self._seed, batch.epoch, index)
+            if self._reads:
+                found, image = self._read(index)
+                fields = self._transform(image, rng, found)
+            else:
+                fields = self._transform.draw(rng)
+            for name, value in fields.items():
                 batch.fields[name][position] = value
-        if len(positions) == 2:
+        if len(positions) == 2 and self._reads:
             pair = slice(positions.start, positions.stop)
             self._transform.mix({name: array[pair] for name, array in batch.fields.items()},
                                 generator(self._seed, batch.epoch, *asked))
@@ -188,7 +200,7 @@ class Loader:
 
 def fixed_batches(source: Source, transform: Transform, batch: int, images: int, seed: int, threads: int,
                   max_broken: int = 100, log: Callable[[str], None] = logging.getLogger(__name__).warning,
-                  part: int = 0, parts: int = 1) -> Iterator[Batch]:
+                  part: int = 0, parts: int = 1, needed: Optional[Container[str]] = None) -> Iterator[Batch]:
     """The same images with the same masks every time, the last batch as small as need be.
 
     Args:
@@ -197,7 +209,7 @@ def fixed_batches(source: Source, transform: Transform, batch: int, images: int,
         batch: images a batch.
         images: how many are taken, at random but in their order; all if there are no more.
         seed: of the choice and of the masks.
-        threads, max_broken, log: as for `Loader`.
+        threads, max_broken, log, needed: as for `Loader`.
         part, parts: which of as many parts, as equal as can be, is taken of them: a worker's data coordinate and
             the size of that axis.
     """
@@ -205,21 +217,21 @@ def fixed_batches(source: Source, transform: Transform, batch: int, images: int,
     chosen = chosen[split(len(chosen), parts)[part]]
     steps = -(-len(chosen) // batch)
     loader = Loader(source, transform, lambda step: (0, chosen[step * batch:(step + 1) * batch]), seed, threads, 1,
-                    max_broken, log)
+                    max_broken, log, needed)
     for _, filled in loader.iterate(0, steps):
         yield filled
 
 
-def every_image(source: Source, transform: Transform, batch: int, threads: int, part: int = 0, parts: int = 1
-                ) -> Iterator[Batch]:
-    """All images in their order, or part number `part` of `parts`; none is replaced by another.
+def every_image(source: Source, transform: Transform, batch: int, threads: int, part: int = 0, parts: int = 1,
+                needed: Optional[Container[str]] = None) -> Iterator[Batch]:
+    """All images in their order, or part number `part` of `parts`; none is replaced by another. `needed` as `Loader`'s.
 
     Raises:
         ValueError: naming an image that cannot be read.
     """
     try:
         yield from fixed_batches(source, transform, min(batch, len(source)), len(source), 0, threads, 0,
-                                 log=lambda text: None, part=part, parts=parts)
+                                 log=lambda text: None, part=part, parts=parts, needed=needed)
     except TooManyBroken as error:
         raise ValueError(f'every image counts here, so each must be readable: remove or repair '
                          f'{error.__context__ or error}') from None

@@ -54,6 +54,14 @@ def batch_at(step: int, samples: int, batch: int, seed: int) -> Tuple[int, np.nd
     return epoch, epoch_order(samples, seed, epoch)[position * batch:(position + 1) * batch]
 
 
+def data_step(update: int, skipped: Sequence[Tuple[int, int]]) -> int:
+    """The number, in the order of the data, of the batch that update number `update` takes; both count from 0.
+
+    `skipped` says (update, batches): from that update on so many batches have been left out.
+    """
+    return update + sum(batches for first, batches in skipped if first <= update)
+
+
 def apportion(count: int, weights: Sequence[float], least: Sequence[int]) -> List[int]:
     """`count` divided in proportion to `weights`, each part an integer of at least `least`, by largest remainders.
 

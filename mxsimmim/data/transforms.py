@@ -23,6 +23,7 @@ mask: uint8 (h, w), 1 = masked.
 label: float32 (K,), the target distribution over the classes.
 uniform: float32 (U,) in [0, 1), for stochastic depth: data, so that no device or worker matters.
 """
+DRAWN = 'mask', 'uniform'  # fields that do not depend on the image
 
 
 class Transform(Protocol):
@@ -36,8 +37,11 @@ class Transform(Protocol):
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         """Returns the fields of image (H, W, 3), uint8, which is number `index` of its source."""
 
+    def draw(self, rng: np.random.Generator) -> Fields:
+        """Returns those of the fields that are DRAWN, as `__call__` with a generator like this one."""
+
     def mix(self, pair: Fields, rng: np.random.Generator) -> None:
-        """Changes the fields of two images, in place; only where `group` is 2."""
+        """Changes the fields of two images, in place; only where `group` is 2. None that are DRAWN."""
         raise AssertionError('images of this transform stay alone')
 
 
@@ -65,7 +69,7 @@ def random_crop(rng: np.random.Generator, height: int, width: int, scale: Tuple[
 class PretrainTransform(Transform):
     """Random mask, flip and resized crop: fills image, mask and, where the network drops branches, uniform.
 
-    The mask is drawn first, so that it depends on the generator alone and not on the image's size.
+    What is `draw`n comes first, so that it depends on the generator alone and not on the image's size.
     """
 
     def __init__(self, data: DataConfig, mask: MaskConfig, model: ModelConfig):
@@ -77,14 +81,16 @@ class PretrainTransform(Transform):
         return {'image': _pixels(count, self._model.img_size), 'mask': _masks(count, self._model),
                 **_empty_uniform(count, self._model)}
 
+    def draw(self, rng: np.random.Generator) -> Fields:
+        return {'mask': draw_mask(rng, self._mask, self._model), **_draw_uniform(rng, self._model)}
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        mask = draw_mask(rng, self._mask, self._model)
-        uniform = _draw_uniform(rng, self._model)
+        drawn = self.draw(rng)
         flip = rng.random() < self._data.flip
         top, left, height, width = random_crop(rng, image.shape[0], image.shape[1], self._data.crop_scale,
                                                self._data.crop_ratio)
         cropped = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
-        return {'image': cropped, 'mask': mask, **uniform}
+        return {'image': cropped, **drawn}
 
 
 class EvalTransform(Transform):
@@ -97,8 +103,11 @@ class EvalTransform(Transform):
     def allocate(self, count: int) -> Fields:
         return {'image': _pixels(count, self._model.img_size), 'mask': _masks(count, self._model)}
 
+    def draw(self, rng: np.random.Generator) -> Fields:
+        return {'mask': draw_mask(rng, self._mask, self._model)}
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        return {'image': middle_square(image, self._model.img_size), 'mask': draw_mask(rng, self._mask, self._model)}
+        return {'image': middle_square(image, self._model.img_size), **self.draw(rng)}
 
 
 class ClassifyTransform(Transform):
@@ -127,9 +136,12 @@ class ClassifyTransform(Transform):
         return {'image': np.empty((count, 3, size, size), np.float32),
                 'label': np.empty((count, self._classes), np.float32), **_empty_uniform(count, self._model)}
 
+    def draw(self, rng: np.random.Generator) -> Fields:
+        return _draw_uniform(rng, self._model)
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         data, augment = self._data, self._augment
-        uniform = _draw_uniform(rng, self._model)
+        drawn = self.draw(rng)
         flip = rng.random() < data.flip
         top, left, height, width = random_crop(rng, image.shape[0], image.shape[1], data.crop_scale, data.crop_ratio)
         pixels = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
@@ -138,7 +150,7 @@ class ClassifyTransform(Transform):
         result = normalise(pixels, data.mean, data.std)
         erase(result, rng, augment.erasing)
         label = smooth_label(self._labels[index], self._classes, augment.smoothing)
-        return {'image': result, 'label': label, **uniform}
+        return {'image': result, 'label': label, **drawn}
 
     def mix(self, pair: Fields, rng: np.random.Generator) -> None:
         """mixup or CutMix of two images and their labels, in place."""
@@ -162,6 +174,9 @@ class ClassifyEvalTransform(Transform):
         if self._labels is not None:
             fields['label'] = np.empty((count, self._classes), np.float32)
         return fields
+
+    def draw(self, rng: np.random.Generator) -> Fields:
+        return {}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         width, height = _short_side(image.shape[1], image.shape[0], self._short)

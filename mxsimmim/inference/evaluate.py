@@ -1,27 +1,29 @@
 """`mxsimmim finetune --eval`: measures a trained classifier on held-out images, on all workers of a job."""
 import contextlib
 import os
-from typing import List
+from typing import List, Optional
 
 import mxnet as mx
 
 from ..config import Config, configfile
 from ..data.sources import notes_of, tell
-from ..models.division import divide
+from ..interop import official
+from ..models import Network, parameter_specs
 from ..ops import OpBackend
 from ..parallel.communicators import Communicator
-from ..parallel.mesh import AXES
+from ..parallel.parts import ModelParts
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..runtime.process import process_info
 from ..system import files
+from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
 from ..training.build import build_group, build_parts, build_placement
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
 from ..training.start import agree_on_backend, joined
-from .trained import load_run
+from .trained import find_run
 
 
 def evaluate(config: Config) -> int:
@@ -49,17 +51,31 @@ def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: O
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     if communicator.rank == 0:
         tell(notes_of(task.source, task.held_out))
-    parts = build_parts(config, communicator.control, contexts)
-    trained = load_run(folder, backend, config.data, communicator.over(AXES))
-    task.check_state(trained.state, str(folder), 'give data of its classes')
-    for key, old, new in configfile.differences(trained.config, config):
+    saved = find_run(folder, communicator.control)
+    task.check_state(saved.state, str(folder), 'give data of its classes')
+    for key, old, new in configfile.differences(saved.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
-    if parts and parts.shard.count > 1:
-        divide(trained.net, [parts.shard])
+    parts = build_parts(config, communicator.control, contexts)
+    net = _network(task, backend, saved.weights, communicator, parts)
     group = build_group(config, communicator, contexts, backend, 1)
-    placement = build_placement(config.parallel, trained.net, contexts, parts=parts, group=group)
+    placement = build_placement(config.parallel, net, contexts, parts=parts, group=group)
     report = evaluator.report(placement, folder)
     if communicator.control.rank == 0:
-        print(f'{folder}, step {trained.step}\n{report}', flush=True)
+        print(f'{folder}, step {saved.step}\n{report}', flush=True)
     return 0
+
+
+def _network(task: Task, backend: OpBackend, weights: Arrays, communicator: Communicator, parts: Optional[ModelParts]
+             ) -> Network:
+    """What this worker holds of the network, with rank 0's `weights`."""
+    if parts:
+        net = task.build_network(False, backend, parts.slices, parts.own, parts.shard)
+        parts.load(net, weights)
+    else:
+        net = task.build_network(False, backend)
+        if communicator.rank == 0:
+            official.load_weights(net, weights)
+    # To the other replicas.
+    communicator.broadcast(communicator.register([spec.parameter.list_data() for spec in parameter_specs(net)]))
+    return net

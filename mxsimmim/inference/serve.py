@@ -1,18 +1,14 @@
 """A small HTTP service: an image in, its classes or its reconstruction out."""
 import asyncio
-import errno
 import io
-import ipaddress
 import logging
 import os
-import signal
-import socket
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict
 
+from ..system import web as http
 from ..system.guards import unusable
 
 try:
@@ -193,69 +189,18 @@ def serve(run: Path, host: str, port: int, max_batch: int, max_bytes: int) -> No
     Raises:
         ValueError: no such run, an address that cannot be had.
     """
-    if max_batch < 1 or max_bytes < 1 or not 0 <= port < 65536:
-        raise ValueError(f'--max-batch={max_batch} and --max-bytes={max_bytes} must be positive, --port={port} in 0 to '
-                         '65535')
+    if max_batch < 1 or max_bytes < 1:
+        raise ValueError(f'--max-batch={max_batch} and --max-bytes={max_bytes} must be positive')
     trained = load_for_inference(run)
-    listener = _listen(host, port)
+    listener = http.listen(host, port)
     engine = Engine(trained)
     for count in (1, max_batch):  # the first of a shape is slow
         engine.answer([_blank(engine)] * count)
     service, predictor = Service(engine, max_batch, max_bytes), engine.predictor
     what = f'{predictor.summary}, POST /{predictor.command}'
-    if not _is_loopback(listener):
-        print(f'mxsimmim: warning: whoever reaches {host} can use this service, without password or encryption: put a '
-              'proxy with both before it, or leave --host out', file=sys.stderr, flush=True)
-    print(f'{run}, step {trained.step}: {what}, on {_address(listener)}', flush=True)
-    asyncio.run(_run(service, listener))
-
-
-async def _run(service: Service, listener: socket.socket) -> None:
-    logging.getLogger('aiohttp.server').setLevel(logging.CRITICAL)  # else a traceback for each stranger's nonsense
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    # Compressed uploads stay as they are, which is no image: unpacking them could fill the memory.
-    runner = web.AppRunner(service.app(), handle_signals=False, access_log=None, auto_decompress=False,
-                           lingering_time=1, shutdown_timeout=1)
-    await runner.setup()
-    site = web.SockSite(runner, listener)
-    await site.start()
-    await stop.wait()
-    loop.remove_reader(listener)
-    await asyncio.sleep(0)  # what was accepted last is attached now; closed before, it would be neither read nor ended
-    await site.stop()
-    await service.finish()  # before aiohttp's own end, which reads no more of an upload that has begun
-    await runner.cleanup()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket.
-
-    Raises:
-        ValueError: the address is taken, forbidden or not of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                                                flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)  # now, so that two services on one port cannot both believe that they have it
-    except OSError as error:
-        hint = {errno.EADDRINUSE: f'port {port} is taken, choose another with --port',
-                errno.EACCES: f'port {port} is not for ordinary users, choose one from 1024 with --port'}
-        raise ValueError(f'cannot listen on {host}:{port}: {hint.get(error.errno or 0, error.strerror)}') from None
-    return listener
-
-
-def _is_loopback(listener: socket.socket) -> bool:
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
+    http.warn_of_strangers(listener, host, 'use this service')
+    print(f'{run}, step {trained.step}: {what}, on {http.address(listener)}', flush=True)
+    asyncio.run(http.serve(service.app(), listener, service.finish))
 
 
 def _blank(engine: Engine) -> Prepared:

@@ -1,16 +1,17 @@
 """What a run has trained, ready to be used."""
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
 import mxnet as mx
 
 from ..config import Config, DataConfig, configfile
 from ..interop import official
-from ..models import Network, parameter_specs
+from ..models import Network
 from ..ops import REFERENCE, OpBackend, select_backend
-from ..parallel.communicators import Communicator
+from ..parallel.control import ControlPlane
 from ..parallel.placement import contexts_of
+from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
 from ..tasks.task import Predictor
 from ..training import checkpoint
@@ -31,29 +32,47 @@ class Trained(NamedTuple):
         return TASKS[self.config.task].predictor(self.config, self.net, self.state)
 
 
-def load_run(run: Path, backend: OpBackend = REFERENCE, data: Optional[DataConfig] = None,
-             workers: Optional[Communicator] = None) -> Trained:
-    """Load the network of a run folder on cpu(0): of its best checkpoint where it kept one, else of its newest.
+class Saved(NamedTuple):
+    """What a run has kept."""
+    config: Config
+    state: Mapping[str, Any]  # what the checkpoint records besides arrays
+    step: int
+    weights: Arrays  # of its network, read when they are asked for
 
-    The averaged weights are taken where the run averages them. The network computes with `backend`, and normalises
-    uint8 images as `data` says, or as in training. In a job, all workers call this with what joins them: rank 0 reads,
-    and the others get it from there.
+
+def load_run(run: Path, backend: OpBackend = REFERENCE, data: Optional[DataConfig] = None) -> Trained:
+    """Load the network of a run folder on cpu(0), see `find_run`.
+
+    The network computes with `backend`, and normalises uint8 images as `data` says, or as in training.
 
     Raises:
-        ValueError: no run there, no whole checkpoint, or weights that do not fit the configuration; on rank 0.
+        ValueError: no run there, no whole checkpoint, or weights that do not fit the configuration.
+    """
+    saved = find_run(run)
+    return Trained(saved.config, _network(saved, backend, data or saved.config.data), saved.state, saved.step)
+
+
+def find_run(run: Path, control: Optional[ControlPlane] = None) -> Saved:
+    """Find what a run has kept: its best checkpoint if it kept one, else its newest; averages where it averages.
+
+    In a job all workers call this with their control plane: rank 0 alone reads, and has the weights.
+
+    Raises:
+        ValueError: no run there or no whole checkpoint; on rank 0.
     """
     saved = None
-    if workers is None or workers.rank == 0:
-        config, saved = _read(run)
-        told: Dict[str, Any] = {'config': configfile.to_dict(config), 'state': saved.state, 'step': saved.step}
-    if workers is not None:
-        told = workers.control.broadcast_object('the run', lambda: told)
-        config = configfile.from_dict(told['config'], str(run))
-    net = _network(config, told['state'], saved, backend, data or config.data)
-    if workers is not None:
-        arrays = [spec.parameter.list_data() for spec in parameter_specs(net)]
-        workers.broadcast(workers.register(arrays))
-    return Trained(config, net, told['state'], told['step'])
+    if control is None or control.rank == 0:
+        config = read_config(str(run))
+        found = checkpoint.newest(run / 'best', print) or checkpoint.newest(run / 'checkpoints', print)
+        if found is None:
+            raise ValueError(f'{run} has no checkpoint yet: train it first')
+        saved = Saved(config, found.state, found.step, found.arrays.get('ema', found.arrays['weights']))
+    if control is None:
+        assert saved
+        return saved
+    told = control.broadcast_object('the run', lambda: saved and {
+        'config': configfile.to_dict(saved.config), 'state': saved.state, 'step': saved.step})
+    return saved or Saved(configfile.from_dict(told['config'], str(run)), told['state'], told['step'], {})
 
 
 def load_for_inference(run: Path) -> Trained:
@@ -62,11 +81,11 @@ def load_for_inference(run: Path) -> Trained:
     Raises:
         ValueError: as `load_run`.
     """
-    config, saved = _read(run)
-    contexts, backend = devices_for(config)
-    net = _network(config, saved.state, saved, backend, config.data)
+    saved = find_run(run)
+    contexts, backend = devices_for(saved.config)
+    net = _network(saved, backend, saved.config.data)
     net.collect_params().reset_ctx(contexts[0])
-    return Trained(config, net, saved.state, saved.step, contexts[0])
+    return Trained(saved.config, net, saved.state, saved.step, contexts[0])
 
 
 def load_run_for(command: str, run: Path) -> Trained:
@@ -82,20 +101,11 @@ def load_run_for(command: str, run: Path) -> Trained:
     return trained
 
 
-def _read(run: Path) -> Tuple[Config, checkpoint.Checkpoint]:
-    config = read_config(str(run))
-    saved = checkpoint.newest(run / 'best', print) or checkpoint.newest(run / 'checkpoints', print)
-    if saved is None:
-        raise ValueError(f'{run} has no checkpoint yet: train it first')
-    return config, saved
-
-
-def _network(config: Config, state: Mapping[str, Any], saved: Optional[checkpoint.Checkpoint], backend: OpBackend,
-             data: DataConfig) -> Network:
-    """The network of a checkpoint that records `state`, with its weights where it was read here."""
-    net = TASKS[config.task].predictor.build_network(config.model, state, backend, data)
-    if saved:
-        official.load_weights(net, saved.arrays.get('ema', saved.arrays['weights']))
+def _network(saved: Saved, backend: OpBackend, data: DataConfig) -> Network:
+    """The network of a run, with its weights."""
+    config = saved.config
+    net = TASKS[config.task].predictor.build_network(config.model, saved.state, backend, data)
+    official.load_weights(net, saved.weights)
     return net
 
 

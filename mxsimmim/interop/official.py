@@ -10,7 +10,9 @@ from typing import Callable, Dict, List, Mapping, Tuple, Union
 import numpy as np
 from mxnet.gluon import HybridBlock
 
+from ..config import ModelConfig
 from ..models import Classifier, joined, named_parameters, parameter_specs
+from ..system.arrays import Arrays, WhenAsked
 from .files import read_weights
 from .names import to_official
 from .resize import absolute_table, relative_table
@@ -31,27 +33,37 @@ def official_shape(name: str, shape: Tuple[int, ...]) -> Tuple[int, ...]:
 def load_weights(net: HybridBlock, arrays: Mapping[str, np.ndarray]) -> None:
     """Sets every weight and buffer of the network from arrays under the reference's names and in its layouts.
 
+    They are read one by one, first to see their shapes.
+
     Raises:
         ValueError: a missing, unknown or wrongly shaped array, each named.
     """
     specs = parameter_specs(net)
-    shapes = {spec.name: spec.whole_shape for spec in specs}
-    given = {name: np.asarray(value) for name, value in arrays.items() if not name.endswith(COMPUTED)}
-    problems = [f'missing: {name}' for name in shapes if name not in given]
-    problems += [f'unknown: {name}' for name in given if name not in shapes]
-    for name, value in given.items():
-        expected = official_shape(name, shapes[name]) if name in shapes else value.shape
-        if value.shape != expected:
-            problems.append(f'{name} has shape {value.shape}, the network needs {expected}')
-    _refuse(problems, 'check the model keys of the configuration')
-    for spec in specs:
-        spec.parameter.set_data(spec.part_of(given[spec.name].reshape(spec.whole_shape)))
-
-
-def _refuse(problems: List[str], remedy: str) -> None:
+    given = {name: np.shape(value) for name, value in arrays.items() if not name.endswith(COMPUTED)}
+    problems = misfits({spec.name: spec.whole_shape for spec in specs}, given)
     if problems:
-        more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
-        raise ValueError(f'these weights do not fit the network: {"; ".join(problems[:SHOWN])}{more}: {remedy}')
+        raise ValueError(f'these weights do not fit the network: {problems}: check the model keys of the configuration')
+    for spec in specs:
+        spec.parameter.set_data(spec.part_of(np.asarray(arrays[spec.name]).reshape(spec.whole_shape)))
+
+
+def misfits(needed: Mapping[str, Tuple[int, ...]], given: Mapping[str, Tuple[int, ...]]) -> str:
+    """Say in what arrays under the reference's names differ from what a network needs; '' where they fit.
+
+    Shapes are the reference's in `given`, and ours in `needed`.
+    """
+    problems = [f'missing: {name}' for name in needed if name not in given]
+    problems += [f'unknown: {name}' for name in given if name not in needed and not name.endswith(COMPUTED)]
+    for name in needed:
+        expected = official_shape(name, needed[name])
+        if given.get(name, expected) != expected:
+            problems.append(f'{name} has shape {given[name]}, the network needs {expected}')
+    return _first(problems)
+
+
+def _first(problems: List[str]) -> str:
+    more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
+    return '; '.join(problems[:SHOWN]) + more
 
 
 def export_weights(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray]:
@@ -82,59 +94,102 @@ def load_pretrained(net: Classifier, path: Union[str, Path], log: Log = LOG) -> 
     Raises:
         ValueError: a file that cannot be read, or weights that do not fit the network, each named.
     """
-    raw = read_weights(path, log)
+    arrays = read_official(path, log)
     try:
-        return load_encoder_weights(net, to_official(raw, log)[0], log)
+        return load_encoder_weights(net, arrays, log)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
 
 
-def load_encoder_weights(net: Classifier, arrays: Mapping[str, np.ndarray], log: Log = LOG) -> List[str]:
-    """`load_pretrained` for arrays: pre-training's (`encoder.…`, its decoder left out) or a classifier's.
+def read_official(path: Union[str, Path], log: Log = LOG) -> Arrays:
+    """Returns the arrays of a file under the reference's names; `path` and `log` as for `load_pretrained`.
 
-    Position tables of another resolution are resized, a table shared by all blocks is copied to each, and a head for
-    another number of classes is left out.
+    Raises:
+        ValueError: the file cannot be read, or has what no network here has; it is named.
     """
+    raw = read_weights(path, log)
+    try:
+        return to_official(raw, log)[0]
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def load_encoder_weights(net: Classifier, arrays: Arrays, log: Log = LOG) -> List[str]:
+    """`load_pretrained` for arrays, as `fitted_encoder` takes them."""
     parameters = named_parameters(net)
-    encoder = {name[len('encoder.'):]: value for name, value in arrays.items() if name.startswith('encoder.')}
-    given = {name: np.asarray(value, 'float32') for name, value in (encoder or arrays).items()
-             if not name.endswith(COMPUTED)}
-    needed = changes(net.config, given)
-    shared = given.pop(SHARED, None)
-    for name in parameters:
-        if shared is not None and name.endswith('attn.relative_position_bias_table'):
-            given.setdefault(name, shared)
-    if shared is not None and SHARED in parameters:
-        given[SHARED] = shared
-    elif shared is not None and not any(name.endswith('relative_position_bias_table') for name in parameters):
-        log('left out: the position table of all blocks; model.use_shared_rpb=true or model.use_rpb=true keeps it')
-    if 'head.weight' in given and given['head.weight'].shape != parameters['head.weight'].shape:
-        log(f"left out: a head of {len(given['head.weight'])} classes")
-        given = {name: value for name, value in given.items() if not name.startswith('head.')}
-    values, problems = {}, []
-    for name, p in parameters.items():
-        if name in given:
-            value, shape = given[name], official_shape(name, p.shape)
-            try:
-                if name.endswith('relative_position_bias_table') and value.ndim == 2 and value.shape[1] == shape[1]:
-                    value = relative_table(value, shape[0])
-                elif name.endswith('pos_embed') and value.ndim == 3 and value.shape[2] == shape[2]:
-                    value = absolute_table(value, shape[1], shape[1] - net.config.grid ** 2)
-            except ValueError as error:
-                problems.append(f'{name}: {error}')
-            else:
-                if value.shape != shape:
-                    problems.append(f'{name} has shape {value.shape}, the network needs {shape}')
-            values[name] = value
-    missing = [name for name in parameters if name not in values]
-    problems += [f'missing: {name}' for name in missing if not name.startswith(NEW)]
-    # A masked encoder's token and final norm have no place in a classifier that averages its patches.
-    problems += [f'unknown: {name}' for name in given
-                 if name not in parameters and not name.startswith(('mask_token', 'norm.', 'decoder.', 'fc_norm.'))]
-    _refuse(problems, f'set {" ".join(needed)}' if needed else 'check the model keys of the configuration')
+    values, new = fitted_encoder(net.config, {name: p.shape for name, p in parameters.items()}, arrays, log)
     for name, value in values.items():
         parameters[name].set_data(value.reshape(parameters[name].shape))
-    return missing
+    return new
+
+
+def fitted_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], arrays: Arrays, log: Log = LOG
+                   ) -> Tuple[Arrays, List[str]]:
+    """Fits pre-training's arrays (`encoder.…`, its decoder left out), or a classifier's, to a classifier of `config`.
+
+    Position tables of another resolution are resized, a table shared by all blocks is given to each, and a head for
+    another number of classes is left out. Arrays are read one by one, here to see their shapes, and again when they are
+    asked for: a whole model's need not fit into memory.
+
+    Args:
+        shapes: of the classifier's parameters, by name.
+
+    Returns:
+        The values of parameters, float32, and the names of those that there are none for.
+
+    Raises:
+        ValueError: weights that do not fit, each named.
+    """
+    sources = {name[len('encoder.'):]: name for name in arrays if name.startswith('encoder.')}
+    sources = {name: source for name, source in (sources or {name: name for name in arrays}).items()
+               if not name.endswith(COMPUTED)}
+    # Arrays of these shapes, each in the memory of one number.
+    there = {source: np.broadcast_to(np.float32(0), np.shape(arrays[source])) for source in sources.values()}
+    needed = changes(config, {name: there[source] for name, source in sources.items()})
+    shared = sources.pop(SHARED, None)
+    for name in shapes:
+        if shared is not None and name.endswith('attn.relative_position_bias_table'):
+            sources.setdefault(name, shared)
+    if shared is not None and SHARED in shapes:
+        sources[SHARED] = shared
+    elif shared is not None and not any(name.endswith('relative_position_bias_table') for name in shapes):
+        log('left out: the position table of all blocks; model.use_shared_rpb=true or model.use_rpb=true keeps it')
+    head = there.get(sources.get('head.weight', ''))
+    if head is not None and head.shape != shapes['head.weight']:
+        log(f'left out: a head of {len(head)} classes')
+        sources = {name: source for name, source in sources.items() if not name.startswith('head.')}
+
+    def fitted(name: str, value: np.ndarray) -> np.ndarray:
+        return _resized(name, value, official_shape(name, shapes[name]), config)
+    problems = []
+    for name in filter(sources.__contains__, shapes):
+        try:
+            found, shape = fitted(name, there[sources[name]]).shape, official_shape(name, shapes[name])
+        except ValueError as error:
+            problems.append(f'{name}: {error}')
+        else:
+            if found != shape:
+                problems.append(f'{name} has shape {found}, the network needs {shape}')
+    missing = [name for name in shapes if name not in sources]
+    problems += [f'missing: {name}' for name in missing if not name.startswith(NEW)]
+    # A masked encoder's token and final norm have no place in a classifier that averages its patches.
+    problems += [f'unknown: {name}' for name in sources
+                 if name not in shapes and not name.startswith(('mask_token', 'norm.', 'decoder.', 'fc_norm.'))]
+    if problems:
+        remedy = f'set {" ".join(needed)}' if needed else 'check the model keys of the configuration'
+        raise ValueError(f'these weights do not fit the network: {_first(problems)}: {remedy}')
+    values = WhenAsked([name for name in shapes if name in sources],
+                       lambda name: fitted(name, np.asarray(arrays[sources[name]], 'float32')))
+    return values, missing
+
+
+def _resized(name: str, value: np.ndarray, shape: Tuple[int, ...], config: ModelConfig) -> np.ndarray:
+    """A table of positions in this shape, as far as it can be brought there; anything else as it is."""
+    if name.endswith('relative_position_bias_table') and value.ndim == 2 and value.shape[1] == shape[1]:
+        return relative_table(value, shape[0])
+    if name.endswith('pos_embed') and value.ndim == 3 and value.shape[2] == shape[2]:
+        return absolute_table(value, shape[1], shape[1] - config.grid ** 2)
+    return value
 
 
 # The names of earlier versions.

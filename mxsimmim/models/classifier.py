@@ -55,8 +55,8 @@ class Classifier(HybridBlock):
                        list(filter(None, [self.encoder.norm, self.fc_norm, self.head])), ('label',))
         return [*self.encoder.segments(), head]
 
-    def answer(self, x: mx.nd.NDArray, image: mx.nd.NDArray) -> mx.nd.NDArray:
-        """The logits (B, classes) from what the last block has computed of `image`."""
+    def answer(self, x: mx.nd.NDArray, image: Optional[mx.nd.NDArray] = None) -> mx.nd.NDArray:
+        """The logits (B, classes) from what the last block has computed of `image`, which is not needed."""
         return self._logits(mx.nd, x)
 
     def _logits(self, F: Any, x: Any) -> Any:

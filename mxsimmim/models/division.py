@@ -16,7 +16,8 @@ def divide(net: Any, shards: Sequence[Shard], weights: bool = True) -> Dict[int,
 
     Returns the parts for all `shards`, by the id of the first. `net.shards` then has the parts of each parameter that
     is cut, by name. They are on cpu(0). What a module has besides, the bias of its last product, only shard 0 has.
-    Where the network has no weights yet, `weights` is False, and neither have the parts.
+    Where the network has no weights yet, `weights` is False, and neither have the parts. What other workers hold stays
+    as it is.
     """
     divided = dict(_divided(net, shards, weights))
     # A module and its parameters know each other: they would stay until Python looks for such circles.
@@ -28,6 +29,8 @@ def _divided(net: Any, shards: Sequence[Shard], weights: bool) -> Iterator[Tuple
     """Replace each module that can be cut by its first part; yield that one's id, and all parts."""
     names = {id(parameter): name for name, parameter in structural_parameters(net).items()}
     for parent, attribute, module in list(divisible(net)):
+        if not net.elsewhere.isdisjoint(module.collect_params()):
+            continue
         parts = [module.part(shard) for shard in shards]
         for part in parts if weights else ():
             part.initialize(mx.init.Zero(), ctx=mx.cpu())

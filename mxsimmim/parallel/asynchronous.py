@@ -16,9 +16,10 @@ from . import protocol
 from .clock import Clock
 from .communicators import Communicator
 from .control import ControlPlane
-from .updates import global_norm
+from .updates import Agreed, global_norm
 
 KINDS = ('mean', 'var', 'weight')  # what the servers hold for each parameter, besides what workers compute with
+AHEAD = 'ahead'  # the latter: where the weights are predicted to be
 
 
 class WeightServers(Communicator):
@@ -62,8 +63,8 @@ class AsynchronousUpdate:
 
     Dean et al. 2012 (Downpour SGD) with AdamW on the servers. There, one update is one worker's push: the schedule of
     a job of n workers counts n of them as one step, and applies each at an n-th of the rate, which is for the whole
-    batch. A gradient that is not finite is not applied to its parameter. Buffers are each worker's
-    own, and rank 0's are saved.
+    batch. Of a push with a loss or gradient that is not finite nothing is applied, on any server. Buffers are each
+    worker's own, and rank 0's are saved.
     """
 
     def __init__(self, specs: Sequence[ParameterSpec], store: WeightServers, config: Config, per_epoch: int,
@@ -75,7 +76,9 @@ class AsynchronousUpdate:
         self._gradients = self._local.register([p.list_grad() for p in self._parameters])
         self._layout = protocol.Layout(len(weights), len(KINDS), store.servers)
         self._boards = [mx.nd.zeros(protocol.BOARD_SHAPE) for _ in range(2)]
-        self._reported, self._time, self._stop_at = np.zeros(protocol.FIELDS), time.monotonic(), None
+        self._reported, self._time = np.zeros(protocol.FIELDS), time.monotonic()
+        self._stop_at: Optional[int] = None
+        self._save_at, self._saves = 0, 0  # what was agreed on last; how often it was
         self._images = 0
         firsts = [p.list_data()[0] for p in self._parameters]
         keys = list(range(len(firsts)))
@@ -90,7 +93,7 @@ class AsynchronousUpdate:
         self.load_state_dict(None, 0)
 
     def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
-        """Give the servers rank 0's moments, None for zeros, and take their parameters, which are rank 0's at first."""
+        """Give the servers rank 0's parameters and moments, None for zeros, and take what workers compute with."""
         if self.workers.rank == 0:
             self.workers.command({**self._settings, 'updates': update * self.workers.size})
             for key, (name, p) in enumerate(zip(self._names, self._parameters)):
@@ -98,6 +101,8 @@ class AsynchronousUpdate:
                     value = mx.nd.array(moments[f'{moment}.{name}']) if moments else mx.nd.zeros(p.shape)
                     self.workers.push(self._moment(kind, key), value)
                 self.workers.push(self._moment(2, key), p.list_data()[0].copy())
+                ahead = (moments or {}).get(f'{AHEAD}.{name}')  # earlier versions saved none
+                self.workers.push(key, p.list_data()[0].copy() if ahead is None else mx.nd.array(ahead))
         self.workers.meet()
         self._pull()
         self.workers.meet()
@@ -113,7 +118,9 @@ class AsynchronousUpdate:
         self._local.all_reduce(self._gradients)
         norm = global_norm(self._gradients.arrays, self._backend)
         stats = mx.nd.concat(loss, norm, mx.nd.contrib.isfinite(norm) * mx.nd.contrib.isfinite(loss), dim=0)
-        stats.wait_to_read()  # a pull writes into the gradients
+        if not stats.asnumpy()[2]:  # servers see a parameter each: let it spoil all of them
+            for first, *_ in self._gradients.arrays:
+                first[:] = float('nan')
         if clock:
             clock.computed()
         for key, (first, *_) in enumerate(self._gradients.arrays):
@@ -129,19 +136,24 @@ class AsynchronousUpdate:
             clock.communicated()
         return stats
 
-    def poll_stop(self, step: int, stopping: bool, due: bool = False) -> Optional[int]:
-        """As `SynchronousUpdate.poll_stop`. Workers are at different steps: all go on to the furthest one's.
+    def poll(self, step: int, stopping: bool, saving: bool = False, due: bool = False) -> Agreed:
+        """As `SynchronousUpdate.poll`. Workers are at different steps: all go on to the furthest one's.
 
         They meet when one of them says so on the board, and, `due`, where they will meet anyway.
         """
-        if self._stop_at is None:
-            if stopping:
-                self._write(protocol.STOP, [1])
-            stopping = stopping or self._boards[1].asnumpy()[0, protocol.STOP] > 0
-            if stopping or due:
-                steps, votes = zip(*self.workers.control.all_gather('votes to stop', [step, stopping]))
-                self._stop_at = max(steps) if any(votes) else None
-        return self._stop_at
+        if self._stop_at is None and step > self._save_at:  # on the way to a save they have met
+            for wanted, field in ((stopping, protocol.STOP), (saving, protocol.SAVE)):
+                if wanted:
+                    self._write(field, [1])
+            board = self._boards[1].asnumpy()[0]
+            stopping = stopping or bool(board[protocol.STOP] > 0)
+            saving = saving or bool(board[protocol.SAVE] > self._saves)
+            if stopping or saving or due:
+                steps, stops, saves = zip(*self.workers.control.all_gather('votes to stop', [step, stopping, saving]))
+                self._stop_at = max(steps) if any(stops) else None
+                if any(saves):
+                    self._save_at, self._saves = max(steps), self._saves + 1
+        return Agreed(self._stop_at, step == self._save_at)
 
     @contextlib.contextmanager
     def consolidated_weights(self) -> Iterator[None]:
@@ -178,15 +190,19 @@ class AsynchronousUpdate:
                              'staleness': new[protocol.STALENESS] / updates}
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the servers' moments; inside `consolidated_weights`."""
+        """Return the servers' moments, and what workers compute with; inside `consolidated_weights`."""
         arrays = {}
-        for kind, moment in enumerate(KINDS[:2]):
+        for kind, moment in enumerate([AHEAD, *KINDS[:2]], -1):
             for key, (name, p) in enumerate(zip(self._names, self._parameters)):
                 arrays[f'{moment}.{name}'] = mx.nd.zeros(p.shape)
                 self.workers.pull(self._moment(kind, key), [arrays[f'{moment}.{name}']])
         return {name: array.asnumpy() for name, array in arrays.items()}
 
+    def own_state(self) -> None:
+        """Return None: workers have nothing of their own."""
+
     def _moment(self, kind: int, key: int) -> int:
+        """Return the key of one of KINDS, or with -1 of what workers compute with."""
         return (1 + kind) * self._layout.stride + key
 
     def _write(self, first: int, values: Sequence[float]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..interop.official import official_shape
 from ..models import ParameterSpec, joined
-from .communicators import Communicator
+from .communicators import Communicator, Handle
 
 
 class WeightAverage:
@@ -16,13 +16,11 @@ class WeightAverage:
     d grows as (1 + k) / (10 + k) after k updates, up to `decay`, so that initial weights are soon forgotten.
     """
 
-    def __init__(self, specs: Sequence[ParameterSpec], decay: float,
-                 saved: Optional[Mapping[str, np.ndarray]] = None):
+    def __init__(self, specs: Sequence[ParameterSpec], decay: float):
         self._decay, self._specs = decay, list(specs)
         self._parameters = {spec.key: spec.parameter for spec in specs if spec.trainable}
         self._average = {key: p.list_data()[0].copy() for key, p in self._parameters.items()}
-        for name in self.names() if saved else ():
-            self.set(name, saved[name])  # type: ignore[index]
+        self._handle: Optional[Handle] = None
 
     def names(self) -> List[str]:
         """Return the names of the whole parameters that are averaged."""
@@ -53,7 +51,8 @@ class WeightAverage:
 
     def share(self, communicator: Communicator) -> None:
         """Give all workers rank 0's."""
-        communicator.broadcast(communicator.register([[value] for value in self._average.values()]))
+        self._handle = self._handle or communicator.register([[value] for value in self._average.values()])
+        communicator.broadcast(self._handle)
 
     def arrays(self) -> Dict[str, np.ndarray]:
         """Return the average, and buffers as they are, under the reference's names and in its layouts."""

@@ -109,11 +109,11 @@ class Communicator:
             previous.wait_to_read()
         self._latest[key] = array
 
-    def broadcast(self, handle: Handle) -> None:
-        """Overwrite every copy in every worker with rank 0's first one; does nothing in a job of one worker."""
+    def broadcast(self, handle: Handle, root: int = 0) -> None:
+        """Overwrite every copy in every worker with the first one of worker `root`; nothing in a job of one worker."""
         if self.size > 1:
             for first, *others in handle.arrays:
-                for array in others + ([first] if self.rank else []):
+                for array in others + ([first] if self.rank != root else []):
                     array[:] = 0
             self.all_reduce(handle)
 

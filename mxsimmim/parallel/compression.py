@@ -14,6 +14,8 @@ LAST = 4  # of a network's parameters, in order of definition: their gradients a
 class Plain:
     """Reduces gradients as they are."""
 
+    residuals: Sequence[np.ndarray] = ()  # of each array (n,) what this worker has not sent yet
+
     def __init__(self, communicator: Communicator, arrays: Sequence[Copies]):
         self._communicator, self._handle = communicator, communicator.register(arrays)
 
@@ -32,6 +34,8 @@ class Plain:
 
 class HalfPrecision:
     """Reduces gradients over workers in float16. What it cannot hold becomes infinite, and the step is skipped."""
+
+    residuals: Sequence[np.ndarray] = ()
 
     def __init__(self, communicator: Communicator, arrays: Sequence[Copies]):
         self._arrays, self._devices = arrays, _Devices(arrays)
@@ -64,18 +68,18 @@ class TwoBit:
         self._base = 2 * communicator.size + 1
         self.digits = int(24 / math.log2(self._base))
         sizes = [first.size for first, *_ in arrays]
-        self._residuals = [np.zeros(size, 'float32') for size in sizes]
+        self.residuals = [np.zeros(size, 'float32') for size in sizes]
         words = [[mx.nd.zeros((-(-size // self.digits),))] for size in sizes]
         self._handle = communicator.register(words + [[mx.nd.zeros((1,))]])  # the last counts what is not finite
 
     def all_reduce(self, computed: Optional[Callable[[], None]] = None) -> None:
-        """As `Plain.all_reduce`, but always waits. A gradient that is not finite in any worker makes the sum NaN."""
+        """As `Plain.all_reduce`, but always waits. A gradient that is not finite in any worker makes an element NaN."""
         self._devices.reduce()
         *sent, (bad,) = self._handle.arrays
         # The backward pass yields the last parameters' gradients first: each is packed while the next is computed.
         for i in reversed(range(len(sent))):
             words = np.empty(sent[i][0].shape, 'float32')
-            if pack(self._arrays[i][0].asnumpy().ravel(), self._residuals[i], words, self.digits, self._base,
+            if pack(self._arrays[i][0].asnumpy().ravel(), self.residuals[i], words, self.digits, self._base,
                     self._threshold):
                 bad[:] = 1
             sent[i][0][:] = words
@@ -88,7 +92,8 @@ class TwoBit:
             unpack(summed.asnumpy(), total.reshape(-1), self.digits, self._base, self._threshold)
             first[:] = total
         if bad.asscalar():
-            self._arrays[0][0][:] = float('nan')
+            # A gradient's element, which the next pass overwrites; what lies between small gradients nobody does.
+            self._arrays[0][0].reshape((-1,))[:1] = float('nan')
         bad[:] = 0
         self._devices.broadcast()
 

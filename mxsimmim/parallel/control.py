@@ -25,7 +25,9 @@ from ..system.points import reach
 from .mesh import Mesh
 from .protocol import job_key
 
-CONNECT = 120.0  # seconds until all workers must have connected: the slowest imports MXNet from a busy disk
+# Seconds until all workers must have connected: the slowest imports MXNet from a busy disk, and rank 0 may have to wait
+# for the folder of its run.
+CONNECT = 180.0
 DEADLINE = 1800.0  # seconds for the others to make the same call, in a process that no `watchdog.Watch` looks after
 ASKING = 2.0  # seconds for rank 0 to say what it has heard of the others
 CLOSING = 5.0  # seconds for the last messages of a worker that ends

@@ -53,6 +53,11 @@ class Mesh(NamedTuple):
         """Whether of the workers that compute the same samples this is the one that has their loss and answers."""
         return self.coordinate('pipeline') == self.pipeline - 1 and self.coordinate('tensor') == 0
 
+    @property
+    def begins(self) -> bool:
+        """Whether of the workers that compute the same samples this is the first, which reads the images."""
+        return self.coordinate('pipeline') == 0 and self.coordinate('tensor') == 0
+
     def _stride(self, axis: str) -> int:
         """Return the distance between the ranks of neighbours along `axis`."""
         return {'pipeline': self.data * self.tensor, 'data': self.tensor, 'tensor': 1}[axis]
@@ -62,7 +67,8 @@ def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mes
     """Return the mesh of a job whose workers have so many devices each.
 
     The parts of a model lie on the devices of each worker, if it has several; of workers of one device, each holds a
-    part. Data parallelism takes what is left.
+    part. Where the devices of a worker are as many as compute a block together, each worker holds a stage. Data
+    parallelism takes what is left.
 
     Raises:
         ValueError: the parts do not fit the devices or the workers, or parameter servers are between these.
@@ -70,16 +76,18 @@ def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mes
     needed, keys = parallel.devices, parallel.described
     if devices % needed == 0:
         return Mesh(data=process.size, rank=process.rank)
-    if devices > 1:
+    if devices > 1 and (devices != parallel.tensor or process.size == 1):
         parallel.check_devices(devices, f'here are {devices}')
+    needed //= devices  # workers
     if process.size == 1:
         raise ValueError(f'{keys} needs {needed} devices a worker, or a multiple, and here is 1: name them with '
                          f'devices=[…], or start as many workers of one device: tools/launch.py --horovod -n {needed}')
     if process.transport != 'horovod':
-        raise ValueError(f'{keys} with one device a worker puts the parts of a model into several workers, and a '
+        have = 'one device' if devices == 1 else f'{devices} devices'
+        raise ValueError(f'{keys} with {have} a worker puts the parts of a model into several workers, and a '
                          'parameter server waits for the same gradients of all: start the job with tools/launch.py '
                          '--horovod, or give each worker a device a part with devices=[…]')
     if process.size % needed:
         raise ValueError(f'{keys} does not divide the {process.size} workers: start a multiple of {needed}, or change '
                          'it')
-    return Mesh(parallel.pipeline, process.size // needed, parallel.tensor, process.rank)
+    return Mesh(parallel.pipeline, process.size // needed, parallel.tensor // devices, process.rank)

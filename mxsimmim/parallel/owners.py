@@ -56,7 +56,6 @@ class ShardedUpdate(SynchronousUpdate):
                  train: TrainConfig, clip: Optional[float]):
         """`optimizer` is for what this worker updates of `specs`, see `updated_by`."""
         super().__init__(specs, optimizer, communicator, train, clip)
-        self._specs = [spec for spec in specs if spec.trainable]
         self._owners = owners_of(specs, communicator.size)
         self._updated = updated_by(communicator.rank, self._specs, communicator.size)
         exchange, = (each for each in self._exchanges if each.communicator is communicator)

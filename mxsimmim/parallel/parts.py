@@ -4,6 +4,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Uni
 import mxnet as mx
 import numpy as np
 
+from ..models import Network, ParameterSpec, parameter_specs
 from ..models.shards import Shard, cut_of, join, whole_shape
 from ..system.arrays import Arrays, Gathered, on_the_way
 from .channels import pipeline_channels
@@ -45,6 +46,7 @@ class ModelParts:
         own: the number of this worker's stage.
         shard: the part of it that this worker has.
         rank: this worker's.
+        control: joins all workers of the job.
         before, after: channels to the stages before and after, None at the ends.
     """
 
@@ -56,7 +58,7 @@ class ModelParts:
         """
         mesh = control.mesh
         self.slices, self.own, self.rank = list(slices), mesh.coordinate('pipeline'), mesh.rank
-        self._control = control
+        self.control = control
         self.shard = Shard(mesh.coordinate('tensor'), mesh.tensor)
         self.before, self.after = pipeline_channels(control, context)
         self._left, self._right = pipeline_channels(control, context, 'tensor') if mesh.tensor > 1 else (None, None)
@@ -65,7 +67,7 @@ class ModelParts:
 
     def table(self, hosts: Sequence[str]) -> str:
         """Write who holds what, a line a stage; `hosts` are those of all ranks."""
-        return mesh_table(self._control.mesh, self.slices, hosts)
+        return mesh_table(self.control.mesh, self.slices, hosts)
 
     def gather(self, groups: Mapping[str, Union[Arrays, Gathered]]) -> Dict[str, Gathered]:
         """Hand this worker's arrays to rank 0, where the answer has those of the whole model, elsewhere none.
@@ -75,8 +77,8 @@ class ModelParts:
         """
         own = {group: arrays if isinstance(arrays, Gathered) else on_the_way(arrays)
                for group, arrays in groups.items()}
-        told = self._control.all_gather('arrays of the whole model',
-                                        {group: arrays.kinds for group, arrays in own.items()})
+        told = self.control.all_gather('arrays of the whole model',
+                                       {group: arrays.kinds for group, arrays in own.items()})
         gathered: Dict[str, Gathered] = {}
         for group in groups:
             kinds: Dict[str, Tuple[str, Tuple[int, ...]]] = {}
@@ -122,12 +124,12 @@ class ModelParts:
         Raises:
             ValueError: on rank 0, naming arrays that it does not have.
         """
-        told = self._control.all_gather('arrays to hand out', list(wanted))
+        told = self.control.all_gather('arrays to hand out', list(wanted))
         if not self._sends:
             return
         names = [told[rank] for rank in self._firsts]
-        if arrays is not None:
-            missing = [name for stage in names for name in stage if name not in arrays]
+        if self.rank == 0:
+            missing = [name for stage in names for name in stage if name not in (arrays or {})]
             if missing:
                 raise ValueError(f'these weights do not fit the network: missing: {", ".join(missing[:3])}'
                                  f'{" and others" * (len(missing) > 3)}: check the model keys of the configuration')
@@ -140,6 +142,22 @@ class ModelParts:
                     towards.send(value)
                 if stage == self.own and name in wanted:
                     yield name, value
+
+    def load(self, net: Network, arrays: Optional[Arrays], names: Optional[Sequence[str]] = None) -> None:
+        """Set what the first replica's workers hold of the network, whole arrays of rank 0, one after another.
+
+        All workers call this. Of a network that `names` do not name whole, the rest stays as it is.
+
+        Raises:
+            ValueError: on rank 0, naming arrays that it does not have.
+        """
+        specs: Dict[str, List[ParameterSpec]] = {}  # of all parts that this worker's devices have
+        for spec in parameter_specs(net):
+            if names is None or spec.name in names:
+                specs.setdefault(spec.name, []).append(spec)
+        for name, value in self.hand_out(list(specs), arrays):
+            for spec in specs[name]:
+                spec.parameter.set_data(mx.nd.array(spec.part_of(value.reshape(spec.whole_shape))))
 
     def close(self) -> None:
         """Close the channels."""

@@ -66,6 +66,10 @@ class Pipeline:
             else cut(segments, [trunk[stage]])[0] for stage, of_stage in zip(held, zip(*replicas))}
         self._head = head if self._last in held else None
         stages: List[Stage] = [*self._stages.values(), *([head] if self._head else [])]
+        # Labels depend on images, as these are mixed. Who has the first stage has both, and sends them to the last.
+        self._along = [name for name in head.inputs if name == 'label' and worker]
+        own = [name for stage in stages for name in stage.inputs if name not in self._along]
+        self.inputs: Sequence[str] = own + (self._along if worker and worker.own == 0 else [])
         place(net, stages, [[*replica, replica[-1]] for replica in replicas])
         self._parameters = [spec.parameter for spec in parameter_specs(net) if spec.trainable]
         if micro_batches * accumulate > 1:
@@ -102,6 +106,7 @@ class Pipeline:
             if direction == FORWARD:
                 x = seat.before.receive() if seat.before else None
                 if x is not None:
+                    self._take_along(batch, part)
                     x.attach_grad()
                 with autograd.record():
                     y = self._call(self._stages[stage], x, batch, part, seat.context)
@@ -109,6 +114,7 @@ class Pipeline:
                         y = self._call(self._head, y, batch, part, seat.context)
                 if seat.after:
                     seat.after.send(y)
+                    self._send_along(batch, part)
                 else:
                     losses.append(y * weight)
                 kept[stage, number] = x, y
@@ -120,6 +126,19 @@ class Pipeline:
                     assert x is not None and x.grad is not None
                     seat.before.send(x.grad)
         return losses
+
+    def _take_along(self, batch: Batch, part: slice) -> None:
+        """Complete the batch by what the first stage sends along with a micro-batch."""
+        for name in self._along:
+            assert self._worker and self._worker.before
+            values = self._worker.before.receive_values()
+            shape = len(batch.index), *values.shape[1:]
+            batch.fields.setdefault(name, np.empty(shape, values.dtype))[part] = values
+
+    def _send_along(self, batch: Batch, part: slice) -> None:
+        for name in self._along:
+            assert self._worker and self._worker.after
+            self._worker.after.send(batch.fields[name][part])
 
     def loss(self, batch: Batch) -> mx.nd.NDArray:
         """Sum over the batch's images of their losses (1,), on the first context; no gradient."""
@@ -152,8 +171,8 @@ class Pipeline:
         x = self._through(replica, batch, part)
         if x is None:
             return None
-        image, = self._inputs.take(batch, part, ('image',), replica[-1].context)
-        return self.net.answer(x, image)
+        # A classifier answers without, and its last stage has none.
+        return self.net.answer(x, *self._inputs.take(batch, part, ('image',), replica[-1].context))
 
     def _through(self, replica: Sequence[Seat], batch: Batch, part: slice) -> Optional[mx.nd.NDArray]:
         """What the last block computes; None where the last stage is in another worker."""

@@ -49,6 +49,7 @@ class Placement(Protocol):
     """Where a model lives and how a batch becomes gradients."""
     net: Network
     contexts: List[mx.Context]
+    inputs: Sequence[str]  # the fields of a batch that this worker computes with
 
     def forward_backward(self, batch: Batch, total: int, on_micro_batch: Optional[Any] = None) -> mx.nd.NDArray:
         """See `Replicated`."""
@@ -105,6 +106,7 @@ class Replicated:
         self.net, self.contexts, self._accumulate, self._inputs = net, list(contexts), accumulate, Inputs(net)
         parts, groups = grouped(net, self.contexts, tensor, group)
         self._firsts = [each.contexts[0] for each in groups]  # of each replica
+        self.inputs: Sequence[str] = net.inputs
         self._compute: Union[Network, TensorParallel] = net
         graphs: Sequence[HybridBlock] = [net]
         if parts:

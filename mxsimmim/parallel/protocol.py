@@ -9,9 +9,9 @@ from typing import Any, Dict, Mapping, NamedTuple
 KEY_FILE = 'MXSIMMIM_KEY_FILE'
 HEAD = 0  # of our commands: the only one that MXNet hands to a controller, and where it expects a pickled optimizer
 # The board: one array on a server to which every update adds. STALENESS is the sum, over updates, of how many updates
-# by others came between the pull of the weights and the push of their gradient; STOP counts workers that want to end;
-# the NOTED numbers come from the workers' logs.
-UPDATES, IMAGES, LOSS, STALENESS, STOP, NOTES = range(6)
+# by others came between the pull of the weights and the push of their gradient; STOP counts workers that want to end,
+# SAVE checkpoints that the clock asked for; the NOTED numbers come from the workers' logs.
+UPDATES, IMAGES, LOSS, STALENESS, STOP, SAVE, NOTES = range(7)
 NOTED = 4
 FIELDS = NOTES + 1 + NOTED
 # What float32 rounds off is in the second row: MXNet's servers keep no more even of a float64, and images are counted

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import traceback
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Set
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class Server:
         self._layout = protocol.Layout(0, 0, 1)
         self._moments: Dict[int, np.ndarray] = {}  # key -> what workers push and pull under it
         self._updates: Dict[int, int] = {}  # key of a weight -> updates so far
+        self._unset: Set[int] = set()  # keys of weights of which the next push is not a gradient, but their value
         self._done = 0
         self._board: Any = None  # float64 (FIELDS,); what workers pull has it in two halves
 
@@ -84,6 +85,7 @@ class Server:
         self._workers: int = command['workers']
         self._rate = learning_rates(config.optim, config.train, command['per_epoch'], command['total'])
         self._done, self._updates = command['updates'], {}
+        self._unset = set(range(self._layout.weights))
 
     @staticmethod
     def _or_die(function: Callable[..., None], *arguments: Any) -> None:
@@ -98,12 +100,13 @@ class Server:
     def _update(self, key: int, received: Any, stored: Any) -> None:
         """MXNet's updater: what becomes of `stored` when `received`, of the same shape, is pushed."""
         received, stored = _memory(received), _memory(stored)
-        if key < self._layout.weights:
-            self._step(key, received, stored)
-        elif key == self._layout.board:
+        if key == self._layout.board:
             self._post(received, stored)
+        elif key < self._layout.weights and key not in self._unset:
+            self._step(key, received, stored)
         else:
-            if key < self._layout.board:
+            self._unset.discard(key)
+            if self._layout.weights <= key < self._layout.board:
                 self._moments[key] = stored
             stored[:] = received
 

@@ -134,6 +134,9 @@ def _aggregation(strategy: Strategy, config: Config, process: ProcessInfo) -> Re
         (train.lr_on_plateau < 1 and on_servers,
          f'train.lr_on_plateau={train.lr_on_plateau} cannot work with train.store={store}, whose servers keep their '
          'own schedule: set train.lr_on_plateau=1, or train.store=dist_sync'),
+        (train.rollback and on_servers,
+         f'train.rollback=true cannot work with train.store={store}, whose workers do not wait for each other and see '
+         'no loss in common: set train.rollback=false, or train.store=dist_sync'),
         (optim.clip_grad is not None and on_servers,
          f'optim.clip_grad={optim.clip_grad} cannot work with train.store={store}: a server never sees the whole '
          'gradient, so it has no global norm: set optim.clip_grad=null, or train.store=dist_sync'),

@@ -1,7 +1,7 @@
 """Update rules: how replicas agree on an update.
 
 All have the same methods: `step` turns gradients into an update, `loss_divisor` says which mean those gradients are,
-`poll_stop` lets all workers stop at the same step, `consolidated_weights` shows the one model that the job has
+`poll` lets all workers stop, or save, after the same step, `consolidated_weights` shows the one model that the job has
 trained so far, `combine` and `observed` reduce per-worker statistics to job-wide values.
 """
 import contextlib
@@ -11,9 +11,9 @@ from typing import (
     ContextManager,
     Dict,
     Iterable,
-    Iterator,
     List,
     Mapping,
+    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -25,7 +25,6 @@ import numpy as np
 from mxnet.gluon import Parameter
 
 from ..config import TrainConfig
-from ..data.batch_split import BatchSplit
 from ..models import ParameterSpec
 from ..models.shards import gradient_axes
 from ..ops import OpBackend, adamw
@@ -37,6 +36,7 @@ from .compression import TRANSPORTS
 from .control import Pending
 from .gradients import exchanged
 from .mesh import AXES
+from .own_state import OwnState, residuals_in
 
 
 def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
@@ -51,6 +51,12 @@ def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArra
 def global_norm(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
     """Return the L2 norm (1,) of all first copies, on the context of the first of them."""
     return mx.nd.sqrt(sum_of_squares(arrays, backend))
+
+
+class Agreed(NamedTuple):
+    """What all workers do."""
+    stop_at: Optional[int]  # the step to stop after, once any of them has voted for it
+    save: bool  # whether to save after this step
 
 
 class _Exchange:
@@ -80,10 +86,10 @@ class SynchronousUpdate:
         self.optimizer, self._clip, self._batch = optimizer, clip, train.batch_size
         self._parameters = [spec.parameter for spec in specs if spec.trainable]
         self._buffers = [spec.parameter for spec in specs if not spec.trainable]
-        self._registered: Optional[Handle] = None  # the buffers, once somebody needs them
+        self._registered: Dict[str, Handle] = {}  # weights, buffers and gradients, once somebody needs them
         self._several = communicator.control.size > 1  # workers, in this group or another
         self._mesh = mesh = communicator.control.mesh
-        weights = [spec for spec in specs if spec.trainable]
+        self._specs = weights = [spec for spec in specs if spec.trainable]
         self._exchanges: List[_Exchange] = []
         for axes in GROUPS:
             group = [spec.parameter for spec in weights if spec.axes == axes]
@@ -97,6 +103,7 @@ class SynchronousUpdate:
         # their copies apart. Only the first one's counts.
         self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes
                       and 'tensor' not in gradient_axes(spec.name)] if mesh.coordinate('tensor') else []
+        self._smallest = min((p for p in self._parameters if p not in self._idle), key=lambda p: p.list_data()[0].size)
         self._votes: Optional[Pending] = None  # of the last step
         self.by_worker: List[Sequence[float]] = []  # what each gave to `observed` last
 
@@ -116,9 +123,7 @@ class SynchronousUpdate:
         were computed and when everybody's had arrived.
         """
         if self._several:  # the others do not see this loss: let it spoil the gradient that they do see
-            # A parameter's, which the next pass overwrites; what lies between the small ones nobody does.
-            smallest = min((p.list_grad()[0] for p in self._parameters), key=lambda g: g.size).reshape((-1,))
-            mx.nd.broadcast_add(smallest, (loss * 0).as_in_context(smallest.context), out=smallest)
+            self._spoil(loss)
         self._all_reduce(clock.computed if clock else None)
         if clock:
             clock.communicated()
@@ -132,26 +137,39 @@ class SynchronousUpdate:
     def clip_partial(self) -> None:
         """Clip what has been accumulated so far, as the reference does after each part but the last.
 
-        The clipped sum stays on rank 0's first device; all others start the next part from zero.
+        The clipped sum stays on rank 0's first device; all others start the next part from zero. A norm that is not
+        finite spoils the sum, so that the step is skipped: clipping to nothing would hide what is too large to square.
         """
         self._all_reduce()
-        scale = self._scale(self._norm())
+        norm = self._norm()
+        scale = mx.nd.where(mx.nd.contrib.isfinite(norm), self._scale(norm), mx.nd.zeros_like(norm))
         for exchange in self._exchanges:
             for first, *others in exchange.arrays:
                 flat = first.reshape((-1,))
                 mx.nd.broadcast_mul(flat, scale.as_in_context(first.context), out=flat)
                 for other in others + ([first] if exchange.communicator.rank else []):
                     other[:] = 0
+        self._spoil(norm)
 
-    def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
-        """Return, after `step` updates, the step to stop at: the same in all workers, once any of them is `stopping`.
+    def _spoil(self, value: mx.nd.NDArray) -> None:
+        """Make the gradient not finite where `value` (1,) is not.
 
-        Reads the votes of the step before, for which nobody has to wait.
+        A parameter's, which the next pass overwrites; what lies between the small ones nobody does.
+        """
+        smallest = self._smallest.list_grad()[0].reshape((-1,))
+        mx.nd.broadcast_add(smallest, (value * 0).as_in_context(smallest.context), out=smallest)
+
+    def poll(self, step: int, stopping: bool, saving: bool = False, _due: bool = False) -> Agreed:
+        """Vote after `step` updates; return what all workers do, which is the same in all of them.
+
+        Any of them can be `stopping`, or `saving` besides what the timetable says, for which one vote is enough. Reads
+        the votes of the step before, for which nobody has to wait.
         """
         if not self._several:
-            return step if stopping else None
-        votes, self._votes = self._votes, self._communicator.control.start_gather('votes to stop', stopping)
-        return step if votes and any(votes.result()) else None
+            return Agreed(step if stopping else None, saving)
+        votes, self._votes = self._votes, self._communicator.control.start_gather('votes to stop', [stopping, saving])
+        stops, saves = zip(*votes.result()) if votes else ((), ())
+        return Agreed(step if any(stops) else None, any(saves))
 
     def consolidated_weights(self) -> ContextManager[None]:
         """Show the model that the job has trained so far: while entered, the parameters hold it.
@@ -185,6 +203,18 @@ class SynchronousUpdate:
         """Return the optimiser's state, for a checkpoint."""
         return self.optimizer.arrays()
 
+    def own_state(self) -> Optional[OwnState]:
+        """Return what each worker has of its own, for a checkpoint, too: residuals of compression.
+
+        Not where a model is in several workers: there they start from zero when a run goes on.
+        """
+        if self._mesh.data < self._mesh.size or not self._several:
+            return None
+        exchange, = self._exchanges
+        residuals = exchange.transport.residuals
+        return OwnState(self.workers, self._register('gradients', exchange.arrays), self._specs,
+                        {'residual': residuals_in(exchange.arrays, residuals)}) if residuals else None
+
     def load_one_by_one(self, moments: Iterable[Tuple[str, np.ndarray]], update: int) -> None:
         """As `load_state_dict`, of whole moments each of which is kept before the next is asked for."""
         for name, value in moments:
@@ -203,7 +233,7 @@ class SynchronousUpdate:
 
     def _weights(self) -> Handle:
         """Return the parameters' handle, under whose keys their moments are broadcast, too."""
-        return self.workers.register([p.list_data() for p in self._parameters])
+        return self._register('weights', [p.list_data() for p in self._parameters])
 
     def _average_buffers(self) -> None:
         """Replace each buffer by its mean over all replicas, whose parts of a batch are equal, or nearly."""
@@ -215,9 +245,13 @@ class SynchronousUpdate:
             self.workers.all_reduce(handle)
 
     def _buffer_handle(self) -> Handle:
-        if self._registered is None:
-            self._registered = self.workers.register([p.list_data() for p in self._buffers])
-        return self._registered
+        return self._register('buffers', [p.list_data() for p in self._buffers])
+
+    def _register(self, name: str, arrays: Sequence[Copies]) -> Handle:
+        """Return the handle of these arrays: servers keep an array for each key, so that each gets one only once."""
+        if name not in self._registered:
+            self._registered[name] = self.workers.register(arrays)
+        return self._registered[name]
 
     def _moments(self) -> List[List[Copies]]:
         """Return the moments by kind, of each one array for each parameter."""
@@ -249,127 +283,3 @@ class SynchronousUpdate:
         if self._clip is None:
             return mx.nd.ones_like(norm)
         return mx.nd.minimum(self._clip / (norm + 1e-6), 1)
-
-
-class PeriodicAveraging(SynchronousUpdate):
-    """Workers that go alone for some steps and meet after every `train.local_steps`-th and after the last.
-
-    Within a worker all is as ever: its devices' gradients are added up, and the norm that is clipped is the worker's.
-    """
-
-    def __init__(self, specs: Sequence[ParameterSpec], optimizer: Optimizer, communicator: Communicator,
-                 train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
-        super().__init__(specs, optimizer, Communicator('device'), train, clip)
-        self.workers = communicator
-        self._split, self._every, self._last = split, train.local_steps, last
-        self._handle = super()._weights()
-
-    def loss_divisor(self, images: int) -> int:
-        return images
-
-    def in_sync(self, step: int) -> bool:
-        return step % self._every == 0 or step == self._last
-
-    def step(self, update: int, lr: float, loss: mx.nd.NDArray, clock: Optional[Clock] = None,
-             floor: float = 0.0) -> mx.nd.NDArray:
-        stats = super().step(update, lr, loss, clock, floor)
-        if self.in_sync(update + 1):
-            if clock:
-                mx.nd.waitall()
-                clock.computed()
-            self._meet()
-            if clock:
-                clock.communicated()
-        return stats
-
-    def poll_stop(self, step: int, stopping: bool, _due: bool = False) -> Optional[int]:
-        return step if self.in_sync(step) and any(self.workers.control.all_gather('votes to stop', stopping)) else None
-
-    def combine(self, rows: np.ndarray) -> np.ndarray:
-        rows = np.array(self.workers.control.all_gather('losses', rows))  # (workers, k, 3)
-        weights = np.array(self._split.images)[:, None] / sum(self._split.images)
-        return np.stack([(rows[:, :, 0] * weights).sum(0), (rows[:, :, 1] * weights).sum(0), rows[:, :, 2].min(0)], 1)
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the means of the moments over the workers, with which all of them go on after a resumption."""
-        means = []
-        for moments in self._moments():
-            mean = [[first.copy()] for first, *_ in moments]
-            self._average(mean)
-            means += [first.asnumpy() for first, in mean]
-        return self.optimizer.whole(means)
-
-    def _weights(self) -> Handle:
-        return self._handle  # one for all: servers keep an array for each key
-
-    def _average(self, arrays: Sequence[Copies]) -> None:
-        """Replace arrays shaped like the parameters by their mean over the workers, weighted with their images."""
-        for first, *others in arrays:
-            first *= self._split.fraction
-            for other in others:
-                other[:] = 0
-        self.workers.all_reduce(self._handle.with_arrays(arrays))
-
-    def _meet(self) -> None:
-        raise NotImplementedError
-
-
-class LocalSGD(PeriodicAveraging):
-    """Averages the parameters, and with `train.average_moments` the optimiser's moments, of all workers.
-
-    McMahan et al. 2017 (arXiv:1602.05629), Stich 2019 (arXiv:1805.09767): w <- sum_i (n_i / n) w_i.
-    """
-
-    def __init__(self, specs: Sequence[ParameterSpec], optimizer: Optimizer, communicator: Communicator,
-                 train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
-        super().__init__(specs, optimizer, communicator, train, clip, split, last)
-        self._with_moments = train.average_moments
-
-    def _meet(self) -> None:
-        self._average([p.list_data() for p in self._parameters])
-        for moments in self._moments() if self._with_moments else []:
-            self._average(moments)
-
-
-class ElasticAverage(PeriodicAveraging):
-    """Ties each worker's parameters to a common centre by a spring (Zhang et al. 2015, arXiv:1412.6651, synchronous).
-
-    With d_i = b w_i (theta_i - centre), where w_i is the worker's share of the images and b is train.elastic, each
-    worker moves by -d_i and the centre by the sum of all d_i. That is one gradient step on (b / 2) sum_i w_i
-    |theta_i - centre|^2 for all of them. Some texts write the worker's pull as + w_i (centre - theta_i) and the
-    centre's as sum_i w_i (centre - theta_i); added as signed, the latter drives the centre away from its workers. It
-    must be subtracted, as here.
-    """
-
-    def __init__(self, specs: Sequence[ParameterSpec], optimizer: Optimizer, communicator: Communicator,
-                 train: TrainConfig, clip: Optional[float], split: BatchSplit, last: int):
-        super().__init__(specs, optimizer, communicator, train, clip, split, last)
-        self._strength = train.elastic
-        self._centre = [p.list_data()[0].copy() for p in self._parameters]
-
-    def load_state_dict(self, moments: Optional[Mapping[str, Any]], update: int) -> None:
-        super().load_state_dict(moments, update)
-        self._centre = [p.list_data()[0].copy() for p in self._parameters]
-
-    def _meet(self) -> None:
-        pulls = [[(p.list_data()[0] - centre) * (self._strength * self._split.fraction)]
-                 for p, centre in zip(self._parameters, self._centre)]
-        for p, (pull,) in zip(self._parameters, pulls):
-            for copy in p.list_data():
-                copy -= pull.as_in_context(copy.context)
-        self.workers.all_reduce(self._handle.with_arrays(pulls))
-        for centre, (pull,) in zip(self._centre, pulls):
-            centre += pull
-
-    @contextlib.contextmanager
-    def consolidated_weights(self) -> Iterator[None]:
-        self._average_buffers()
-        own = [p.list_data()[0].copy() for p in self._parameters]
-        self._set(self._centre)
-        yield
-        self._set(own)
-
-    def _set(self, values: Sequence[mx.nd.NDArray]) -> None:
-        for p, value in zip(self._parameters, values):
-            for copy in p.list_data():
-                value.copyto(copy)

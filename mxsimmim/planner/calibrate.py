@@ -16,10 +16,10 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from ..config import Config, configfile
-from ..runtime import environment, facts
+from ..runtime import environment, facts, memory
 from .cluster import Cluster
 from .costs import form_of, weight_bytes
 from .model import Part, segments
@@ -31,7 +31,8 @@ SHARDS = (1, 2, 4, 8)  # parts into which an MLP's hidden columns are divided
 SECONDS, REPEATS = 1.0, 100  # at most, of one measurement
 WAITING = 1.05  # seconds of a call over those of its CPUs
 ROWS = 800  # tokens of a measured half block, or one image's
-RESIDENT = 0.36e9  # bytes of a process with MXNet and all that a run imports (measured)
+RESIDENT = 0.36e9  # bytes of a process with MXNet and all that a run imports: 0.27 to 0.36, by machine (measured)
+LATER = 0.045e9  # bytes that a run imports and has besides MXNet: threads, connections, compiled kernels (measured)
 COLD = 128 << 20  # bytes of weights and activations that a measurement goes through in turn
 CPU = Cluster(kind='cpu')
 DEADLINE = 300  # seconds in which all must be done
@@ -60,15 +61,22 @@ def calibrate(config: Config, devices: int) -> Cluster:
         for child in children:
             child.kill()
             child.wait()
-    middle = {name: statistics.median(each[name] for each in found) for name in ('stream', 'call')}
-    rates = tuple(((kind, width, shard), statistics.median(each['rates'][number][3] for each in found))
+    return machine(found)
+
+
+def machine(found: Sequence[Mapping[str, Any]]) -> Cluster:
+    """Return the host of the devices that have each measured, at the same time as the others, what `measure` does."""
+    # Where they are more than the cores, each was counted the seconds of the CPU that it had.
+    devices, share = len(found), min(1.0, environment.cores() / len(found))
+    stream, call, own = (statistics.median(each[name] for each in found) for name in ('stream', 'call', 'resident'))
+    rates = tuple(((kind, width, shard), share * statistics.median(each['rates'][number][3] for each in found))
                   for number, (kind, width, shard, _) in enumerate(found[0]['rates']))
     bandwidth, latency = loopback()
     total, _ = facts._memory()
-    images = sum(each['images'] for each in found) or math.inf
+    images = share * sum(each['images'] for each in found) or math.inf
     speed = statistics.median(rate for (kind, _, shard), rate in rates if (kind, shard) == ('mlp', 1))
     return Cluster(1, devices, total * facts.GIB / devices, speed, bandwidth, latency, bandwidth, latency,
-                   middle['stream'], middle['call'], images, kind='cpu', resident=RESIDENT, rates=rates)
+                   share * stream, call / share, images, kind='cpu', resident=own, rates=rates)
 
 
 def _read(child: 'subprocess.Popen[str]') -> Dict[str, Any]:
@@ -152,14 +160,15 @@ def answer() -> None:
     if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, environment.cpus_of_part(place, devices))
     environment.prepare(config.runtime)
-    print(json.dumps(_measure(config)), flush=True)
+    print(json.dumps(measure(config)), flush=True)
 
 
-def _measure(config: Config) -> Dict[str, Any]:
+def measure(config: Config) -> Dict[str, Any]:
+    """Measure what a device's cores compute: JSON-ready, for `machine`."""
     import mxnet as mx
 
     from ..ops import select_backend
-    backend = select_backend(config.runtime.precision, [mx.cpu()])
+    backend, own = select_backend(config.runtime.precision, [mx.cpu()]), resident()
     wide, narrow = mx.nd.ones((1 << 23,)), mx.nd.ones((1,))
     others = wide.copy(), wide.copy()
 
@@ -179,7 +188,15 @@ def _measure(config: Config) -> Dict[str, Any]:
             fixed = 2 * weight_bytes(part, shard, False) / stream + 2 * call
             flops = 2 * images * (part.forward + part.backward) / shard
             rates.append((part.kind, part.width, shard, flops / max(seconds - fixed, 0.1 * seconds)))
-    return {'stream': stream, 'call': call, 'rates': rates, 'images': _images(config)}
+    return {'stream': stream, 'call': call, 'rates': rates, 'images': _images(config),
+            'resident': own}
+
+
+def resident() -> float:
+    """Return the bytes of a process that has MXNet, and no network yet, plus what a run adds without one."""
+    import mxnet as mx
+    mx.nd.dot(mx.nd.ones((64, 64)), mx.nd.ones((64, 64))).wait_to_read()
+    return memory.resident() + LATER if memory.resident() else RESIDENT
 
 
 def _images(config: Config) -> float:

@@ -8,6 +8,7 @@ MPI = ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RA
 FIRSTS = 'MXSIMMIM_FIRST_RANKS'  # from our launcher: of Horovod's ranks, which go host by host, each host's first
 CONTROL = 'MXSIMMIM_CONTROL'  # from our launcher: address:port where rank 0 serves the control plane
 RESTARTS = 'MXSIMMIM_RESTARTS'  # from our launcher: [unix seconds, why] of each time it started the job again, JSON
+WRITTEN = 'MXSIMMIM_WRITTEN'  # from our launcher, which may start it on other hosts: step of its newest checkpoint
 SLURM = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE')
 
 
@@ -28,6 +29,7 @@ class ProcessInfo(NamedTuple):
     firsts: Tuple[int, ...] = ()
     control: str = ''
     restarts: Tuple[Tuple[float, str], ...] = ()  # when the launcher has started the job again, and why
+    written: int = -1  # step of the newest checkpoint that the job has told its launcher of; -1: none, or unknown
 
 
 ALONE = ProcessInfo()
@@ -43,7 +45,8 @@ def process_info(environ: Mapping[str, str]) -> ProcessInfo:
         ValueError: a variable is missing or no number.
     """
     restarts = json.loads(environ.get(RESTARTS) or '[]')
-    return _place(environ)._replace(restarts=tuple((when, why) for when, why in restarts))
+    return _place(environ)._replace(restarts=tuple((when, why) for when, why in restarts),
+                                    written=int(environ.get(WRITTEN) or -1))
 
 
 def _place(environ: Mapping[str, str]) -> ProcessInfo:

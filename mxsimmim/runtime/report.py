@@ -6,11 +6,13 @@ ended. Without one nothing is written.
 import contextlib
 import json
 import os
+import threading
 from typing import Any, Dict
 
 FILE = 'MXSIMMIM_REPORT_FILE'
 LONGEST = 2000  # characters of an error
 _told: Dict[str, Any] = {}
+_lock = threading.Lock()
 
 
 def tell(**values: Any) -> None:
@@ -18,13 +20,14 @@ def tell(**values: Any) -> None:
 
     That is `checkpoint` (step of the newest), `step` (updates done), `error`, `stalled` (what it waited for in vain).
     """
-    _told.update(values)
     path = os.environ.get(FILE)
-    if path:
-        with contextlib.suppress(OSError):  # a report is not worth a training
-            with open(f'{path}.new', 'w', encoding='ascii') as file:
-                json.dump(_told, file)
-            os.replace(f'{path}.new', path)
+    with _lock:  # a thread tells of checkpoints
+        _told.update(values)
+        if path:
+            with contextlib.suppress(OSError):  # a report is not worth a training
+                with open(f'{path}.new', 'w', encoding='ascii') as file:
+                    json.dump(_told, file)
+                os.replace(f'{path}.new', path)
 
 
 def tell_error(error: BaseException) -> None:

@@ -86,7 +86,7 @@ class ClassEvaluator:
         batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
         transform = ClassifyEvalTransform(config.data, config.model)
         for part in every_image(self._source, transform, batch, config.data.threads, control.mesh.coordinate('data'),
-                                control.mesh.data):
+                                control.mesh.data, placement.inputs):
             answers = placement.outputs(part)
             if control.mesh.reports:  # or another worker has the answers about these images
                 predicted.append(tally.add(answers, self._labels[part.index]))

@@ -37,13 +37,16 @@ class MaskedEvaluator:
         self.images = min(config.validation.images, len(source))
         self._distances: Optional[float] = None
 
-    def batches(self, part: int = 0, parts: int = 1) -> Iterator[Batch]:
-        """Yields one of `parts` parts of the images, in batches no larger than a worker's in training."""
+    def batches(self, part: int = 0, parts: int = 1, needed: Optional[Sequence[str]] = None) -> Iterator[Batch]:
+        """Yields one of `parts` parts of the images, in batches no larger than a worker's in training.
+
+        `needed` are the fields that are used, as for `Loader`.
+        """
         config = self._config
         batch = -(-config.train.batch_size // (config.train.accumulate * self._control.mesh.data))
         transform = EvalTransform(config.data, config.mask, config.model)
         return fixed_batches(self._source, transform, min(batch, self.images), self.images, SEED,
-                             config.data.threads, config.data.max_broken, part=part, parts=parts)
+                             config.data.threads, config.data.max_broken, part=part, parts=parts, needed=needed)
 
     def evaluate(self, placement: Placement) -> Dict[str, float]:
         """Returns val_loss, the mean masked loss over the held-out images, and val_avg_dist, their masks' AvgDist.
@@ -51,7 +54,7 @@ class MaskedEvaluator:
         Each image counts once, however many workers share them.
         """
         sums, masks, mesh = [], [], self._control.mesh
-        for batch in self.batches(mesh.coordinate('data'), mesh.data):
+        for batch in self.batches(mesh.coordinate('data'), mesh.data, placement.inputs):
             sums.append(placement.loss(batch))
             masks.append(batch.fields['mask'])
         if self._distances is None:  # while the device works; the masks never change
@@ -61,13 +64,15 @@ class MaskedEvaluator:
         return {'val_loss': loss, 'val_avg_dist': distance}
 
     def picture(self, placement: Placement) -> Optional[np.ndarray]:
-        """Draws the first images: original, masked, reconstruction; uint8 (H, W, 3)."""
+        """Draws the first images, on rank 0: original, masked, reconstruction; uint8 (H, W, 3)."""
         count = self._config.validation.pictures
         if not count:
             return None
-        batch = next(self.batches())
+        batch = next(self.batches(needed=placement.inputs))
         batch = Batch({name: array[:count] for name, array in batch.fields.items()}, batch.epoch, batch.index[:count])
         predicted = to_uint8(placement.reconstruct(batch), self._config.data.mean, self._config.data.std)
+        if self._control.rank:  # which has a later stage, and perhaps no images
+            return None
         return grid(batch.fields['image'], batch.fields['mask'], predicted)
 
     def report(self, placement: Placement, folder: Path) -> str:

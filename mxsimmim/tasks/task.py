@@ -50,7 +50,10 @@ class Evaluator(Protocol):
         """Returns the values of all workers together; called by all at the same time."""
 
     def picture(self, placement: 'Placement') -> Optional[np.ndarray]:
-        """Draws what the network makes of some images, uint8 (H, W, 3); None where nothing is to be drawn."""
+        """Draws what the network makes of some images, uint8 (H, W, 3); None where nothing is to be drawn.
+
+        Called by rank 0, and by those who hold its replica of the network with it.
+        """
 
     def report(self, placement: 'Placement', folder: Path) -> str:
         """Evaluates and says it in words; called by all workers, of which rank 0 writes files to `folder`."""

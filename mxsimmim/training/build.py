@@ -5,7 +5,6 @@ import mxnet as mx
 
 from ..config import Config, ParallelConfig
 from ..data.batch_split import BatchSplit, split_batch
-from ..interop import official
 from ..models import Network, ParameterSpec, parameter_specs
 from ..models.cost import segment_costs, token_shapes
 from ..models.segments import users
@@ -18,11 +17,12 @@ from ..parallel.communicators import Communicator, make_communicator
 from ..parallel.control import ControlPlane
 from ..parallel.owners import ShardedUpdate, updated_by
 from ..parallel.parts import ModelParts
+from ..parallel.periodic import ElasticAverage, LocalSGD
 from ..parallel.pipeline import Pipeline
 from ..parallel.placement import Placement, Replicated, contexts_of
 from ..parallel.schedules import stages_of
 from ..parallel.strategies import Strategy, strategy_of
-from ..parallel.updates import ElasticAverage, LocalSGD, SynchronousUpdate
+from ..parallel.updates import SynchronousUpdate
 from ..parallel.worker_group import WorkerGroup
 from ..runtime.memory import give_back, share_heap
 from ..runtime.process import ALONE, ProcessInfo
@@ -30,7 +30,8 @@ from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from .checkpoint import Checkpoint
-from .pretrained import load_encoder
+from .pretrained import find_encoder, load_encoder
+from .restore import load_state, load_weights
 from .run_logger import Quiet, RunLogger
 from .timetable import Timetable, timetable_of
 from .trainer import Trainer, UpdateRule
@@ -66,23 +67,12 @@ def build_trainer(config: Config, process: ProcessInfo = ALONE, task: Optional[T
     group = build_group(config, communicator, contexts, backend, max(split.images))
     placement = build_placement(config.parallel, net, contexts, config.train.accumulate, parts, group)
     update_rule = build_update_rule(config, task, net, strategy, communicator, timetable, split, parts=parts)
-    step, state, arrays = (checkpoint.step, checkpoint.state, checkpoint.arrays) if checkpoint else (0, {}, {})
-    if checkpoint or config.model.pretrained:
-        moments: Optional[Arrays] = arrays.get('optimizer')
-        if parts and checkpoint:
-            assert isinstance(update_rule, SynchronousUpdate)
-            update_rule.load_one_by_one(parts.hand_out(update_rule.moment_names(), moments), step)
-        else:
-            update_rule.load_state_dict(moments, step)
-    average = None
-    if config.train.ema:
-        # All workers hold the same one: rank 0's, of its checkpoint.
-        average = WeightAverage(parameter_specs(net), config.train.ema, None if parts else arrays.get('ema'))
-        if parts and checkpoint:
-            for name, value in parts.hand_out(average.names(), arrays.get('ema')):
-                average.set(name, value)
-        if checkpoint:
-            average.share(communicator)
+    if config.model.pretrained and not checkpoint:
+        update_rule.load_state_dict(None, 0)
+    average = WeightAverage(parameter_specs(net), config.train.ema) if config.train.ema else None
+    if checkpoint:
+        load_state(update_rule, average, parts, checkpoint, logger.message)
+    step, state = (checkpoint.step, checkpoint.state) if checkpoint else (0, {})
     if communicator.control.mesh.tensor > 1 or config.parallel.shard_optimizer:  # where memory is short
         mx.nd.waitall()
         give_back()  # weights as they were drawn and read, gradients' first arrays
@@ -105,7 +95,7 @@ def build_network(config: Config, process: ProcessInfo, task: Task, backend: OpB
         return _build_part(config, task, backend, checkpoint, logger, parts)
     net = task.build_network(not arrays, backend)
     if arrays:
-        official.load_weights(net, arrays['weights'])
+        load_weights(net, arrays['weights'], None)
     elif task.takes_encoder and config.model.pretrained and not checkpoint and process.rank == 0:
         logger.message(load_encoder(net, config.model.pretrained))
     return net
@@ -115,17 +105,15 @@ def _build_part(config: Config, task: Task, backend: OpBackend, checkpoint: Opti
                 logger: Union[RunLogger, Quiet], parts: ModelParts) -> Network:
     """`build_network` for this worker's part."""
     net = task.build_network(checkpoint is None, backend, parts.slices, parts.own, parts.shard)
-    weights: Optional[Arrays] = checkpoint.arrays.get('weights') if checkpoint else None
-    fresh = not checkpoint and task.takes_encoder and config.model.pretrained
-    if fresh and parts.rank == 0:  # it alone reads the file, for which it needs a whole network
-        whole = task.build_network(True, backend)
-        logger.message(load_encoder(whole, config.model.pretrained))
-        weights = official.export_weights(whole)
-    if checkpoint or fresh:
-        specs = {spec.name: spec for spec in parameter_specs(net)}
-        for name, value in parts.hand_out(list(specs), weights):
-            spec = specs[name]
-            spec.parameter.set_data(mx.nd.array(spec.part_of(value.reshape(spec.whole_shape))))
+    if checkpoint:
+        load_weights(net, checkpoint.arrays.get('weights'), parts)
+    elif task.takes_encoder and config.model.pretrained:
+        encoder = None
+        if parts.rank == 0:  # it alone reads the file
+            encoder = find_encoder(config.model, task.shapes(), config.model.pretrained)
+            logger.message(encoder.told)
+        found: Arrays = encoder.arrays if encoder else {}
+        parts.load(net, found, parts.control.broadcast_object('arrays of the encoder', lambda: list(found)))
     return net
 
 
@@ -216,7 +204,8 @@ def gradient_groups(net: Network, specs: Sequence[ParameterSpec], parts: ModelPa
     What several stages use has a gradient in each of them, and what all parts of a stage have a copy of, in each of
     these.
     """
-    several = {name for name, stages in users(net, parts.slices).items() if len(stages) > 1}
+    used = users(net, parts.slices)
+    several = {spec.name for spec in specs if len(used.get(spec.parameter.name, ())) > 1}  # with all of their parts
     copied = parts.shard.count > 1
-    return [('pipeline', 'data') if spec.parameter.name in several
+    return [('pipeline', 'data') if spec.name in several
             else ('data', 'tensor') if copied and is_copied(spec.name) else ('data',) for spec in specs]

@@ -27,7 +27,7 @@ from ..tasks.task import Task
 from .build import build_placement, least_images
 from .pretrained import load_encoder
 from .room import check_room, checkpoint_bytes
-from .run_folder import checkpoint_to_resume, folder_of
+from .run_folder import checkpoint_folders, checkpoint_to_resume, folder_of
 from .start import agree_on_backend
 from .timetable import timetable_of
 
@@ -109,8 +109,9 @@ def _schedule(config: Config, written: Mapping[str, Duration], process: ProcessI
     replicas = mesh_of(process, config.parallel, len(contexts)).data
     split_batch(config.train.batch_size, [1] * replicas, [least_images(config, contexts)] * replicas,
                 task.transform().group)
+    every = config.checkpoint.every if config.checkpoint.every.unit == 'minutes' else f'{save:,}'
     text = (f'{total:,} steps of {config.train.batch_size:,} images, {per_epoch:,} an epoch; warm-up '
-            f'{config.optim.warmup.steps(per_epoch, total):,}; every {save:,} a checkpoint')
+            f'{config.optim.warmup.steps(per_epoch, total):,}; every {every} a checkpoint')
     return '; '.join([text] + notes), config
 
 
@@ -187,11 +188,12 @@ def _places(config: Config, process: ProcessInfo, task: Optional[Task], planned:
     notes = files.try_place(folder)
     said = [f'{folder}: can be written to']
     if task and planned:
-        check_room(config, task, folder, timetable_of(planned, len(task.source), strategy_of(config, process)).total)
-        size, free = checkpoint_bytes(config, task), files.free(folder)
+        timetable = timetable_of(planned, len(task.source), strategy_of(config, process))
+        check_room(config, task, folder, timetable.total, process.size)
+        size, free = checkpoint_bytes(config, task, process.size), files.free(folder)
         said[0] += f', checkpoints of {size / facts.GIB:.2f} GiB' + (
             '' if free is None else f', {free / facts.GIB:.1f} GiB free')
-        if (folder / 'checkpoints').is_dir():
+        if any(place.is_dir() for place in checkpoint_folders(config)):
             saved = checkpoint_to_resume(config, task, notes.append)
             said += [f'goes on from step {saved.step:,}'] if saved else []
     return '; '.join(said + notes), folder

@@ -9,26 +9,39 @@ A folder named ``step-…`` is whole at every moment: it is written under a hidd
 Hidden names tell what a killed process left behind: ``.step-….tmp-PID`` is unfinished or half deleted, and
 ``.step-….old-PID`` was moved aside for another of the same step. The next `save` puts that right.
 """
+import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Set, Union
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Set,
+    Union,
+)
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
+from ..runtime import watchdog
 from ..runtime.memory import ran_out
-from ..system.arrays import Arrays, Gathered
+from ..system.arrays import Arrays, Gathered, on_the_way
 from ..system.files import alive, free, sync_directory, sync_file
 from ..system.points import reach
+from ..system.stored import Stored, write_arrays
 
 FORMAT = 1
-TYPES = {'float32': 'F32', 'float64': 'F64', 'int32': 'I32', 'int64': 'I64', 'uint8': 'U8'}  # of MXNet's arrays
 MANIFEST, STATE, ARRAYS = 'manifest.json', 'state.json', '.safetensors'
 
 
@@ -44,33 +57,12 @@ class Checkpoint(NamedTuple):
     path: Path
 
 
-class Stored(Mapping[str, np.ndarray]):
-    """The arrays of a file, each read when it is asked for: a whole model's need not fit into memory.
-
-    The file is open only then, so that its folder can be deleted meanwhile, also on NFS.
-    """
-
-    def __init__(self, file: Path):
-        """Read what is in the file.
-
-        Raises:
-            SafetensorError: it is no safetensors file.
-        """
-        self._file = str(file)
-        with safe_open(self._file, 'numpy') as content:
-            self._names = dict.fromkeys(content.keys())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self._file, 'numpy') as content:
-            return content.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+class Filled(NamedTuple):
+    """A checkpoint that is written, under a hidden name, but perhaps not on the disk yet."""
+    step: int
+    staged: Path
+    final: Path
+    nbytes: int  # of its arrays
 
 
 def save(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]], state: Mapping[str, Any], keep: int,
@@ -80,7 +72,7 @@ def save(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]],
     Args:
         folder: of all checkpoints of a run, made if missing; one process writes to it.
         step: number of updates done. An existing checkpoint of the same step is replaced.
-        arrays: group -> name -> array, of integer, float or bool type; a group becomes a file. One whose arrays are
+        arrays: group -> name -> array, of the types of `system.stored`; a group becomes a file. One whose arrays are
             still to be gathered is written as they come.
         state: what JSON can hold.
         keep: of the checkpoints up to this step, the newest that stay.
@@ -89,25 +81,72 @@ def save(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]],
     Raises:
         CheckpointError: the disk is full, read-only, …; what was there before is untouched.
     """
-    assert keep > 0 and all(re.fullmatch(r'\w+', group) for group in arrays)
+    return publish(fill(folder, step, arrays, state), keep, keep_every)
+
+
+def fill(folder: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]], state: Mapping[str, Any]) -> Filled:
+    """Does the first half of `save`: takes the arrays."""
+    assert all(re.fullmatch(r'\w+', group) for group in arrays)
     folder = Path(folder)
     final = folder / f'step-{step:08d}'
-    staged = _hidden(final, 'tmp')
-    try:
+    groups = {name: named if isinstance(named, Gathered) else on_the_way(named) for name, named in arrays.items()}
+    filled = Filled(step, _hidden(final, 'tmp'), final, sum(named.nbytes for named in groups.values()))
+    with _failing(filled):
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
-        staged.mkdir()
-        _write(staged, step, arrays, state)
+        filled.staged.mkdir()
+        text = json.dumps({'step': step, 'state': state}, indent=1)
+        (filled.staged / STATE).write_text(text, encoding='utf-8')
+        for group, named in groups.items():
+            write_arrays(filled.staged / (group + ARRAYS), named._replace(values=_one_by_one(named.values)))
+        reach('checkpoint.arrays')
+    return filled
+
+
+def publish(filled: Filled, keep: int, keep_every: Optional[int] = None) -> Path:
+    """Does the second half of `save`, which takes longer: flushes to the disk, computes checksums, renames, deletes."""
+    with _failing(filled):
+        entries = {}
+        for file in sorted(filled.staged.iterdir()):
+            sync_file(file)
+            entries[file.name] = {'bytes': file.stat().st_size, 'sha256': _sha256(file)}
+        # Last, so that a folder with a manifest has everything else.
+        text = json.dumps({'format': FORMAT, 'files': entries}, indent=1)
+        (filled.staged / MANIFEST).write_text(text, encoding='utf-8')
+        sync_file(filled.staged / MANIFEST)
         reach('checkpoint.written')
+        _publish(filled.staged, filled.final)
+    _retire(filled.final.parent, filled.step, keep, keep_every)
+    return filled.final
+
+
+def copy(path: Path, folder: Path, keep: int, keep_every: Optional[int] = None) -> Path:
+    """Copies the checkpoint `path` into another folder of checkpoints, with the retention rule of `save` there.
+
+    What is written there has been compared with the checksums of the manifest.
+
+    Raises:
+        CheckpointError: it is damaged, or cannot be read.
+        OSError: it cannot be written there.
+    """
+    final = Path(folder) / path.name
+    staged = _hidden(final, 'tmp')
+    files = _manifest(path)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(final.parent)
+        staged.mkdir()
+        for name, entry in files.items():
+            with open(staged / name, 'wb') as target:
+                _verify(path / name, entry, target)
+        shutil.copyfile(path / MANIFEST, staged / MANIFEST)
+        for file in staged.iterdir():
+            sync_file(file)
         _publish(staged, final)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):  # safetensors wraps the errors of the system
-            raise CheckpointError(_failure(final, arrays, error)) from error
         raise
-    steps = [other for other in _found(folder) if other <= step]
-    for other in set(steps) - kept(steps, keep, keep_every):
-        _discard(folder / f'step-{other:08d}')
+    _retire(final.parent, int(path.name[len('step-'):]), keep, keep_every)
     return final
 
 
@@ -141,24 +180,28 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f'{error}; take another checkpoint (resume=auto finds the newest whole one)') from error
 
 
-def newest(folder: Path, log: Callable[[str], None]) -> Optional[Checkpoint]:
-    """Reads the newest whole checkpoint in `folder`, None if there are none; `log` hears of those passed over.
+def newest(folder: Path, log: Callable[[str], None], *others: Path) -> Optional[Checkpoint]:
+    """Reads the newest whole checkpoint in `folder` or, where that has none as new, in `others`.
+
+    Returns None if there are none; `log` hears of those passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
     """
-    found = _found(Path(folder))
-    for step in sorted(found, reverse=True):
+    found = [(step, -number, path) for number, place in enumerate([folder, *others])
+             for step, path in _found(Path(place)).items()]
+    for step, _, path in sorted(found, reverse=True):
         try:
-            return _read(found[step])
+            return _read(path)
         except CheckpointError as error:
             if ran_out(error):  # nothing is wrong with it
                 raise
             log(f'passing over the checkpoint of step {step}: {error}')
     if found:
         raise CheckpointError(
-            f'{folder}: none of its {len(found)} checkpoints is whole ({", ".join(p.name for p in found.values())}): '
-            f'restore one from a copy, or delete them all and train again')
+            f'{" and ".join(map(str, [folder, *others]))}: none of its {len(found)} checkpoints is whole '
+            f'({", ".join(path.name for *_, path in sorted(found))}): restore one from a copy, or delete them all and '
+            'train again')
     return None
 
 
@@ -188,46 +231,28 @@ def _tidy(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(staged: Path, step: int, arrays: Mapping[str, Union[Arrays, Gathered]], state: Mapping[str, Any]) -> None:
-    text = json.dumps({'step': step, 'state': state}, indent=1)
-    (staged / STATE).write_text(text, encoding='utf-8')
-    for group, named in arrays.items():
-        if isinstance(named, Gathered):
-            _write_gathered(staged / (group + ARRAYS), named)
-        else:
-            save_file(dict(named), staged / (group + ARRAYS))
-    reach('checkpoint.arrays')
-    entries = {}
-    for file in sorted(staged.iterdir()):
-        sync_file(file)
-        entries[file.name] = {'bytes': file.stat().st_size, 'sha256': _sha256(file)}
-    # Last, so that a folder with a manifest has everything else.
-    (staged / MANIFEST).write_text(json.dumps({'format': FORMAT, 'files': entries}, indent=1), encoding='utf-8')
-    sync_file(staged / MANIFEST)
-    sync_directory(staged)
+@contextlib.contextmanager
+def _failing(filled: Filled) -> Iterator[None]:
+    """Deletes what is hidden where this fails; says what a user can do about a disk that takes nothing."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(filled.staged, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(_failure(filled, error)) from error
+        raise
 
 
-def _write_gathered(file: Path, arrays: Gathered) -> None:
-    """Write a safetensors file of arrays that are not in memory at the same time, which the library cannot.
-
-    Its head is JSON in a multiple of 8 bytes: https://github.com/huggingface/safetensors, "Format".
-    """
-    head: Dict[str, Any] = {}
-    end = 0
-    for name, (kind, shape) in arrays.kinds.items():
-        size = np.dtype(kind).itemsize * math.prod(shape)
-        head[name] = {'dtype': TYPES[kind], 'shape': shape, 'data_offsets': [end, end + size]}
-        end += size
-    text = json.dumps(head).encode()
-    text += b' ' * (-len(text) % 8)
-    with open(file, 'wb') as stream:
-        stream.write(len(text).to_bytes(8, 'little') + text)
-        for array in arrays.values:
-            stream.write(np.ascontiguousarray(array).data)
+def _retire(folder: Path, step: int, keep: int, keep_every: Optional[int]) -> None:
+    """Deletes the checkpoints up to `step` that the retention rule does not keep."""
+    steps = [other for other in _found(folder) if other <= step]
+    for other in set(steps) - kept(steps, keep, keep_every):
+        _discard(folder / f'step-{other:08d}')
 
 
 def _publish(staged: Path, final: Path) -> None:
-    """Renames; where `final` exists, it is moved aside first, and back again if the second rename fails."""
+    """Flushes names and renames; where `final` exists, it is moved aside first, and back if the second rename fails."""
+    sync_directory(staged)
     aside = _hidden(final, 'old')
     replaces = final.exists()
     if replaces:
@@ -254,23 +279,31 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sha256(file: Path) -> str:
+def _one_by_one(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Arrays that are written one after another: the deadline counts for each."""
+    for array in arrays:
+        yield array
+        watchdog.beat()
+
+
+def _sha256(file: Path, copy_to: Optional[BinaryIO] = None) -> str:
+    """The checksum of a file, which is written to `copy_to` on the way."""
     digest = hashlib.sha256()
     with open(file, 'rb') as stream:
         for chunk in iter(lambda: stream.read(1 << 20), b''):
             digest.update(chunk)
+            watchdog.beat()
+            if copy_to:
+                copy_to.write(chunk)
     return digest.hexdigest()
 
 
-def _failure(final: Path, arrays: Mapping[str, Union[Arrays, Gathered]], error: Exception) -> str:
-    needed = sum(named.nbytes if isinstance(named, Gathered) else sum(array.nbytes for array in named.values())
-                 for named in arrays.values())
-    place = next(path for path in final.absolute().parents if path.exists())
+def _failure(filled: Filled, error: OSError) -> str:
+    place = next(path for path in filled.final.absolute().parents if path.exists())
     room = free(place)
-    reason = getattr(error, 'strerror', None) or str(error)
-    older = _found(final.parent)
+    older = _found(filled.final.parent)
     untouched = f'the ones before it are untouched, the newest is step {max(older)}' if older else 'there is none yet'
-    return (f'{final}: cannot save this checkpoint: {reason}. It needs {needed:,} bytes'
+    return (f'{filled.final}: cannot save this checkpoint: {error.strerror or error}. It needs {filled.nbytes:,} bytes'
             + ('' if room is None else f', and {room:,} are free in {place}')
             + f'; {untouched}. Make room there or make it writable, and run the same command again')
 
@@ -311,13 +344,15 @@ def _manifest(path: Path) -> Dict[str, Dict[str, Any]]:
         raise CheckpointError(f'{file}: damaged: {error!r}') from error
 
 
-def _verify(file: Path, entry: Mapping[str, Any]) -> None:
+def _verify(file: Path, entry: Mapping[str, Any], copy_to: Optional[BinaryIO] = None) -> None:
     try:
         size = file.stat().st_size
         if size != entry['bytes']:
             raise CheckpointError(f'{file}: {size:,} bytes, and {MANIFEST} says {entry["bytes"]}')
-        digest = _sha256(file)
+        digest = _sha256(file, copy_to)
     except OSError as error:
+        if copy_to:
+            raise
         raise CheckpointError(f'{file}: cannot be read: {error.strerror}') from error
     if digest != entry['sha256']:
         raise CheckpointError(f'{file}: damaged: its SHA-256 is {digest}, and {MANIFEST} says {entry["sha256"]}')

@@ -7,24 +7,27 @@ import numpy as np
 
 from ..system.arrays import Arrays
 from .checkpoint import CheckpointError, load, save, saved_steps
-from .run_folder import read_config, write_config
+from .run_folder import read_config, second_folder, write_config
 
 FOLDERS = 'checkpoints', 'best'
 
 
 def listing(run: Path) -> Tuple[List[str], bool]:
-    """Verify every checkpoint of a run.
+    """Verify every checkpoint of a run, in its second place as well.
 
     Returns a line for each, with step, epoch, size and time or with what is wrong with it, and whether all are whole.
 
     Raises:
         ValueError: this is no run, or it has none.
     """
-    read_config(run)
+    second = second_folder(read_config(run))
+    folders = [run / name for name in FOLDERS]
+    if second and second.absolute() != run.absolute():
+        folders.append(second / FOLDERS[0])
     lines, whole = [], True
-    for folder in FOLDERS:
-        for step in saved_steps(run / folder):
-            path = run / folder / f'step-{step:08d}'
+    for folder in folders:
+        for step in saved_steps(folder):
+            path = folder / f'step-{step:08d}'
             try:
                 saved = load(path)
                 epoch = saved.state.get('epoch', 0)

@@ -1,33 +1,54 @@
 """The encoder that a run starts from."""
 from pathlib import Path
-from typing import List
+from typing import List, Mapping, NamedTuple, Tuple
 
+from ..config import ModelConfig
 from ..interop import official
-from ..models import Classifier, Network
+from ..models import Classifier, Network, named_parameters
+from ..system.arrays import Arrays
 from . import checkpoint
 
 
-def load_encoder(net: Network, path: str) -> str:
-    """Gives the network the encoder of a run or a file; returns a sentence about it.
+class Encoder(NamedTuple):
+    """What a classifier starts from."""
+    arrays: Arrays  # by the classifier's names; those of a run are read when they are asked for
+    told: str  # a sentence about it
+
+
+def find_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], path: str) -> Encoder:
+    """Finds the encoder of a run or a file, for a classifier of `config` with parameters of these shapes.
 
     Raises:
         ValueError: there is none, or it does not fit.
     """
-    assert isinstance(net, Classifier)
     notes: List[str] = []
     if Path(path).is_dir():
         saved = checkpoint.newest(Path(path) / 'checkpoints', print)
         if saved is None:
             raise ValueError(f'model.pretrained={path} is no run with a checkpoint: give the folder of a run, or a '
                              '.pth or .safetensors file')
-        try:
-            new = official.load_encoder_weights(net, saved.arrays.get('ema', saved.arrays['weights']), notes.append)
-        except ValueError as error:
-            raise ValueError(f'model.pretrained={saved.path}: {error}') from None
-        path = str(saved.path)
+        path, arrays = str(saved.path), saved.arrays.get('ema', saved.arrays['weights'])
     else:
         try:
-            new = official.load_pretrained(net, path, notes.append)
+            arrays = official.read_official(path, notes.append)
         except ValueError as error:
             raise ValueError(f'model.pretrained={error}') from None
-    return '; '.join([f'encoder from {path}', *notes, f'new: {", ".join(new) or "nothing"}'])
+    try:
+        values, new = official.fitted_encoder(config, shapes, arrays, notes.append)
+    except ValueError as error:
+        raise ValueError(f'model.pretrained={path}: {error}') from None
+    return Encoder(values, '; '.join([f'encoder from {path}', *notes, f'new: {", ".join(new) or "nothing"}']))
+
+
+def load_encoder(net: Network, path: str) -> str:
+    """Gives the network the encoder of a run or a file; returns a sentence about it.
+
+    Raises:
+        ValueError: see `find_encoder`.
+    """
+    assert isinstance(net, Classifier)
+    parameters = named_parameters(net)
+    encoder = find_encoder(net.config, {name: p.shape for name, p in parameters.items()}, path)
+    for name, value in encoder.arrays.items():
+        parameters[name].set_data(value.reshape(parameters[name].shape))
+    return encoder.told

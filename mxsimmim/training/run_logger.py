@@ -31,7 +31,8 @@ class RunLogger:
     A context manager. ``run/metrics.jsonl`` has one JSON object a line: ``{"step": …, "time": unix seconds, …}`` with
     the values given to `write`; one that is not finite is null, as JSON has no name for it. A resumed run (`start` > 0)
     goes on after the records of step `start`; what an interrupted one wrote later is dropped, so that there is neither
-    gap nor double. With `start` 0 the file begins anew. TensorBoard is told the same.
+    gap nor double. With `start` 0 the file begins anew. TensorBoard is told the same. What `event` is told stands among
+    the records.
 
     Raises (from every method):
         ValueError: an existing metrics.jsonl that is none, or a disk that does not take what is written.
@@ -63,6 +64,7 @@ class RunLogger:
         finite = {key: value for key, value in record.items() if math.isfinite(value)}
         line = {'step': step, **{key: finite.get(key) for key in record}, 'time': round(time.time(), 3)}
         self._append(METRICS, self._metrics, json.dumps(line) + '\n')
+        self._status.tell(**{name: value for name, value in line.items() if name != 'time'})
         self._summary(step, [{'tag': key, 'simple_value': value} for key, value in finite.items()])
         if echo and self._bar is not None and 'loss' in record:
             text = _text(record, ('loss', 'images_per_second', 'lr', 'grad_norm', 'skipped'))
@@ -75,9 +77,31 @@ class RunLogger:
                 text += f'  left {timedelta(seconds=round(left))}'
             self._show(text)
 
+    def event(self, step: int, event: str, **values: Any) -> None:
+        """Records that something happened: ``{"step": …, "event": …, …}``, with values of which none is a metric."""
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}
+        line = {'step': step, 'event': event, **finite, 'time': round(time.time(), 3)}
+        self._append(METRICS, self._metrics, json.dumps(line) + '\n')
+
+    def rewind(self, step: int) -> None:
+        """Drops the records after `step`, from which the run goes on, and moves the bar back to it."""
+        with _writing(self.run):
+            self._metrics.close()
+            _drop_after(self.run / METRICS, step)
+            self._metrics = open(self.run / METRICS, 'ab', buffering=0)
+        if self._events is not None and not self.extra('TensorBoard', self._hide, self._events, step):
+            self._events = None
+        if self._bar is not None:
+            self._bar.n = step
+
     def status(self, **values: Any) -> None:
         """Tell whoever looks at the run: `state`, `step`, and what `status.text` knows."""
         self._status.tell(**values)
+
+    def told(self) -> Mapping[str, Any]:
+        """What `status` and `write` have told last, and when."""
+        return self._status.told
 
     def message(self, text: str) -> None:
         """Shows `text`, above the bar if there is one, and appends it to the log file, each line with the time."""
@@ -171,13 +195,16 @@ class RunLogger:
     def _open_events(self) -> Any:
         with alone():  # also in other programs: tensorboardX imports PyTorch, in many seconds, and needs none of it
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import SessionLog
         (self.run / 'tensorboard').mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies of a full disk, and training would hang for ever in its queue.
         events = EventsWriter(str(self.run / 'tensorboard' / 'events'), f'.{os.getpid()}')
-        self._event(events, step=self.start + 1 if self.start else 0,  # hides later ones
-                    session_log=SessionLog(status=SessionLog.START))
+        self._hide(events, self.start)
         return events
+
+    def _hide(self, events: Any, step: int) -> bool:
+        """Have TensorBoard show nothing that was written before of later steps than this one."""
+        from tensorboardX.proto.event_pb2 import SessionLog
+        return self._event(events, step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
 
     @staticmethod
     def _event(events: Any, **fields: Any) -> bool:
@@ -196,6 +223,12 @@ class Quiet:
     def message(self, text: str) -> None:
         """Shows `text`, which its launcher puts into this worker's own log."""
         show(text, sys.stderr)
+
+    def event(self, step: int, event: str, **values: Any) -> None:
+        """Does nothing: rank 0 records."""
+
+    def rewind(self, step: int) -> None:
+        """Does nothing: rank 0 records."""
 
     def status(self, **values: Any) -> None:
         """Does nothing: rank 0 tells."""
@@ -243,9 +276,12 @@ def _records(file: Path) -> List[Dict[str, Any]]:
 
 
 def _drop_after(file: Path, start: int) -> None:
-    """Rewrites, in one go, without the records after step `start` and without a torn last line."""
+    """Rewrites, in one go, without the records after step `start` and without a torn last line.
+
+    Of step 0 only events stay, such as that a run went back to it.
+    """
     if file.exists():
-        kept = [record for record in _records(file) if start and record['step'] <= start]
+        kept = [record for record in _records(file) if record['step'] <= start and (start or 'event' in record)]
         beside = file.with_name(f'.{file.name}.tmp')
         with open(beside, 'w', encoding='utf-8') as stream:
             stream.writelines(json.dumps(record) + '\n' for record in kept)

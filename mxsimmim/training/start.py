@@ -28,10 +28,22 @@ from ..system import files
 from ..system.notify import send
 from ..tasks.registry import TASKS
 from ..tasks.task import Task, check_same_job
+from . import exporter
 from .build import build_communicator, build_trainer
 from .checkpoint import Checkpoint, discard_after
+from .restore import in_all_workers
 from .room import check_room
-from .run_folder import Stop, checkpoint_to_resume, folder_of, locked, write_config
+from .run_folder import (
+    ENDING,
+    Stop,
+    check_shared,
+    check_written,
+    checkpoint_to_resume,
+    folder_of,
+    locked,
+    newest_here,
+    write_config,
+)
 from .run_logger import Quiet, RunLogger, read_metrics
 from .timetable import expected_step, timetable_of
 from .trainer import Trainer
@@ -69,11 +81,13 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
     notes += fitting
     total = timetable_of(config, len(task.source), strategy).total
     if process.rank == 0:
-        check_room(config, task, folder, total)
+        check_room(config, task, folder, total, process.size)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if process.rank == 0:
-            stack.enter_context(locked(folder, notes.append))
+            # On a host that was lost, this job's own rank 0 of before may still be ending.
+            stack.enter_context(locked(folder, notes.append, ENDING if process.restarts else 0))
+            check_written(config, process.written)
         control = stack.enter_context(connected(config, strategy, process))
         watch.join(control.peers, control.sign)
         check_same_job(config, task, control)
@@ -94,6 +108,9 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
             logger = stack.enter_context(RunLogger(folder, total, first))
             logger.status(restarts=process.restarts)
             report.tell(notify=config.notify.command, run=str(folder))
+            if config.log.prometheus_port:
+                logger.extra(f'log.prometheus_port={config.log.prometheus_port}', exporter.serve, folder, logger.told,
+                             config.log.prometheus_host, config.log.prometheus_port)
         for note in [*notes_of(task.source, task.held_out), *notes]:
             logger.message(note)
         trainer = build_trainer(config, process, task, communicator, checkpoint, logger, backend)
@@ -180,10 +197,17 @@ def find_checkpoint(config: Config, task: Task, control: ControlPlane, log: Call
     Raises:
         ValueError: see `checkpoint_to_resume`.
     """
-    with watchdog.doing('the checkpoint to go on from'):
-        saved = checkpoint_to_resume(config, task, log, restarted) if control.rank == 0 else None
-    told = control.broadcast_object('checkpoint', lambda: saved and [saved.step, saved.state, str(saved.path)])
-    return saved or (Checkpoint(told[0], {}, told[1], Path(told[2])) if told else None)
+    steps, hosts = zip(*control.all_gather('checkpoints', [newest_here(config), platform.node()]))
+
+    def find() -> Optional[Checkpoint]:
+        if config.resume == 'auto' or restarted:
+            check_shared(config, steps, hosts)
+        with watchdog.doing('the checkpoint to go on from'):
+            saved = checkpoint_to_resume(config, task, log, restarted)
+        if restarted and not saved:
+            log(f'warning: this job was restarted, and there is no checkpoint in {folder_of(config)}: it begins anew')
+        return saved
+    return in_all_workers(find, control)
 
 
 def introduce(trainer: Trainer, checkpoint: Optional[Checkpoint], strategy: Strategy, process: ProcessInfo,

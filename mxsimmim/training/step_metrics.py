@@ -1,13 +1,15 @@
 """What each step reported, kept until somebody reads it: the only place where the loop waits for the device."""
 import math
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from collections import deque
+from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional
 
 import mxnet as mx
 import numpy as np
 
 from ..parallel.clock import Clock
 from ..runtime import watchdog
+from .spikes import WINDOW, Spike, spike_of
 
 
 class Row(NamedTuple):
@@ -27,17 +29,28 @@ class TooManyBadSteps(ValueError):
         self.step = step
 
 
+class LossSpike(Exception):
+    """The loss of `step`, counted from 1, is a spike."""
+
+    def __init__(self, step: int, spike: Spike):
+        super().__init__(f'step {step}: {spike}')
+        self.step, self.spike = step, spike
+
+
 class StepMetrics:
     """Collects steps, sums them up for the log, and ends a run that only skips.
 
     `combine` reduces this worker's (k, 3) losses, norms and whether applied, of k steps, to those of the job.
     `state` is what an earlier process's `state()` returned, so that a log window cut in two by an interruption is
-    summed up as if it had not been.
+    summed up as if it had not been. `spike` says how many robust deviations make a loss a spike, None for none;
+    `on_skip` is told of each update that was skipped, when it is read.
     """
 
     def __init__(self, max_bad_steps: int, state: Optional[Dict[str, Any]] = None,
-                 combine: Callable[[np.ndarray], np.ndarray] = lambda rows: rows):
-        self._max_bad_steps, self._combine = max_bad_steps, combine
+                 combine: Callable[[np.ndarray], np.ndarray] = lambda rows: rows, spike: Optional[float] = None,
+                 on_skip: Callable[[Row], None] = lambda row: None):
+        self._max_bad_steps, self._combine, self._spike, self._on_skip = max_bad_steps, combine, spike, on_skip
+        self._recent: Deque[float] = deque((state or {}).get('recent', ()), WINDOW)  # losses of applied updates
         self.clock = Clock()
         self._waiting: List[Any] = []  # (step, lr, device array of loss, norm, applied)
         self._rows: List[Row] = []
@@ -64,6 +77,7 @@ class StepMetrics:
 
         Raises:
             TooManyBadSteps: max_bad_steps in a row were not finite.
+            LossSpike: the first one, in all workers alike; later updates are not looked at.
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:  # in all workers alike
@@ -72,7 +86,15 @@ class StepMetrics:
             rows = np.stack([stats.asnumpy().astype('float64') for *_, stats in waiting])
         combined = self._combine(rows)
         for (step, lr, _), (loss, norm, applied) in zip(waiting, combined.tolist()):
-            self._rows.append(Row(step, lr, loss, norm, bool(applied)))
+            spike = spike_of(self._recent, loss, self._spike) if self._spike and applied else None
+            if spike:
+                raise LossSpike(step, spike)
+            row = Row(step, lr, loss, norm, bool(applied))
+            self._rows.append(row)
+            if applied:
+                self._recent.append(loss)
+            else:
+                self._on_skip(row)
             self.skipped += not applied
             self._bad_in_a_row = 0 if applied else self._bad_in_a_row + 1
             if self._bad_in_a_row >= self._max_bad_steps:
@@ -105,6 +127,7 @@ class StepMetrics:
         """Returns what a checkpoint records of it; non-finite numbers, which JSON does not have, become null."""
         self.read()
         return {'skipped': self.skipped, 'bad_in_a_row': self._bad_in_a_row,
+                **({'recent': list(self._recent)} if self._spike else {}),
                 'rows': [[x if not isinstance(x, float) or math.isfinite(x) else None for x in row]
                          for row in self._rows]}
 

@@ -1,5 +1,6 @@
 """What a run will do when, computed before it starts."""
-from typing import NamedTuple, Optional
+import time
+from typing import Callable, NamedTuple, Optional
 
 from ..config import Config, Duration
 from ..data.sampling import steps_per_epoch
@@ -16,6 +17,21 @@ class Timetable(NamedTuple):
     save: int
     keep_every: Optional[int]
     check: int  # 0 for never
+    save_seconds: Optional[float] = None  # between two checkpoints, where they go by the clock, besides `save`
+
+
+class Alarm:
+    """Rings once every so many seconds, for the first time after so many; None: never."""
+
+    def __init__(self, seconds: Optional[float], clock: Callable[[], float] = time.monotonic):
+        self._seconds, self._clock, self._since = seconds, clock, clock()
+
+    def rings(self) -> bool:
+        """Return whether it rings now; once for each time, however late it is asked."""
+        ringing = self._seconds is not None and self._clock() - self._since >= self._seconds
+        if ringing:
+            self._since = self._clock()
+        return ringing
 
 
 def timetable_of(config: Config, samples: int, strategy: Strategy) -> Timetable:
@@ -37,9 +53,11 @@ def timetable_of(config: Config, samples: int, strategy: Strategy) -> Timetable:
         """At least 1, and where workers meet."""
         return -(-max(1, length.steps(per_epoch, total)) // meeting) * meeting
 
-    keep_every, check = config.checkpoint.keep_every, config.train.check_replicas
-    return Timetable(per_epoch, total, period(config.validation.every), period(config.checkpoint.every),
-                     period(keep_every) if keep_every else None, period(Duration(check, 'steps')) if check else 0)
+    every, keep_every, check = config.checkpoint.every, config.checkpoint.keep_every, config.train.check_replicas
+    by_clock = every.unit == 'minutes'
+    return Timetable(per_epoch, total, period(config.validation.every), total if by_clock else period(every),
+                     period(keep_every) if keep_every else None, period(Duration(check, 'steps')) if check else 0,
+                     60 * every.value if by_clock else None)
 
 
 def expected_step(config: Config, process: ProcessInfo) -> float:

@@ -1,9 +1,11 @@
 """The loop of pre-training and fine-tuning, and what it does besides updating."""
 import contextlib
+import functools
 import math
 import platform
 import signal
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import mxnet as mx
@@ -12,7 +14,7 @@ import numpy as np
 from ..config import Config, configfile
 from ..data.batch_split import BatchSplit
 from ..data.loader import Batch, Loader
-from ..data.sampling import batch_at
+from ..data.sampling import batch_at, data_step
 from ..interop import official
 from ..models import parameter_specs
 from ..optim import learning_rates
@@ -27,13 +29,14 @@ from ..system.arrays import Arrays, Gathered
 from ..system.points import reach
 from ..system.text import encode, one_line
 from ..tasks.task import Task
-from . import checkpoint
+from . import checkpoint, restore
 from .plateau import PlateauTracker
-from .run_folder import Stop, folder_of, versions
+from .run_folder import Stop, folder_of, second_folder, versions
 from .run_logger import Quiet, RunLogger
+from .saver import Saver, SecondPlace
 from .status import stragglers
-from .step_metrics import StepMetrics, TooManyBadSteps
-from .timetable import Timetable
+from .step_metrics import LossSpike, Row, StepMetrics, TooManyBadSteps
+from .timetable import Alarm, Timetable
 
 UpdateRule = Union[SynchronousUpdate, AsynchronousUpdate]
 SHOWN = 8  # samples that an error names
@@ -49,6 +52,8 @@ class Trainer:
         parts: the workers that hold one model together; None where each holds a whole one.
         split: which part of each batch is this worker's.
         hosts: of all workers, by rank.
+        saver: writes checkpoints; its `wait` returns when the one under way is written.
+        skipped_batches: which of the data's order were left out after spikes of the loss, as `data_step` takes them.
     """
 
     def __init__(self, config: Config, timetable: Timetable, task: Task, placement: Placement,
@@ -62,14 +67,19 @@ class Trainer:
         self.logger, self.parts = logger or Quiet(), parts
         self.control = update_rule.workers.control
         self.loader = Loader(task.source, task.transform(), self.samples, config.seed, config.data.threads,
-                             config.data.prefetch, config.data.max_broken, self.logger.message)
-        self.metrics = StepMetrics(config.train.max_bad_steps, state.get('meter'), update_rule.combine)
+                             config.data.prefetch, config.data.max_broken, self.logger.message, placement.inputs)
+        self.metrics = self._metrics(state)
+        self.skipped_batches = restore.skipped_batches(state)
         self.evaluator = task.evaluator(self.control)
         self.plateau = PlateauTracker(config.train, state.get('progress'))
         self._rate = learning_rates(config.optim, config.train, timetable.per_epoch, timetable.total)
         self._on_micro_batch = None
         self.hosts: List[str] = self.control.all_gather('hosts', platform.node())
         self._slow: Set[int] = set()  # ranks of stragglers that were named
+        second, keep = second_folder(config), config.checkpoint.keep
+        self.saver = Saver(self.logger.message, SecondPlace(second, keep, timetable.keep_every, self.logger.message)
+                           if second and self.control.rank == 0 else None)
+        self._alarm = Alarm(timetable.save_seconds if self.control.rank == 0 else None)
         if config.optim.recipe == 'reference' and config.train.accumulate > 1:
             assert isinstance(update_rule, SynchronousUpdate)
             self._on_micro_batch = update_rule.clip_partial
@@ -83,27 +93,24 @@ class Trainer:
             TooManyBadSteps: naming the samples of the last one.
             ValueError: what a user can mend: replicas that differ, images that cannot be read, a full disk.
         """
-        timetable, stop, stop_at = self.timetable, stop or Stop(), None
+        stop = stop or Stop()
+        with self.saver:
+            if self.step == 0 and self.config.train.rollback:
+                self.save()  # so that there is always a checkpoint before a spike
+            while True:
+                try:
+                    return self._fit(stop)
+                except LossSpike as found:
+                    spike = found
+                self.saver.wait()
+                self.roll_back(spike)
+
+    def _fit(self, stop: Stop) -> int:
+        """As `fit`, but a spike of the loss ends it."""
         if self.plateau.ended:  # before this process began
             return 0
         try:
-            if self.step == 0 and self.config.validation.at_start:
-                self.validate()
-            for batch in self.metrics.clock.watch(self._batches()):
-                with watchdog.doing(watchdog.EXCHANGE, together=True):
-                    self.train_step(batch)
-                    validating, saving = self._is_due(timetable.validate), self._is_due(timetable.save)
-                    stop_at = self.update_rule.poll_stop(self.step, bool(stop.signal), validating or saving)
-                    self.check_replicas()
-                if validating:
-                    with watchdog.doing('validation', together=True):
-                        self.validate()
-                ending = self.step == stop_at or self.plateau.ended
-                if saving or ending:
-                    with watchdog.doing(f'the checkpoint of step {self.step}', together=self.control.rank > 0):
-                        self.save()
-                if ending:
-                    break
+            stop_at = self._train(stop)
         except TooManyBadSteps as error:
             raise TooManyBadSteps(f'{error}. {self._name_samples(error.step)}', error.step) from None
         if stop_at is None:
@@ -112,6 +119,28 @@ class Trainer:
             f'stopped by signal {stop.signal}: step {self.step} is saved, the same command goes on from it'
             if stop.signal else f'stopped at step {self.step}, which is saved, because another worker was')
         return stop.signal or signal.SIGTERM
+
+    def _train(self, stop: Stop) -> Optional[int]:
+        """Make the updates that are left, and what is due between them; return the step at which `stop` ended this."""
+        if self.step == 0 and self.config.validation.at_start:
+            self.validate()
+        for batch in self.metrics.clock.watch(self._batches()):
+            with watchdog.doing(watchdog.EXCHANGE, together=True):
+                self.train_step(batch)
+                self.saver.check()
+                validating, saving = self._is_due(self.timetable.validate), self._is_due(self.timetable.save)
+                agreed = self.update_rule.poll(self.step, bool(stop.signal), self._alarm.rings(), validating or saving)
+                self.check_replicas()
+            if validating:
+                with watchdog.doing('validation', together=True):
+                    self.validate()
+            ending = self.step in (agreed.stop_at, self.timetable.total) or self.plateau.ended
+            if saving or agreed.save or ending:
+                with watchdog.doing(f'the checkpoint of step {self.step}', together=self.control.rank > 0):
+                    self.save(wait=ending)
+            if ending:
+                return agreed.stop_at
+        return None
 
     def train_step(self, batch: Batch) -> mx.nd.NDArray:
         """Make the next update from this worker's part of a batch; nothing here waits for the device but what logs.
@@ -142,7 +171,8 @@ class Trainer:
         values = self.metrics.summary()
         values['images_per_second'] = values.pop('steps_per_second') * self.config.train.batch_size
         times = ('data_seconds', 'compute_seconds', 'communication_seconds')
-        (*seconds, broken), more = self.update_rule.observed([values[name] for name in times] + [self.loader.broken])
+        own = self.loader.broken if self.control.mesh.begins else 0  # others read the same images, or none
+        (*seconds, broken), more = self.update_rule.observed([values[name] for name in times] + [own])
         values.update(zip(times, seconds), broken_images=round(broken * self.control.size), **more)
         self._write(values)
         self._tell_status(values)
@@ -168,23 +198,63 @@ class Trainer:
                     checkpoint.save(folder_of(self.config) / 'best', self.step, arrays, self.state_dict(), keep=1)
         return values
 
-    def save(self) -> None:
-        """Write a checkpoint: everything that the rest of the run depends on."""
+    def save(self, wait: bool = True) -> None:
+        """Write a checkpoint: everything that the rest of the run depends on.
+
+        With `wait` it is there when this returns. Otherwise only its arrays have been taken, and a thread writes them
+        while training goes on; where several workers have them, rank 0 writes them as they come, and the thread does
+        what then takes longer, flushing and checksums.
+
+        Raises:
+            CheckpointError: this one, or the one before, could not be written.
+        """
         with self._other_work(), self.update_rule.consolidated_weights():
+            self.saver.wait_for_turn()
             moments = self.update_rule.state_dict()  # to which every worker contributes
+            own = self.update_rule.own_state()
+            apart = {'workers': own.gathered()} if own else {}  # and to this
             averaged = {'ema': self.average.arrays} if self.average else {}
-            arrays = self._whole(weights=self._weights, optimizer=lambda: moments, **averaged)
+            arrays = {**self._whole(weights=self._weights, optimizer=lambda: moments, **averaged), **apart}
             if self.control.rank == 0:
-                checkpoint.save(folder_of(self.config) / 'checkpoints', self.step, arrays, self.state_dict(),
-                                self.config.checkpoint.keep, self.timetable.keep_every)
-                report.tell(checkpoint=self.step)
+                fill = functools.partial(checkpoint.fill, folder_of(self.config) / 'checkpoints', self.step, arrays,
+                                         self.state_dict())
+                gathered = any(isinstance(named, Gathered) for named in arrays.values())
+                write = functools.partial(self._publish, fill() if gathered else None, fill, self.step)
+                if wait:
+                    self.saver.run(write)
+                else:
+                    self.saver.start(write)
+
+    def roll_back(self, found: LossSpike) -> None:
+        """Go on from the newest checkpoint, which is before this spike, with the batches after the spike's.
+
+        Updates, and the learning rate with them, count on from the checkpoint's step. All workers do this at once.
+
+        Raises:
+            ValueError: see `restore.before_spike`.
+        """
+        saved, told = restore.before_spike(self.config, found, self.control, self.logger.message)
+        restore.load_weights(self.placement.net, saved.arrays.get('weights'), self.parts)
+        restore.load_state(self.update_rule, self.average, self.parts, saved, self.logger.message)
+        self.skipped_batches = [*restore.skipped_batches(saved.state), (saved.step, found.step - saved.step)]
+        self.step, self.metrics = saved.step, self._metrics(saved.state)
+        self.plateau = PlateauTracker(self.config.train, saved.state['progress'])
+        if self.control.rank == 0:
+            for name in ('checkpoints', 'best'):
+                checkpoint.discard_after(folder_of(self.config) / name, self.step)
+        self.logger.rewind(self.step)
+        self.logger.event(self.step, 'rollback', spike_step=found.step, **found.spike._asdict())
+        self.logger.message(f'warning: {told}: back to the checkpoint of step {self.step}, without the '
+                            f'{found.step - self.step} batches since then')
+        self.save()  # that these batches are left out
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what a checkpoint holds besides arrays, JSON-ready."""
         epoch, step = divmod(self.step, self.timetable.per_epoch)
         return {'config': configfile.to_dict(self.config), 'samples': len(self.task.source), 'versions': versions(),
                 'epoch': epoch, 'step_in_epoch': step, 'images': list(self.split.images),
-                'meter': self.metrics.state(), 'progress': self.plateau.state(), **self.task.state()}
+                'meter': self.metrics.state(), 'progress': self.plateau.state(),
+                'skipped_batches': [list(each) for each in self.skipped_batches], **self.task.state()}
 
     def check_replicas(self) -> None:
         """Compare the weights of all replicas, if a comparison is due and they must be equal now.
@@ -206,7 +276,8 @@ class Trainer:
 
     def samples(self, step: int) -> Tuple[int, np.ndarray]:
         """Return the epoch of update number `step`, counted from 0, and the indices (B,) of this worker's samples."""
-        epoch, index = batch_at(step, len(self.task.source), self.config.train.batch_size, self.config.seed)
+        epoch, index = batch_at(data_step(step, self.skipped_batches), len(self.task.source),
+                                self.config.train.batch_size, self.config.seed)
         return epoch, index[self.split.part]
 
     def _batches(self) -> Iterator[Batch]:
@@ -220,6 +291,14 @@ class Trainer:
             if follow_speed:
                 self._rebalance()
             start = end
+
+    def _metrics(self, state: Mapping[str, Any]) -> StepMetrics:
+        """Return metrics that go on from a checkpoint's state."""
+        def on_skip(row: Row) -> None:
+            self.logger.event(row.step, 'skipped', cause='gradient' if math.isfinite(row.loss) else 'loss')
+        train = self.config.train
+        return StepMetrics(train.max_bad_steps, state.get('meter'), self.update_rule.combine,
+                           train.spike if train.rollback else None, on_skip)
 
     def _rebalance(self) -> None:
         """Give each worker images in proportion to how fast it computed those it had."""
@@ -254,11 +333,9 @@ class Trainer:
         # data_seconds are of every step, compute_seconds of a timed one: what a worker needs by itself.
         seconds = [row[0] + row[1] for row in self.update_rule.by_worker]
         workers = [{'host': host, 'seconds': each} for host, each in zip(self.hosts, seconds)]
-        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         per_second = values['images_per_second'] / self.config.train.batch_size
         watchdog.measured(per_second, self.config.log.every)
-        self.logger.status(**told, step=self.step, epoch=self.step / self.timetable.per_epoch, workers=workers,
-                           steps_per_second=per_second)
+        self.logger.status(workers=workers, steps_per_second=per_second)
         slow = stragglers(seconds)
         for rank in set(slow) - self._slow:
             self.logger.message(f'warning: rank {rank} on {self.hosts[rank]} needs {seconds[rank]:.3g} s a step, over '
@@ -277,6 +354,13 @@ class Trainer:
         if self.parts:
             return dict(self.parts.gather({name: make() for name, make in groups.items()}))
         return {name: make() for name, make in groups.items()} if self.control.rank == 0 else {}
+
+    def _publish(self, filled: Optional[checkpoint.Filled], fill: Callable[[], checkpoint.Filled], step: int) -> Path:
+        """Finish a checkpoint, in whatever thread, and tell the launcher of it."""
+        with watchdog.doing(f'the checkpoint of step {step}'):
+            path = checkpoint.publish(filled or fill(), self.config.checkpoint.keep, self.timetable.keep_every)
+        report.tell(checkpoint=step)
+        return path
 
     def _weights(self) -> Dict[str, np.ndarray]:
         return official.export_weights(self.placement.net)

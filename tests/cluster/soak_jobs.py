@@ -1,4 +1,5 @@
 """Long jobs, for `make soak`: what a night must neither lose nor gather."""
+import json
 import os
 import random
 import re
@@ -60,6 +61,27 @@ def test_memory_files_and_threads_do_not_grow(launcher, launch, keys, allowed):
             growth = (now[0] - was[0]) / (0.5 * STEPS)
             print(f'{growth:6.0f} bytes a step, files {now[1]:.0f}, threads {now[2]:.0f}: {line[:100]}')
             assert growth < allowed and now[1:] == was[1:], (line, rows[::len(rows) // 10])
+
+
+@pytest.mark.parametrize('launch, keys', [
+    (SERVERS, []), (HOROVOD, ['parallel.shard_optimizer=true']),
+    (['-n', 4, '--horovod'], ['parallel.pipeline=2', 'parallel.tensor=2', 'parallel.micro_batches=2'])],
+    ids=['servers', 'sharded', 'pipeline, tensor'])
+def test_rollbacks_of_every_layout(launcher, launch, keys):
+    """Ordinary noise taken for spikes: the job goes back where one process does, and ends with its weights."""
+    common = [*PRETRAIN, *TEN_STEPS, 'train.length=60', 'checkpoint.every=10', 'validation.every=60', 'log.every=7',
+              'train.rollback=true', 'train.spike=0.9', 'optim.base_lr=1e-4', 'train.ema=0.9']
+    runs = launcher.folder / 'runs'
+    launcher.run('-n', 1, '--', *common, 'name=one')
+    launcher.run(*launch, '--', *common, *keys, 'name=many')
+
+    def rollbacks(name):
+        with open(runs / name / 'metrics.jsonl') as file:
+            return [(row['step'], row['spike_step']) for row in map(json.loads, file) if row.get('event') == 'rollback']
+    assert rollbacks('many') == rollbacks('one') != []
+    (last, ours), (_, expected) = newest(runs / 'many'), newest(runs / 'one')
+    assert last == 60
+    assert_close(ours, expected)
 
 
 @pytest.mark.parametrize('launch', [SERVERS, HOROVOD], ids=['servers', 'horovod'])

@@ -5,7 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 from support.jobs import HOROVOD, SERVERS, recorded, vector
-from support.running import DIGITS, ROOT, command
+from support.running import DIGITS, ROOT, command, rounds
 from support.tiny import NETWORK
 
 from mxsimmim.config import configfile
@@ -43,8 +43,7 @@ def folder(tmp_path_factory):
     (['-n', 3, '-s', 1], ['data.worker_weights=[4,1,2]']),
     (SERVERS, ['devices=[cpu(0),cpu(1)]']),
     (HOROVOD, ['train.ema=0.5', 'data.worker_weights=[3,1]']),
-    (HOROVOD, ['train.ema=0.5', 'parallel.pipeline=2', 'parallel.micro_batches=4']),
-    (HOROVOD, ['train.ema=0.5', 'parallel.tensor=2']),
+    (['-n', 4, '--horovod'], ['train.ema=0.5', 'parallel.pipeline=2', 'parallel.micro_batches=4', 'parallel.tensor=2']),
 ], ids=lambda value: ' '.join(map(str, value)))
 def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
     """10 steps from one encoder: weights to 1e-5 in the L2 norm, losses, and the evaluation of 180 images."""
@@ -58,8 +57,12 @@ def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
         np.testing.assert_allclose(recorded(many, name), recorded(alone, name), rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_evaluation_by_several(launcher, folder):
-    """By three workers, two pipelines, two parts: words and file of one, but for speed; parts are not equally large."""
+    """By three workers and two pipelines: words and file of one, but for speed; parts are not equally large.
+
+    In `make soak` by two parts as well.
+    """
     words = COMMAND + TINY + ['name=alone', f'output={folder}/runs', 'data.val_fraction=0.099', '--eval']
 
     def file():
@@ -71,8 +74,9 @@ def test_evaluation_by_several(launcher, folder):
     expected = file()
     head, first, *others = one.splitlines()
     assert first.startswith('top-1 ')
-    for job in (['-n', 3, '-s', 1, '--', *words], ['-n', 4, '--horovod', '--', *words, 'parallel.pipeline=2'],
-                ['-n', 2, '--horovod', '--', *words, 'parallel.tensor=2']):
+    jobs = [['-n', 3, '-s', 1, '--', *words], ['-n', 4, '--horovod', '--', *words, 'parallel.pipeline=2'],
+            ['-n', 2, '--horovod', '--', *words, 'parallel.tensor=2']]
+    for job in jobs[:rounds(2, 3)]:
         told = launcher.run(*job)
         assert file() == pytest.approx(expected, rel=1e-6)
         for line in [head, first.rpartition(', ')[0], *others]:

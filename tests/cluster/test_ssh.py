@@ -303,15 +303,15 @@ def test_a_host_that_comes_back(start, hosts, tmp_path):
     """Its job is started again from the last checkpoint, by nobody but the launcher."""
     def said():
         return (tmp_path / 'said').read_text()
-    job = start('-n', 3, '--horovod', '--max-restarts', 9, '--', *PRETRAIN, *TINY, 'train.length=600',
-                'checkpoint.every=20', 'validation.every=600')
+    job = start('-n', 3, '--horovod', '--max-restarts', 9, '--', *PRETRAIN, *TINY, 'train.length=200',
+                'checkpoint.every=20', 'validation.every=200')
     wait_for(lambda: 'step-0000' in hosts.run(0, f'ls {tmp_path}/job/runs/tiny/checkpoints || true'), 'a checkpoint')
     hosts.plug(1, state='down')
     wait_for(lambda: 'restart in' in said(), 'a restart')
     hosts.plug(1)
     assert job.wait(JOB) == 0, said()
     assert 'launch: host host1 was lost: ' in said()
-    assert 'step-00000600' in hosts.run(0, f'ls {tmp_path}/job/runs/tiny/checkpoints')
+    assert 'step-00000200' in hosts.run(0, f'ls {tmp_path}/job/runs/tiny/checkpoints')
 
 
 def test_no_secret_on_any_command_line(training, hosts, tmp_path):

@@ -4,6 +4,7 @@ import sys
 import pytest
 from support import machine
 from support.jobs import HOROVOD, PROGRAMS
+from support.running import rounds
 
 pytestmark = [pytest.mark.unmeasured, machine.natively]
 
@@ -11,6 +12,8 @@ TOGETHER = ['--', sys.executable, '-W', 'ignore', PROGRAMS / 'together.py']
 # By default MXNet begins operators of a library in the order of the program, whatever their arrays: they share a
 # resource. With more copies of it, passes overtake each other backward.
 OVERTAKING = ['--env', 'MXNET_CPU_TEMP_COPY=64', '--env', 'MXNET_CPU_PARALLEL_RAND_COPY=64']
+
+KILLED = 'killed', 137, ['worker 1 on ', ' was killed by SIGKILL']
 
 
 @pytest.mark.parametrize('words, network, arrays', [
@@ -24,10 +27,9 @@ def test_gradients_are_those_of_one_worker(launcher, words, network, arrays):
     assert f'{arrays} arrays in shared memory' in out
 
 
-@pytest.mark.parametrize('end, status, told', [
-    ('killed', 137, ['worker 1 on ', ' was killed by SIGKILL']),
-    ('fails', 1, ['worker 1 on ', 'this worker does not go on']),
-])
+@pytest.mark.soak
+@pytest.mark.parametrize('end, status, told', rounds([KILLED], [KILLED, (
+    'fails', 1, ['worker 1 on ', 'this worker does not go on'])]))
 def test_a_worker_that_ends_ends_the_job(launcher, end, status, told):
     """In the middle of passes, while the other waits for its sums."""
     pytest.importorskip('horovod')

@@ -139,7 +139,7 @@ def test_an_import_that_could_not_be_saved_can_be_given_again(tmp_path, monkeypa
     with pytest.MonkeyPatch.context() as patch:
         def full(*_):
             raise OSError(28, 'No space left on device')
-        patch.setattr('mxsimmim.training.checkpoint.save_file', full)
+        patch.setattr('mxsimmim.training.checkpoint.write_arrays', full)
         assert cli.main(words) == 1
     assert 'run the same command again' in capfd.readouterr().err
     assert cli.main(words) == 0

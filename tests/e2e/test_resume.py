@@ -42,6 +42,27 @@ def test_killed_again_and_again(whole, start, mxsimmim, tmp_path):
     assert [row['step'] for row in metrics(run) if 'loss' in row] == list(range(3, 61, 3))
 
 
+def test_a_disk_that_dies_costs_nothing(whole, start, mxsimmim, tmp_path):
+    """The run goes on from the copies in its second place, which are a run by themselves."""
+    run, copies = tmp_path / 'runs' / 'run', tmp_path / 'disk' / 'run'
+    options = [*TINY, 'name=run', 'checkpoint.copy_to=disk']
+    process = start('pretrain', BASE, *options)
+    assert wait_for(process, lambda: list((copies / 'checkpoints').glob('step-*')))
+    process.kill()
+    process.wait(DEADLINE)
+    listed = mxsimmim('checkpoints', 'runs/run').stdout.splitlines()
+    assert {line.split('/')[0] for line in listed} == {'runs', 'disk'}
+    assert all(line.endswith('whole') for line in listed)
+    shutil.rmtree(tmp_path / 'runs')
+    assert mxsimmim('checkpoints', 'disk/run').stdout.splitlines() == [
+        line for line in listed if line.startswith('disk/run/')]
+    text = mxsimmim('pretrain', BASE, *options).stderr
+    assert 'going on from disk/run/checkpoints/step-' in text
+    assert weights(run) == weights(whole) == weights(copies)
+    refused = mxsimmim('pretrain', BASE, *options, 'output=new', 'resume=none', status=1).stderr
+    assert 'resume=none, but disk/run/checkpoints has checkpoints' in refused
+
+
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_first(whole, start, mxsimmim, tmp_path, number, status):
     run = tmp_path / 'runs' / 'run'

@@ -170,7 +170,7 @@ def _lasting(job, fault, end):
 
 def host_lost(job, fault):
     n = job.hosts.names.index(fault.target)
-    with _lasting(job, fault, lambda: job.hosts.boot(n)):
+    with _lasting(job, fault, lambda: job.hosts.switch_on(n)):
         begin = time.time()
         job.hosts.switch_off(n)
     return begin

@@ -118,7 +118,7 @@ class Hosts:
         self._make_keys()
         self._make_network()
         for n in range(self.count):
-            self.boot(n)
+            self._boot(n)
         return self
 
     def stop(self) -> None:
@@ -173,7 +173,7 @@ class Hosts:
                 run('ip', *where, 'addr', 'add', f'10.{net}.{self.subnet}.{n + 1}/24', 'dev', link)
                 run('ip', *where, 'link', 'set', link, 'up')
 
-    def boot(self, n: int) -> None:
+    def _boot(self, n: int) -> None:
         """Starts the first process of a host, which its sshd replaces, with empty TMPDIR and /dev/shm."""
         home = self.folder / self.names[n]
         script = (f'hostname {self.names[n]} && mount -t tmpfs -o mode=755 none /run && mkdir /run/sshd && '
@@ -188,11 +188,6 @@ class Hosts:
                 start_new_session=True, env=dict(os.environ, PATH=PATH)))
         wait_for(lambda: 'Server listening on 0.0.0.0' in (home / 'sshd.log').read_text(), f'sshd of {self.names[n]}')
         self._init[n] = next(pid for pid in self.processes(n, all=True) if self._name(pid) == 'sshd')
-
-    def switch_off(self, n: int) -> None:
-        """Kills the first process of a host, and with it all others."""
-        os.kill(self._init[n], 9)
-        wait_for(lambda: not self.processes(n, all=True), f'{self.names[n]} is off')
 
     # --- used
 
@@ -235,6 +230,15 @@ class Hosts:
             if share:
                 run('tc', '-n', space, 'qdisc', 'add', 'dev', link, 'clsact')
                 run('tc', '-n', space, 'filter', 'add', 'dev', link, 'egress', 'bpf', 'da', 'bytecode', code)
+
+    def switch_off(self, n: int) -> None:
+        """Ends everything on a host at once, as if its power went; its network stays, so that others are refused."""
+        os.kill(self._init.pop(n), 9)
+        wait_for(lambda: not self.processes(n, all=True), f'{self.names[n]} is off')
+
+    def switch_on(self, n: int) -> None:
+        """Boots a host that was switched off. What was hidden from it is to be seen again."""
+        self._boot(n)
 
     def limit(self, rate: str = '200mbit') -> None:
         """Each host sends and receives on eth0 at this rate at most, both at the same time."""

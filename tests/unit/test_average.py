@@ -79,7 +79,8 @@ def test_initial_weights_are_soon_forgotten():
 @pytest.mark.parametrize('contexts', CONTEXTS, ids=len)
 def test_own_weights_come_back_after_an_error(contexts):
     made = parameters(contexts, w=np.zeros(2))
-    average = WeightAverage(specs_of(made), 0.5, {'w': np.ones(2, 'float32')})
+    average = WeightAverage(specs_of(made), 0.5)
+    average.set('w', np.ones(2, 'float32'))
     with pytest.raises(KeyError, match='what went wrong'):
         with average.applied():
             assert held(made['w']).tolist() == [1, 1]
@@ -99,7 +100,9 @@ def test_what_is_saved_is_taken_up_again_bit_by_bit():
     assert {name: value.shape for name, value in saved.items()} == {
         name: value.shape for name, value in official.export_weights(net).items()}
     assert saved['patch_embed.proj.weight'].shape == (8, 3, 4, 4)
-    again = WeightAverage(parameter_specs(net), 0.9, saved)
+    again = WeightAverage(parameter_specs(net), 0.9)
+    for name in again.names():
+        again.set(name, saved[name])
     for both in (average, again):
         both.update(2)
     assert all(np.array_equal(again.arrays()[name], value) for name, value in average.arrays().items())

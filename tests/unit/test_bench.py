@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.running import rounds
 
 from mxsimmim.models import cost
 
@@ -148,12 +149,19 @@ def test_breakdown_of_a_real_step_names_what_ran():
         assert sum(line.startswith(f'| {name} |') for line in lines) == 1, done.stdout
 
 
+@pytest.mark.soak
 def test_a_divided_model_is_measured():
-    done = subprocess.run([sys.executable, ROOT / 'tools' / 'bench' / 'parallel.py', '--model', 'tiny', '--batch', '8',
-                           '--micro-batches', '2', '--rounds', '1', '--steps', '1', '--sides', 'ours'], timeout=120,
-                          stdout=subprocess.PIPE, universal_newlines=True, check=True)
-    one, two, efficiency, *more = [cell.strip(' %') for cell in done.stdout.splitlines()[-1].split('|')[2:-1]]
-    assert float(efficiency) == pytest.approx(50 * float(two) / float(one), abs=0.1) and len(more) == 5
+    """In one process; in `make soak` in jobs of one and two."""
+    def told(*words):
+        done = subprocess.run([sys.executable, ROOT / 'tools' / 'bench' / 'parallel.py', '--model', 'tiny', '--batch',
+                               '8', '--micro-batches', '2', '--steps', '1', *words], timeout=120,
+                              stdout=subprocess.PIPE, universal_newlines=True, check=True)
+        return done.stdout.splitlines()[-1]
+    found = json.loads(told('--worker', 'ours'))
+    assert set(found) == {'step', 'cpu', 'memory'} and all(value > 0 for value in found.values())
+    for words in rounds([], [['--rounds', '1', '--sides', 'ours']]):
+        one, two, efficiency, *more = [cell.strip(' %') for cell in told(*words).split('|')[2:-1]]
+        assert float(efficiency) == pytest.approx(50 * float(two) / float(one), abs=0.1) and len(more) == 6
 
 
 def test_the_table_of_divided_models_has_medians_of_ratios():
@@ -162,10 +170,11 @@ def test_the_table_of_divided_models_has_medians_of_ratios():
 
     found = {('ours', 1): turns([2.0, 4.0, 3.0], 3.0, [4.0] * 3),
              ('ours', 2): turns([1.25, 2.0, 2.0], 3.5, [2.0, 2.4, 2.0]),
+             ('ours', 0): turns([2.5, 4.0, 4.0], 3.5, [4.0] * 3), ('torch', 0): turns([2.0] * 3, 3.5, [4.0] * 3),
              ('torch', 1): turns([2.0] * 3, 2.0, [5.0] * 3), ('torch', 2): turns([2.5] * 3, 4.0, [5.0] * 3)}
     lines = load('parallel').table(found, 6)
-    assert lines[2:4] == ['| mxsimmim | 2.00 | 3.00 | 80.0% | 3.00 | 3.50 | 4.00 | 2.00 | 0.50 |',
-                          '| PyTorch | 3.00 | 2.40 | 40.0% | 2.00 | 4.00 | 5.00 | 5.00 | 1.00 |']
+    assert lines[2:4] == ['| mxsimmim | 2.00 | 3.00 | 80.0% | 80.0% | 3.00 | 3.50 | 4.00 | 2.00 | 0.50 |',
+                          '| PyTorch | 3.00 | 2.40 | 40.0% | 100.0% | 2.00 | 4.00 | 5.00 | 5.00 | 1.00 |']
     assert lines[-1].endswith('images/s of two processes: 1.25')
 
 

@@ -53,7 +53,12 @@ def test_the_command_is_cut_off_untouched(argv, own, command):
     ('-n 2 --launcher sge x', 'sge'), ('-n 2 --sync-dst-dir d x', 'needs -H'),
     ('-n 2 --num-serverz 3 x', '--num-servers'),
     ('-n 2 --lr 3 x', "no option '--lr'"), ('-n 2 --env 1=2 x', "'1=2' is not a variable"),
-    ('-n 2 --env NOT_SET_ANYWHERE x', 'not set here'), ('-n 2 --horovod=1 x', '--horovod=1')])
+    ('-n 2 --env NOT_SET_ANYWHERE x', 'not set here'), ('-n 2 --horovod=1 x', '--horovod=1'),
+    ('-n 2 --max-restarts -1 x', '--max-restarts -1 cannot be'), ('-n 2 --min-workers 1 x', '-H FILE'),
+    ('-n 2 -H h --launcher mpi --min-workers 1 x', 'only --launcher ssh can'),
+    ('-n 2 -H h --min-workers 0 x', 'from 1 to the 2 workers of -n'),
+    ('-n 2 -H h --min-workers 3 x', '--min-workers 3 cannot be'),
+    ('-n 2 --min-np 1 x', 'write --min-workers M')])
 def test_wrong_options(argv, part):
     with pytest.raises(ValueError) as error:
         options.parse(argv.split())
@@ -77,7 +82,10 @@ HOSTS = (Host('a'), Host('b', 22))
     ('-n 2 -H hosts --interface ib0 --p3 x', dict(servers=2, hosts=HOSTS, interface='ib0', p3=True)),
     ('-n 2 -H hosts --sync-dst-dir ~/x x', dict(servers=2, hosts=HOSTS, directory='x', copy=True)),
     ('-n 2 -H hosts --sync-dst-dir ~/ x', dict(servers=2, hosts=HOSTS, directory='.', copy=True)),
-    ('-n 2 -H hosts --sync-dst-dir /x x', dict(servers=2, hosts=HOSTS, directory='/x', copy=True))])
+    ('-n 2 -H hosts --sync-dst-dir /x x', dict(servers=2, hosts=HOSTS, directory='/x', copy=True)),
+    ('-n 2 -H hosts --max-restarts 5 x', dict(servers=2, hosts=HOSTS, max_restarts=5)),
+    ('-n 2 -H hosts --min-workers 2 x', dict(servers=2, hosts=HOSTS, min_workers=2, max_restarts=3)),
+    ('-n 2 -H hosts --min-workers 1 --max-restarts 0 x', dict(servers=2, hosts=HOSTS, min_workers=1))])
 def test_the_job_of_options(words, expected, tmp_path, monkeypatch):
     (tmp_path / 'hosts').write_text('a\nb:22\n')
     monkeypatch.chdir(tmp_path)
@@ -154,7 +162,9 @@ def fact(**changes):
 
 def checked(*facts, command='mxsimmim', horovod=False):
     infos = [HostInfo(name, f'10.0.0.{n}', 'eth0', 1) for n, name in zip(range(1, 9), 'abcdefgh')]
-    return preflight.problems(job(2, command=(command,), horovod=horovod), infos[:len(facts)], facts, 'take')
+    found = preflight.problems(job(2, command=(command,), horovod=horovod), infos[:len(facts)], facts, 'take')
+    assert all(line.startswith(f'host {infos[number].name}: ') for number, line in found)
+    return [line for _, line in found]
 
 
 def test_hosts_that_agree_have_no_problem():
@@ -187,8 +197,8 @@ def test_all_problems_of_all_hosts_are_told_at_once():
 
 def test_a_loopback_address_does_not_serve_several_hosts():
     infos = [HostInfo('localhost', '127.0.0.1', 'lo', 1), HostInfo('b', '10.0.0.2', 'eth0', 1)]
-    lines = preflight.problems(job(2), infos, [fact(), fact()], '')
-    assert len(lines) == 1 and 'host localhost: other hosts cannot reach it at 127.0.0.1' in lines[0]
+    (number, line), = preflight.problems(job(2), infos, [fact(), fact()], '')
+    assert number == 0 and 'host localhost: other hosts cannot reach it at 127.0.0.1' in line
 
 
 def test_the_interface():

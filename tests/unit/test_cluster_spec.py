@@ -11,6 +11,7 @@ from mxsimmim.cluster.spec import (
     part_of_cores,
     place_processes,
     regroup,
+    without,
 )
 
 TWO = [Host('a'), Host('b')]
@@ -61,6 +62,32 @@ def test_workers_go_round_the_hosts_by_slots(workers, slots, horovod, expected):
     assert [p for p in placed if p.role == 'worker'] == [Process('worker', n, host) for n, host in enumerate(expected)]
     others = [] if horovod else [('server', n, n % len(hosts)) for n in range(3)] + [('scheduler', 0, 0)]
     assert placed[workers:] == others
+
+
+# Slots and max_slots of hosts a, b, …; workers, servers, least; those away; what is left: hosts, workers, servers.
+@pytest.mark.parametrize('slots, asked, away, left', [
+    ('1 1 1', (3, 2, 2), '', ('abc', 3, 2)), ('1 1 1', (3, 2, 0), 'c', None),
+    ('1 1 1', (3, 3, 2), 'b', ('ac', 2, 2)), ('1 1 1', (3, 3, 3), 'b', None), ('1 1 1', (3, 3, 2), 'ab', None),
+    ('1 1 1', (3, 1, 1), 'ab', ('c', 1, 1)), ('1 1 1', (3, 0, 1), 'a', ('bc', 2, 0)), ('1 1', (2, 1, 1), 'ab', None),
+    # Others than those of the job may be away, and be of use: there are more slots than workers.
+    ('1 1 1', (2, 2, 2), 'c', ('ab', 2, 2)), ('1 1 1', (2, 2, 2), 'a', ('bc', 2, 2)),
+    ('4 4', (4, 4, 4), 'b', ('a', 4, 2)), ('4 4', (6, 1, 1), 'a', ('b', 4, 1)), ('2 1', (3, 1, 1), 'b', ('a', 2, 1)),
+    # There are more workers than slots: each host keeps what it has.
+    ('1 1 1', (6, 5, 1), 'b', ('ac', 4, 4)), ('1 1 1', (4, 1, 1), 'a', ('bc', 2, 1)),
+    ('1 1 1', (4, 1, 1), 'c', ('ab', 3, 1)), ('2 1', (5, 1, 1), 'b', ('a', 3, 1)),
+    ('1/3 1/1', (3, 1, 1), 'b', ('a', 2, 1)),
+])
+def test_what_is_left_of_a_job_while_hosts_are_away(slots, asked, away, left):
+    hosts = tuple(Host(name, None, *map(int, words.split('/'))) for name, words in zip('abc', slots.split()))
+    spec = job(*asked[:2], hosts=hosts, min_workers=asked[2])
+    found = without(spec, {host for host in hosts if host.name in away})
+    assert left == (found and (''.join(host.name for host in found.hosts), found.workers, found.servers))
+    if found:  # and so it is placed, each host with its own workers
+        before, after = (place_processes(each, each.hosts) for each in (spec, found))
+        for number, host in enumerate(found.hosts):
+            had, has = (sum((p.role, p.host) == ('worker', n) for p in placed)
+                        for n, placed in ((hosts.index(host), before), (number, after)))
+            assert had <= has <= max(host.slots, had)
 
 
 @pytest.mark.parametrize('names, hosts', [('aaa', [0, 0, 0]), ('aba', [0, 1, 0]), ('bab', [0, 1, 0]),

@@ -72,6 +72,15 @@ def test_durations(text, steps):
     assert cfg.CheckpointConfig(every=str(length)).every == length
 
 
+@pytest.mark.parametrize('text, minutes', [
+    ('10 minutes', 10), ('1 minute', 1), ('2.5min', 2.5), ('90 mins', 90), ('2 hours', 120), ('1 hour', 60),
+    ('.5h', 30)])
+def test_time_by_the_clock(text, minutes):
+    every = cfg.CheckpointConfig(every=text).every
+    assert every == (minutes, 'minutes') and cfg.CheckpointConfig(every=str(every)).every == every
+    assert configfile.load(CONF / 'base.yaml', [f'checkpoint.every={text}']).checkpoint.every == every
+
+
 @pytest.mark.parametrize('overrides, complaint', [
     (['optim.base_lrr=1'], "command line: unknown key 'optim.base_lrr' (did you mean 'optim.base_lr'?)"),
     (['base_lr=1'], "command line: unknown key 'base_lr': write optim.base_lr=1"),
@@ -84,6 +93,12 @@ def test_durations(text, steps):
     (['optim'], "'optim' is not key=value: write for instance optim.base_lr=2e-4"),
     (['model.depth=['], "command line: the value of 'model.depth' is not YAML"),
     (['train.length=10 parsecs'], "'10 parsecs' is not a length of time: write steps as 500, or '10 epochs'"),
+    (['train.length=10 minutes'], "'10 minutes' is a time by the clock, which checkpoint.every takes and nothing else"),
+    (['optim.milestones=[1 h]'], "'1 h' is a time by the clock"),
+    (['checkpoint.keep_every=5 min'], "'5 min' is a time by the clock"),
+    (['checkpoint.every=0 min'], 'checkpoint.every=0 minutes must be positive'),
+    (['checkpoint.every=10 min', 'checkpoint.keep_every=5'], 'keep_every=5 steps: with every=10 minutes checkpoints'),
+    (['checkpoint.copy_to=./runs/'], 'copy_to=./runs/ is where the run itself is written: name a folder of another'),
     (['train.length=5%'], 'train.length=5% must be a positive number of steps or epochs'),
     (['model.img_size=225'], 'img_size=225 is not a multiple of 16'),
     (['mask.patch_size=50'], 'mask.patch_size=50 does not divide model.img_size=224'),

@@ -18,6 +18,7 @@ from mxsimmim.data.transforms import BrokenImage
 from mxsimmim.inference import serve
 from mxsimmim.inference.engine import Room
 from mxsimmim.inference.serve import QUEUE, Service
+from mxsimmim.system import web
 
 DEADLINE = 20
 
@@ -129,10 +130,10 @@ def test_a_failing_network_is_a_500(caplog):
 @pytest.mark.parametrize('host, loopback', [('127.0.0.1', True), ('localhost', True), ('127.1.2.3', True),
                                             ('0.0.0.0', False)])
 def test_loopback(host, loopback):
-    listener = serve._listen(host, 0)
+    listener = web.listen(host, 0)
     try:
-        assert serve._is_loopback(listener) == loopback
-        assert serve._address(listener).startswith('http://')
+        assert web.is_loopback(listener) == loopback
+        assert web.address(listener).startswith('http://')
     finally:
         listener.close()
 
@@ -141,15 +142,15 @@ def test_loopback(host, loopback):
                                          ('203.0.113.5', 'cannot listen on 203.0.113.5:0')])
 def test_addresses_that_cannot_be_had(host, match):
     with pytest.raises(ValueError, match=match):
-        serve._listen(host, 0)
+        web.listen(host, 0)
 
 
 def test_a_port_that_is_taken():
-    listener = serve._listen('127.0.0.1', 0)
+    listener = web.listen('127.0.0.1', 0)
     port = listener.getsockname()[1]
     try:
         with pytest.raises(ValueError, match=f'port {port} is taken, choose another with --port'):
-            serve._listen('127.0.0.1', port)
+            web.listen('127.0.0.1', port)
     finally:
         listener.close()
 
@@ -185,11 +186,12 @@ def test_a_connection_at_the_end_is_answered_or_refused():
         engine = FakeEngine()
         engine.go.set()
         visited = asyncio.get_running_loop().run_in_executor(None, visit, listener.getsockname())
-        await serve._run(Service(engine, 2, 100), listener)
+        service = Service(engine, 2, 100)
+        await web.serve(service.app(), listener, service.finish)
         assert (await visited).startswith(b'HTTP/1.1 200 OK')
 
     for _ in range(5):
-        asyncio.run(run(serve._listen('127.0.0.1', 0)))
+        asyncio.run(run(web.listen('127.0.0.1', 0)))
 
 
 def test_room_is_shared_in_order():

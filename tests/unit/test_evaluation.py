@@ -18,6 +18,8 @@ CONFIG = Config(task='classify', model=ModelConfig(img_size=16, patch_size=4, em
 class Colors:
     """A placement that knows a class by its color, and is a little unsure."""
 
+    inputs = 'image',
+
     def __init__(self):
         self.images = 0
 

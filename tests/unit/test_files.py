@@ -3,6 +3,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mxsimmim.system import files
+from mxsimmim.training import run_folder
 from mxsimmim.training.run_folder import locked
 
 
@@ -88,10 +90,33 @@ def test_a_lock_that_is_taken(monkeypatch, tmp_path):
                 pass
             assert str(caught.value) == complaint
         other.stdin.close()
-        other.wait(60)
+        with locked(tmp_path, said.append, patience=60):  # it is about to end
+            pass
     with locked(tmp_path, said.append):  # a stale one is nobody's
         pass
     assert not said
+
+
+def test_a_folder_in_use_on_another_host(monkeypatch, tmp_path):
+    """Where locks do not reach other hosts, signs of life in the folder do."""
+    monkeypatch.setattr(run_folder, 'BEAT', 0.2)
+    refuse(monkeypatch, fcntl, 'flock', errno.ENOLCK)
+    (tmp_path / '.holder').write_text('123 elsewhere 000000000007')
+    with locked(tmp_path, list):  # of a host that is no more
+        first = (tmp_path / '.holder').read_text()
+        assert first.startswith(f'{os.getpid()} {platform.node()} ')
+        with monkeypatch.context() as patch:
+            patch.setattr(platform, 'node', lambda: 'elsewhere')
+            with pytest.raises(ValueError) as caught, locked(tmp_path, list):
+                pass
+        assert str(caught.value) == (f'{tmp_path}: process {os.getpid()} on {platform.node()} is training in this '
+                                     'folder: wait for it, stop it, or set name=')
+        assert (tmp_path / '.holder').read_text() > first
+    assert not (tmp_path / '.holder').exists()
+    monkeypatch.setattr(run_folder, 'BEAT', 1000)
+    (tmp_path / '.holder').write_text(f'123 {platform.node()} 000000000007')
+    with locked(tmp_path, list):  # nobody waits: the lock of the same host would have told
+        pass
 
 
 def tree(folder):

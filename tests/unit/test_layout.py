@@ -13,7 +13,7 @@ ORDER = ['__init__', 'system', 'config', 'runtime', 'cluster', 'ops', 'data', 'm
 # What answers before, or without, the second that `import mxnet` takes.
 WITHOUT_MXNET = ['__init__', 'system', 'config', 'runtime', 'cluster', 'data', 'cli', '__main__',
                  'training/run_folder', 'training/checkpoint', 'training/run_logger', 'training/plots',
-                 'training/kept', 'training/status',
+                 'training/kept', 'training/status', 'training/exporter', 'training/dashboard',
                  'tasks/__init__', 'tasks/classes', 'tasks/pictures', 'tasks/baselines', 'training/__init__',
                  'parallel/__init__', 'inference/__init__', 'planner',
                  'parallel/strategies', 'parallel/protocol', 'parallel/server']  # servers must be set up before mxnet

@@ -14,7 +14,7 @@ from mxsimmim.data.augment import mix_pair
 from mxsimmim.data.loader import Loader, TooManyBroken, fixed_batches
 from mxsimmim.data.sampling import batch_at, generator
 from mxsimmim.data.sources import Digits, Subset
-from mxsimmim.data.transforms import ClassifyEvalTransform, ClassifyTransform, EvalTransform, PretrainTransform
+from mxsimmim.data.transforms import DRAWN, ClassifyEvalTransform, ClassifyTransform, EvalTransform, PretrainTransform
 
 MODEL, MASK = ModelConfig(img_size=32, patch_size=4, depth=3, drop_path=0.1), MaskConfig(patch_size=8)
 PRETRAIN, EVAL = (kind(DataConfig(), MASK, MODEL) for kind in (PretrainTransform, EvalTransform))
@@ -224,6 +224,26 @@ def test_a_replaced_image_keeps_its_own_label():
         shown = np.where(np.isin(batch.index, (3, 4)), 5, batch.index)
         assert (batch.fields['label'].argmax(1) == LABELS[shown]).all() and (batch.fields['label'].max(1) == 1).all()
         assert 'mask' not in batch.fields
+
+
+@pytest.mark.parametrize('transform, needed, reads', [
+    (PRETRAIN, ['keep'], False), (PRETRAIN, ['mask', 'uniform'], False), (PRETRAIN, ['image', 'mask'], True),
+    (CLASSIFY, ['keep'], False), (CLASSIFY, ['keep', 'label'], True),
+    (ClassifyEvalTransform(DataConfig(), MODEL), ['label'], False)])
+def test_where_no_image_is_needed_none_is_read(transform, needed, reads):
+    """The draws are those of who reads them, also of images that are broken, and twelve are not too many."""
+    def batches(step):
+        return batch_at(step, 12, 4, SEED)
+    whole = list(Loader(Pictures(12, broken=(3, 4)), transform, batches, SEED, 2, 2, 2, print).iterate(0, 6))
+    source = Pictures(12, broken=(3, 4) if reads else range(12))
+    load = Loader(source, transform, batches, SEED, 2, 2, 2 * reads, print, needed)
+    ours = list(load.iterate(0, 6))
+    assert bool(sum(source.reads.values())) == reads and load.broken == 2 * reads
+    if not reads:
+        assert all(set(batch.fields) <= set(DRAWN) for _, batch in ours)
+        whole = [(step, batch._replace(fields={name: batch.fields[name] for name in DRAWN if name in batch.fields}))
+                 for step, batch in whole]
+    assert_equal(ours, whole)
 
 
 @pytest.mark.parametrize('threads', [1, 3])

@@ -202,7 +202,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_passed_over(tmp_path, monkeypatch
 
     def fail(path, framework):
         raise OSError(errno.ENOMEM, 'Cannot allocate memory')
-    monkeypatch.setattr(checkpoint, 'safe_open', fail)
+    monkeypatch.setattr('mxsimmim.system.stored.safe_open', fail)
     said = []
     assert memory.ran_out(raised(checkpoint.newest, tmp_path, said.append)) and said == []
 

@@ -57,6 +57,10 @@ def test_groups_and_values_of_all_ranks():
     assert mesh.groups('data') == [(0, 1), (2, 3)] and mesh.groups('pipeline') == [(0, 2), (1, 3)]
     assert mesh.by_data('abcd') == [['a', 'c'], ['b', 'd']]
     assert [mesh._replace(rank=rank).reports for rank in range(4)] == [False, False, True, True]
+    assert [mesh._replace(rank=rank).begins for rank in range(4)] == [True, True, False, False]
+    parts = Mesh(2, 1, 2)
+    assert [parts._replace(rank=rank).reports for rank in range(4)] == [False, False, True, False]
+    assert [parts._replace(rank=rank).begins for rank in range(4)] == [True, False, False, False]
 
 
 JOB = ProcessInfo(rank=5, size=8, transport='horovod')
@@ -87,9 +91,12 @@ def test_tensor_parallelism_within_a_worker_and_over_workers():
     parallel = ParallelConfig(pipeline=2, tensor=2)
     assert mesh_of(JOB, parallel, 4) == mesh_of(JOB, parallel, 8) == Mesh(data=8, rank=5)
     assert mesh_of(JOB, parallel, 1) == Mesh(2, 2, 2, 5)
+    assert mesh_of(JOB, parallel, 2) == Mesh(2, 4, 1, 5)  # a group in each worker
     assert mesh_of(JOB, ParallelConfig(tensor=8), 1) == Mesh(1, 1, 8, 5)
     for process, devices, message in [
-            (JOB, 2, 'needs 4 devices a worker, or a multiple, and here are 2: '),
+            (JOB, 3, 'needs 4 devices a worker, or a multiple, and here are 3: '),
+            (ALONE, 2, 'needs 4 devices a worker, or a multiple, and here are 2: '),
+            (JOB._replace(size=7), 2, 'does not divide the 7 workers: start a multiple of 2'),
             (ALONE, 1, 'needs 4 devices a worker, or a multiple, and here is 1: .* tools/launch.py --horovod -n 4'),
             (JOB._replace(size=6), 1, 'does not divide the 6 workers: start a multiple of 4'),
             (JOB._replace(transport='ps'), 1, 'a parameter server waits for the same gradients of all: ')]:

@@ -1,9 +1,11 @@
+import json
 import math
 
 import mxnet as mx
 import pytest
 
-from mxsimmim.training.step_metrics import StepMetrics, TooManyBadSteps
+from mxsimmim.training.spikes import LEAST
+from mxsimmim.training.step_metrics import LossSpike, StepMetrics, TooManyBadSteps
 
 
 def stats(loss, norm, applied=1):
@@ -26,7 +28,6 @@ def test_a_window_cut_by_an_interruption_sums_up_the_same():
         whole.add(step, 0.1, stats(*row))
         if step <= 2:
             before.add(step, 0.1, stats(*row))
-    import json
     after = StepMetrics(9, json.loads(json.dumps(before.state(), allow_nan=False)))
     for step, row in enumerate(rows[2:], 3):
         after.add(step, 0.1, stats(*row))
@@ -59,3 +60,23 @@ def test_nothing_applied_has_no_mean():
     meter = StepMetrics(5)
     meter.add(1, 0.1, stats(float('nan'), 1.0, 0))
     assert math.isnan(meter.summary()['loss'])
+
+
+def test_a_spike_is_raised_before_what_comes_after_it():
+    """With the losses before it, which an interruption does not forget; what was skipped is told, once."""
+    told = []
+    first = StepMetrics(9, spike=10, on_skip=lambda row: told.append(row.step))
+    for step in range(1, LEAST + 2):
+        first.add(step, 0.1, stats(1 + 0.1 * (step % 3), 1.0) if step != 7 else stats(99.0, float('inf'), 0))
+    state = json.loads(json.dumps(first.state(), allow_nan=False))
+    assert told == [7] and len(state['recent']) == LEAST
+    resumed = StepMetrics(9, state, spike=10, on_skip=lambda row: told.append(row.step))
+    for step, loss in ((22, 1.2), (23, 50.0), (24, 60.0)):
+        resumed.add(step, 0.1, stats(loss, 1.0))
+    with pytest.raises(LossSpike) as error:
+        resumed.read()
+    assert error.value.step == 23 and error.value.spike.spike_loss == 50 and told == [7]
+    assert error.value.spike.median == pytest.approx(1.1)
+    plain = StepMetrics(9, state)
+    plain.add(22, 0.1, stats(50.0, 1.0))
+    assert plain.summary()['skipped'] == 1 and 'recent' not in plain.state()

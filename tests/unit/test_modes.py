@@ -67,6 +67,8 @@ def test_modes(process, keys, expected):
     (HOROVOD, {'aggregation': 'elastic', 'ema': 0.9}, 'train.aggregation=elastic does not have: set train.ema=0'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'lr_on_plateau': 0.5},
      'train.lr_on_plateau=0.5 cannot work with train.store=dist_async, .*: set train.lr_on_plateau=1, or train.store='),
+    (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'rollback': True},
+     'train.rollback=true cannot work with train.store=dist_async, .*: set train.rollback=false, or train.store='),
     (PS, {'parallel': SHARDED}, 'parallel.shard_optimizer=true works with train.store=horovod, not dist_sync: start '
      'the job with tools/launch.py --horovod, or leave it out'),
     (PS, {'store': 'dist_async', 'optim': NO_CLIP, 'parallel': SHARDED}, 'train.store=horovod, not dist_async'),

@@ -59,6 +59,30 @@ def test_records(tmp_path):
     assert b'NaN' not in lines(tmp_path)[1] and isinstance(first['skipped'], int)
 
 
+def test_events_and_going_back(tmp_path):
+    """What happened stands among the records; those after a step go, in TensorBoard, too, and it is told once."""
+    with opened(tmp_path) as monitored:
+        monitored.write(0, {'val_loss': 3.0})
+        for step in (10, 20, 30):
+            monitored.write(step, {'loss': 0.5})
+        monitored.event(25, 'skipped', cause='loss')
+        monitored.rewind(20)
+        monitored.event(20, 'rollback', spike_step=28, spike_loss=99.5, deviations=float('inf'))
+        monitored.write(30, {'loss': 0.25})
+        records = read_metrics(tmp_path)
+        assert [record['step'] for record in records] == [0, 10, 20, 20, 30] and records[-1]['loss'] == 0.25
+        assert {**records[3], 'time': 0} == {'step': 20, 'event': 'rollback', 'spike_step': 28, 'spike_loss': 99.5,
+                                             'deviations': None, 'time': 0}
+        monitored.rewind(0)
+        monitored.event(0, 'rollback')
+    [found] = events(tmp_path)
+    assert [(event.step, event.session_log.status) for event in found if event.HasField('session_log')] == [
+        (0, 1), (21, 1), (0, 1)]
+    with opened(tmp_path, 0):  # from the checkpoint of step 0
+        pass
+    assert [(record['step'], record.get('event')) for record in read_metrics(tmp_path)] == [(0, 'rollback')]
+
+
 def write_steps(run, start, stop, mark):
     with opened(run, start) as monitored:
         if start == 0:

@@ -1,19 +1,33 @@
 """A whole model's arrays, on their way to and from the workers that hold its parts."""
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import mxnet as mx
 import numpy as np
+import pytest
+from support.runs import stored
 from support.workers import each
 
+from mxsimmim.config import Config, DataConfig, ModelConfig
+from mxsimmim.inference.trained import find_run
+from mxsimmim.models import build_classifier, build_simmim, named_parameters, parameter_specs
 from mxsimmim.models.shards import part_of
+from mxsimmim.ops import REFERENCE
 from mxsimmim.parallel.channels import WAITING, pipeline_channels
 from mxsimmim.parallel.mesh import Mesh
 from mxsimmim.parallel.parts import ModelParts, mesh_table
+from mxsimmim.runtime.process import ProcessInfo
+from mxsimmim.tasks.registry import TASKS
+from mxsimmim.training.build import build_network
+from mxsimmim.training.checkpoint import Stored
+from mxsimmim.training.pretrained import load_encoder
+from mxsimmim.training.run_logger import Quiet
 
 STAGES = Mesh(3)
 SLICES = [slice(0, 2), slice(2, 3), slice(3, 5)]
+MODEL = ModelConfig(img_size=16, patch_size=4, embed_dim=32, depth=8, num_heads=4)
 # What each stage holds; all of them the table.
 HELD = [{'a': np.arange(6, dtype='float32').reshape(2, 3), 'table': np.ones(4, 'float32')},
         {'b': np.arange(4, dtype='float32') / 3, 'table': np.ones(4, 'float32')},
@@ -92,6 +106,43 @@ def test_what_rank_0_does_not_have_is_named():
     first, *_ = workers(lambda parts: dict(parts.hand_out(list(HELD[parts.own]), None if parts.own else whole)))
     assert isinstance(first, ValueError)
     assert str(first).startswith('these weights do not fit the network: missing: c, d: check the model keys')
+
+
+@pytest.mark.parametrize('mesh', [Mesh(2, 1, 2), Mesh(2, 2, 1)], ids=str)
+@pytest.mark.parametrize('start', ['encoder', 'run'])
+def test_rank_0_reads_weights_array_by_array(tmp_path, monkeypatch, start, mesh):
+    """Of an encoder to fine-tune and of a run to evaluate, of which the first replica gets what it holds."""
+    net = build_simmim(MODEL, 3) if start == 'encoder' else build_classifier(MODEL, 10, 3)
+    file = stored(tmp_path, net) / 'checkpoints' / 'step-00000007' / 'weights.safetensors'
+    config = Config(task='classify', model={**MODEL.model_dump(), 'pretrained': str(tmp_path / 'run')},
+                    data=DataConfig(path='digits'), seed=5)
+    whole, task = build_classifier(MODEL, 10, 5), TASKS['classify'](config)
+    load_encoder(whole, config.model.pretrained)
+    held, most, read = set(), [0, 0], Stored.__getitem__
+
+    def counted(arrays, name):
+        value = read(arrays, name)
+        held.add((id(value), value.nbytes))
+        weakref.finalize(value, held.discard, (id(value), value.nbytes))
+        most[:] = max(most[0], sum(size for _, size in held)), most[1] + value.nbytes
+        return value
+
+    def work(parts):
+        if start == 'encoder':
+            own = build_network(config, ProcessInfo(rank=parts.rank), task, REFERENCE, None, Quiet(), parts)
+        else:
+            own = task.build_network(False, REFERENCE, parts.slices, parts.own, parts.shard)
+            parts.load(own, find_run(tmp_path / 'run', parts.control).weights)
+        return {spec.name: (spec.shard, spec.parameter.data().asnumpy()) for spec in parameter_specs(own)}
+    monkeypatch.setattr(Stored, '__getitem__', counted)
+    expected = {name: p.data().asnumpy() for name, p in named_parameters(whole).items()}
+    for rank, found in enumerate(workers(work, mesh, [slice(0, 5), slice(5, 10)])):
+        assert 0.2 < sum(value.size for _, value in found.values()) / sum(map(np.size, expected.values())) < 0.6
+        for name, (shard, value) in found.items():
+            if mesh._replace(rank=rank).coordinate('data') == 0:
+                np.testing.assert_array_equal(value, part_of(name, expected[name], shard), err_msg=name)
+    print('bytes of the file, most at once, read', file.stat().st_size, *most)
+    assert 0 < most[0] < 0.3 * file.stat().st_size and most[1] <= 2 * file.stat().st_size
 
 
 def test_a_sender_waits_for_one_who_does_not_receive():

@@ -16,7 +16,7 @@ from mxsimmim.models import build_simmim, named_parameters
 from mxsimmim.models.cost import segment_costs
 from mxsimmim.ops import OpBackend
 from mxsimmim.parallel import schedules
-from mxsimmim.planner import cluster as cl, command, costs, model, search
+from mxsimmim.planner import calibrate, cluster as cl, command, costs, model, search
 from mxsimmim.planner.cluster import Cluster
 from mxsimmim.planner.costs import Layout
 
@@ -347,6 +347,19 @@ def test_calibration_of_this_machine(capsys):
     assert cluster['images'] is None  # the digits are no files
     assert 1e7 < cluster['local_bandwidth'] < 1e12 and 1e-7 < cluster['local_latency'] < 1e-2
     assert 1e8 < cluster['stream'] < 1e13 and 1e-7 < cluster['call'] < 1e-2
+    assert 0.15e9 < cluster['resident'] < 0.6e9
+
+
+@pytest.mark.parametrize('devices, share', [(1, 1), (2, 1), (4, 0.5)])
+def test_devices_that_share_cores(devices, share, monkeypatch):
+    """Each was counted the seconds of the CPU that it had: of four on two cores, half of those that pass."""
+    monkeypatch.setattr(calibrate.environment, 'cores', lambda: 2)
+    monkeypatch.setattr(calibrate, 'loopback', lambda: (1e9, 1e-5))
+    own = {'stream': 1e10, 'call': 1e-6, 'resident': 3e8, 'images': 100.0, 'rates': [['mlp', 8, 1, 1e11]]}
+    machine = calibrate.machine([own] * devices)
+    assert machine.rates == ((('mlp', 8, 1), share * 1e11),) and machine.speed == share * 1e11
+    assert (machine.stream, machine.call, machine.resident) == (share * 1e10, 1e-6 / share, 3e8)
+    assert machine.images == share * 100 * devices and machine.size == devices
 
 
 def test_reading_images():

@@ -17,6 +17,8 @@ MPI = {'OMPI_COMM_WORLD_RANK': '3', 'OMPI_COMM_WORLD_SIZE': '4', 'OMPI_COMM_WORL
     (dict(PS, DMLC_ROLE='scheduler'), ProcessInfo('scheduler', 0, 4, servers=3, transport='ps')),
     (HOROVOD, ProcessInfo('worker', 1, 4, 1, 2, transport='horovod')),
     (dict(HOROVOD, MXSIMMIM_FIRST_RANKS='0,2'), ProcessInfo('worker', 1, 4, 1, 2, transport='horovod', firsts=(0, 2))),
+    (dict(HOROVOD, MXSIMMIM_RESTARTS='[[1.5, "why"]]', MXSIMMIM_WRITTEN='20'),
+     ProcessInfo('worker', 1, 4, 1, 2, transport='horovod', restarts=((1.5, 'why'),), written=20)),
     (dict(HOROVOD, **MPI), ProcessInfo('worker', 1, 4, 1, 2, transport='horovod')),
     (dict(MPI, MXSIMMIM_FIRST_RANKS='0,2'), ProcessInfo('worker', 3, 4, transport='horovod')),
     (dict(MPI, **PS), ProcessInfo('worker', 2, 4, servers=3, transport='ps')),

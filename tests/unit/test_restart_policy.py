@@ -43,6 +43,9 @@ ERROR = Failure(1, ['worker 0 on a failed with exit code 1'], error=('ZeroDivisi
     ([ERROR, ERROR._replace(error=(ERROR.error[0], 8))], 5, 2, '2 of 5'),
     ([ERROR, ERROR._replace(error=('other', 7))], 5, 2, '2 of 5'),
     ([ERROR, KILLED, ERROR], 5, 4, '3 of 5'),
+    # With all hosts it may not.
+    ([Failure(2, ['error: 2 stages, 3 workers'], reduced=True)], 5, 1, '1 of 5'),
+    ([ERROR, ERROR._replace(reduced=True)], 5, 2, '2 of 5'),
 ])
 def test_the_policy(failures, most, seconds, part):
     decision = decide(failures, most)
@@ -54,8 +57,10 @@ def test_what_a_failure_was():
         return Exit(Process('worker', number, 0), 'a', code, 1.0, (), '', told)
     found = failure_of(Outcome(failed=(exit_of(1, 1, error='E', step=3), exit_of(0, 1, error='other')), checkpoint=2))
     assert found == Failure(1, ['worker 1 on a failed with exit code 1; its log is logs/worker-1.log, and empty',
-                                'after it: worker 0 failed with exit code 1'], 2, ('E', 3))
-    assert failure_of(Outcome(failed=(exit_of(0, -9),)))[2:] == (-1, None)
+                                'after it: worker 0 failed with exit code 1'], 2, ('E', 3), False,
+                            tuple({'rank': rank, 'host': 'a', 'why': 'failed with exit code 1'} for rank in (1, 0)))
+    assert failure_of(Outcome(failed=(exit_of(0, -9),)))[2:] == (
+        -1, None, False, ({'rank': 0, 'host': 'a', 'why': 'was killed by SIGKILL'},))
     assert failure_of(Outcome(lost=(('b', 'gone'),))) == Failure(1, ['host b was lost: gone'])
     assert without_progress([]) == 0 and history([KILLED]) == []
     assert history([KILLED, Failure(1, [])]) == [f'attempt 1: {KILLED.causes[0]}', 'attempt 2: failed without a word']
@@ -185,14 +190,34 @@ def test_a_command_hears_of_all(tmp_path, monkeypatch):
     status, lines = run(tmp_path, monkeypatch, [{'signal': 9, 'told': told}, {'code': 3}, {'code': 0}], 2)
     heard = [json.loads(line) for line in (tmp_path / 'heard').read_text().splitlines()]
     host = os.uname().nodename
-    killed, failed = (f'worker 1 on {host} {words}; its log is logs/worker-1.log, its last lines:'
+    killed, failed = (f'worker 1 on {host} {words}; its log is logs/worker-1.log'
                       for words in ('was killed by SIGKILL', 'failed with exit code 3'))
     assert status == 0 and {event.pop('run') for event in heard} == {'runs/x'}
-    assert [heard[0].pop('causes')[0], heard[2].pop('causes')[0]] == [killed, failed]
+    assert [heard[number].pop('causes')[0] for number in (0, 2)] == [
+        f'{why}, its last lines:' for why in (killed, failed)]
     assert heard == [{'event': 'failure', 'restart_in': 0.05}, {'event': 'restart', 'number': 1, 'cause': killed},
                      {'event': 'failure', 'restart_in': 0.1}, {'event': 'restart', 'number': 2, 'cause': failed},
                      {'event': 'end', 'status': 0}]
     assert lines.count(f'warning: notify.command={told["notify"]} failed with exit code 3: no') == 5
+
+
+def test_the_run_hears_of_all(tmp_path, monkeypatch):
+    """Also of a restart that comes to nothing; a status file that nobody of the job told of stays as it is."""
+    (tmp_path / 'x').mkdir()
+    status = tmp_path / 'x' / 'status.json'
+    status.write_text('{"state": "training", "step": 7}')
+    run(tmp_path, monkeypatch, [{'code': 3}], 0)
+    assert json.loads(status.read_text()) == {'state': 'training', 'step': 7}
+    run(tmp_path, monkeypatch, [{'signal': 9, 'told': {'notify': '', 'run': 'x'}}], 0)
+    told = json.loads(status.read_text())
+    host = os.uname().nodename
+    assert (told['state'], told['step']) == ('failed', 7)
+    assert told['gone'] == [{'rank': 1, 'host': host, 'why': 'was killed by SIGKILL'}]
+    assert told['causes'][0].startswith(f'worker 1 on {host} was killed by SIGKILL; its log is ')
+    ended, lines = run(tmp_path, monkeypatch, [{'code': 3, 'told': {'notify': '', 'run': 'x'}},
+                                             {'code': 0}], 1, signal.SIGINT)
+    assert ended == 128 + signal.SIGINT and json.loads(status.read_text())['state'] == 'failed'
+    assert json.loads(status.read_text())['gone'][0]['why'] == 'failed with exit code 3'
 
 
 def test_commands_that_hear_nothing(tmp_path, monkeypatch):

@@ -4,15 +4,18 @@ import zlib
 import numpy as np
 import pytest
 
+from mxsimmim import __version__
 from mxsimmim.config import Config, configfile
 from mxsimmim.data.labels import Labelled
+from mxsimmim.interop import official
+from mxsimmim.models import build_simmim
 from mxsimmim.tasks import classify, pretrain
 from mxsimmim.tasks.classes import check_classes
 from mxsimmim.tasks.classify import Classification
 from mxsimmim.tasks.pretrain import Pretraining
 from mxsimmim.tasks.task import check_same_job
 from mxsimmim.training import checkpoint
-from mxsimmim.training.run_folder import checkpoint_to_resume
+from mxsimmim.training.run_folder import check_shared, check_written, checkpoint_to_resume, newest_here
 
 
 class Images:
@@ -110,6 +113,18 @@ def test_a_checkpoint_of_other_images(tmp_path, monkeypatch):
     assert checkpoint_to_resume(config, pretraining(config, monkeypatch, 3), print).step == 7
 
 
+def test_a_host_that_does_not_see_what_the_job_has_written(tmp_path):
+    """Which another start may: it is no reason to give up."""
+    config = Config(output=str(tmp_path), name='run')
+    check_written(config, -1)
+    checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {}, 1)
+    (tmp_path / 'run' / 'checkpoints' / 'step-00000007' / 'manifest.json').write_text('')  # damaged, but here
+    check_written(config, 7)
+    with pytest.raises(ValueError, match='has no checkpoint of step 8 here, which this job has written') as caught:
+        check_written(config, 8)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
 @pytest.mark.parametrize('by_name', [False, True])
 def test_a_checkpoint_of_other_classes(tmp_path, monkeypatch, by_name):
     config = Config(task='classify', output=str(tmp_path), name='run')
@@ -126,3 +141,66 @@ def test_a_checkpoint_of_before_there_were_classes(tmp_path, monkeypatch):
     config = Config(output=str(tmp_path), name='run')
     checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {'config': configfile.to_dict(config), 'samples': 3}, 1)
     assert checkpoint_to_resume(config, pretraining(config, monkeypatch, 3), pytest.fail).step == 7
+
+
+def resumed(config, monkeypatch, **keys):
+    config = config.model_copy(update=keys)
+    return checkpoint_to_resume(config, pretraining(config, monkeypatch, 3), print)
+
+
+def test_a_checkpoint_of_another_network(tmp_path, monkeypatch):
+    """Named by hand, or found in the folder: keys and shapes that differ are told."""
+    model = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    config = Config(output=str(tmp_path), name='run', model=model, mask=dict(patch_size=8))
+    weights = official.export_weights(build_simmim(config.model, 0))
+    state = {'config': configfile.to_dict(config), 'samples': 3, 'versions': {'mxsimmim': '0.0.7'}}
+    path = checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {'weights': weights}, state, 1)
+    assert resumed(config, monkeypatch).step == resumed(config, monkeypatch, name='new', resume=str(path)).step == 7
+    wide = Config(output=str(tmp_path), name='new', model={**model, 'embed_dim': 24}, mask=dict(patch_size=8))
+    with pytest.raises(ValueError) as error:
+        resumed(wide, monkeypatch, resume=str(path))
+    assert str(error.value).startswith(
+        f'{path}: of another network, by mxsimmim 0.0.7 (this is {__version__}): model.embed_dim was 16 and is 24; '
+        'encoder.cls_token has shape (1, 1, 16), the network needs (1, 1, 24); encoder.mask_token has shape '
+        '(1, 1, 16), the network needs (1, 1, 24); encoder.patch_embed.proj.weight has shape (16, 3, 4, 4), the '
+        'network needs (24, 3, 4, 4); and 19 more: take the model keys of its run')
+    deep = Config(output=str(tmp_path), name='new', model={**model, 'depth': 2}, mask=dict(patch_size=8))
+    with pytest.raises(ValueError, match='model.depth was 1 and is 2; missing: encoder.blocks.1.gamma_1; missing: enc'):
+        resumed(deep, monkeypatch, resume=str(path))
+    with pytest.raises(ValueError, match=r'holds a run that differs in model.embed_dim \(there 16, here 24\)'):
+        resumed(wide, monkeypatch, name='run')
+    # By another version, with the same keys.
+    weights['encoder.cls_token'] = weights['encoder.cls_token'][0]
+    checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {'weights': weights}, state, 1)
+    with pytest.raises(ValueError, match=r'by mxsimmim 0.0.7 .*: encoder.cls_token has shape \(1, 16\), the network '
+                       r'needs \(1, 1, 16\): take'):
+        resumed(config, monkeypatch)
+
+
+def test_a_checkpoint_of_another_version(tmp_path, monkeypatch):
+    config = Config(output=str(tmp_path), name='run')
+    content = configfile.to_dict(config)
+    content['optim']['momentum'] = 0.9
+    checkpoint.save(tmp_path / 'run' / 'checkpoints', 7, {}, {'config': content, 'samples': 3,
+                                                              'versions': {'mxsimmim': '9.0'}}, 1)
+    with pytest.raises(ValueError, match=rf"step-00000007: its configuration is none of this version, {__version__}: "
+                       r"mxsimmim 9.0 wrote it: checkpoint: unknown key 'optim.momentum'"):
+        resumed(config, monkeypatch)
+
+
+def test_hosts_that_do_not_share_the_folder(tmp_path):
+    """The newest checkpoint is on another host than rank 0 now is."""
+    config = Config(output=str(tmp_path / 'local'), name='run', checkpoint={'copy_to': str(tmp_path / 'shared')})
+    assert newest_here(config) == -1
+    check_shared(config, [-1, -1], ['a', 'b'])
+    with pytest.raises(ValueError, match="local/run: rank 1 on b has the checkpoint of step 20 there, and rank 0 on a "
+                       'has none: the hosts do not share this folder'):
+        check_shared(config, [-1, 20], ['a', 'b'])
+    for step in (10, 20):
+        checkpoint.save(tmp_path / 'local' / 'run' / 'checkpoints', step, {}, {}, 9)
+    assert newest_here(config) == 20
+    check_shared(config, [20, 20, -1], ['a', 'b', 'c'])
+    with pytest.raises(ValueError, match='rank 2 on c has the checkpoint of step 30 .* rank 0 on a ends at step 20'):
+        check_shared(config, [20, -1, 30], ['a', 'b', 'c'])
+    checkpoint.save(tmp_path / 'shared' / 'run' / 'checkpoints', 30, {}, {}, 9)  # the copy will do
+    check_shared(config, [20, -1, 30], ['a', 'b', 'c'])

@@ -4,7 +4,16 @@ import time
 import numpy as np
 import pytest
 
-from mxsimmim.data.sampling import apportion, batch_at, epoch_order, generator, part_of, split, steps_per_epoch
+from mxsimmim.data.sampling import (
+    apportion,
+    batch_at,
+    data_step,
+    epoch_order,
+    generator,
+    part_of,
+    split,
+    steps_per_epoch,
+)
 
 SEED = 3
 
@@ -28,6 +37,15 @@ def test_a_batch_that_cannot_be_filled():
         steps_per_epoch(7, 32)
     with pytest.raises(ValueError, match='a batch of 32 images'):
         batch_at(0, 7, 32, seed=0)
+
+
+@pytest.mark.parametrize('skipped, taken', [
+    ([], [0, 1, 2, 3, 4, 5]),
+    ([(2, 3)], [0, 1, 5, 6, 7, 8]),  # batches 2 to 4 are left out
+    ([(0, 1)], [1, 2, 3, 4, 5, 6]), ([(9, 1)], [0, 1, 2, 3, 4, 5]),
+    ([(2, 3), (2, 1)], [0, 1, 6, 7, 8, 9]), ([(1, 1), (4, 2)], [0, 2, 3, 4, 7, 8])])
+def test_batches_that_are_left_out(skipped, taken):
+    assert [data_step(update, skipped) for update in range(6)] == taken
 
 
 def test_generator_depends_on_the_whole_key():

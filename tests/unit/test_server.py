@@ -66,6 +66,7 @@ def started(workers=1, updates=0, moments=None, servers=1, scales=(1.0, 1.0)):
         for kind in (1, 2):
             store.push(key + kind * layout.stride, moments[key][kind - 1] if moments else np.zeros_like(weight))
         store.push(key + 3 * layout.stride, moments[key][2] if moments else weight)
+        store.push(key, moments[key][3] if moments else weight)  # the first one after the command is no gradient
     return server, store, layout, weights, rng
 
 
@@ -151,17 +152,16 @@ def test_it_computes_what_workers_compute(scales, form):
         np.testing.assert_allclose(store[key], p.data().asnumpy(), rtol=0 if exactly else 1e-6)
 
 
-def test_moments_and_the_count_of_updates_can_be_restored():
+@pytest.mark.parametrize('workers', [1, 3])
+def test_moments_and_the_count_of_updates_can_be_restored(workers):
     """Four updates, then a new server with the weights and moments of the first and four more: as eight in one."""
-    _, one, layout, _, rng = started()
+    _, one, layout, _, rng = started(workers)
     gradients = [[rng.standard_normal(shape).astype('float32') for shape in SHAPES] for _ in range(8)]
     for of_all in gradients[:4]:
         for key, gradient in enumerate(of_all):
             one.push(key, gradient)
-    moments = [[one[key + kind * layout.stride] for kind in (1, 2, 3)] for key in range(len(SHAPES))]
-    _, two, *_ = started(updates=4, moments=moments)
-    for key in range(len(SHAPES)):
-        two.arrays[key][:] = one[key]
+    moments = [[one[key + kind * layout.stride] for kind in (1, 2, 3, 0)] for key in range(len(SHAPES))]
+    _, two, *_ = started(workers, updates=4, moments=moments)
     for of_all in gradients[4:]:
         for key, gradient in enumerate(of_all):
             one.push(key, gradient)

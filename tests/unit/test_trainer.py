@@ -9,6 +9,7 @@ from support.trainer import build_tiny_trainer, random_batches, tiny_config
 
 from mxsimmim.interop import official
 from mxsimmim.models import named_parameters
+from mxsimmim.parallel.mesh import Mesh
 from mxsimmim.training.build import build_trainer
 from mxsimmim.training.checkpoint import load, saved_steps
 from mxsimmim.training.step_metrics import TooManyBadSteps
@@ -76,7 +77,7 @@ def test_the_samples_of_bad_steps_are_listed_by_each_worker(tmp_path, rank, size
     trainer = build_tiny_trainer(output=str(tmp_path), name='run', log=dict(every=1),
                                  train=dict(batch_size=10, max_bad_steps=3))
     named_parameters(trainer.placement.net)['decoder.0.bias'].set_data(mx.nd.full((48,), np.nan))
-    trainer.control = SimpleNamespace(rank=rank, size=size)
+    trainer.control = SimpleNamespace(rank=rank, size=size, mesh=Mesh(data=size, rank=rank))
     with pytest.raises(TooManyBadSteps) as error:
         trainer.fit()
     expected = [f'digits#{index}' for index in trainer.samples(2)[1]]

@@ -6,19 +6,21 @@ One process computes the whole batch; two of a core and a thread each compute it
 each has half of the blocks, and the batch passes through them in M micro-batches: at best they reach M / (M + 1) of
 twice the images/s. With `--mode tensor` each has half of every block; PyTorch sums over Gloo.
 
-Efficiency is the images/s of two over twice those of one. CPU time is that of a step over all processes: where the
-machine does other work it says what dividing costs, and efficiency does not. Memory is the largest resident set of any
-process. Every measurement is a job of its own, started by tools/launch.py; all take turns, and ratios are medians over
-the turns. PyTorch may be installed elsewhere:
+Efficiency is the images/s of two over twice those of one. `apart` are two processes that compute a batch each and know
+nothing of each other: their efficiency is what the machine takes by itself, as its cores share memory, caches and their
+clock. CPU time is that of a step over all processes: where the machine does other work it says what dividing costs, and
+efficiency does not. Memory is the largest resident set of any process. Every measurement is a job of its own, started
+by tools/launch.py; all take turns, and ratios are medians over the turns. PyTorch may be installed elsewhere:
 
     python tools/bench/parallel.py --torch-python ~/torch/bin/python
 
-Prints a table for docs/parallelism.md. A turn of ViT-B with 16 images takes some eight minutes, and 5 GB.
+Prints a table for docs/parallelism.md. A turn of ViT-B with 16 images takes some ten minutes, and 9 GB.
 """
 import argparse
 import json
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from common import CLIP, DECAY, RATE, WARM_UP, memory, random_batch, step_config
@@ -29,6 +31,7 @@ MODELS = {
     'vit_large': dict(type='vit', img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, init_values=0.1),
     'tiny': dict(type='vit', img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, init_values=0.1),
 }
+APART = 0  # in place of a number of processes: two that have nothing to do with each other
 SIDES = {'ours': 'mxsimmim', 'torch': 'PyTorch'}
 
 
@@ -63,7 +66,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> Dict[Tuple[str, int], List[Dict[str, float]]]:
-    """(side, processes) -> what each turn measured: seconds a step, CPU time too, and most memory of a process, GB."""
+    """(side, processes or APART) -> what each turn measured: seconds a step, CPU time, most memory of a process, GB."""
     found: Dict[Tuple[str, int], List[Dict[str, float]]] = {}
     for turn in range(args.rounds):
         print(f'turn {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
@@ -73,6 +76,10 @@ def measure(args: argparse.Namespace) -> Dict[Tuple[str, int], List[Dict[str, fl
                        str(args.micro_batches), '--steps', str(args.steps)]
             found.setdefault((side, 1), []).append(job(program))
             found.setdefault((side, 2), []).append(job(program, ['--horovod']))
+            with ThreadPoolExecutor(2) as apart:
+                both = list(apart.map(job, [program, program]))
+            found.setdefault((side, APART), []).append({name: statistics.mean(each[name] for each in both)
+                                                        for name in both[0]})
     return found
 
 
@@ -120,7 +127,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str, micro_batches: int) -> Worke
 
     def step() -> None:
         trainer.train_step(images)
-        trainer.update_rule.poll_stop(trainer.step, False)
+        trainer.update_rule.poll(trainer.step, False)
 
     control = communicator.control
     return Worker(step, mx.nd.waitall, lambda value: control.all_gather('measured', value), process.rank)
@@ -172,13 +179,14 @@ def table(found: Dict[Tuple[str, int], List[Dict[str, float]]], batch: int) -> L
     def of(side: str, processes: int, what: str) -> List[float]:
         return [turn[what] for turn in found[side, processes]]
 
-    lines = ['| program | images/s, 1 process | 2 | efficiency | CPU s a step, 1 | 2 | GB a process, 1 | 2 | ratio |',
-             '|---|--:|--:|--:|--:|--:|--:|--:|--:|']
+    lines = ['| program | images/s, 1 process | 2 | efficiency | apart | CPU s a step, 1 | 2 | GB a process, 1 | 2 '
+             '| ratio |', '|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|']
     for side in dict.fromkeys(side for side, _ in found):
         one, two = of(side, 1, 'step'), of(side, 2, 'step')
         used, memories = [[of(side, processes, what) for processes in (1, 2)] for what in ('cpu', 'memory')]
         lines.append(f'| {SIDES[side]} | {batch / statistics.median(one):.2f} | {batch / statistics.median(two):.2f} '
-                     f'| {ratio(one, two) / 2:.1%} | {statistics.median(used[0]):.2f} '
+                     f'| {ratio(one, two) / 2:.1%} | {ratio(one, of(side, APART, "step")):.1%} '
+                     f'| {statistics.median(used[0]):.2f} '
                      f'| {statistics.median(used[1]):.2f} | {statistics.median(memories[0]):.2f} '
                      f'| {statistics.median(memories[1]):.2f} | {ratio(memories[1], memories[0]):.2f} |')
     if len({side for side, _ in found}) == 2:

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 """What `mxsimmim plan` predicts of a step, beside what it takes: seconds, and memory of a worker.
 
-The machine is measured as `--calibrate` does, once with all cores for one worker and once with a core for each of two.
-Each case runs as a job of its own, on random images. All this happens in several rounds, and waits some seconds for a
-moment in which nothing else computes; of each number the best one counts, as other programs can only make it worse, and
-a step takes no longer than the CPU seconds of the job's processes over its two cores. A layout that can run is a line
-of `LAYOUTS`.
+Each case runs as a job of its own, on random images. In the middle of its steps each of its workers measures what
+`--calibrate` does, at the same time as the others: a machine that others share has another speed a minute later, by a
+third. All this happens in several rounds; of each number, and of each ratio, the median counts. A layout that can run
+is a line of `LAYOUTS`.
 
     python tools/bench/plan.py --layouts alone horovod
 
-Prints a table for docs/scaling.md. Takes 8 minutes a round. Ends with 1 where a prediction is too far off.
+Prints a table for docs/scaling.md. Takes 12 minutes a round. Ends with 1 where a prediction is too far off.
 """
 import argparse
 import json
@@ -17,8 +16,7 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from common import memory, random_batch, step_config
 from scale import job, join
@@ -65,8 +63,8 @@ CASES: List[Case] = [('small', 4, layout) for layout in LAYOUTS] + [('small', 16
     for layout in ('alone', 'pipeline', 'stages', 'horovod', 'servers')]
 
 
-class Measured(NamedTuple):
-    """Seconds of a step, bytes of a worker at most."""
+class Numbers(NamedTuple):
+    """Of a layout, predicted or measured: seconds of a step, bytes of a worker at most."""
     step: float
     memory: float
 
@@ -86,52 +84,34 @@ def main() -> None:
     if args.worker:
         network, batch, name = args.worker.split(',')
         return work((network, int(batch), name), args.turns, args.precision)
-    from mxsimmim.planner.calibrate import calibrate
     from mxsimmim.planner.search import is_built
     chosen = [case for case in CASES if case[0] in args.networks and case[2] in args.layouts
               and is_built(layout_of(case[2]))]
-    machines: Dict[Tuple[str, int], 'Cluster'] = {}
-    found: Dict[Case, Measured] = {}
+    found: Dict[Case, List[Tuple[Numbers, Numbers]]] = {case: [] for case in chosen}
     for turn in range(args.rounds):
         print(f'round {turn + 1} of {args.rounds}', file=sys.stderr, flush=True)
         for case in chosen:
-            network, _, name = case
-            quiet()
-            machine = calibrate(configured(network, 8, 'alone', args.precision), workers(name))
-            machines[network, workers(name)] = best(machines.get((network, workers(name)), machine), machine)
-            quiet()
-            measured = Measured(**job([sys.executable, __file__, '--worker', ','.join(map(str, case)), '--turns',
-                                       str(args.turns), '--precision', args.precision], LAYOUTS[name][1]))
-            found[case] = measured if case not in found else Measured(*map(min, found[case], measured))
-            line, _ = row(case, found[case], machines[network, workers(name)], args.precision)
-            print(line, file=sys.stderr, flush=True)
+            answer = job([sys.executable, __file__, '--worker', ','.join(map(str, case)), '--turns', str(args.turns),
+                          '--precision', args.precision], LAYOUTS[case[2]][1])
+            found[case].append((Numbers(answer['expected_step'], answer['expected_memory']),
+                                Numbers(answer['step'], answer['memory'])))
+            print(row(case, found[case])[0], file=sys.stderr, flush=True)
     print('| network, images | layout | s/step, predicted | measured | off | GB, predicted | measured | off |\n'
           '|---|---|--:|--:|--:|--:|--:|--:|')
-    far = 0
-    for case, measured in found.items():
-        line, good = row(case, measured, machines[case[0], workers(case[2])], args.precision)
-        far += not good
-        print(line)
-    print(f'{far} of {len(found)} are further off than {TIME:.0%} or {MEMORY:.0%}', file=sys.stderr)
+    rows = [row(case, pairs) for case, pairs in found.items()]
+    print('\n'.join(line for line, _ in rows))
+    far = sum(not near for _, near in rows)
+    print(f'{far} of {len(rows)} are further off than {TIME:.0%} or {MEMORY:.0%}', file=sys.stderr)
     sys.exit(bool(far))
 
 
-def row(case: Case, measured: Measured, machine: 'Cluster', precision: str) -> Tuple[str, bool]:
-    """Return a line of the table, and whether the prediction is as near as it should be."""
-    from mxsimmim.planner.costs import predict
-    network, batch, name = case
-    layout = layout_of(name)
-    expected = predict(configured(*case, precision), divided(machine, layout.contexts), layout)
-    size = expected.memory * layout.contexts
-    off = expected.step / measured.step - 1, size / measured.memory - 1
-    return (f'| {NETWORKS[network][0]}, {batch} | {LAYOUTS[name][0]} | {expected.step:.3f} | {measured.step:.3f} '
-            f'| {off[0]:+.0%} | {size / 1e9:.2f} | {measured.memory / 1e9:.2f} | {off[1]:+.0%} |',
-            abs(off[0]) <= TIME and abs(off[1]) <= MEMORY)
-
-
-def workers(name: str) -> int:
-    """Return the processes of a layout that compute."""
-    return layout_of(name).workers
+def row(case: Case, pairs: Sequence[Tuple[Numbers, Numbers]]) -> Tuple[str, bool]:
+    """Return a line of the table, and whether the predictions are as near as they should be."""
+    expected, measured = (Numbers(*map(statistics.median, zip(*each))) for each in zip(*pairs))
+    off = Numbers(*(statistics.median(one[i] / other[i] for one, other in pairs) - 1 for i in (0, 1)))
+    return (f'| {NETWORKS[case[0]][0]}, {case[1]} | {LAYOUTS[case[2]][0]} | {expected.step:.3f} | {measured.step:.3f} '
+            f'| {off.step:+.0%} | {expected.memory / 1e9:.2f} | {measured.memory / 1e9:.2f} | {off.memory:+.0%} |',
+            abs(off.step) <= TIME and abs(off.memory) <= MEMORY)
 
 
 def divided(machine: 'Cluster', contexts: int) -> 'Cluster':
@@ -139,31 +119,6 @@ def divided(machine: 'Cluster', contexts: int) -> 'Cluster':
     rates = tuple((key, rate / contexts) for key, rate in machine.rates)
     return machine._replace(devices=machine.devices * contexts, memory=machine.memory / contexts,
                             speed=machine.speed / contexts, stream=machine.stream / contexts, rates=rates)
-
-
-def quiet(patience: float = 2.0) -> None:
-    """Wait for half a second in which other programs take less than a fifth of the cores, if there is one soon."""
-    end, busy = time.monotonic() + patience, 1.0
-    while busy > 0.2 and time.monotonic() < end:
-        before = cpu_times()
-        time.sleep(0.5)
-        total, idle = (after - start for after, start in zip(cpu_times(), before))
-        busy = 1 - idle / max(total, 1)
-
-
-def cpu_times() -> Tuple[int, int]:
-    """Return the machine's ticks so far, all and idle; see proc(5)."""
-    with open('/proc/stat') as file:
-        ticks = [int(word) for word in file.readline().split()[1:9]]
-    return sum(ticks), ticks[3] + ticks[4]
-
-
-def best(one: 'Cluster', other: 'Cluster') -> 'Cluster':
-    """Return the better of two measurements of a machine, number by number."""
-    fast = {name: max(getattr(one, name), getattr(other, name)) for name in (
-        'speed', 'bandwidth', 'local_bandwidth', 'stream')}
-    rates = tuple((key, max(rate, dict(other.rates)[key])) for key, rate in one.rates)
-    return one._replace(**fast, call=min(one.call, other.call), rates=rates)
 
 
 def layout_of(name: str) -> 'Layout':
@@ -199,11 +154,12 @@ def work(case: Case, turns: int, precision: str) -> None:
     from mxsimmim.parallel.control import connect
     from mxsimmim.parallel.mesh import mesh_of
     from mxsimmim.parallel.strategies import horovod_settings, strategy_of
-    from mxsimmim.planner.calibrate import WAITING
+    from mxsimmim.planner import calibrate
+    from mxsimmim.planner.costs import predict
     from mxsimmim.training.build import build_communicator, build_trainer
     from mxsimmim.training.timetable import expected_step
 
-    config = configured(*case, precision)
+    config, resident = configured(*case, precision), calibrate.resident()
     os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})  # as training.start does
     control = connect(process, os.environ, mesh_of(process, config.parallel, len(config.devices)))
     trainer = build_trainer(config, process,
@@ -222,25 +178,14 @@ def work(case: Case, turns: int, precision: str) -> None:
         control.barrier('turn')
         return time.perf_counter() - began
     step(), step()
-    before = cpu_seconds(layout.workers > 1)
-    typical = statistics.median(step() for _ in range(turns))  # as `--calibrate` takes the median of half blocks
-    # The job's two cores cannot have been busy for longer: what is above that, others took.
-    busy = WAITING * (cpu_seconds(layout.workers > 1) - before) / 2 / turns
+    seconds = [step() for _ in range(turns // 2)]
+    most = 1e9 * max(control.all_gather('memory', memory('VmHWM')))
+    machine = calibrate.machine(control.all_gather('speeds', calibrate.measure(config)))
+    seconds += [step() for _ in range(turns - turns // 2)]
     if process.rank == 0:
-        print(json.dumps({'step': min(typical, busy), 'memory': 1e9 * memory('VmHWM')}), flush=True)
-
-
-def cpu_seconds(together: bool) -> float:
-    """Return the seconds of CPUs that this process has had, or all children of its parent together; see proc(5)."""
-    total = 0
-    for stat in Path('/proc').glob('[0-9]*/stat'):
-        try:
-            words = stat.read_text().rpartition(')')[2].split()
-        except OSError:  # it has ended
-            continue
-        if int(words[1]) == os.getppid() and (together or int(stat.parent.name) == os.getpid()):
-            total += int(words[11]) + int(words[12])
-    return total / os.sysconf('SC_CLK_TCK')
+        expected = predict(config, divided(machine._replace(resident=resident), layout.contexts), layout)
+        print(json.dumps({'expected_step': expected.step, 'expected_memory': expected.memory * layout.contexts,
+                          'step': statistics.median(seconds), 'memory': most}), flush=True)
 
 
 if __name__ == '__main__':

@@ -216,7 +216,7 @@ def mxnet_worker(keys: dict, batch: int, mode: str, precision: str) -> Worker:
     def step(update_rule: 'UpdateRule') -> None:
         update = next(updates)
         update_rule.step(update, RATE, placement.forward_backward(images, total))
-        update_rule.poll_stop(update + 1, False)
+        update_rule.poll(update + 1, False)
 
     return Worker(lambda: step(trainer.update_rule), lambda: step(alone), lambda: communicator.all_reduce(handle),
                   mx.nd.waitall, lambda: control.barrier('round'), process.rank, process.size)

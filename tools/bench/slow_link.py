@@ -98,7 +98,7 @@ def work(args: argparse.Namespace) -> None:
 
         def step() -> None:
             trainer.train_step(images)
-            trainer.update_rule.poll_stop(trainer.step, False)
+            trainer.update_rule.poll(trainer.step, False)
             mx.nd.waitall()
         step()
         control.barrier('measured steps begin')

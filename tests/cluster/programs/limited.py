@@ -35,7 +35,7 @@ def main():
         losses = []
         for batch in random_batches(config.model, STEPS, config.train.batch_size, 5):
             losses.append(float(trainer.train_step(batch).asnumpy()[0]))
-            trainer.update_rule.poll_stop(trainer.step, False)
+            trainer.update_rule.poll(trainer.step, False)
         mx.nd.waitall()
         status = Path('/proc/self/status').read_text()
         resident, data = (1024 * int(re.search(rf'{name}:\s*(\d+)', status)[1]) for name in ('VmHWM', 'VmData'))
