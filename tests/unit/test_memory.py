@@ -172,7 +172,7 @@ def test_the_innermost_known_function_counts(monkeypatch):
         group = 1
 
         def allocate(self, count):
-            return (np.zeros((count, 1)),) * 4
+            return {'image': np.zeros((count, 1))}
 
     said = []
     loader = Loader(Source(), Transform(), lambda step: (0, [0, 1]), 0, 2, 1, 100, said.append)
