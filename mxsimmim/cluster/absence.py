@@ -24,6 +24,7 @@ class Absence:
         self.beside: Sequence[AgentConnection] = ()
         self.tasks: Dict[Host, 'asyncio.Task[None]'] = {}
         self.times: Counter[Host] = Counter()
+        self.ended = False
 
     @property
     def hosts(self) -> AbstractSet[Host]:
@@ -38,19 +39,22 @@ class Absence:
             self.times[host] += 1
 
     async def _wait_for(self, host: Host, seconds: float) -> None:
-        while True:
+        while not self.ended:
             await asyncio.sleep(seconds)
             try:
                 await probe(self.spec, self.backend, host, self.beside)
                 break
             except (Lost, ValueError):
                 seconds = max(seconds, min(2 * seconds, LATEST))
-        del self.tasks[host]
-        self.back(host)
+        if not self.ended:
+            del self.tasks[host]
+            self.back(host)
 
     async def end(self) -> None:
         """Try no more."""
-        tasks = list(self.tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self.ended = True
+        left = set(self.tasks.values())
+        while left:  # Python before 3.12: one that waits for what comes at this moment may miss that it is cancelled
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=1)

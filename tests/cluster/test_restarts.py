@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -15,10 +14,12 @@ FAULT = [sys.executable, '-W', 'ignore', PROGRAMS / 'with_fault.py']
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
-    """The newest checkpoint of one process that nothing happens to, however many there are."""
-    folder = tmp_path_factory.mktemp('undisturbed')
-    subprocess.run([*PRETRAIN, *LONG, 'name=job'], cwd=folder, check=True, timeout=120)
-    return newest(folder / 'runs' / 'job')
+    """The newest checkpoint of a job that nothing happens to, whatever adds up its gradients."""
+    from support.launcher import Launcher
+    launcher = Launcher(tmp_path_factory.mktemp('undisturbed'))
+    launcher.run(*HOROVOD, '--', *PRETRAIN, *LONG, 'name=job')
+    yield newest(launcher.folder / 'runs' / 'job')
+    launcher.close()
 
 
 @pytest.mark.parametrize('launch, victim', [(SERVERS, ['DMLC_ROLE=server']), (HOROVOD, ['HOROVOD_RANK=0'])],
@@ -52,5 +53,5 @@ def test_an_error_that_comes_again_at_the_same_step(launcher):
                           'name=job', status=1)
     assert 'restart in 1 s, from the newest whole checkpoint (1 of 5)' in err
     assert 'no restart: the same error after the same 4 steps as the time before' in err
-    assert err.count('after step 4 the weights of rank 1 differ from those of rank 0') >= 2
+    assert err.count('after step 4 the weights of rank 0 on ') >= 2
     assert 'attempt 1: worker ' in err and 'attempt 2: worker ' in err

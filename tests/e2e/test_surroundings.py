@@ -175,7 +175,7 @@ def test_file_systems_that_lack_calls(inside, monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             refusing(patch, lock, flush)
             log = inside('pretrain', BASE, *SHORT, f'name={name}')
-        assert [line[20:] for line in log.splitlines() if 'warning' in line] == [
+        assert [line[20:] for line in log.splitlines() if 'warning: the file system' in line] == [
             f'warning: the file system of runs/{name} does not flush folders to the disk ({os.strerror(flush)}): after '
             'a power cut the newest checkpoint may not be there',
             f'warning: the file system of runs/{name} has no locks ({os.strerror(lock)}): nothing keeps another '
@@ -196,7 +196,7 @@ def test_a_run_goes_on_without_its_extras(inside, monkeypatch, tmp_path):
     monkeypatch.setattr('mxsimmim.tasks.pretrain.grid', fail)
     monkeypatch.setattr(RunLogger, '_event', fail)
     log = inside('pretrain', BASE, *SHORT, 'validation.every=5', 'name=pre')
-    assert [line[20:] for line in log.splitlines() if 'warning' in line] == [
+    assert [line[20:] for line in log.splitlines() if 'warning: the file system' in line] == [
         'warning: TensorBoard fails, and the run goes on without: no font',
         'warning: the progress bar fails, and the run goes on without: [Errno 5] gone',
         'warning: a picture fails, and the run goes on without: no font']

@@ -101,8 +101,8 @@ def test_most_parts(keys, most):
      'possible are 1, 3'),
     (dict(parallel=dict(tensor=2), devices=['cpu(0)', 'cpu(1)', 'cpu(2)']), 'parallel.tensor=2 needs 2 devices a '
      'worker, or a multiple, and devices=[cpu(0), cpu(1), cpu(2)] names 3: name more of them with devices=[…]'),
-    (dict(parallel=dict(tensor=2, pipeline=2), devices=['cpu(0)', 'cpu(1)']), 'parallel.pipeline=2 x parallel.tensor=2 '
-     'needs 4 devices a worker, or a multiple, and devices=[cpu(0), cpu(1)] names 2'),
+    (dict(parallel=dict(tensor=2, pipeline=2), devices=['cpu(0)', 'cpu(1)', 'cpu(2)']), 'parallel.pipeline=2 x '
+     'parallel.tensor=2 needs 4 devices a worker, or a multiple, and devices=[cpu(0), cpu(1), cpu(2)] names 3'),
     (dict(parallel=dict(tensor=2), devices=[f'cpu({i})' for i in range(6)], train=dict(batch_size=2)),
      'train.batch_size=2 is less than 3 groups of devices x train.accumulate=1')])
 def test_refusals(keys, answer):
