@@ -1,6 +1,7 @@
 """Jobs that save by the clock: all workers after the same step, and training goes on meanwhile."""
 import pytest
 from support.jobs import HOROVOD, PRETRAIN, SERVERS, steps
+from support.running import rounds
 from support.tiny import TEN_STEPS
 
 from mxsimmim.training.checkpoint import load, saved_steps
@@ -9,10 +10,11 @@ KEYS = [*TEN_STEPS, 'train.length=400', 'validation.every=150', 'checkpoint.ever
         'train.check_replicas=100']
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('launch, keys', [
-    (HOROVOD, []),
-    (SERVERS, ['train.store=dist_async', 'optim.clip_grad=null']),
-], ids=['horovod', 'dist_async'])
+    pytest.param(HOROVOD, [], id='horovod'),
+    pytest.param(SERVERS, ['train.store=dist_async', 'optim.clip_grad=null'], id='dist_async'),
+][:rounds(1, 2)])
 def test_a_job_saves_by_the_clock(launcher, launch, keys):
     launcher.run(*launch, '--', *PRETRAIN, *KEYS, *keys, 'name=job')
     run = launcher.folder / 'runs' / 'job'
