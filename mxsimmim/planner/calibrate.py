@@ -61,13 +61,13 @@ def calibrate(config: Config, devices: int) -> Cluster:
         for child in children:
             child.kill()
             child.wait()
-    return machine(found)
+    return machine(found, environment.cores())
 
 
-def machine(found: Sequence[Mapping[str, Any]]) -> Cluster:
-    """Return the host of the devices that have each measured, at the same time as the others, what `measure` does."""
+def machine(found: Sequence[Mapping[str, Any]], cores: int) -> Cluster:
+    """Return a host of so many cores, whose devices have measured what `measure` does, all at the same time."""
     # Where they are more than the cores, each was counted the seconds of the CPU that it had.
-    devices, share = len(found), min(1.0, environment.cores() / len(found))
+    devices, share = len(found), min(1.0, cores / len(found))
     stream, call, own = (statistics.median(each[name] for each in found) for name in ('stream', 'call', 'resident'))
     rates = tuple(((kind, width, shard), share * statistics.median(each['rates'][number][3] for each in found))
                   for number, (kind, width, shard, _) in enumerate(found[0]['rates']))

@@ -353,10 +353,9 @@ def test_calibration_of_this_machine(capsys):
 @pytest.mark.parametrize('devices, share', [(1, 1), (2, 1), (4, 0.5)])
 def test_devices_that_share_cores(devices, share, monkeypatch):
     """Each was counted the seconds of the CPU that it had: of four on two cores, half of those that pass."""
-    monkeypatch.setattr(calibrate.environment, 'cores', lambda: 2)
     monkeypatch.setattr(calibrate, 'loopback', lambda: (1e9, 1e-5))
     own = {'stream': 1e10, 'call': 1e-6, 'resident': 3e8, 'images': 100.0, 'rates': [['mlp', 8, 1, 1e11]]}
-    machine = calibrate.machine([own] * devices)
+    machine = calibrate.machine([own] * devices, cores=2)
     assert machine.rates == ((('mlp', 8, 1), share * 1e11),) and machine.speed == share * 1e11
     assert (machine.stream, machine.call, machine.resident) == (share * 1e10, 1e-6 / share, 3e8)
     assert machine.images == share * 100 * devices and machine.size == devices

@@ -180,7 +180,7 @@ def work(case: Case, turns: int, precision: str) -> None:
     step(), step()
     seconds = [step() for _ in range(turns // 2)]
     most = 1e9 * max(control.all_gather('memory', memory('VmHWM')))
-    machine = calibrate.machine(control.all_gather('speeds', calibrate.measure(config)))
+    machine = calibrate.machine(control.all_gather('speeds', calibrate.measure(config)), os.cpu_count() or 1)
     seconds += [step() for _ in range(turns - turns // 2)]
     if process.rank == 0:
         expected = predict(config, divided(machine._replace(resident=resident), layout.contexts), layout)
