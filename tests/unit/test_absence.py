@@ -1,6 +1,7 @@
 """Jobs that go on without hosts, and with them again: hosts that are this machine and come and go as files do."""
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -74,7 +75,14 @@ def run(tmp_path, monkeypatch):
         screen = Screen()
         spec = JobSpec(('sh', '-c', script), workers, hosts=HOSTS, horovod=True, directory=os.getcwd(), **changes)
         return Supervisor(Sleepers(), screen).run(spec), screen.lines
+
+    def late(*_):
+        raise AssertionError('not done after 60 s')
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 60, 5)  # again, should the end hang as well
     yield begin
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
     assert len(os.listdir('/proc/self/fd')) <= before + 1  # it lists itself
 
 
