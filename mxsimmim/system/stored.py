@@ -2,18 +2,18 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Tuple
+from typing import Any, Dict, Tuple
 
 import numpy as np
 from safetensors import safe_open
 
-from .arrays import Gathered
+from .arrays import Gathered, WhenAsked
 
 TYPES = {'float16': 'F16', 'float32': 'F32', 'float64': 'F64', 'int8': 'I8', 'int32': 'I32', 'int64': 'I64',
          'uint8': 'U8', 'bool': 'BOOL'}  # of MXNet's arrays
 
 
-class Stored(Mapping[str, np.ndarray]):
+class Stored(WhenAsked):
     """The arrays of a file, each read when it is asked for.
 
     The file is open only then, so that its folder can be deleted meanwhile, also on NFS.
@@ -27,22 +27,11 @@ class Stored(Mapping[str, np.ndarray]):
         """
         self._file = str(file)
         with safe_open(self._file, 'numpy') as content:
-            self._names = dict.fromkeys(content.keys())
+            super().__init__(list(content.keys()), self._read)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
+    def _read(self, name: str) -> np.ndarray:
         with safe_open(self._file, 'numpy') as content:
             return content.get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:  # a mapping's own would read the array
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
         """Return the shapes of the arrays, which are not read."""

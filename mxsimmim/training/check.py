@@ -19,7 +19,7 @@ from ..parallel.control import ControlPlane
 from ..parallel.mesh import mesh_of
 from ..parallel.placement import Placement, contexts_of
 from ..parallel.strategies import strategy_of
-from ..runtime import facts
+from ..runtime import facts, memory
 from ..runtime.process import ProcessInfo, process_info
 from ..system import files
 from ..tasks.registry import TASKS
@@ -156,7 +156,7 @@ def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placeme
     for images in (few, more):
         placement.forward_backward(_batch(config, task, images), images)
         mx.nd.waitall()
-        taken.append(_resident())
+        taken.append(memory.resident())
     each = max(0, taken[1] - taken[0]) / max(1, more - few)
     weights = 4 * _count(placement.net)
     moments = {'adamw': 2, 'sgd': 0}[config.optim.type] * replicas / (groups if config.parallel.shard_optimizer else 1)
@@ -165,7 +165,7 @@ def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placeme
     loaded = (config.data.prefetch + 2) * config.train.batch_size / process.size * each_loaded
     needed = taken[1] + each * max(0, part - more) + weights * moments + loaded
     total, free = (gib * facts.GIB for gib in facts._memory())
-    there = (free + _resident()) / process.local_size
+    there = (free + memory.resident()) / process.local_size
     text = (f'about {needed / facts.GIB:.1f} GiB for {part:,} images at once, {each / 2 ** 20:.1f} MiB each; '
             f'{there / facts.GIB:.1f} GiB are there')
     if placement.contexts[0].device_type == 'gpu':
@@ -174,12 +174,6 @@ def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placeme
         raise ValueError(f'{text}: raise train.accumulate={config.train.accumulate}, or lower train.batch_size='
                          f'{config.train.batch_size}')
     return text, needed
-
-
-def _resident() -> int:
-    """Bytes of memory that this process has touched."""
-    with open('/proc/self/statm') as file:
-        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def _places(config: Config, process: ProcessInfo, task: Optional[Task], planned: Optional[Config]) -> Tuple[str, Path]:

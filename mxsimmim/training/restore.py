@@ -12,7 +12,7 @@ from ..parallel.parts import ModelParts
 from ..parallel.updates import SynchronousUpdate
 from ..system.arrays import Arrays
 from .checkpoint import Checkpoint, newest
-from .run_folder import folder_of
+from .run_folder import checkpoint_folders
 from .step_metrics import LossSpike
 
 ROLLBACKS = 3  # to one checkpoint; a run that needs more of them ends
@@ -73,8 +73,8 @@ def before_spike(config: Config, found: LossSpike, control: ControlPlane, log: C
     Raises:
         ValueError: there is none, or the run has come back to it `ROLLBACKS` times before.
     """
-    folder, spike = folder_of(config) / 'checkpoints', found.spike
-    saved = in_all_workers(lambda: newest(folder, log), control)
+    (folder, *copies), spike = checkpoint_folders(config), found.spike
+    saved = in_all_workers(lambda: newest(folder, log, *copies), control)
     told = (f'step {found.step} has a loss of {spike.spike_loss:.4g}, {spike.deviations:.3g} robust deviations above '
             f'the median {spike.median:.4g} of those before it (train.spike={config.train.spike:g})')
     if not saved:

@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+from support.screen import Screen
 
 from mxsimmim.cluster import absence, attempt, prepare
 from mxsimmim.cluster.backends.base import Backend
@@ -28,19 +29,6 @@ while sleep 0.05; do
     fi
     test $step = 3 && MORE
 done'''
-
-
-class Screen:
-    """Keeps what a terminal would show, but for what runs where."""
-
-    def __init__(self):
-        self.lines = []
-
-    def put(self, stream, data, missed=0):
-        pass
-
-    def say(self, *lines):
-        self.lines += [line for line in lines if not line.startswith(('network: ', 'a: ', 'b: ', 'c: '))]
 
 
 class Sleepers(Backend):
@@ -74,7 +62,9 @@ def run(tmp_path, monkeypatch):
     def begin(script, workers=3, **changes):
         screen = Screen()
         spec = JobSpec(('sh', '-c', script), workers, hosts=HOSTS, horovod=True, directory=os.getcwd(), **changes)
-        return Supervisor(Sleepers(), screen).run(spec), screen.lines
+        status = Supervisor(Sleepers(), screen).run(spec)
+        # But for what runs where.
+        return status, [line for line in screen.lines if not line.startswith(('network: ', 'a: ', 'b: ', 'c: '))]
 
     def late(*_):
         raise AssertionError('not done after 60 s')

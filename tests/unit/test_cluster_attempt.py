@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+from support.screen import Screen
 
 from mxsimmim.cluster.attempt import Attempt
 from mxsimmim.cluster.backends import BACKENDS
@@ -19,19 +20,6 @@ from mxsimmim.cluster.supervisor import Supervisor
 
 DEADLINE = 60  # seconds for one attempt
 WHO = '$DMLC_ROLE$DMLC_WORKER_ID'
-
-
-class Screen:
-    """Keeps what a terminal would show."""
-
-    def __init__(self):
-        self.lines, self.output = [], b''
-
-    def put(self, stream, data, missed=0):
-        self.output += data
-
-    def say(self, *lines):
-        self.lines += lines
 
 
 class Elsewhere(Backend):

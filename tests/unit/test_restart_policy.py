@@ -6,6 +6,7 @@ import signal
 import sys
 
 import pytest
+from support.screen import Screen
 
 from mxsimmim.cluster.backends.local import LocalBackend
 from mxsimmim.cluster.outcome import Exit, Outcome
@@ -96,19 +97,6 @@ def test_reports(tmp_path, monkeypatch):
     for text in ('', '[1]', '{'):
         (tmp_path / 'file').write_text(text)
         assert report.read(str(tmp_path / 'file')) == {}
-
-
-class Screen:
-    """Keeps what a terminal would show."""
-
-    def __init__(self):
-        self.lines = []
-
-    def put(self, stream, data, missed=0):
-        pass
-
-    def say(self, *lines):
-        self.lines += lines
 
 
 PROGRAM = '''

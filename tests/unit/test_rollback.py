@@ -1,17 +1,22 @@
 """A loss that spikes: back to the last checkpoint and past the batches since then, however often a run is killed."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support.together import together
 from support.trainer import tiny_config
 
+from mxsimmim.config import CheckpointConfig
 from mxsimmim.data.sampling import batch_at
 from mxsimmim.interop import official
 from mxsimmim.training.build import build_trainer
-from mxsimmim.training.checkpoint import newest, saved_steps
+from mxsimmim.training.checkpoint import newest, save, saved_steps
+from mxsimmim.training.restore import before_spike
 from mxsimmim.training.run_folder import folder_of
 from mxsimmim.training.run_logger import RunLogger, read_metrics
+from mxsimmim.training.spikes import Spike
+from mxsimmim.training.step_metrics import LossSpike
 
 LENGTH = 40
 
@@ -122,6 +127,16 @@ def test_a_run_that_comes_back_again_and_again_ends(tmp_path):
     assert [(row['step'], row['spike_step']) for row in events(tmp_path / 'run')] == [(20, 25), (20, 21), (20, 21)]
     state = json.loads((tmp_path / 'run' / 'checkpoints' / 'step-00000020' / 'state.json').read_text())['state']
     assert state['skipped_batches'] == [[20, 5], [20, 1], [20, 1]]
+
+
+def test_the_second_place_will_do(tmp_path):
+    """Where the run's own folder has no checkpoint any more."""
+    second = tmp_path / 'second'
+    keys = config(tmp_path).model_copy(update={'checkpoint': CheckpointConfig(copy_to=str(second))})
+    path = save(second / 'run' / 'checkpoints', 20, {}, {}, keep=1)
+    alone = SimpleNamespace(rank=0, broadcast_object=lambda _, make: make())
+    saved, told = before_spike(keys, LossSpike(30, Spike(9.0, 0.5, 12.0)), alone, print)
+    assert (saved.step, saved.path) == (20, path) and told.startswith('step 30 has a loss of 9, 12 robust deviations')
 
 
 def test_without_the_key_nothing_happens(tmp_path):

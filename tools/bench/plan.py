@@ -8,7 +8,7 @@ is a line of `LAYOUTS`.
 
     python tools/bench/plan.py --layouts alone horovod
 
-Prints a table for docs/scaling.md. Takes 12 minutes a round. Ends with 1 where a prediction is too far off.
+Prints a table for docs/scaling.md. Takes a quarter of an hour a round. Ends with 1 where a prediction is too far off.
 """
 import argparse
 import json
