@@ -12,6 +12,7 @@ from . import checkpoint
 from .run_folder import CONFIG
 
 PATIENCE = 600.0  # seconds that the end of a run waits for the second place
+LOOK = 0.1  # seconds between two signs that a thread waits for another one
 
 
 class Saver:
@@ -57,8 +58,9 @@ class Saver:
             CheckpointError: it failed.
         """
         thread, self._thread = self._thread, None
-        if thread:
-            thread.join()
+        while thread and thread.is_alive():  # that thread is under the deadline, which begins anew with each array
+            thread.join(LOOK)
+            watchdog.beat()
         error, self._error = self._error, None
         if error:
             raise error
