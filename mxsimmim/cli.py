@@ -2,6 +2,7 @@
 import argparse
 import atexit
 import contextlib
+import functools
 import opcode
 import os
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 from . import __version__
-from .config import Config, ConfigError, configfile, foreign_names, schedule
-from .runtime import memory, mxnet_private, report
+from .config import Config, ConfigError, Duration, configfile, foreign_names, schedule
+from .runtime import memory, mxnet_private, report, watchdog
+from .runtime.process import ProcessInfo, named, process_info
 from .system import paths, text
 
 LEAVING = 10.0  # seconds that a command which has failed may take to end
@@ -38,26 +40,38 @@ def _train(task: str, args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
     if not getattr(args, 'eval', False):
         schedule.check(config, written)
-    from .runtime import environment
-    from .runtime.process import process_info
     process = process_info(os.environ)
     if args.check_config:
         from .parallel.strategies import strategy_of
+        from .runtime import environment
         strategy_of(config, process)
         environment.settings(config.runtime, os.environ, environment.cpu_flags(), environment.cores())
         return 0
+    deadline = config.runtime.deadline or (watchdog.IMPORT if process.size > 1 else 0.0)
+    with watchdog.Watch(named(process), deadline), watchdog.doing('the import of MXNet and of what needs it'):
+        work = _imported(args, config, written, process)
+    return work()
+
+
+def _imported(args: argparse.Namespace, config: Config, written: Mapping[str, Duration], process: ProcessInfo
+              ) -> Callable[[], int]:
+    """Imports what this process needs to train, serve, evaluate or check, and returns what does that."""
+    from .runtime import environment
     environment.prepare(config.runtime)
+    if process.role != 'worker':
+        if args.check:
+            return int
+        from .parallel import server
+        mxnet_private.load_library()
+        return server.serve
     if args.check:
         from .training import check
-        return check.check(config, written) if process.role == 'worker' else 0
-    if process.role != 'worker':
-        from .parallel.server import serve
-        return serve()
+        return functools.partial(check.check, config, written)
     if getattr(args, 'eval', False):
         from .inference import evaluate
-        return evaluate.evaluate(config)
+        return functools.partial(evaluate.evaluate, config)
     from .training import start
-    return start.start(config, written)
+    return functools.partial(start.start, config, written)
 
 
 def reconstruct(args: argparse.Namespace) -> int:

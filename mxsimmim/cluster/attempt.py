@@ -16,7 +16,7 @@ from mxsimmim.cluster.terminal import Terminal
 SETTLE = 0.5  # seconds after the first failure in which others may turn out to be earlier
 CHECKPOINT, HURRIED, REST = 6.0, 2.0, 1.0  # seconds: workers told to stop; after a failure; servers after them
 CLOSING = 5.0  # seconds that servers may take to end by themselves after the last worker
-PING, SILENCE = 2.0, 10.0  # seconds between signs of life, and without one until a host is lost
+PING, SILENCE = 2.0, 10.0  # seconds between signs of life of agents, which are always idle, and until a host is lost
 STOPPED = 128 + signal.SIGTERM, -signal.SIGTERM  # exit codes of workers that were told to stop
 
 

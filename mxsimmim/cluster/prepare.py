@@ -23,7 +23,7 @@ from mxsimmim.cluster.spec import (
 )
 from mxsimmim.runtime.process import RESTARTS, WRITTEN
 
-CONNECT, INSPECT, START = 30.0, 30.0, 15.0  # seconds for each step
+CONNECT, INSPECT, START = 30.0, 30.0, 15.0  # seconds for each step; agents and ssh take them, not the job's command
 
 
 class ConfigurationError(ValueError):

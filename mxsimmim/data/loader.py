@@ -18,7 +18,7 @@ from .sources import Source
 from .transforms import DRAWN, Fields, Transform, decode
 
 SHOWN = 4  # images in work that an error names
-GRACE = 5.0  # seconds that the images in work may take at the end
+GRACE = 5.0  # seconds that the images in work may take at the end, when nobody needs them any more
 
 
 class Batch(NamedTuple):

@@ -1,5 +1,5 @@
 """`mxsimmim finetune --eval`: measures a trained classifier on held-out images, on all workers of a job."""
-import contextlib
+import functools
 import os
 from typing import List, Optional
 
@@ -14,7 +14,8 @@ from ..parallel.communicators import Communicator
 from ..parallel.parts import ModelParts
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, strategy_of
-from ..runtime.process import process_info
+from ..runtime import watchdog
+from ..runtime.process import ProcessInfo, process_info
 from ..system import files
 from ..system.arrays import Arrays
 from ..tasks.registry import TASKS
@@ -22,13 +23,17 @@ from ..tasks.task import Task, check_same_job
 from ..training.build import build_group, build_parts, build_placement
 from ..training.run_folder import folder_of
 from ..training.run_logger import Quiet
-from ..training.start import agree_on_backend, joined
+from ..training.start import agree_on_backend, joined, watched
 from .trained import find_run
 
 
 def evaluate(config: Config) -> int:
     """Measures a run's classifier on the held-out images, on all workers, and writes its evaluation; returns 0."""
     process = process_info(os.environ)
+    return watched(config, process, functools.partial(_join, config, process))
+
+
+def _join(config: Config, process: ProcessInfo, watch: watchdog.Watch) -> int:
     contexts = contexts_of(config.devices, process)
     strategy = strategy_of(config, process, len(contexts))
     if strategy.store_can.updates_weights:  # its servers update weights: there is nothing to update
@@ -36,8 +41,7 @@ def evaluate(config: Config) -> int:
     if process.rank == 0 and folder_of(config).is_dir():
         files.try_place(folder_of(config))  # for the evaluation at the end
     task = TASKS[config.task](config)
-    with contextlib.ExitStack() as stack:
-        communicator = stack.enter_context(joined(config, strategy, process, len(contexts)))
+    with joined(config, strategy, process, len(contexts), watch) as communicator:
         backend = agree_on_backend(config, contexts, communicator.control, Quiet().message)
         return _evaluate(config, task, contexts, backend, communicator)
 
@@ -51,16 +55,18 @@ def _evaluate(config: Config, task: Task, contexts: List[mx.Context], backend: O
         raise ValueError('--eval needs held-out images: set data.val_path or data.val_fraction')
     if communicator.rank == 0:
         tell(notes_of(task.source, task.held_out))
-    saved = find_run(folder, communicator.control)
+    with watchdog.doing(f'the checkpoint of {folder}', together=communicator.rank > 0):
+        saved = find_run(folder, communicator.control)
     task.check_state(saved.state, str(folder), 'give data of its classes')
     for key, old, new in configfile.differences(saved.config, config):
         if key.startswith('model.') and key != 'model.drop_path':
             raise ValueError(f'{folder} was trained with {key}={old}, here it is {new}: evaluate it with its own')
-    parts = build_parts(config, communicator.control, contexts)
-    net = _network(task, backend, saved.weights, communicator, parts)
-    group = build_group(config, communicator, contexts, backend, 1)
-    placement = build_placement(config.parallel, net, contexts, parts=parts, group=group)
-    report = evaluator.report(placement, folder)
+    with watchdog.doing('evaluation', together=True):
+        parts = build_parts(config, communicator.control, contexts)
+        net = _network(task, backend, saved.weights, communicator, parts)
+        group = build_group(config, communicator, contexts, backend, 1)
+        placement = build_placement(config.parallel, net, contexts, parts=parts, group=group)
+        report = evaluator.report(placement, folder)
     if communicator.control.rank == 0:
         print(f'{folder}, step {saved.step}\n{report}', flush=True)
     return 0

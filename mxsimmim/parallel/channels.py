@@ -26,7 +26,7 @@ from ..runtime import watchdog
 from .control import DEADLINE, ControlError, ControlPlane, tune
 from .slots import Address, Inbox, Outbox, open_boxes
 
-OPENING = 120.0  # seconds until both neighbours must have connected
+OPENING = 120.0  # seconds until both neighbours must have connected, which listen already: no step's time is in it
 GREETING = 5.0  # seconds for one who connects to show that it knows the key
 NONCE = 16  # bytes
 TICK = 0.5  # seconds after which one who waits looks whether the other end is still there
@@ -247,7 +247,7 @@ def pipeline_channels(control: ControlPlane, context: mx.Context, axis: str = 'p
     mesh = control.mesh
     stages, stage = mesh.group(axis), mesh.coordinate(axis)
     peers = [stages[number] for number in (stage - 1, stage + 1) if 0 <= number < len(stages)]
-    with socket.socket() as listener:
+    with watchdog.doing(f'channels to ranks {peers}', together=True), socket.socket() as listener:
         listener.bind((control.address, 0))
         listener.listen()
         places = control.all_gather('channels', listener.getsockname())

@@ -29,6 +29,7 @@ from .protocol import job_key
 # for the folder of its run.
 CONNECT = 180.0
 DEADLINE = 1800.0  # seconds for the others to make the same call, in a process that no `watchdog.Watch` looks after
+# Neither has to do with how long a step takes: a thread that does nothing else answers.
 ASKING = 2.0  # seconds for rank 0 to say what it has heard of the others
 CLOSING = 5.0  # seconds for the last messages of a worker that ends
 

@@ -3,9 +3,12 @@
 MXNet's own starts inside ``import mxnet`` and unpickles whatever it is sent. This one loads MXNet's library alone and
 runs its server loop with a controller that opens nothing but JSON signed with the job's key.
 """
+import contextlib
 import ctypes
+import faulthandler
 import math
 import os
+import signal
 import sys
 import traceback
 from typing import Any, Callable, Dict, List, Optional, Set
@@ -20,9 +23,14 @@ from . import protocol
 def serve() -> int:
     """Run this process's role, server or scheduler, until the workers are done.
 
+    It has no deadline: to wait is its work. The launcher's agent ends it, and whoever ends it with SIGTERM, as if a
+    worker has failed, finds in its log where it was.
+
     Raises:
         ValueError: there is no job key, or no MXNet that can be used.
     """
+    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):  # no standard error
+        faulthandler.register(signal.SIGTERM, chain=True)
     key = protocol.job_key(os.environ)
     handle = mxnet_private.create_server()
 

@@ -12,8 +12,8 @@ import mxnet as mx
 import numpy as np
 
 from ..ops import OpBackend, library
-from ..runtime import mxnet_private
-from .control import ControlPlane
+from ..runtime import mxnet_private, watchdog
+from .control import DEADLINE, ControlPlane
 
 LINE = 64  # bytes of a cache line: arrays begin one, and each task's counters have one
 
@@ -62,7 +62,8 @@ class SharedMemoryGroup:
         self._group, self._sum, self._copy, self._lost = (library.function(f'mxsimmim_host_{name}')
                                                           for name in ('group', 'sum', 'copy', 'lost'))
         self._group.restype = ctypes.c_void_p
-        group = self._group(ctypes.c_void_p(begin), self._processes.ctypes, workers)
+        seconds = 0.0 if watchdog.is_on() else DEADLINE
+        group = self._group(ctypes.c_void_p(begin), self._processes.ctypes, workers, ctypes.c_double(seconds))
 
         def task(number: int, array: int, targets: int) -> HostTask:
             return HostTask(group, begin + (1 + number) * LINE, self._addresses[array].ctypes.data, workers, me,
@@ -90,12 +91,13 @@ class SharedMemoryGroup:
         """See that all workers of the host are there.
 
         Raises:
-            RuntimeError: another worker has ended or is late; since then all sums are NaN.
+            RuntimeError: another worker has ended, or is late where no watch looks after this process; since then all
+                sums are NaN.
         """
         process = self._lost()
         if process < 0:
-            raise RuntimeError('the workers of this host have not all come to a sum within 30 minutes: their logs say '
-                               'what they do')
+            raise RuntimeError(f'the workers of this host have not all come to a sum within {DEADLINE:g} s: their logs '
+                               'say what they do')
         if process:
             raise RuntimeError(f'process {process}, a worker of this host, has ended before its job: its log says why')
 

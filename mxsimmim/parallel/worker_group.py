@@ -11,9 +11,9 @@ import mxnet as mx
 from mxnet import autograd
 
 from ..ops import OpBackend
+from ..runtime import watchdog
 from .communicators import Communicator, Handle
-
-DEADLINE = 600.0  # seconds for the next sum of a backward pass: what it waits for may have failed
+from .control import DEADLINE
 
 
 class WorkerGroup:
@@ -84,12 +84,11 @@ class WorkerGroup:
         Valid until the next sum. If a worker has ended, it is NaN: the main thread comes to that, too, and raises it.
 
         Raises:
-            TimeoutError: the passes before do not go on.
+            TimeoutError: the passes before do not go on, in a process that no watch looks after.
         """
         with self._turn:
-            while self._gone_back != number:
-                if not self._turn.wait(DEADLINE):
-                    raise TimeoutError(f'a backward pass has not gone on for {DEADLINE:g} s')
+            if self._gone_back != number:
+                self._wait_for_turn(number)
             try:
                 total = self._sum(self._backward, gradient)
                 # MXNet copies what a function returns: before the next sum of the same pass, but not of another.
@@ -99,6 +98,11 @@ class WorkerGroup:
             finally:
                 self._gone_back += last
                 self._turn.notify_all()
+
+    def _wait_for_turn(self, number: int) -> None:
+        with watchdog.doing('the turn of a backward pass', together=True):
+            if not self._turn.wait_for(lambda: self._gone_back == number, None if watchdog.is_on() else DEADLINE):
+                raise TimeoutError(f'a backward pass has not gone on for {DEADLINE:g} s')
 
     def _sum(self, arrays: Handle, term: mx.nd.NDArray) -> mx.nd.NDArray:
         """Return the sum where it is made."""

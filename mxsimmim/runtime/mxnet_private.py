@@ -194,7 +194,7 @@ def create_server() -> ctypes.c_void_p:
     a core and 60 MB, and a scheduler, or a server that only adds up, uses nothing of it.
     """
     handle = ctypes.c_void_p()
-    _check(_library(), _library().MXKVStoreCreate(b'dist', ctypes.byref(handle)))
+    _check(load_library(), load_library().MXKVStoreCreate(b'dist', ctypes.byref(handle)))
     return handle
 
 
@@ -204,11 +204,11 @@ def run_server(handle: ctypes.c_void_p, control: Callable[[int, Optional[bytes],
     1.9.1: `MXKVStoreRunServer`, the loop that `import mxnet` starts by itself where DMLC_ROLE is set.
     """
     controller = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(control)
-    _check(_library(), _library().MXKVStoreRunServer(handle, controller, None))
+    _check(load_library(), load_library().MXKVStoreRunServer(handle, controller, None))
 
 
 @functools.lru_cache(maxsize=None)
-def _library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """Load libmxnet alone; `import mxnet` later finds it loaded."""
     package = find_spec('mxnet')
     if not package or not package.submodule_search_locations:

@@ -1,5 +1,6 @@
 """Who this process is in its job, from what its launcher put into the environment. Standard library only."""
 import json
+import platform
 from typing import Mapping, NamedTuple, Optional, Tuple, Union
 
 # What each launcher calls rank, size, rank on its host, processes on that host.
@@ -33,6 +34,12 @@ class ProcessInfo(NamedTuple):
 
 
 ALONE = ProcessInfo()
+
+
+def named(process: ProcessInfo) -> str:
+    """What this process, whose place that is, calls itself to others: ``rank 3 on host``, ``server 0 on host``."""
+    role = 'rank' if process.role == 'worker' else process.role
+    return f'{role} {process.rank} on {platform.node()}'
 
 
 def process_info(environ: Mapping[str, str]) -> ProcessInfo:

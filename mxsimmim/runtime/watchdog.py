@@ -17,6 +17,7 @@ from . import report
 
 LEAST, STEPS, RECORDS = 300.0, 20, 3  # an automatic deadline: seconds, steps, times between two records, at least
 START, UNKNOWN = 10, 1800.0  # until the first record: times the deadline, or, if it is automatic, seconds
+IMPORT = 15.0  # an automatic deadline, of imports in a job: times START, it is less than the others wait for a worker
 TOGETHER = 1.25  # times the deadline, to wait for others: whoever keeps them waiting ends before and says why
 LOOKS, SELDOM = 8, 10.0  # looks, each with a sign of life, in a deadline; seconds between two of them at most
 MISSED = 3  # signs of life, after which a worker counts as silent
@@ -105,7 +106,7 @@ def judge(peers: Sequence[Peer], pause: float) -> Tuple[bool, str]:
     if absent:
         return False, '; '.join(
             f'{peer.name} has not come so far as to be heard of' if math.isinf(peer.silent) else
-            f'nothing is heard of {peer.name} for {peer.silent:.3g} s, since it waited for {peer.what}: it is stopped, '
+            f'nothing is heard of {peer.name} for {peer.silent:.4g} s, since it waited for {peer.what}: it is stopped, '
             'or cut off' for peer in absent)
     if not all(peer.together for peer in peers):
         return True, ''
@@ -198,8 +199,8 @@ class Watch:
         about, step = '', self.step()
         with contextlib.suppress(Exception):  # this is no time for another error
             about = each.about()
-        text = (f'{self.name} has waited {age:.3g} s for {each.what}{about and f" ({about})"} after step {step}, '
-                f'longer than runtime.deadline allows ({limit:.3g} s){why and f": {why}"}')
+        text = (f'{self.name} has waited {age:.4g} s for {each.what}{about and f" ({about})"} after step {step}, '
+                f'longer than runtime.deadline allows ({limit:.4g} s){why and f": {why}"}')
         report.tell(stalled=text, step=step)
         teller = threading.Thread(target=self.last_words, args=(text,), daemon=True)
         teller.start()

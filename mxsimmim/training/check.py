@@ -1,4 +1,5 @@
 """`mxsimmim pretrain --check` and `finetune --check`: tries all that a run needs, trains nothing and leaves nothing."""
+import functools
 import math
 import os
 from pathlib import Path
@@ -19,16 +20,17 @@ from ..parallel.control import ControlPlane
 from ..parallel.mesh import mesh_of
 from ..parallel.placement import Placement, contexts_of
 from ..parallel.strategies import strategy_of
-from ..runtime import facts, memory
+from ..runtime import facts, memory, watchdog
 from ..runtime.process import ProcessInfo, process_info
 from ..system import files
+from ..system.text import one_line
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from .build import build_placement, least_images
 from .pretrained import load_encoder
 from .room import check_room, checkpoint_bytes
 from .run_folder import checkpoint_folders, checkpoint_to_resume, folder_of
-from .start import agree_on_backend
+from .start import agree_on_backend, watched
 from .timetable import timetable_of
 
 IMAGES = 8  # of each source that are read
@@ -40,14 +42,20 @@ def check(config: Config, written: Mapping[str, Duration]) -> int:
     Args:
         written: as for `schedule.fitted`.
     """
-    process, failed = process_info(os.environ), []
+    process = process_info(os.environ)
+    return watched(config, process, functools.partial(_check, config, written, process))
+
+
+def _check(config: Config, written: Mapping[str, Duration], process: ProcessInfo, _: watchdog.Watch) -> int:
+    failed = []
 
     def part(name: str, function: Callable[..., Tuple[str, Any]], *needed: Any) -> Any:
         """What a part makes, None if it fails or something that it needs has."""
         if any(item is None for item in needed):
             return None
         try:
-            text, made = function(*needed)
+            with watchdog.doing(f'the check of {name}'):
+                text, made = function(*needed)
         except (ValueError, OSError, MemoryError, mx.MXNetError) as error:
             line = next(iter(str(error).strip().splitlines()), '') or type(error).__name__
             failed.append(name)
@@ -93,7 +101,8 @@ def _data(config: Config) -> Tuple[str, Task]:
     for source in filter(None, (task.source, task.held_out)):
         for index in np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(int)).tolist():
             try:
-                decode(source.read(index), source.name(index))
+                with watchdog.doing(f'image {one_line(source.name(index))}'):
+                    decode(source.read(index), source.name(index))
                 read += 1
             except (ValueError, OSError) as error:
                 broken.append(str(error))

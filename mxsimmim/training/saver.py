@@ -11,7 +11,7 @@ from ..runtime import watchdog
 from . import checkpoint
 from .run_folder import CONFIG
 
-PATIENCE = 600.0  # seconds that the end of a run waits for the second place
+PATIENCE = 600.0  # seconds that the end of a run waits for the second place, without which it is whole
 LOOK = 0.1  # seconds between two signs that a thread waits for another one
 
 

@@ -23,7 +23,7 @@ from ..parallel.mesh import mesh_of
 from ..parallel.placement import contexts_of
 from ..parallel.strategies import Strategy, horovod_settings, strategy_of
 from ..runtime import report, watchdog
-from ..runtime.process import ProcessInfo, process_info
+from ..runtime.process import ProcessInfo, named, process_info
 from ..system import files
 from ..system.notify import send
 from ..tasks.registry import TASKS
@@ -48,7 +48,8 @@ from .run_logger import Quiet, RunLogger, read_metrics
 from .timetable import expected_step, timetable_of
 from .trainer import Trainer
 
-GOODBYE = 30.0  # seconds for workers and servers to end together
+GOODBYE = 30.0  # seconds for workers and servers to end together, all of them being at the end: no step's time
+GLOO = 7 * 24 * 3600  # seconds, longer than any deadline
 
 
 def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})) -> int:
@@ -61,9 +62,13 @@ def start(config: Config, written: Mapping[str, Duration] = MappingProxyType({})
         ValueError: whatever the user can mend; checkpoints written before stay whole.
     """
     process = process_info(os.environ)
-    name = f'rank {process.rank} on {platform.node()}'
-    with watchdog.Watch(name, config.runtime.deadline, library.show_stacks) as watch:
-        status = _start(config, written, process, watch)
+    return watched(config, process, functools.partial(_start, config, written, process))
+
+
+def watched(config: Config, process: ProcessInfo, work: Callable[[watchdog.Watch], int]) -> int:
+    """Do a worker's work under the deadline of its configuration; return the exit status that `work` returns."""
+    with watchdog.Watch(named(process), config.runtime.deadline, library.show_stacks) as watch:
+        status = work(watch)
     if process.transport == 'ps':  # all is saved; a kvstore that is freed waits for the scheduler without a limit
         watchdog.end_within(GOODBYE, status)
         del watch  # which knows the trainer
@@ -127,18 +132,28 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
 
 
 @contextlib.contextmanager
-def joined(config: Config, strategy: Strategy, process: ProcessInfo, devices: int = 1) -> Iterator[Communicator]:
-    """Join the job with so many devices: while entered, this process has its control plane and a communicator."""
+def joined(config: Config, strategy: Strategy, process: ProcessInfo, devices: int = 1,
+           watch: Optional[watchdog.Watch] = None) -> Iterator[Communicator]:
+    """Join the job with so many devices: while entered, this process has its control plane and a communicator.
+
+    `watch`, that of this process, tells the others of it, and asks for them.
+    """
     with connected(config, strategy, process) as control:
+        if watch:
+            watch.join(control.peers, control.sign)
         control.mesh = mesh_of(process, config.parallel, devices)
-        yield build_communicator(strategy, process, control)
+        with watchdog.doing(f'a connection to all that {strategy.store} needs', together=True):
+            communicator = build_communicator(strategy, process, control)
+        yield communicator
 
 
 def connected(config: Config, strategy: Strategy, process: ProcessInfo) -> ControlPlane:
     """Join the control plane of the job, with a mesh in which each worker holds a whole model, until another is set."""
-    # Without GPUs, Horovod's looking around costs a core's time.
-    if strategy.store_can.transport == 'horovod' and not mx.context.num_gpus():
-        os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
+    if strategy.store_can.transport == 'horovod':
+        if watchdog.is_on():  # it ends what waits in vain, and Gloo, after 30 s, what would not
+            os.environ.setdefault('HOROVOD_GLOO_TIMEOUT_SECONDS', str(GLOO))
+        if not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
+            os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
     return connect(process, os.environ, seconds=watchdog.START * config.runtime.deadline)
 
 

@@ -223,7 +223,7 @@ class Hosts:
 
         By a filter in place of `netem`, which not every kernel has: a packet stays if a random word is large enough.
         """
-        code = f'4,32 0 0 {2**32 - 4096 + 56},53 0 1 {int(share * 2**32)},6 0 0 {2**32 - 1},6 0 0 2'
+        code = f'4,32 0 0 {2**32 - 4096 + 56},53 0 1 {min(int(share * 2**32), 2**32 - 1)},6 0 0 {2**32 - 1},6 0 0 2'
         for space, link in ((f'{self.prefix}switch', f'port{n}-{interface}'), (f'{self.prefix}{n}', f'eth{interface}')):
             with contextlib.suppress(RuntimeError):  # there was none
                 run('tc', '-n', space, 'qdisc', 'del', 'dev', link, 'clsact')

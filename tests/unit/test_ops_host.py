@@ -101,30 +101,36 @@ def test_memory_that_cannot_be_had():
     assert 'No such file' in str(errors[1])
 
 
-def test_a_worker_that_ends():
-    """The others wait for it a second; then their sums are NaN, so that nothing is updated with them."""
+@pytest.mark.parametrize('other, why', [
+    ('', 'process PID, a worker of this host, has ended before its job: its log says why'),
+    ('import time; time.sleep(60)',
+     'the workers of this host have not all come to a sum within 0.5 s: their logs say what they do')])
+def test_a_worker_that_does_not_come(other, why):
+    """The others wait for it; then their sums are NaN, so that nothing is updated with them."""
     program = textwrap.dedent('''
         import subprocess, sys
         from types import SimpleNamespace
         import numpy as np
         from mxsimmim.ops import library
         library.load()
+        from mxsimmim.parallel import shared_memory
         from mxsimmim.parallel.shared_memory import SharedMemoryGroup
-        other = subprocess.Popen([sys.executable, '-c', ''])
+        shared_memory.DEADLINE = 0.5 if sys.argv[1] else 60
+        other = subprocess.Popen([sys.executable, '-c', sys.argv[1]])
         answers = iter([other.pid, 0, ''])  # its process, its file, that it has the memory
         control = SimpleNamespace(all_gather=lambda _, value: [value, next(answers)])
         memory = SharedMemoryGroup([7, 70], [0, 1], 0, control, True)
         memory.check()
         for i in (1, 0):
             memory.all_reduce(i)
-        other.wait()
+        sys.argv[1] or other.wait()
         print(all(np.isnan(array.asnumpy()).all() for array in memory.arrays))
         try:
             memory.check()
         except RuntimeError as error:
             print(str(error).replace(str(other.pid), 'PID'))
+        other.kill()
     ''')
-    said = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE, timeout=SECONDS,
-                          check=True, universal_newlines=True).stdout
-    assert said.splitlines() == ['True', 'process PID, a worker of this host, has ended before its job: its log says '
-                                         'why']
+    said = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, other], stdout=subprocess.PIPE,
+                          timeout=SECONDS, check=True, universal_newlines=True).stdout
+    assert said.splitlines() == ['True', why]

@@ -32,9 +32,8 @@ using Counter = std::atomic<uint32_t>;
 using Clock = std::chrono::steady_clock;
 static_assert(sizeof(Counter) == 4 && Counter::is_always_lock_free, "the kernel waits for 4 bytes of shared memory");
 
-constexpr int64_t BLOCK = 4096;                                 // elements that are added up in the cache
-constexpr timespec PATIENCE = {1, 0};                           // before looking whether the others are alive
-constexpr Clock::duration DEADLINE = std::chrono::minutes(30);  // for all of them to come
+constexpr int64_t BLOCK = 4096;        // elements that are added up in the cache
+constexpr timespec PATIENCE = {1, 0};  // before looking whether the others are alive
 constexpr int32_t LATE = -1;
 
 std::atomic<int32_t> lost{0};  // the worker that ended while this one waited for it, or LATE
@@ -77,8 +76,8 @@ void take_first(const Task& task) {
 // The workers that share a memory, and this one's tasks that wait for the others. It lives as long as the process.
 class Group {
  public:
-  Group(Counter& bell, const int32_t* processes, int32_t workers)
-      : bell(bell), processes(processes, processes + workers) {
+  Group(Counter& bell, const int32_t* processes, int32_t workers, double seconds)
+      : bell(bell), processes(processes, processes + workers), limit(seconds) {
     std::thread([this] { serve(); }).detach();
   }
 
@@ -144,7 +143,7 @@ class Group {
     for (const int32_t process : processes)
       if (!waiting.empty() && kill(process, 0) != 0 && errno == ESRCH) lost = process;
     for (const Waiting& each : waiting)
-      if (!lost && Clock::now() - each.since > DEADLINE) lost = LATE;
+      if (!lost && limit.count() > 0 && Clock::now() - each.since > limit) lost = LATE;
   }
 
   static uint32_t everybody(const Task& task) { return task.times * uint32_t(task.workers); }
@@ -161,6 +160,7 @@ class Group {
 
   Counter& bell;  // shared; rings when all have come to a meeting
   const std::vector<int32_t> processes;
+  const std::chrono::duration<double> limit;
   std::mutex mutex;
   std::condition_variable some;
   std::vector<Waiting> waiting;
@@ -174,9 +174,10 @@ void begin(void* task, void (*work)(const Task&), void* completion) {
 }  // namespace
 }  // namespace simmim
 
-// A group of the workers with these process ids, this one among them, with a counter that is 0 in their memory.
-EXPORT void* mxsimmim_host_group(void* bell, const int32_t* processes, int32_t workers) {
-  return new simmim::Group(*static_cast<simmim::Counter*>(bell), processes, workers);
+// A group of the workers with these process ids, this one among them, with a counter that is 0 in their memory. All of
+// them come within so many seconds; 0: somebody else sees to that, such as runtime/watchdog.py.
+EXPORT void* mxsimmim_host_group(void* bell, const int32_t* processes, int32_t workers, double seconds) {
+  return new simmim::Group(*static_cast<simmim::Counter*>(bell), processes, workers, seconds);
 }
 
 // Asynchronous operations for MXNet's engine, which gives them the last two arguments. The sum of all workers' arrays,

@@ -2,6 +2,7 @@
 
 changed-weight: a weight changes by itself after the third update. slow: each image takes 4 ms longer.
 no-memory: memory cannot be mapped. no-room: there are no pages for it.
+hanging-import: a file that `import mxnet` opens never comes, until the job is started again.
 Or of rank 0: hanging-disk: what is written for a checkpoint never comes to the disk.
 """
 import errno
@@ -25,7 +26,15 @@ if fault == 'hanging-disk' and process.role == 'worker' and process.rank == 0:
             open('disk', 'rb')
         fsync(number)
     os.fsync = hanging
-elif process.role == 'worker' and process.rank == 1:
+elif fault == 'hanging-import' and process[:2] == ('worker', 1) and not process.restarts:
+    class Hanging:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == 'mxnet':
+                os.mkfifo('module')
+                open('module', 'rb')
+    sys.meta_path.insert(0, Hanging)
+elif process.role == 'worker' and process.rank == 1 and fault != 'hanging-import':
     from mxsimmim.runtime import environment
     environment.prepare(RuntimeConfig(threads=1))
     import mxnet as mx
