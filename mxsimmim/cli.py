@@ -42,8 +42,9 @@ def _train(task: str, args: argparse.Namespace) -> int:
     from .runtime.process import process_info
     process = process_info(os.environ)
     if args.check_config:
+        from .cluster.inspection import gpus
         from .parallel.strategies import strategy_of
-        strategy_of(config, process)
+        strategy_of(config, process, 1 if config.devices == 'auto' and not gpus(dict(os.environ)) else None)
         environment.settings(config.runtime, os.environ, environment.cpu_flags(), environment.cores())
         return 0
     environment.prepare(config.runtime)
