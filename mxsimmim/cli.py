@@ -42,9 +42,10 @@ def _train(task: str, args: argparse.Namespace) -> int:
         schedule.check(config, written)
     process = process_info(os.environ)
     if args.check_config:
+        from .cluster.inspection import gpus
         from .parallel.strategies import strategy_of
         from .runtime import environment
-        strategy_of(config, process)
+        strategy_of(config, process, 1 if config.devices == 'auto' and not gpus(dict(os.environ)) else None)
         environment.settings(config.runtime, os.environ, environment.cpu_flags(), environment.cores())
         return 0
     deadline = config.runtime.deadline or (watchdog.IMPORT if process.size > 1 else 0.0)

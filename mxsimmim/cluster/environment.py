@@ -40,7 +40,7 @@ def environments(spec: JobSpec, processes: Sequence[Process], infos: Sequence[Ho
         if spec.gpus:
             environ['CUDA_VISIBLE_DEVICES'] = ','.join(gpus_of(process, mates, info))
         if spec.horovod:
-            environ.update(horovod_variables(process, processes, infos, spec.gpus))
+            environ.update(horovod_variables(process, processes, infos))
             if not mpi:
                 environ.update(HOROVOD_CONTROLLER='gloo', HOROVOD_CPU_OPERATIONS='gloo',
                                HOROVOD_GLOO_IFACE=info.interface, HOROVOD_GLOO_RENDEZVOUS_PORT=str(port),
@@ -64,8 +64,7 @@ def server_variables(spec: JobSpec, process: Process, address: str) -> Environme
     return environ
 
 
-def horovod_variables(process: Process, workers: Sequence[Process], infos: Sequence[HostInfo], gpus: bool
-                      ) -> Environment:
+def horovod_variables(process: Process, workers: Sequence[Process], infos: Sequence[HostInfo]) -> Environment:
     """Tell Horovod which rank a process is: of all, on its host, and of those with the same number on their hosts."""
     local = {worker: workers_beside(worker, workers).index(worker) for worker in workers}
     across = [worker for worker in workers if local[worker] == local[process]]
@@ -75,8 +74,7 @@ def horovod_variables(process: Process, workers: Sequence[Process], infos: Seque
         'HOROVOD_LOCAL_SIZE': str(len(workers_beside(process, workers))),
         'HOROVOD_CROSS_RANK': str(across.index(process)), 'HOROVOD_CROSS_SIZE': str(len(across)),
         'HOROVOD_HOSTNAME': infos[process.host].name}
-    # For workers that compute on CPUs: those of a host add up what they have in its memory.
-    environ[FIRSTS] = None if gpus else ','.join(str(worker.index) for worker in workers if local[worker] == 0)
+    environ[FIRSTS] = ','.join(str(worker.index) for worker in workers if local[worker] == 0)
     if infos[process.host].interface != 'lo':
         environ['NCCL_SOCKET_IFNAME'] = infos[process.host].interface
     return environ

@@ -374,10 +374,10 @@ class Config(Section):
             require(len(set(self.devices)) == len(self.devices), f'devices={listed(self.devices)} names one twice')
             require(len({device[:3] for device in self.devices}) == 1,
                      f'devices={listed(self.devices)} mixes CPU and GPU')
-            replicas = len(self.devices) // self.parallel.tensor
+            replicas = len(self.devices) // self.parallel.devices
             require(replicas * self.train.accumulate <= self.train.batch_size,
                      f'train.batch_size={self.train.batch_size} is less than {replicas} '
-                     f'{"devices" if self.parallel.tensor == 1 else "groups of devices"} x '
+                     f'{"devices" if self.parallel.devices == 1 else "groups of devices"} x '
                      f'train.accumulate={self.train.accumulate}')
         require(self.train.accumulate <= self.train.batch_size,
                  f'train.accumulate={self.train.accumulate} exceeds train.batch_size={self.train.batch_size}')

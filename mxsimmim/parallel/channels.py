@@ -246,18 +246,19 @@ def pipeline_channels(control: ControlPlane, context: mx.Context, axis: str = 'p
     """
     mesh = control.mesh
     stages, stage = mesh.group(axis), mesh.coordinate(axis)
-    peers = [stages[number] for number in (stage - 1, stage + 1) if 0 <= number < len(stages)]
+    before, after = stages[max(stage - 1, 0):stage], stages[stage + 1:stage + 2]
+    peers = [*before, *after]
     with watchdog.doing(f'channels to ranks {peers}', together=True), socket.socket() as listener:
         listener.bind((control.address, 0))
         listener.listen()
         places = control.all_gather('channels', listener.getsockname())
         # The one before first: it waits for this one.
-        connections = {peer: _accept(listener, control.key, peer) if peer > mesh.rank else
+        connections = {peer: _accept(listener, control.key, peer) if peer in after else
                        _connect(places[peer], control.key, mesh.rank) for peer in peers}
     boxes = open_boxes(control, [peer for peer in peers if places[peer][0] == control.address])  # of this host
-    channels = {peer: SocketChannel(*connection, peer, context, peer > mesh.rank, *boxes.get(peer, (None, None)))
+    channels = {peer: SocketChannel(*connection, peer, context, peer in after, *boxes.get(peer, (None, None)))
                 for peer, connection in connections.items()}
-    return (channels[peers[0]] if stage else None, channels[peers[-1]] if stage < len(stages) - 1 else None)
+    return next(map(channels.get, before), None), next(map(channels.get, after), None)
 
 
 def _connect(place: Sequence[Any], key: bytes, rank: int) -> Tuple[socket.socket, bytes]:

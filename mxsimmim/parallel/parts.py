@@ -25,12 +25,14 @@ def mesh_table(mesh: Mesh, slices: Sequence[slice], hosts: Sequence[str]) -> str
     for stage, part in enumerate(slices):
         first, last = max(part.start - 1, 0), min(part.stop, slices[-1].stop - 1) - 2
         blocks = f'blocks {first} to {last}' if last > first else f'block {first}'
-        ranks = mesh._replace(rank=stage * mesh.data * mesh.tensor).group('data', 'tensor')
+        ranks = mesh.groups('data', 'tensor')[stage]
         rows.append('  ' + f'stage {stage}: ' * (mesh.pipeline > 1) + ', '.join([blocks, *map(holder, ranks)]))
     sizes = [f'{size} {name}' for size, name in ((mesh.pipeline, 'stages'), (mesh.tensor, 'parts')) if size > 1]
-    if any(len({hosts[rank] for rank in group}) > 1 for group in mesh.groups('tensor')):
-        rows.append('  parts of a block are on several hosts, and every sum of theirs goes over the network: give each '
-                    f'host slots that are a multiple of {mesh.tensor}')
+    apart = [group for group in mesh.groups('tensor') if len({hosts[rank] for rank in group}) > 1]
+    if apart:
+        ranks = ' and '.join(map(str, apart[0]))
+        rows.append(f'  parts of a block are on several hosts (ranks {ranks}), and every sum of theirs goes over the '
+                    f'network: give each host slots that are a multiple of {mesh.tensor}')
     return '\n'.join([' x '.join([*sizes, f'{mesh.data} replica{"s"[:mesh.data > 1]} of the model']), *rows])
 
 

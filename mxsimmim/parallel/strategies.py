@@ -2,6 +2,7 @@
 
 Each choice declares what it can do, and one checker, `strategy_of`, refuses what does not go together.
 """
+import math
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from ..config import Config
@@ -88,7 +89,7 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
     if devices is None and config.devices != 'auto':
         devices = len(config.devices)
     if devices is not None or config.parallel.devices == 1:  # or only the worker itself can tell
-        for wrong, message in _mesh(strategy, config, mesh_of(process, config.parallel, devices or 1)):
+        for wrong, message in _mesh(strategy, config, mesh_of(process, config.parallel, devices or 1), devices or 1):
             if wrong:
                 raise ValueError(message)
     return strategy
@@ -158,9 +159,16 @@ def _aggregation(strategy: Strategy, config: Config, process: ProcessInfo) -> Re
     ]
 
 
-def _mesh(strategy: Strategy, config: Config, mesh: Mesh) -> Refusals:
+def _mesh(strategy: Strategy, config: Config, mesh: Mesh, devices: int) -> Refusals:
     several, keys, weights = mesh.data < mesh.size, config.parallel.described, config.data.worker_weights
+    replicas, batch = mesh.data * max(1, devices // config.parallel.devices), config.train.batch_size
+    parts = {'train.accumulate': config.train.accumulate}
+    if config.parallel.pipeline > 1:
+        parts['parallel.micro_batches'] = config.parallel.micro_batches
     return [
+        (batch < replicas * math.prod(parts.values()),
+         ' x '.join([f'train.batch_size={batch} is less than {replicas} replicas of the model',
+                     *(f'{key}={value}' for key, value in parts.items())]) + ': raise it, or lower one of these'),
         (not isinstance(weights, str) and len(weights) != mesh.data,
          f'data.worker_weights={list(weights)} has {len(weights)} weights for {mesh.data} '
          + ('replicas of the model: one a replica' if several else 'workers: one a worker')),

@@ -68,7 +68,8 @@ def machine(found: Sequence[Mapping[str, Any]], cores: int) -> Cluster:
     """Return a host of so many cores, whose devices have measured what `measure` does, all at the same time."""
     # Where they are more than the cores, each was counted the seconds of the CPU that it had.
     devices, share = len(found), min(1.0, cores / len(found))
-    stream, call, own = (statistics.median(each[name] for each in found) for name in ('stream', 'call', 'resident'))
+    stream, call, own, spread = (statistics.median(each[name] for each in found)
+                                 for name in ('stream', 'call', 'resident', 'spread'))
     rates = tuple(((kind, width, shard), share * statistics.median(each['rates'][number][3] for each in found))
                   for number, (kind, width, shard, _) in enumerate(found[0]['rates']))
     bandwidth, latency = loopback()
@@ -76,7 +77,8 @@ def machine(found: Sequence[Mapping[str, Any]], cores: int) -> Cluster:
     images = share * sum(each['images'] for each in found) or math.inf
     speed = statistics.median(rate for (kind, _, shard), rate in rates if (kind, shard) == ('mlp', 1))
     return Cluster(1, devices, total * facts.GIB / devices, speed, bandwidth, latency, bandwidth, latency,
-                   share * stream, call / share, images, kind='cpu', resident=own, rates=rates)
+                   share * stream, call / share, images, kind='cpu', resident=own, share=share, spread=spread,
+                   rates=rates)
 
 
 def _read(child: 'subprocess.Popen[str]') -> Dict[str, Any]:
@@ -131,14 +133,19 @@ def least(function: Callable[[], Any], seconds: float = SECONDS, repeats: int = 
     return min(found)
 
 
-def typical(function: Callable[[], Any]) -> float:
-    """Return the median seconds of a call, the first one left out, as many blocks of a step take on average."""
+def typical(function: Callable[[], Any]) -> Tuple[float, float]:
+    """Return the median seconds of a call, as many blocks of a step take on average, and their spread as a part of it.
+
+    The first call is left out. The spread is that of a normal distribution with the same quartiles, 1.35 of which are
+    between these.
+    """
     function()
     found: List[float] = []
     end = time.perf_counter() + SECONDS
     while len(found) < 3 or time.perf_counter() < end:
         found.append(undisturbed(function))
-    return statistics.median(found)
+    first, median, last = statistics.quantiles(found, n=4, method='inclusive')
+    return median, (last - first) / 1.35 / median
 
 
 def undisturbed(function: Callable[[], Any]) -> float:
@@ -180,16 +187,17 @@ def measure(config: Config) -> Dict[str, Any]:
             mx.nd.elemwise_add(narrow, narrow, out=narrow)
         narrow.wait_to_read()
     stream, call = 3 * 4 * wide.size / least(add), least(small, repeats=300) / 100
-    rates = []
+    rates, spreads = [], []
     for half in halves(config):
         part, images = half.part, max(1, round(ROWS / half.tokens))
         for shard in (shard for shard in SHARDS if half.hidden % shard == 0) if half.hidden else SHARDS[:1]:
-            seconds = typical(_pass(half, images, shard, backend))
+            seconds, spread = typical(_pass(half, images, shard, backend))
+            spreads.append(spread)
             fixed = 2 * weight_bytes(part, shard, False) / stream + 2 * call
             flops = 2 * images * (part.forward + part.backward) / shard
             rates.append((part.kind, part.width, shard, flops / max(seconds - fixed, 0.1 * seconds)))
-    return {'stream': stream, 'call': call, 'rates': rates, 'images': _images(config),
-            'resident': own}
+    return {'stream': stream, 'call': call, 'rates': rates, 'spread': statistics.median(spreads),
+            'images': _images(config), 'resident': own}
 
 
 def resident() -> float:

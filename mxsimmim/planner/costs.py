@@ -9,12 +9,13 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from ..config import Config, MaskConfig, ModelConfig, ParallelConfig
 from ..parallel.schedules import stages_of
-from .cluster import Cluster, all_reduce, ring, server_bytes
+from .cluster import Cluster, all_reduce, ring, server_bytes, slowest
 from .model import FLOAT, NATIVE_WORK, Form, Part, Segment, multiply_adds, parameters, segments, shared_table
 
 CALLS = {True: 6, False: 40}  # operators of a part in one direction, native or not
 FUSED = 64 << 20  # bytes that Horovod sends together on GPUs
 PACK, HALVE = 8e-9, 11e-9  # seconds a number takes a CPU core to be packed in two bits, in float16 (measured)
+MOVED = 6  # times that a worker on a CPU reads or writes a sum of tokens: into shared memory, there, and back
 COMPILER = 0.08e9  # bytes of a process that packs in two bits, for numba (measured)
 SLACK = 1.0  # of the weights, what a process keeps of arrays that are gone, unless it is sharded (measured)
 MOMENTS = {'adamw': 2, 'sgd': 0}
@@ -178,13 +179,17 @@ def _passes(cluster: Cluster, layout: Layout, stages: Sequence[Stage], images: f
     """Seconds of all micro-batches forward and backward.
 
     With S stages and M micro-batches of equal cost that is M + S - 1 turns, of which S - 1 are the bubble: a share of
-    (S - 1) / (M + S - 1) (Huang et al. 2019, arXiv:1811.06965). Unequal stages wait for the slowest of them. A tensor
-    group adds up two arrays a block in each direction (Shoeybi et al. 2019, arXiv:1909.08053).
+    (S - 1) / (M + S - 1) (Huang et al. 2019, arXiv:1811.06965). Unequal stages wait for the slowest of them. Where
+    devices are more than the cores, one that waits leaves its core to another: the passes take as long as all work
+    does on all cores, or as they would with a core for each device, whichever is longer. A tensor group adds up two
+    arrays a block in each direction (Shoeybi et al. 2019, arXiv:1909.08053), and waits for the slowest each time.
     """
     count, micro_batches = len(stages), layout.micro_batches
     computed = [images * (stage.forward + stage.backward) + 2 * stage.fixed for stage in stages]
-    reduced = [4 * all_reduce(FLOAT * images * stage.stream / max(stage.blocks, 1), layout.tensor,
-                              cluster.local_bandwidth, cluster.local_latency) * stage.blocks for stage in stages]
+    reduced = [_sums(cluster, layout, stage, images) for stage in stages]
+    if not _is_serial(cluster, layout):
+        waits = cluster.spread * slowest(layout.tensor)
+        reduced = [sums + waits * seconds for sums, seconds in zip(reduced, computed)]
     turns = [a + b for a, b in zip(computed, reduced)]
     compute, tensor = micro_batches * sum(computed) / count, micro_batches * sum(reduced) / count
     if _is_serial(cluster, layout):
@@ -192,8 +197,16 @@ def _passes(cluster: Cluster, layout: Layout, stages: Sequence[Stage], images: f
     bandwidth, latency = neighbours(cluster, layout)
     hops = [2 * (latency + FLOAT * images * stage.output / bandwidth) for stage in stages[:-1]]
     late = sum(hops) + (micro_batches - 1) * max(0.0, max(hops, default=0.0) - max(turns))
-    return {COMPUTE: compute, TENSOR: tensor, BUBBLE: (micro_batches - 1) * max(turns) + sum(turns) - compute - tensor,
-            ACTIVATIONS: late}
+    through = cluster.share * ((micro_batches - 1) * max(turns) + sum(turns))
+    return {COMPUTE: compute, TENSOR: tensor, BUBBLE: max(through - compute - tensor, 0.0), ACTIVATIONS: late}
+
+
+def _sums(cluster: Cluster, layout: Layout, stage: Stage, images: float) -> float:
+    """Seconds of a tensor group's sums for a micro-batch: two a block in each direction."""
+    size, count = FLOAT * images * stage.stream / max(stage.blocks, 1), 4 * stage.blocks
+    if cluster.kind == 'cpu' and layout.tensor > 1 and not _is_serial(cluster, layout):
+        return count * (MOVED * size / cluster.stream + cluster.local_latency)
+    return count * all_reduce(size, layout.tensor, cluster.local_bandwidth, cluster.local_latency)
 
 
 def neighbours(cluster: Cluster, layout: Layout) -> Tuple[float, float]:

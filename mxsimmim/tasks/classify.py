@@ -59,7 +59,8 @@ class ClassEvaluator:
         Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
         """
         values, own = self._measure(placement)
-        predicted = np.concatenate([np.array(part, int) for part in self._control.all_gather('predictions', own)])
+        everybody = self._control.mesh.by_data(self._control.all_gather('predictions', own))
+        predicted = np.concatenate([np.array(part, int) for parts in everybody for part in parts])
         matrix = metrics.confusion_matrix(self._labels, predicted, len(self._classes))
         scores = metrics.class_scores(self._labels, predicted, len(self._classes))
         text = self._text(values, scores, matrix)

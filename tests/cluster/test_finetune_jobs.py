@@ -57,6 +57,9 @@ def test_weights_are_those_of_one_process(launcher, folder, launch, keys):
         np.testing.assert_allclose(recorded(many, name), recorded(alone, name), rtol=1e-5)
 
 
+APART = ['--env', 'MXSIMMIM_FIRST_RANKS=0,1']  # as if on two hosts: ranks 0 and 3 are a pipeline, 1 and 2 another
+
+
 @pytest.mark.soak
 def test_evaluation_by_several(launcher, folder):
     """By three workers and two pipelines: words and file of one, but for speed; parts are not equally large.
@@ -74,7 +77,7 @@ def test_evaluation_by_several(launcher, folder):
     expected = file()
     head, first, *others = one.splitlines()
     assert first.startswith('top-1 ')
-    jobs = [['-n', 3, '-s', 1, '--', *words], ['-n', 4, '--horovod', '--', *words, 'parallel.pipeline=2'],
+    jobs = [['-n', 3, '-s', 1, '--', *words], ['-n', 4, '--horovod', *APART, '--', *words, 'parallel.pipeline=2'],
             ['-n', 2, '--horovod', '--', *words, 'parallel.tensor=2']]
     for job in jobs[:rounds(2, 3)]:
         told = launcher.run(*job)

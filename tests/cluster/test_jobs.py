@@ -115,7 +115,7 @@ def test_workers_with_other_images_are_told(launcher):
 @pytest.mark.parametrize('launch, keys, message, status', [
     (SERVERS, ['train.store=dist_async'], 'optim.clip_grad=0.5 cannot work with train.store=dist_async', 2),
     (SERVERS, ['data.worker_weights=[1,2,3]'], 'has 3 weights for 2 workers', 2),
-    (SERVERS, ['train.batch_size=3', 'train.accumulate=2'], 'a batch of 3 images is too small for 2 workers', 1),
+    (SERVERS, ['train.batch_size=3', 'train.accumulate=2'], 'train.batch_size=3 is less than 2 replicas of the mod', 2),
     (HOROVOD, ['train.store=dist_sync'], 'started as Horovod ranks', 2),
 ])
 def test_what_cannot_work_is_refused_at_the_start(launcher, launch, keys, message, status):

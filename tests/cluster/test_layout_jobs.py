@@ -3,28 +3,44 @@ import sys
 
 import pytest
 from support import machine
+from support.hosts import three_hosts
 from support.jobs import PROGRAMS
-from support.running import rounds
+from support.running import DEADLINE, rounds
 
 pytestmark = [pytest.mark.unmeasured, machine.natively]
 
-
-CASES = [
-    (4, 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2'),
-    (4, 'finetune,sharded,fp16', 'tensor=2'),
-    (3, 'pretrain', 'pipeline=3 micro_batches=4'),
-    (2, 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),
+LAYOUTS = ['--', sys.executable, '-W', 'ignore', PROGRAMS / 'layouts.py']
+CASES = [  # workers, the first rank of each host, cases, keys
+    (4, '0,1', 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2'),  # ranks 0 and 3, 1 and 2 are together
+    (4, '0', 'finetune,sharded,fp16', 'tensor=2'),
+    (3, '0', 'pretrain', 'pipeline=3 micro_batches=4'),
+    (2, '0', 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),
 ]
 IN_SOAK = [
-    (4, 'pretrain,finetune', 'pipeline=4 micro_batches=4'),
-    (4, 'pretrain,finetune,sharded,fp16', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),  # of two replicas
-    (4, 'finetune,sharded,fp16', 'pipeline=2 micro_batches=2'),
+    (4, '0', 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2'),
+    (4, '0', 'pretrain,finetune', 'pipeline=4 micro_batches=4'),
+    (4, '0', 'pretrain,finetune,sharded,fp16', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),  # of two replicas
+    (4, '0', 'finetune,sharded,fp16', 'pipeline=2 micro_batches=2'),
+    (4, '0,1', 'finetune,sharded,fp16', 'tensor=2'),
+    (6, '0,2,5', 'pretrain,finetune', 'pipeline=2 micro_batches=2'),  # a neighbour on the same host
 ]
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize('workers, cases, keys', rounds(CASES, CASES + IN_SOAK))
-def test_weights_are_those_of_one_process(launcher, workers, cases, keys):
+@pytest.mark.parametrize('workers, firsts, cases, keys', rounds(CASES, CASES + IN_SOAK))
+def test_weights_are_those_of_one_process(launcher, workers, firsts, cases, keys):
     """10 steps: weights, moments, averages, losses, evaluation; and who decodes images: no stage without need."""
-    launcher.run('-n', workers, '--horovod', '--', sys.executable, '-W', 'ignore', PROGRAMS / 'layouts.py', cases,
-                 *keys.split(), seconds=120)
+    launcher.run('-n', workers, '--horovod', '--env', f'MXSIMMIM_FIRST_RANKS={firsts}', *LAYOUTS, cases, *keys.split(),
+                 seconds=120)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`; others are in test_transparency.py, test_pipeline_jobs.py')
+@pytest.mark.parametrize('workers, keys', [
+    (2, 'tensor=2'), (4, 'pipeline=2 micro_batches=2'), (4, 'pipeline=2 tensor=2 micro_batches=2'),
+    (4, 'pipeline=4 micro_batches=4')])
+def test_layouts_over_two_hosts(launcher, tmp_path, workers, keys):
+    with three_hosts(tmp_path / 'hosts') as hosts:
+        (tmp_path / 'hostfile').write_text(f'host0\nhost1 slots={workers - 1}\n')
+        launcher.run('-n', workers, '-H', tmp_path / 'hostfile', '--horovod', *LAYOUTS, 'pretrain', *keys.split(),
+                     env=hosts.environ, seconds=DEADLINE)

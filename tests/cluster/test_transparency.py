@@ -20,6 +20,9 @@ SWIN = ['model.type=swin', 'model.img_size=32', 'model.embed_dim=8', 'model.dept
         'model.window_size=4']
 
 
+UNEVEN = (1, 3), 'rank 0 on host0 (part 1 of 2), rank 3 on host1 (part 2 of 2), rank 1 on host1 (part 1 of 2), rank 2'
+
+
 def weights(run):
     return vector(run, 10)
 
@@ -67,6 +70,7 @@ CASES = [
 IN_SOAK = [  # of which there is more, or as much elsewhere, among the others
     (SERVERS, ['train.store=dist_device_sync'], []),
     (HOROVOD, [], []),
+    (SERVERS, [TWO_DEVICES, *TENSOR], []),
     (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, *PIPELINE], SGD),
     (SERVERS, ['train.aggregation=local_sgd', 'train.local_steps=1', TWO_DEVICES, *TENSOR], SGD),
     (FOUR, PIPELINE, SWIN),
@@ -103,13 +107,16 @@ def test_hosts_of_several_horovod_ranks(launcher, alone, tmp_path):
     assert sent < 1.2 * 10 * expected.nbytes
 
 
-def test_hosts_of_a_tensor_group_each(launcher, alone, tmp_path):
-    """Two replicas in two parts: what a host's workers compute together they hold together."""
+@pytest.mark.soak
+@pytest.mark.parametrize('slots, table', rounds([UNEVEN], [UNEVEN, (
+    (2, 2), 'rank 1 on host0 (part 2 of 2), rank 2 on host1 (part 1 of 2)')]))
+def test_hosts_of_tensor_groups(launcher, alone, tmp_path, slots, table):
+    """Two replicas in two parts: where hosts have room for a group, it is on one."""
     with three_hosts(tmp_path / 'hosts') as hosts:
-        (tmp_path / 'hostfile').write_text('host0 slots=2\nhost1 slots=2\n')
+        (tmp_path / 'hostfile').write_text(''.join(f'host{n} slots={count}\n' for n, count in enumerate(slots)))
         told = launcher.run(*FOUR, '-H', tmp_path / 'hostfile', '--', *PRETRAIN, *TEN_STEPS, *TENSOR, 'name=many',
                             'data.worker_weights=[3,1]', env=hosts.environ)
-    assert 'rank 1 on host0 (part 2 of 2), rank 2 on host1 (part 1 of 2)' in told[0] + told[1]
+    assert table in told[0] + told[1]
     many, one = launcher.folder / 'runs' / 'many', alone(())
     expected = weights(one)
     assert np.linalg.norm(weights(many) - expected) / np.linalg.norm(expected) < 1e-5

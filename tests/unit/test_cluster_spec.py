@@ -146,7 +146,6 @@ def test_the_environment_of_horovod():
                            'MXSIMMIM_CONTROL': '10.0.0.1:9001'}
     by_mpi = environments(spec, mpi=True)[0]
     assert by_mpi['HOROVOD_RANK'] == '0' and not any('GLOO' in name or 'CONTROLLER' in name for name in by_mpi)
-    assert environments(job(3, horovod=True, gpus=True))[0]['MXSIMMIM_FIRST_RANKS'] is None
 
 
 def test_gpus_are_divided_among_the_workers_of_a_host():

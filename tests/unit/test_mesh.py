@@ -1,10 +1,11 @@
 """Coordinates and groups, written down."""
+import random
 import re
 
 import pytest
 
 from mxsimmim.config import ParallelConfig
-from mxsimmim.parallel.mesh import AXES, Mesh, mesh_of
+from mxsimmim.parallel.mesh import AXES, Mesh, mesh_of, seated
 from mxsimmim.runtime.process import ALONE, ProcessInfo
 
 # rank -> coordinates of pipeline, data, tensor in a job of 2 x 3 x 2
@@ -115,3 +116,51 @@ def test_stages_that_fit_nothing_are_refused(process, stages, devices, message):
     with pytest.raises(ValueError, match=f'^parallel.pipeline={stages} ') as told:
         mesh_of(process, ParallelConfig(pipeline=stages), devices)
     assert re.search(message, str(told.value)), told.value
+
+
+@pytest.mark.parametrize('hosts, sizes, expected', [
+    ('aabb', (1, 2, 2), [(0, 1), (2, 3)]),
+    ('aaab', (1, 2, 2), [(0, 1), (2, 3)]),  # one group has to be on both
+    ('abbb', (1, 2, 2), [(0, 3), (1, 2)]),
+    ('aaabbbcc', (1, 4, 2), [(0, 1), (2, 5), (3, 4), (6, 7)]),
+    ('abbcc', (1, 5, 1), [(0,), (1,), (2,), (3,), (4,)]),
+    ('aabbbbbcc', (1, 3, 3), [(0, 1, 5), (2, 3, 4), (6, 7, 8)]),
+    ('abcd', (1, 2, 2), [(0, 1), (2, 3)]),
+    ('abbb', (2, 1, 2), [(0, 3), (1, 2)]),
+    ('aaaabbbb', (2, 2, 2), [(0, 1), (2, 3), (4, 5), (6, 7)]),
+    # The second stage: a neighbour on the same host, where there is one.
+    ('aabbbc', (2, 3, 1), [(0,), (1,), (2,), (4,), (5,), (3,)]),
+    ('aaabbb', (3, 2, 1), [(0,), (1,), (2,), (3,), (5,), (4,)]),
+    ('aaaa', (4, 1, 1), [(0,), (1,), (2,), (3,)]),
+])
+def test_who_sits_where(hosts, sizes, expected):
+    """Tensor groups, one after another along `data`, then `pipeline`."""
+    assert seated(hosts, *sizes) == tuple(rank for group in expected for rank in group)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_no_more_tensor_groups_are_divided_than_must_be(seed):
+    rng = random.Random(seed)
+    print('seed', seed)
+    pipeline, data, tensor = (rng.randint(1, 4) for _ in range(3))
+    hosts = sorted(rng.choices(range(5), k=pipeline * data * tensor))
+    seats = seated(hosts, pipeline, data, tensor)
+    assert sorted(seats) == list(range(len(hosts))) and seats[0] == 0
+    mesh = Mesh(pipeline, data, tensor, seats=seats)
+    whole = sum(len({hosts[rank] for rank in group}) == 1 for group in mesh.groups('tensor'))
+    assert whole >= sum(hosts.count(host) // tensor for host in set(hosts))
+
+
+def test_a_mesh_with_seats():
+    """2 x 2 x 2 over hosts of one, three and four slots."""
+    process = JOB._replace(rank=3, firsts=(0, 1, 4))
+    mesh = mesh_of(process, ParallelConfig(pipeline=2, tensor=2), 1)
+    assert mesh == Mesh(2, 2, 2, 3, seats=(0, 3, 1, 2, 4, 5, 6, 7))
+    assert tuple(map(mesh.coordinate, AXES)) == (0, 0, 1)
+    assert mesh.group('tensor') == (0, 3) and mesh.group('pipeline') == (3, 5) and mesh.group('data') == (3, 2)
+    assert mesh.groups('tensor') == [(0, 3), (1, 2), (4, 5), (6, 7)] and mesh.groups('data')[:2] == [(0, 1), (3, 2)]
+    assert mesh.group('data', 'tensor') == (0, 3, 1, 2) and mesh.group(*AXES) == mesh.seats
+    assert mesh.by_data('abcdefgh') == [list('adef'), list('bcgh')]
+    assert [mesh._replace(rank=rank).reports for rank in range(8)] == [rank in (4, 6) for rank in range(8)]
+    assert [mesh._replace(rank=rank).begins for rank in range(8)] == [rank in (0, 1) for rank in range(8)]
+    assert mesh_of(process, ParallelConfig(), 1) == Mesh(data=8, rank=3)

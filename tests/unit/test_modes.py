@@ -80,6 +80,13 @@ def test_modes(process, keys, expected):
     (HOROVOD._replace(size=1), {'parallel': SHARDED}, 'here each worker holds weights of its own: start more'),
     (HOROVOD, {'devices': ['cpu(0)'], 'parallel': {'pipeline': 2, **SHARDED}},
      r'here each worker holds weights of its own \(parallel.pipeline=2\): start more of them, or leave it out'),
+    (HOROVOD._replace(size=4), {'devices': ['cpu(0)'], 'batch_size': 12, 'parallel': {'pipeline': 2}},
+     'train.batch_size=12 is less than 2 replicas of the model x train.accumulate=1 x parallel.micro_batches=8: raise'),
+    (PS, {'devices': ['cpu(0)'], 'parallel': {'tensor': 2}}, 'parallel.tensor=2 with one device a worker puts the pa'),
+    (HOROVOD, {'devices': ['cpu(0)'], 'aggregation': 'elastic', 'parallel': {'tensor': 2}},
+     'train.aggregation=elastic cannot work with parallel.tensor=2 over several workers'),
+    (PS, {'batch_size': 3, 'accumulate': 2},
+     'train.batch_size=3 is less than 2 replicas of the model x train.accumulate=2: raise it, or lower one of these'),
     (PS, {'weights': (1, 2, 3)}, r'data.worker_weights=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
 ])
 def test_what_cannot_work_is_refused_by_name(process, keys, message):

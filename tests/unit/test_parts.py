@@ -74,9 +74,10 @@ def test_rank_0_hands_out_what_each_stage_wants():
             np.testing.assert_array_equal(own[name], value)
 
 
-def test_parts_of_stages_on_their_way_to_rank_0_and_back():
+@pytest.mark.parametrize('seats', [(), (0, 7, 2, 9, 10, 11, 6, 1, 8, 3, 5, 4)])
+def test_parts_of_stages_on_their_way_to_rank_0_and_back(seats):
     """2 stages in 3 parts, of 2 replicas; the first part has a bias more."""
-    mesh = Mesh(2, 2, 3)
+    mesh = Mesh(2, 2, 3, seats=seats)
     rng = np.random.default_rng(4)
     whole = {f'mean.blocks.{stage}.{name}': rng.random(shape, 'float32') for stage in range(2) for name, shape in (
         ('attn.qkv.weight', (18, 2)), ('attn.proj.weight', (2, 6)), ('attn.proj.bias', (2,)), ('norm1.weight', (2,)))}
@@ -192,7 +193,11 @@ def test_who_holds_which_part_is_written():
     assert mesh_table(Mesh(1, 2, 2), [slice(0, 14)], 'aabb').splitlines() == [
         '2 parts x 2 replicas of the model', '  blocks 0 to 11, rank 0 on a (part 1 of 2), rank 1 on a (part 2 of 2), '
         'rank 2 on b (part 1 of 2), rank 3 on b (part 2 of 2)']
-    assert 'give each host slots that are a multiple of 2' in mesh_table(Mesh(1, 2, 2), [slice(0, 14)], 'aaab')
+    assert mesh_table(Mesh(1, 2, 2, seats=(0, 3, 1, 2)), [slice(0, 14)], 'abbb').splitlines()[1:] == [
+        '  blocks 0 to 11, rank 0 on a (part 1 of 2), rank 3 on b (part 2 of 2), rank 1 on b (part 1 of 2), '
+        'rank 2 on b (part 2 of 2)',
+        '  parts of a block are on several hosts (ranks 0 and 3), and every sum of theirs goes over the network: give '
+        'each host slots that are a multiple of 2']
     assert mesh_table(Mesh(2, 1, 2), [slice(0, 3), slice(3, 6)], 'aabb').splitlines() == [
         '2 stages x 2 parts x 1 replica of the model',
         '  stage 0: blocks 0 to 1, rank 0 on a (part 1 of 2), rank 1 on a (part 2 of 2)',

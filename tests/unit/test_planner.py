@@ -78,6 +78,44 @@ def test_bubble_in_closed_form(stages, micro_batches):
     assert parts[costs.BUBBLE] / (3 * turns) == pytest.approx((stages - 1) / turns)
 
 
+@pytest.mark.parametrize('stages, micro_batches, turns', [(2, 2, 3), (4, 4, 8), (4, 1, 4), (8, 4, 16), (2, 8, 9)])
+def test_stages_that_wait_leave_their_cores_to_others(stages, micro_batches, turns):
+    """On two cores: of four stages each has half of one; `turns` are those of a stage that has a core alone."""
+    share = min(1, 2 / stages)
+    stage = costs.Stage(1 / share, 2 / share, 0, ((2 / share, 0, 10),), 10, 0, 0, 0, 1, 0, 0)
+    cpus = Cluster(1, stages, kind='cpu', share=share)
+    parts = costs._passes(cpus, Layout(1, stages, 1, micro_batches), [stage] * stages, 1)
+    assert parts[costs.COMPUTE] + parts[costs.BUBBLE] == pytest.approx(3 * turns)
+
+
+@pytest.mark.parametrize('members, expected', [(1, 0), (2, 1 / math.pi ** 0.5), (3, 1.5 / math.pi ** 0.5), (8, 1.4236)])
+def test_the_slowest_of_several(members, expected):
+    assert cl.slowest(members) == pytest.approx(expected, rel=0.06)
+
+
+def test_a_tensor_group_waits_for_the_slowest():
+    """Of 2 + 4 seconds, four sums of 1,000 numbers; contexts of one process do not wait for each other."""
+    stage = costs.Stage(2, 4, 0, ((4, 0, 10),), 10, 0, 0, 0, 1, 1000, 0)
+    cpus = Cluster(1, 2, kind='cpu', spread=0.1, stream=1e4, local_latency=0.01, local_bandwidth=1e5)
+    parts = costs._passes(cpus, Layout(1, 1, 2, store='horovod'), [stage], 1)
+    assert parts[costs.COMPUTE] == 6
+    assert parts[costs.TENSOR] == pytest.approx(4 * (6 * 4000 / 1e4 + 0.01) + 6 * 0.1 * cl.slowest(2))
+    parts = costs._passes(cpus, Layout(1, 1, 2, contexts=2), [stage], 1)
+    assert parts[costs.TENSOR] == pytest.approx(4 * cl.all_reduce(4000, 2, 1e5, 0.01))
+    assert costs._passes(cpus, Layout(2, store='horovod'), [stage], 1)[costs.TENSOR] == 0
+
+
+def test_spread_of_a_measurement(monkeypatch):
+    """That of a normal distribution, which few that took long do not change."""
+    rng = np.random.default_rng(5)
+    seconds = iter([9.0, *rng.normal(0.2, 0.02, 4000), 50.0])
+    monkeypatch.setattr(calibrate, 'undisturbed', lambda function: next(seconds))
+    now = itertools.count()
+    monkeypatch.setattr(calibrate.time, 'perf_counter', lambda: next(now) / 4000)
+    median, spread = calibrate.typical(lambda: None)
+    assert median == pytest.approx(0.2, rel=0.01) and spread == pytest.approx(0.1, rel=0.05)
+
+
 def test_activations_in_flight_are_those_of_the_schedule():
     for name, stages, micro_batches in itertools.product(schedules.SCHEDULES, range(2, 6), range(1, 8)):
         layout = Layout(1, stages, 1, micro_batches)
@@ -347,18 +385,20 @@ def test_calibration_of_this_machine(capsys):
     assert cluster['images'] is None  # the digits are no files
     assert 1e7 < cluster['local_bandwidth'] < 1e12 and 1e-7 < cluster['local_latency'] < 1e-2
     assert 1e8 < cluster['stream'] < 1e13 and 1e-7 < cluster['call'] < 1e-2
-    assert 0.15e9 < cluster['resident'] < 0.6e9
+    assert 0.15e9 < cluster['resident'] < 0.6e9 and 0 < cluster['spread'] < 2 and cluster['share'] <= 1
 
 
 @pytest.mark.parametrize('devices, share', [(1, 1), (2, 1), (4, 0.5)])
 def test_devices_that_share_cores(devices, share, monkeypatch):
     """Each was counted the seconds of the CPU that it had: of four on two cores, half of those that pass."""
     monkeypatch.setattr(calibrate, 'loopback', lambda: (1e9, 1e-5))
-    own = {'stream': 1e10, 'call': 1e-6, 'resident': 3e8, 'images': 100.0, 'rates': [['mlp', 8, 1, 1e11]]}
+    own = {'stream': 1e10, 'call': 1e-6, 'resident': 3e8, 'images': 100.0, 'spread': 0.1,
+           'rates': [['mlp', 8, 1, 1e11]]}
     machine = calibrate.machine([own] * devices, cores=2)
     assert machine.rates == ((('mlp', 8, 1), share * 1e11),) and machine.speed == share * 1e11
     assert (machine.stream, machine.call, machine.resident) == (share * 1e10, 1e-6 / share, 3e8)
     assert machine.images == share * 100 * devices and machine.size == devices
+    assert (machine.share, machine.spread) == (share, 0.1)
 
 
 def test_reading_images():

@@ -100,6 +100,8 @@ def test_stages():
     (['parallel.pipeline=2', 'parallel.split=[12, 0]'], 'split=[12, 0] must give each of the 2 stages'),
     (['parallel.pipeline=2', 'parallel.split=[3, 4]'], 'divides 7 blocks, and the network has 12'),
     (['parallel.pipeline=2', 'train.batch_size=4'], 'train.batch_size=4 is less than parallel.micro_batches=8'),
+    (['parallel.pipeline=2', 'devices=[cpu(0),cpu(1),cpu(2),cpu(3)]', 'train.batch_size=8', 'train.accumulate=8',
+      'parallel.micro_batches=1'], 'train.batch_size=8 is less than 2 groups of devices x train.accumulate=8'),
     (['parallel.pipeline=2', 'devices=[cpu(0),cpu(1),cpu(2)]'], 'names 3: name more of them with devices=[…]'),
 ])
 def test_what_cannot_work_is_told(tmp_path, keys, told):
