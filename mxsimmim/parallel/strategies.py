@@ -170,6 +170,9 @@ def _mesh(strategy: Strategy, config: Config, mesh: Mesh) -> Refusals:
         (several and weights == 'auto',
          f'data.worker_weights=auto cannot work with {keys} over several workers, of which the slowest of a replica '
          'sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
+        (config.train.compression != 'none' and mesh.data == 1,
+         f'train.compression={config.train.compression} is for gradients that replicas of the model add up, and '
+         f'{keys} makes one of the {mesh.size} workers: set train.compression=none, or start more of them'),
         (config.parallel.shard_optimizer and mesh.data == 1,
          f'{SHARDED} divides moments among the workers that hold the same weights, and here each worker '
          f'holds weights of its own{f" ({keys})" * several}: start more of them, or leave it out'),

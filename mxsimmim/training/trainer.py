@@ -216,11 +216,12 @@ class Trainer:
         """
         with self._other_work(), self.update_rule.consolidated_weights():
             self.saver.wait_for_turn()
+            own = self.update_rule.own_state()  # of each worker, who speak to each other here
             moments = self.update_rule.state_dict()  # to which every worker contributes
-            own = self.update_rule.own_state()
-            apart = {'workers': own.gathered()} if own else {}  # and to this
             averaged = {'ema': self.average.arrays} if self.average else {}
-            arrays = {**self._whole(weights=self._weights, optimizer=lambda: moments, **averaged), **apart}
+            arrays = self._whole(weights=self._weights, optimizer=lambda: moments, **averaged)
+            if own:
+                arrays['workers'] = own.gathered()
             if self.control.rank == 0:
                 fill = functools.partial(checkpoint.fill, folder_of(self.config) / 'checkpoints', self.step, arrays,
                                          self.state_dict())

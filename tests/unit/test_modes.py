@@ -80,6 +80,8 @@ def test_modes(process, keys, expected):
     (HOROVOD._replace(size=1), {'parallel': SHARDED}, 'here each worker holds weights of its own: start more'),
     (HOROVOD, {'devices': ['cpu(0)'], 'parallel': {'pipeline': 2, **SHARDED}},
      r'here each worker holds weights of its own \(parallel.pipeline=2\): start more of them, or leave it out'),
+    (HOROVOD, {'devices': ['cpu(0)'], 'parallel': {'pipeline': 2}, 'compression': '2bit'},
+     'train.compression=2bit is for gradients .* parallel.pipeline=2 makes one of the 2 workers: set train.compress'),
     (PS, {'weights': (1, 2, 3)}, r'data.worker_weights=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
 ])
 def test_what_cannot_work_is_refused_by_name(process, keys, message):
