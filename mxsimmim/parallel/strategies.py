@@ -4,7 +4,7 @@ Each choice declares what it can do, and one checker, `strategy_of`, refuses wha
 """
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from ..config import Config
+from ..config import Config, ConfigError
 from ..runtime.process import ProcessInfo
 from .mesh import Mesh, mesh_of
 
@@ -71,7 +71,7 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
     """Choose the strategy of this process, which has so many devices; None: as many as `config.devices` names.
 
     Raises:
-        ValueError: naming the keys that do not go together, and what to use instead.
+        ConfigError: naming the keys that do not go together, and what to use instead.
     """
     train = config.train
     store: str = train.store
@@ -84,13 +84,13 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
     for check in (_transport, _aggregation, _compression, _shard_optimizer):
         for wrong, message in check(strategy, config, process):
             if wrong:
-                raise ValueError(message)
+                raise ConfigError(message)
     if devices is None and config.devices != 'auto':
         devices = len(config.devices)
     if devices is not None or config.parallel.devices == 1:  # or only the worker itself can tell
         for wrong, message in _mesh(strategy, config, mesh_of(process, config.parallel, devices or 1)):
             if wrong:
-                raise ValueError(message)
+                raise ConfigError(message)
     return strategy
 
 
