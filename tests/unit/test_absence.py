@@ -170,3 +170,10 @@ def test_a_host_whose_processes_fail_again_and_again(run, tmp_path):
         *killed, 'restart in 0.05', *killed, 'restart in 0.1',
         'left out for now: host b, which 2 failures in a row came from; the job goes on with 2 of 3 workers',
         'host b is back: after the next checkpoint the job goes on with 3 workers']
+
+
+def test_agents_that_are_slow_to_start(run, monkeypatch):
+    """Signs of life wait for them: pieces of one behind its program would be the end of an agent."""
+    monkeypatch.setattr(attempt, 'PING', 0.01)
+    monkeypatch.setitem(globals(), 'AGENT', [*AGENT[:2], 'sleep 0.5; ' + AGENT[2], *AGENT[3:]])
+    assert run('exit 0')[0] == 0
