@@ -99,7 +99,7 @@ class Attempt:
         slept = now - self.pinged > 2 * PING  # suspended (Ctrl-Z): the silence was ours
         self.pinged = now
         for agent in self.agents:
-            if agent.is_open:
+            if agent.speaks:
                 agent.send(do='ping')
                 agent.heard = now if slept else agent.heard
                 if self.running and now - agent.heard > SILENCE:

@@ -147,6 +147,11 @@ class AgentConnection:
         """Whether messages can be sent to the agent."""
         return self.messages is not None and self.messages.open
 
+    @property
+    def speaks(self) -> bool:
+        """Whether the agent runs. What is sent before, its Python may take off the pipe together with its program."""
+        return self.is_open and self.messages is not None and not self.messages.opening
+
     def open(self, argv: Sequence[str]) -> None:
         """Start the agent by a command whose standard input and output carry the messages.
 

@@ -4,6 +4,7 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 from mxsimmim.cluster.outcome import LAST_LINES, Outcome, describe_code, exit_status, summary
 
 SOONEST, LATEST = 1.0, 60.0  # seconds until the next attempt: twice as long after each failure without progress
+OFTEN = 2  # failures in a row, for which one host is to blame, until the job goes on without it
 LONGEST = 300  # characters of a line
 USAGE = 2  # exit status of a command that refuses its words or its configuration
 
@@ -14,8 +15,9 @@ class Failure(NamedTuple):
     causes: Sequence[str]  # for the user, a line each
     checkpoint: int = -1  # step of the newest that it wrote; -1: it wrote none
     error: Optional[Tuple[str, int]] = None  # the exception that began it, and after how many steps; None: no exception
-    reduced: bool = False  # the job had fewer hosts than it was given
+    reduced: bool = False  # the job had fewer workers than asked for, since hosts were away
     gone: Sequence[Mapping[str, Any]] = ()  # workers that ended by themselves: rank, host, why
+    host: str = ''  # that is to blame, if it is one
 
 
 class Decision(NamedTuple):
@@ -31,13 +33,35 @@ def failure_of(outcome: Outcome) -> Failure:
     error = (report['error'], report.get('step', 0)) if 'error' in report else None
     gone = tuple({'rank': exit.process.index, 'host': exit.host, 'why': describe_code(exit.code)}
                  for exit in outcome.failed if exit.process.role == 'worker')
-    return Failure(exit_status(outcome), summary(outcome), outcome.checkpoint, error, gone=gone)
+    return Failure(exit_status(outcome), summary(outcome), outcome.checkpoint, error, gone=gone,
+                   host=host_to_blame(outcome))
+
+
+def host_to_blame(outcome: Outcome) -> str:
+    """Name the one host that was lost, or that has a process which was stopped, was killed or met an error first.
+
+    Returns:
+        '' where that is none or several, or where the first process that ended speaks of others, or of what else may be
+        mended, such as a full disk.
+    """
+    hosts = {host for host, _ in outcome.lost} or {host for _, host in outcome.stopped}
+    first = outcome.failed[0] if outcome.failed else None
+    if first and not hosts and (first.code < 0 or 'error' in first.report):
+        hosts = {first.host}
+    return hosts.pop() if len(hosts) == 1 else ''
+
+
+def failing_host(failures: Sequence[Failure]) -> str:
+    """Name the host that all of the last `OFTEN` failures, without progress in between, came from; '' if none."""
+    hosts = {failure.host for failure in failures[-OFTEN:]}
+    often = len(failures) >= OFTEN and without_progress(failures) >= OFTEN - 1
+    return hosts.pop() if often and len(hosts) == 1 else ''
 
 
 def decide(failures: Sequence[Failure], most: int) -> Decision:
     """Choose what follows the last of a job's failures, in their order.
 
-    What a job refuses with fewer hosts, such as a mesh that does not divide its workers, it may take with all.
+    What a job refuses with fewer workers, such as a mesh that does not divide them, it may take with all.
 
     Args:
         most: restarts without progress, which is a newer checkpoint than any before.

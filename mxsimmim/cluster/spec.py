@@ -70,14 +70,16 @@ def place_processes(spec: JobSpec, hosts: Sequence[Host]) -> List[Process]:
             + [Process('scheduler', 0, 0)])
 
 
-def without(spec: JobSpec, away: AbstractSet[Host]) -> Optional[JobSpec]:
+def without(spec: JobSpec, away: AbstractSet[Host], refused: AbstractSet[int] = frozenset()) -> Optional[JobSpec]:
     """Describe what is left of a job while some of its hosts are away.
 
     Each other host keeps the workers that it has in the whole job, and takes more up to its slots: in all, never more
-    than asked for. No host gets more servers than the whole job would give it.
+    than asked for, and no number of them that the command has `refused`. No host gets more servers than the whole job
+    would give it.
 
     Returns:
-        the job on the other hosts, in their order; None if they have no place for `min_workers` workers.
+        the job on the other hosts, in their order, with as many workers as there is place for; None if these are less
+        than `min_workers`.
     """
     if not away or not spec.min_workers:
         return None if away else spec
@@ -85,9 +87,10 @@ def without(spec: JobSpec, away: AbstractSet[Host]) -> Optional[JobSpec]:
     left = [number for number, host in enumerate(spec.hosts) if host not in away]
     workers = min(spec.workers, sum(max(spec.hosts[number].slots, whole.count(number)) for number in left))
     servers = min(spec.servers, len(left) * -(-spec.servers // len(spec.hosts)))
-    if workers < spec.min_workers:
+    taken = set(range(spec.min_workers, workers + 1)) - refused
+    if not taken:
         return None
-    return replace(spec, hosts=tuple(spec.hosts[number] for number in left), workers=workers, servers=servers)
+    return replace(spec, hosts=tuple(spec.hosts[number] for number in left), workers=max(taken), servers=servers)
 
 
 def regroup(processes: Sequence[Process], names: Sequence[str]) -> List[Process]:

@@ -12,9 +12,9 @@ from mxsimmim.cluster.connections import HostError
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.outcome import Outcome, exit_status, summary
 from mxsimmim.cluster.prepare import ConfigurationError
-from mxsimmim.cluster.restarts import USAGE, Failure, brief, decide, failure_of, history
+from mxsimmim.cluster.restarts import OFTEN, USAGE, Failure, brief, decide, failing_host, failure_of, history
 from mxsimmim.cluster.run_status import tell_failure
-from mxsimmim.cluster.spec import JobSpec, without
+from mxsimmim.cluster.spec import JobSpec
 from mxsimmim.cluster.terminal import Terminal
 from mxsimmim.system.notify import send
 
@@ -53,11 +53,11 @@ class Supervisor:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, stop, number)
         loop.add_signal_handler(signal.SIGTSTP, self.terminal.say, 'a job cannot be suspended; Ctrl-C ends it')
-        absence = Absence(spec, self.backend, lambda host: self._is_back(host, left(spec, absence)))
+        absence = Absence(spec, self.backend, lambda host: self._is_back(host, left(absence)))
         try:
             return await self._attempts(spec, absence, stopped)
         finally:
-            await absence.end()
+            await absence.forget()
 
     async def _attempts(self, spec: JobSpec, absence: Absence, stopped: 'asyncio.Future[int]') -> int:
         """Make attempts until there is no other; `stopped` has the signal by which the user ends them."""
@@ -65,12 +65,14 @@ class Supervisor:
         restarts: List[Tuple[float, str]] = []
         written = -1  # step of the newest checkpoint
         while True:
-            job = left(spec, absence)
+            job = left(absence)
             failure: Optional[Failure] = None
             try:
                 outcome = await self._attempt(job, absence, stopped, restarts, written)
             except ValueError as error:
-                if isinstance(error, HostError) and self._leave_out(error, spec, absence):
+                if isinstance(error, HostError) and self._leave_out(error, absence):
+                    continue
+                if isinstance(error, ConfigurationError) and await self._with_fewer(job, absence, error):
                     continue
                 if not failures and not restarts:
                     raise
@@ -85,11 +87,15 @@ class Supervisor:
                         await self._tell(event='end', status=exit_status(outcome))
                         return exit_status(outcome)
                     failure = failure_of(outcome)
+                    if failure.status == USAGE and await self._with_fewer(job, absence):
+                        continue
             if failure:
-                failures.append(failure._replace(checkpoint=written, reduced=job != spec))
+                failures.append(failure._replace(checkpoint=written, reduced=job.workers < spec.workers))
                 decision = decide(failures, spec.max_restarts)
                 if decision.why:
                     self.terminal.say(decision.why)
+                if decision.seconds is not None:
+                    self._leave_out_failing(failing_host(failures), absence)
                 self._mark(spec, failure, decision.seconds)
                 await self._tell(event='failure', causes=list(failure.causes), restart_in=decision.seconds)
                 if decision.seconds is None:
@@ -99,7 +105,7 @@ class Supervisor:
                 if stopped.done():
                     self._mark(spec, failure, None)
             if not stopped.done():
-                cause = brief(failure) if failure else returned(job, left(spec, absence))
+                cause = brief(failure) if failure else returned(job, left(absence))
                 restarts.append((round(time.time(), 3), cause))
                 await self._tell(event='restart', number=len(restarts), cause=cause)
 
@@ -115,14 +121,38 @@ class Supervisor:
         finally:
             self.attempt = None
 
-    def _leave_out(self, error: HostError, spec: JobSpec, absence: Absence) -> bool:
+    def _leave_out(self, error: HostError, absence: Absence) -> bool:
         """Go on without the hosts that a start failed on, if enough are left, and say so."""
-        job = without(spec, absence.hosts | error.hosts)
+        job = absence.job(error.hosts)
         if not job:
             return False
         absence.add(error.hosts)
-        self.terminal.say(*str(error).splitlines(), f'left out for now: {names(error.hosts)}; the job goes on with '
-                          f'{job.workers} of {spec.workers} workers')
+        self.terminal.say(*str(error).splitlines(), f'left out for now: {names(error.hosts)}; {goes_on(job, absence)}')
+        return True
+
+    def _leave_out_failing(self, name: str, absence: Absence) -> None:
+        """Go on without the host of this name, if there is one and enough are left, and say so."""
+        hosts = frozenset(host for host in absence.spec.hosts if host.name == name)
+        job = absence.job(hosts) if len(hosts) == 1 else None  # another port is another host
+        if job:
+            absence.add(hosts, failing=True)
+            self.terminal.say(f'left out for now: {names(hosts)}, which {OFTEN} failures in a row came from; '
+                              f'{goes_on(job, absence)}')
+
+    async def _with_fewer(self, job: JobSpec, absence: Absence, error: Optional[ValueError] = None) -> bool:
+        """Go on with fewer workers than the command has refused, with this error, while hosts are away, and say so.
+
+        Where there are no fewer that it may take, the job needs all hosts from now on.
+        """
+        if job.workers == absence.spec.workers:
+            return False
+        absence.refused.add(job.workers)
+        fewer = absence.job()
+        if not fewer:
+            await absence.forget()
+            return False
+        self.terminal.say(*str(error or '').splitlines(),
+                          f'the command refuses {job.workers} workers; {goes_on(fewer, absence)}')
         return True
 
     def _is_back(self, host: Host, job: JobSpec) -> None:
@@ -152,11 +182,16 @@ def _not_started(error: ValueError) -> Failure:
     return Failure(USAGE if isinstance(error, ConfigurationError) else 1, lines)
 
 
-def left(spec: JobSpec, absence: Absence) -> JobSpec:
+def left(absence: Absence) -> JobSpec:
     """Describe what is left of a job without the hosts that are away."""
-    job = without(spec, absence.hosts)
+    job = absence.job()
     assert job, 'no host is left out that it needs'
     return job
+
+
+def goes_on(job: JobSpec, absence: Absence) -> str:
+    """Say how many workers a job goes on with."""
+    return f'the job goes on with {job.workers} of {absence.spec.workers} workers'
 
 
 def returned(before: JobSpec, after: JobSpec) -> str:

@@ -2,7 +2,7 @@
 from itertools import groupby
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..config import ParallelConfig
+from ..config import ConfigError, ParallelConfig
 from ..runtime.process import ProcessInfo
 
 AXES = ('pipeline', 'data', 'tensor')
@@ -79,7 +79,7 @@ def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mes
     parallelism takes what is left.
 
     Raises:
-        ValueError: the parts do not fit the devices or the workers, or parameter servers are between these.
+        ConfigError: the parts do not fit the devices or the workers, or parameter servers are between these.
     """
     needed, keys = parallel.devices, parallel.described
     if devices % needed == 0:
@@ -88,15 +88,15 @@ def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mes
         parallel.check_devices(devices, f'here are {devices}')
     needed //= devices  # workers
     if process.size == 1:
-        raise ValueError(f'{keys} needs {needed} devices a worker, or a multiple, and here is 1: name them with '
+        raise ConfigError(f'{keys} needs {needed} devices a worker, or a multiple, and here is 1: name them with '
                          f'devices=[…], or start as many workers of one device: tools/launch.py --horovod -n {needed}')
     if process.transport != 'horovod':
         have = 'one device' if devices == 1 else f'{devices} devices'
-        raise ValueError(f'{keys} with {have} a worker puts the parts of a model into several workers, and a '
+        raise ConfigError(f'{keys} with {have} a worker puts the parts of a model into several workers, and a '
                          'parameter server waits for the same gradients of all: start the job with tools/launch.py '
                          '--horovod, or give each worker a device a part with devices=[…]')
     if process.size % needed:
-        raise ValueError(f'{keys} does not divide the {process.size} workers: start a multiple of {needed}, or change '
+        raise ConfigError(f'{keys} does not divide the {process.size} workers: start a multiple of {needed}, or change '
                          'it')
     mesh = Mesh(parallel.pipeline, process.size // needed, parallel.tensor // devices, process.rank)
     hosts = [sum(first <= rank for first in process.firsts) for rank in range(process.size)]

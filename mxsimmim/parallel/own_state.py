@@ -7,6 +7,8 @@ from ..models import ParameterSpec, joined
 from ..system.arrays import Arrays, Gathered
 from .communicators import Communicator, Copies, Handle
 
+PIECE = 1 << 20  # numbers that travel at once
+
 
 class Kind(NamedTuple):
     """One array a parameter of each worker's own, such as its residuals, that the parameters' gradients can hold."""
@@ -96,3 +98,89 @@ class OwnState:
                 if self._communicator.rank == 0:
                     values = [spec.parameter.list_grad()[0].asnumpy() for spec in self._specs]
                     yield from joined(self._specs, values).values()
+
+
+
+Shapes = Dict[str, Tuple[int, ...]]
+
+
+class OwnStateOfParts:
+    """As `OwnState`, where several workers hold a model together: each has arrays of its own parts' shapes.
+
+    By `NUMBER.KIND.KEY`, with the key of the part; for a job of the same mesh. Since gradients of different workers
+    have different shapes, the arrays of a worker travel one after another, in pieces of `PIECE` numbers.
+    """
+
+    def __init__(self, communicator: Communicator, piece: Handle, specs: Sequence[ParameterSpec],
+                 kinds: Mapping[str, Kind]):
+        """`communicator` is that of all workers, `piece` (PIECE,) an array of it, `specs` are this worker's own.
+
+        All workers make this at once.
+        """
+        self._communicator, self._control, self._handle = communicator, communicator.control, piece
+        self._specs, self._kinds = [spec for spec in specs if spec.trainable], kinds
+        told = self._control.all_gather('shapes of the parts', {spec.key: spec.parameter.shape for spec in self._specs})
+        self._shapes: List[Shapes] = [  # of the arrays of each worker, by their names
+            {f'{worker}.{kind}.{key}': tuple(shape) for kind in kinds for key, shape in shapes.items()}
+            for worker, shapes in enumerate(told)]
+
+    def gathered(self) -> Gathered:
+        """Return the arrays of all workers, in the first one; in the others none. All of them call this."""
+        values = self._values()
+        if self._control.rank:
+            for _ in values:  # there are none, but this worker takes part
+                pass
+        return Gathered({name: ('float32', shape) for named in self._shapes for name, shape in named.items()}, values)
+
+    def load(self, arrays: Optional[Arrays]) -> bool:
+        """As `OwnState.load`; also False where a worker held other parts."""
+        if not self._control.broadcast_object('whether each worker has a state of its own', lambda: (
+                arrays is not None and {name: value.shape for name, value in arrays.items()}
+                == {name: shape for named in self._shapes for name, shape in named.items()})):
+            return False
+        for worker, named in enumerate(self._shapes):
+            flat = np.zeros(size_of(named), 'float32') if self._control.rank in (0, worker) else None
+            if flat is not None and arrays is not None:
+                np.concatenate([arrays[name].ravel() for name in named], out=flat)
+            self._send(flat, size_of(named), 0)
+            if flat is not None and self._control.rank == worker:
+                found = split(flat, named)
+                for kind, how in self._kinds.items():
+                    for spec in self._specs:
+                        spec.parameter.list_grad()[0][:] = found[f'{worker}.{kind}.{spec.key}']
+                    how.take()
+        return True
+
+    def _values(self) -> Iterator[np.ndarray]:
+        """Yield the arrays in the order of their names in the first worker; all of them run this."""
+        for worker, named in enumerate(self._shapes):
+            flat = np.zeros(size_of(named), 'float32') if self._control.rank in (0, worker) else None
+            if flat is not None and self._control.rank == worker:
+                for how, own in zip(self._kinds.values(), np.split(flat, len(self._kinds))):
+                    how.put()
+                    np.concatenate([spec.parameter.list_grad()[0].asnumpy().ravel() for spec in self._specs], out=own)
+            self._send(flat, size_of(named), worker)
+            if flat is not None and self._control.rank == 0:
+                yield from split(flat, named).values()
+
+    def _send(self, flat: Optional[np.ndarray], size: int, root: int) -> None:
+        """Overwrite `flat` (size,) in all workers that have one with that of worker `root`."""
+        (piece, *_), = self._handle.arrays
+        for first in range(0, size, PIECE):
+            part = slice(first, min(first + PIECE, size))
+            if flat is not None:
+                piece[:part.stop - first] = flat[part]
+            self._communicator.broadcast(self._handle, root)
+            if flat is not None:
+                flat[part] = piece[:part.stop - first].asnumpy()
+
+
+def size_of(shapes: Shapes) -> int:
+    """Return how many numbers arrays of these shapes have."""
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def split(flat: np.ndarray, shapes: Shapes) -> Dict[str, np.ndarray]:
+    """Return the arrays of these shapes that lie one after another in `flat` (n,)."""
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), np.split(flat, ends[:-1]))}

@@ -5,7 +5,7 @@ Each choice declares what it can do, and one checker, `strategy_of`, refuses wha
 import math
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from ..config import Config
+from ..config import Config, ConfigError
 from ..runtime.process import ProcessInfo
 from .mesh import Mesh, mesh_of
 
@@ -72,7 +72,7 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
     """Choose the strategy of this process, which has so many devices; None: as many as `config.devices` names.
 
     Raises:
-        ValueError: naming the keys that do not go together, and what to use instead.
+        ConfigError: naming the keys that do not go together, and what to use instead.
     """
     train = config.train
     store: str = train.store
@@ -85,13 +85,13 @@ def strategy_of(config: Config, process: ProcessInfo, devices: Optional[int] = N
     for check in (_transport, _aggregation, _compression, _shard_optimizer):
         for wrong, message in check(strategy, config, process):
             if wrong:
-                raise ValueError(message)
+                raise ConfigError(message)
     if devices is None and config.devices != 'auto':
         devices = len(config.devices)
     if devices is not None or config.parallel.devices == 1:  # or only the worker itself can tell
         for wrong, message in _mesh(strategy, config, mesh_of(process, config.parallel, devices or 1), devices or 1):
             if wrong:
-                raise ValueError(message)
+                raise ConfigError(message)
     return strategy
 
 
@@ -178,6 +178,9 @@ def _mesh(strategy: Strategy, config: Config, mesh: Mesh, devices: int) -> Refus
         (several and weights == 'auto',
          f'data.worker_weights=auto cannot work with {keys} over several workers, of which the slowest of a replica '
          'sets the pace: leave data.worker_weights=equal, or give weights such as [3, 1]'),
+        (config.train.compression != 'none' and mesh.data == 1,
+         f'train.compression={config.train.compression} is for gradients that replicas of the model add up, and '
+         f'{keys} makes one of the {mesh.size} workers: set train.compression=none, or start more of them'),
         (config.parallel.shard_optimizer and mesh.data == 1,
          f'{SHARDED} divides moments among the workers that hold the same weights, and here each worker '
          f'holds weights of its own{f" ({keys})" * several}: start more of them, or leave it out'),

@@ -36,7 +36,7 @@ from .compression import TRANSPORTS
 from .control import Pending
 from .gradients import exchanged
 from .mesh import AXES
-from .own_state import OwnState, residuals_in
+from .own_state import PIECE, OwnState, OwnStateOfParts, residuals_in
 
 
 def sum_of_squares(arrays: Sequence[Copies], backend: OpBackend) -> mx.nd.NDArray:
@@ -104,6 +104,7 @@ class SynchronousUpdate:
         self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes
                       and 'tensor' not in gradient_axes(spec.name)] if mesh.coordinate('tensor') else []
         self._smallest = min((p for p in self._parameters if p not in self._idle), key=lambda p: p.list_data()[0].size)
+        self._piece: Optional[Handle] = None  # of what each worker has of its own, on its way to a checkpoint
         self._votes: Optional[Pending] = None  # of the last step
         self.by_worker: List[Sequence[float]] = []  # what each gave to `observed` last
 
@@ -203,17 +204,19 @@ class SynchronousUpdate:
         """Return the optimiser's state, for a checkpoint."""
         return self.optimizer.arrays()
 
-    def own_state(self) -> Optional[OwnState]:
-        """Return what each worker has of its own, for a checkpoint, too: residuals of compression.
-
-        Not where a model is in several workers: there they start from zero when a run goes on.
-        """
-        if self._mesh.data < self._mesh.size or not self._several:
+    def own_state(self) -> Union[OwnState, OwnStateOfParts, None]:
+        """Return what each worker has of its own, for a checkpoint, too: residuals of compression."""
+        arrays = self.gradients()
+        residuals = [residual for exchange in self._exchanges for residual in exchange.transport.residuals]
+        if not residuals:
             return None
-        exchange, = self._exchanges
-        residuals = exchange.transport.residuals
-        return OwnState(self.workers, self._register('gradients', exchange.arrays), self._specs,
-                        {'residual': residuals_in(exchange.arrays, residuals)}) if residuals else None
+        kinds = {'residual': residuals_in(arrays, residuals)}
+        if self._mesh.data == self._mesh.size:
+            return OwnState(self.workers, self._register('gradients', arrays), self._specs, kinds)
+        everybody = self.workers.over(AXES)
+        if self._piece is None:
+            self._piece = everybody.register([[mx.nd.zeros((PIECE,))]])
+        return OwnStateOfParts(everybody, self._piece, self._specs, kinds)
 
     def load_one_by_one(self, moments: Iterable[Tuple[str, np.ndarray]], update: int) -> None:
         """As `load_state_dict`, of whole moments each of which is kept before the next is asked for."""

@@ -73,7 +73,7 @@ def _check(config: Config, written: Mapping[str, Duration], process: ProcessInfo
     net = part('model', _model, config, task, backend)
     placement = part('forward', _forward, config, task, net, contexts)
     part('memory', _memory, config, task, process, placement)
-    part('places', lambda: _places(config, process, task, planned))
+    part('places', lambda: _places(config, process, task, planned, contexts))
     print(f'not good: {", ".join(failed)}' if failed else 'all good: without --check, the same command trains')
     return 1 if failed else 0
 
@@ -185,15 +185,17 @@ def _memory(config: Config, task: Task, process: ProcessInfo, placement: Placeme
     return text, needed
 
 
-def _places(config: Config, process: ProcessInfo, task: Optional[Task], planned: Optional[Config]) -> Tuple[str, Path]:
+def _places(config: Config, process: ProcessInfo, task: Optional[Task], planned: Optional[Config],
+            contexts: Optional[List[mx.Context]]) -> Tuple[str, Path]:
     """`planned` is the configuration whose schedule is good, if it is."""
     folder = folder_of(config)
     notes = files.try_place(folder)
     said = [f'{folder}: can be written to']
-    if task and planned:
+    if task and planned and contexts:
         timetable = timetable_of(planned, len(task.source), strategy_of(config, process))
-        check_room(config, task, folder, timetable.total, process.size)
-        size, free = checkpoint_bytes(config, task, process.size), files.free(folder)
+        replicas = mesh_of(process, config.parallel, len(contexts)).data
+        check_room(config, task, folder, timetable.total, replicas)
+        size, free = checkpoint_bytes(config, task, replicas), files.free(folder)
         said[0] += f', checkpoints of {size / facts.GIB:.2f} GiB' + (
             '' if free is None else f', {free / facts.GIB:.1f} GiB free')
         if any(place.is_dir() for place in checkpoint_folders(config)):

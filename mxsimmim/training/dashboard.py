@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 from ..system import web as http
 from ..system.guards import unusable
@@ -26,7 +26,7 @@ from .status import FILE, look
 
 PAGE = Path(__file__).with_name('dashboard.html')
 DRAWN = ('loss', 'val_loss', 'lr', 'images_per_second', 'grad_norm')
-POINTS = 2000  # of a curve that are sent at once
+POINTS, EVENTS = 2000, 100  # of a curve, and of what happened, that are sent at once
 
 
 def names(runs: Path) -> List[str]:
@@ -66,8 +66,8 @@ def tail(file: Path, seen: str) -> Tuple[List[Dict[str, Any]], str, bool]:
         seen: what the last call returned as such; '' for everything.
 
     Returns:
-        the new records that have something to draw, with `step` and what of it they have; where this ends; whether it
-        begins anew, since the file was replaced, as a run does that goes on. A torn last line comes the next time.
+        the new records, of each `step` and what is drawn, of an event all of it; where this ends; whether it begins
+        anew, since the file was replaced, as a run does that goes on. A torn last line comes the next time.
     """
     try:
         with open(file, 'rb') as stream:
@@ -84,9 +84,18 @@ def tail(file: Path, seen: str) -> Tuple[List[Dict[str, Any]], str, bool]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # not ours
             row = json.loads(line.decode())
             drawn = {name: row[name] for name in DRAWN if name in row}
-            if drawn:
-                records.append({'step': row['step'], **drawn})
-    return thinned(records), f'{inode}-{end}', new
+            records.append({'step': row['step'], **(row if 'event' in row else drawn)})
+    return records, f'{inode}-{end}', new
+
+
+def curves(records: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return, thinned, the records that have something to draw."""
+    return thinned([record for record in records if 'event' not in record and len(record) > 1])
+
+
+def events(records: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return the records of what happened, such as skipped updates, the latest `EVENTS` of them."""
+    return [record for record in records if 'event' in record][-EVENTS:]
 
 
 def thinned(records: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
@@ -144,7 +153,8 @@ class Dashboard:
         def read() -> Dict[str, Any]:
             run = folder_of(self.runs, request.match_info['name'])
             records, seen, anew = tail(run / METRICS, request.query.get('seen', ''))
-            return {**summary(run), 'records': records, 'seen': seen, 'anew': anew, 'picture': newest_picture(run)}
+            return {**summary(run), 'records': curves(records), 'events': events(records), 'seen': seen, 'anew': anew,
+                    'picture': newest_picture(run)}
         return await _json(read)
 
     async def _picture(self, request: web.Request) -> web.Response:

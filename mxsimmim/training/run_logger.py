@@ -53,10 +53,11 @@ class RunLogger:
         self._bar = self.extra('the progress bar', self._open_bar)
         self._began, self._status = time.monotonic(), StatusFile(self.run, total, start)
 
-    def write(self, step: int, values: Mapping[str, Any], echo: bool = True) -> None:
+    def write(self, step: int, values: Mapping[str, Any], echo: bool = True, **status: Any) -> None:
         """Records `values` after `step` updates and moves the bar there, never back.
 
-        With `echo` they are shown, in the bar if one is a loss, else as a line.
+        With `echo` they are shown, in the bar if one is a loss, else as a line. Whoever looks at the run is told them,
+        and of `status`, as the method of that name does.
         """
         record = {key: value.item() if isinstance(value, (np.generic, np.ndarray)) else value
                   for key, value in values.items()}
@@ -64,7 +65,7 @@ class RunLogger:
         finite = {key: value for key, value in record.items() if math.isfinite(value)}
         line = {'step': step, **{key: finite.get(key) for key in record}, 'time': round(time.time(), 3)}
         self._append(METRICS, self._metrics, json.dumps(line) + '\n')
-        self._status.tell(**{name: value for name, value in line.items() if name != 'time'})
+        self._status.tell(**{name: value for name, value in line.items() if name != 'time'}, **status)
         self._summary(step, [{'tag': key, 'simple_value': value} for key, value in finite.items()])
         if echo and self._bar is not None and 'loss' in record:
             text = _text(record, ('loss', 'images_per_second', 'lr', 'grad_norm', 'skipped'))
@@ -217,7 +218,7 @@ class RunLogger:
 class Quiet:
     """The logger of every worker but rank 0: messages go to standard error, nothing is recorded."""
 
-    def write(self, step: int, values: Mapping[str, float], echo: bool = True) -> None:
+    def write(self, step: int, values: Mapping[str, float], echo: bool = True, **status: Any) -> None:
         """Does nothing: rank 0 records."""
 
     def message(self, text: str) -> None:

@@ -86,7 +86,7 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
     notes += fitting
     total = timetable_of(config, len(task.source), strategy).total
     if process.rank == 0:
-        check_room(config, task, folder, total, process.size)
+        check_room(config, task, folder, total, mesh_of(process, config.parallel, len(contexts)).data)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if process.rank == 0:

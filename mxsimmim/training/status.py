@@ -11,7 +11,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence
 
 from ..cluster.run_status import FILE, write
 from ..system.files import alive
@@ -20,6 +20,7 @@ from .run_folder import read_config
 
 PATIENCE, LEAST = 5.0, 60.0  # a run is silent after so many times its longest pause so far, and so many seconds
 SLOW = 2.0  # times the median step is a straggler's
+AGAIN = 3600.0  # seconds until the log names the same straggler again
 WATCHED = 2.0  # seconds between two looks
 SETTLED = 5  # looks after which a run that failed is not started again by its launcher, or was already
 LIVE = 'training', 'silent', 'restarting'  # states of a run that has not ended
@@ -43,10 +44,21 @@ class StatusFile:
             write(self._path, self.told)
 
 
-def stragglers(seconds: List[float]) -> List[int]:
+def stragglers(seconds: Sequence[float]) -> List[int]:
     """Return the ranks of workers whose steps take over `SLOW` times the median, the lower one of an even number."""
     median = sorted(seconds)[(len(seconds) - 1) // 2] if seconds else 0
     return [rank for rank, each in enumerate(seconds) if each > SLOW * median > 0]
+
+
+def to_name(slow: Collection[int], before: Collection[int], named: Mapping[int, float], now: float) -> List[int]:
+    """Return the ranks of stragglers to name now: those of two records in a row that were not named for a while.
+
+    Args:
+        slow: those of this record.
+        before: those of the one before.
+        named: when each of them was named last, in seconds, as `now`.
+    """
+    return [rank for rank in slow if rank in before and (rank not in named or now - named[rank] >= AGAIN)]
 
 
 def workers(told: Mapping[str, Any]) -> List[Dict[str, Any]]:

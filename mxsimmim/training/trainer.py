@@ -6,7 +6,7 @@ import platform
 import signal
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import mxnet as mx
 import numpy as np
@@ -34,7 +34,7 @@ from .plateau import PlateauTracker
 from .run_folder import Stop, folder_of, second_folder, versions
 from .run_logger import Quiet, RunLogger
 from .saver import Saver, SecondPlace
-from .status import stragglers
+from .status import stragglers, to_name
 from .step_metrics import LossSpike, Row, StepMetrics, TooManyBadSteps
 from .timetable import Alarm, Timetable
 
@@ -75,7 +75,8 @@ class Trainer:
         self._rate = learning_rates(config.optim, config.train, timetable.per_epoch, timetable.total)
         self._on_micro_batch = None
         self.hosts: List[str] = self.control.all_gather('hosts', platform.node())
-        self._slow: Set[int] = set()  # ranks of stragglers that were named
+        self._slow: List[int] = []  # ranks of the last record's stragglers
+        self._named: Dict[int, float] = {}  # when each was named last
         second, keep = second_folder(config), config.checkpoint.keep
         self.saver = Saver(self.logger.message, SecondPlace(second, keep, timetable.keep_every, self.logger.message)
                            if second and self.control.rank == 0 else None)
@@ -174,8 +175,13 @@ class Trainer:
         own = self.loader.broken if self.control.mesh.begins else 0  # others read the same images, or none
         (*seconds, broken), more = self.update_rule.observed([values[name] for name in times] + [own])
         values.update(zip(times, seconds), broken_images=round(broken * self.control.size), **more)
-        self._write(values)
-        self._tell_status(values)
+        per_second = values['images_per_second'] / self.config.train.batch_size
+        watchdog.measured(per_second, self.config.log.every)
+        # data_seconds are of every step, compute_seconds of a timed one: what a worker needs by itself.
+        steps = [row[0] + row[1] for row in self.update_rule.by_worker]
+        self._write(values, steps_per_second=per_second,
+                    workers=[{'host': host, 'seconds': each} for host, each in zip(self.hosts, steps)])
+        self._name_stragglers(steps)
 
     def validate(self) -> Dict[str, float]:
         """Measure and draw on the held-out images, keep the best weights if the task is to.
@@ -210,11 +216,12 @@ class Trainer:
         """
         with self._other_work(), self.update_rule.consolidated_weights():
             self.saver.wait_for_turn()
+            own = self.update_rule.own_state()  # of each worker, who speak to each other here
             moments = self.update_rule.state_dict()  # to which every worker contributes
-            own = self.update_rule.own_state()
-            apart = {'workers': own.gathered()} if own else {}  # and to this
             averaged = {'ema': self.average.arrays} if self.average else {}
-            arrays = {**self._whole(weights=self._weights, optimizer=lambda: moments, **averaged), **apart}
+            arrays = self._whole(weights=self._weights, optimizer=lambda: moments, **averaged)
+            if own:
+                arrays['workers'] = own.gathered()
             if self.control.rank == 0:
                 fill = functools.partial(checkpoint.fill, folder_of(self.config) / 'checkpoints', self.step, arrays,
                                          self.state_dict())
@@ -325,23 +332,18 @@ class Trainer:
         yield
         self.metrics.pause(time.monotonic() - began)
 
-    def _write(self, values: Mapping[str, float]) -> None:
-        self.logger.write(self.step, {'epoch': self.step / self.timetable.per_epoch, **values})
+    def _write(self, values: Mapping[str, float], **status: Any) -> None:
+        self.logger.write(self.step, {'epoch': self.step / self.timetable.per_epoch, **values}, **status)
 
-    def _tell_status(self, values: Mapping[str, float]) -> None:
-        """Tell whoever looks at the run, and name workers that are much slower than the others."""
-        # data_seconds are of every step, compute_seconds of a timed one: what a worker needs by itself.
-        seconds = [row[0] + row[1] for row in self.update_rule.by_worker]
-        workers = [{'host': host, 'seconds': each} for host, each in zip(self.hosts, seconds)]
-        per_second = values['images_per_second'] / self.config.train.batch_size
-        watchdog.measured(per_second, self.config.log.every)
-        self.logger.status(workers=workers, steps_per_second=per_second)
-        slow = stragglers(seconds)
-        for rank in set(slow) - self._slow:
+    def _name_stragglers(self, seconds: Sequence[float]) -> None:
+        """Say which workers, that need so many seconds a step, are much slower than the others."""
+        slow, now = stragglers(seconds), time.monotonic()
+        for rank in to_name(slow, self._slow, self._named, now):
+            self._named[rank] = now
             self.logger.message(f'warning: rank {rank} on {self.hosts[rank]} needs {seconds[rank]:.3g} s a step, over '
                                 f'twice the median of {len(seconds)} workers, and all wait for it: '
                                 'data.worker_weights=auto gives it fewer images')
-        self._slow = set(slow)
+        self._slow = slow
 
     def _draw(self) -> None:
         """The picture of a validation, if there is to be one."""

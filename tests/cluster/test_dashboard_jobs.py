@@ -1,4 +1,5 @@
 """The dashboard in a real browser, of a real job that loses a worker; and what rank 0 tells Prometheus meanwhile."""
+import json
 import os
 import re
 import signal
@@ -27,7 +28,9 @@ def page(launcher):
     """A browser that looks at the dashboard of the launcher's folder `runs`."""
     runs = launcher.folder / 'runs'
     (runs / TAG).mkdir(parents=True)
-    StatusFile(runs / TAG, 10, 0).tell(state='failed', error='<b>bad</b>', time=0)
+    StatusFile(runs / TAG, 10, 0).tell(state='failed', error='<b>bad</b>', time=0, restarts=[(1.5, TAG)])
+    happen(runs / TAG, step=4, event='skipped', cause='gradient', time=1)
+    happen(runs / TAG, step=3, event='rollback', spike_step=5, spike_loss=9.0, median=0.5, deviations=12.0, time=2)
     process = subprocess.Popen(command('dashboard', runs, '--port', 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
     browser = None
@@ -42,6 +45,18 @@ def page(launcher):
         assert process.wait(DEADLINE) == 0, process.stderr.read()
 
 
+def happen(run, **values):
+    """Write down that something happened, as a run does."""
+    with open(run / 'metrics.jsonl', 'a') as file:
+        file.write(json.dumps(values) + '\n')
+
+
+def events(page):
+    """What happened and why, the latest first, as the page shows it."""
+    return page.evaluate('[...document.querySelectorAll("#events tr")].slice(1).map(row => '
+                         '[...row.children].slice(1).map(field => field.innerText.trim()))')
+
+
 def metrics(port):
     with urlopen(f'http://127.0.0.1:{port}/metrics', timeout=DEADLINE) as answer:
         return answer.read().decode()
@@ -51,6 +66,12 @@ def test_a_job_that_loses_a_worker(launcher, page):
     port = free_port()
     page.until(f'document.querySelector("#runs .name").textContent == "{TAG}"', DEADLINE)
     page.until('document.querySelector("#error").textContent == "<b>bad</b>"', DEADLINE)
+    past = [['rollback', 'to step 3: step 5 had a loss of 9, 12 robust deviations above the median 0.5'],
+            ['restart', TAG], ['skipped', 'the gradient of step 4 was not finite']]
+    assert events(page) == past
+    happen(launcher.folder / 'runs' / TAG, step=8, event='skipped', cause=TAG, time=3)
+    page.until('document.querySelectorAll("#events tr").length == 5', DEADLINE)
+    assert events(page) == [['skipped', f'the {TAG} of step 8 was not finite'], *past]
     job = launcher.start(*SERVERS, '--max-restarts', 1, '--', *PRETRAIN, *JOB, 'name=job',
                          f'log.prometheus_port={port}')
     err = lambda: launcher.text('err')  # noqa: E731
@@ -84,7 +105,9 @@ def test_a_job_that_loses_a_worker(launcher, page):
     assert page.evaluate(WORKERS)[1][3] == 'was killed by SIGKILL', page.evaluate(WORKERS)
     assert 'worker 1 on' in page.evaluate('document.querySelector("#error").textContent')
     page.until('document.querySelector("#state").textContent == "training" && '
-               'document.querySelector("#restarts td.why").textContent.includes("by SIGKILL")', DEADLINE, err)
+               'document.querySelector("#events td.why").textContent.includes("by SIGKILL")', DEADLINE, err)
+    (what, why), = events(page)
+    assert what == 'restart' and why.startswith(f'worker 1 on {os.uname().nodename} was killed by SIGKILL; ')
     assert 'mxsimmim_restarts_total{run="job"} 1.0' in metrics(port)
 
     # In a narrow window nothing sticks out, and the user's dark colours are used.

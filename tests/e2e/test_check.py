@@ -90,7 +90,7 @@ def test_the_configuration_alone(mxsimmim, tmp_path):
     assert result.stdout == '0 False\n' and list(tmp_path.iterdir()) == []
     line = 'train.aggregation=local_sgd needs several workers, and there is one: tools/launch.py -n 2'
     assert mxsimmim('pretrain', BASE, *TINY, 'train.aggregation=local_sgd', '--check-config',
-                    status=1).stderr == f'mxsimmim: error: {line}\n'
+                    status=2).stderr == f'mxsimmim: error: {line}\n'
 
 
 def test_a_run_whose_length_alone_was_shortened(mxsimmim, tmp_path):

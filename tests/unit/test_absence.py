@@ -47,7 +47,7 @@ class Sleepers(Backend):
 def run(tmp_path, monkeypatch):
     """Runs a script as so many workers; returns the exit status and what was said."""
     monkeypatch.chdir(tmp_path)
-    for name, value in (('FIRST', 0.1), ('AGAIN', 1)):
+    for name, value in (('FIRST', 0.1), ('LATEST', 0.5), ('AGAIN', 1)):
         monkeypatch.setattr(absence, name, value)
     monkeypatch.setattr(attempt, 'PING', 0.1)
     monkeypatch.setattr(attempt, 'SETTLE', 0.05)
@@ -135,3 +135,45 @@ def test_what_is_refused_with_fewer_hosts_is_tried_with_all(run, tmp_path):
     status, lines = run('test $HOROVOD_SIZE = 3 && exit 0; rm -f b; exit 2', min_workers=2, max_restarts=9)
     assert status == 0 and [line for line in lines if 'restart' in line][0] == (
         'restart in 0.05 s, from the newest whole checkpoint (1 of 9)')
+
+
+def test_a_number_of_workers_that_is_refused(run, tmp_path):
+    """By its processes. As many as it takes go on, which costs no restart."""
+    (tmp_path / 'b').touch()
+    status, lines = run('test $HOROVOD_SIZE = 4 && exit 2; exit 0', 6, min_workers=2, max_restarts=0)
+    assert status == 0 and [*lines[:2], lines[-1]] == [
+        'host b: b is asleep', 'left out for now: host b; the job goes on with 4 of 6 workers',
+        'the command refuses 4 workers; the job goes on with 3 of 6 workers']
+    assert 'failed with exit code 2' in lines[2]
+
+
+def test_a_configuration_that_is_refused(run, tmp_path, monkeypatch):
+    """Before anything is started, for numbers of workers that two does not divide."""
+    check = 'test $((HOROVOD_SIZE % 2)) = 0 || { echo "mxsimmim: error: $HOROVOD_SIZE workers" >&2; exit 2; }'
+    monkeypatch.setattr(prepare.preflight, 'check_command', lambda command: ['sh', '-c', check])
+    (tmp_path / 'b').touch()
+    status, lines = run('test $HOROVOD_SIZE = 2', 4, min_workers=1, max_restarts=0)
+    assert (status, lines) == (0, [
+        'host b: b is asleep', 'left out for now: host b; the job goes on with 3 of 4 workers',
+        'mxsimmim: error: 3 workers', 'the command refuses 3 workers; the job goes on with 2 of 4 workers'])
+    with pytest.raises(ValueError, match='^mxsimmim: error: 3 workers$'):
+        run('exit 0', 4, min_workers=3)
+
+
+def test_a_host_whose_processes_fail_again_and_again(run, tmp_path):
+    """It answers, and is left out all the same; it comes back as others do."""
+    status, lines = run('test $HOROVOD_SIZE = 3 && { test -e mended && exit 0; test $HOROVOD_RANK = 1 && kill -9 $$; '
+                        'sleep 9; }; touch mended' + TRAIN.replace('MORE', ':'), min_workers=2, max_restarts=2)
+    killed = ['worker 1 on b was killed by SIGKILL', 'if nobody sent that signal']
+    assert status == 0
+    assert [line.partition('; its')[0].partition(', b ran')[0].partition(' s, from')[0] for line in lines] == [
+        *killed, 'restart in 0.05', *killed, 'restart in 0.1',
+        'left out for now: host b, which 2 failures in a row came from; the job goes on with 2 of 3 workers',
+        'host b is back: after the next checkpoint the job goes on with 3 workers']
+
+
+def test_agents_that_are_slow_to_start(run, monkeypatch):
+    """Signs of life wait for them: pieces of one behind its program would be the end of an agent."""
+    monkeypatch.setattr(attempt, 'PING', 0.01)
+    monkeypatch.setitem(globals(), 'AGENT', [*AGENT[:2], 'sleep 0.5; ' + AGENT[2], *AGENT[3:]])
+    assert run('exit 0')[0] == 0

@@ -90,6 +90,20 @@ def test_what_is_left_of_a_job_while_hosts_are_away(slots, asked, away, left):
             assert had <= has <= max(host.slots, had)
 
 
+# Slots of a, b, …; workers, least; numbers of workers that the command refuses; workers that are left without a.
+@pytest.mark.parametrize('slots, asked, refused, left', [
+    ('1 1 1', (3, 1), [], 2), ('1 1 1', (3, 1), [2], 1), ('1 1 1', (3, 2), [2], None), ('2 2 2', (6, 2), [], 4),
+    ('2 2 2', (6, 2), [4], 3), ('2 2 2', (6, 2), [3, 4], 2), ('2 2 2', (6, 4), [4], None), ('1 2 2', (5, 1), [3], 4),
+    ('1 1 1', (2, 2), [2], None)])
+def test_no_number_of_workers_that_the_command_refuses(slots, asked, refused, left):
+    """As two stages refuse three workers. The most of what is left are taken."""
+    hosts = tuple(Host(name, None, int(slot)) for name, slot in zip('abc', slots.split()))
+    found = without(job(asked[0], hosts=hosts, min_workers=asked[1]), {hosts[0]}, set(refused))
+    assert (found and found.workers) == left
+    if found:
+        assert len(place_processes(found, found.hosts)) >= found.workers and found.hosts == hosts[1:]
+
+
 @pytest.mark.parametrize('names, hosts', [('aaa', [0, 0, 0]), ('aba', [0, 1, 0]), ('bab', [0, 1, 0]),
                                           ('cab', [0, 1, 2])])
 def test_hosts_that_others_have_chosen_are_numbered_as_they_come(names, hosts):

@@ -13,7 +13,17 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from mxsimmim import cli
 from mxsimmim.training import dashboard
-from mxsimmim.training.dashboard import Dashboard, folder_of, names, newest_picture, picture_of, tail, thinned
+from mxsimmim.training.dashboard import (
+    Dashboard,
+    curves,
+    events,
+    folder_of,
+    names,
+    newest_picture,
+    picture_of,
+    tail,
+    thinned,
+)
 from mxsimmim.training.status import StatusFile
 
 PNG = b'\x89PNG\r\n\x1a\n'
@@ -28,7 +38,8 @@ def runs(tmp_path):
         run = folder / name
         (run / 'pictures').mkdir(parents=True)
         StatusFile(run, 100, 0).tell(step=20, loss=0.5)
-        (run / 'metrics.jsonl').write_text('{"step": 10, "loss": 0.75, "time": 1}\n{"step": 20, "loss": 0.5}\n')
+        (run / 'metrics.jsonl').write_text('{"step": 10, "loss": 0.75, "time": 1}\n{"step": 11, "event": "skipped", '
+                                           '"cause": "loss", "time": 2}\n{"step": 20, "loss": 0.5}\n')
         for step in (9, 100, 20):
             (run / 'pictures' / f'reconstruction-{step:08d}.png').write_bytes(PNG + b'%d' % step)
     (folder / 'no-run').mkdir()
@@ -70,7 +81,7 @@ def test_tail(tmp_path):
     """Each record once, a torn one when it is whole, all of them again after the file was replaced."""
     file = tmp_path / 'metrics.jsonl'
     assert tail(file, '') == ([], '', True)
-    file.write_text('{"step": 1, "loss": 0.5, "skipped": 0}\nnonsense\n{"step": 1, "event": "x"}\n{"step": 2, "lo')
+    file.write_text('{"step": 1, "loss": 0.5, "skipped": 0}\nnonsense\n{"event": "x"}\n{"step": 2, "lo')
     records, seen, anew = tail(file, '')
     assert (records, anew) == ([{'step': 1, 'loss': 0.5}], True)
     assert tail(file, seen) == ([], seen, False)
@@ -86,6 +97,13 @@ def test_tail(tmp_path):
     file.write_text('{"step": 1, "loss": 0.25}\n')  # shorter, under the same number
     for other in (last, 'x', '1-x', '-', f'{last}9'):
         assert tail(file, other)[0::2] == ([{'step': 1, 'loss': 0.25}], True)
+
+
+def test_what_is_drawn_and_what_happened():
+    skipped = [{'step': step, 'event': 'skipped', 'cause': 'loss', 'time': step} for step in range(150)]
+    records = [{'step': 1, 'loss': 0.5}, *skipped, {'step': 3}, {'step': 4, 'val_loss': None}]
+    assert curves(records) == [{'step': 1, 'loss': 0.5}, {'step': 4, 'val_loss': None}]
+    assert events(records) == skipped[-100:] and events(records[:1]) == []
 
 
 def test_long_curves_are_thinned():
@@ -121,6 +139,7 @@ def test_answers(runs):
     assert [(run['name'], run['step'], run['total']) for run in json.loads(all_[2])] == [(TAG, 20, 100), ('a', 20, 100)]
     told = json.loads(one[2])
     assert told['records'] == [{'step': 10, 'loss': 0.75}, {'step': 20, 'loss': 0.5}] and told['anew']
+    assert told['events'] == [{'step': 11, 'event': 'skipped', 'cause': 'loss', 'time': 2}]
     assert (told['picture'], told['checkpoint'], told['left']) == ('reconstruction-00000100.png', None, None)
     assert picture[2] == PNG + b'100' and 'Content-Type: image/png' in picture[1]
     assert json.loads(tagged[2])['name'] == TAG

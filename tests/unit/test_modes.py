@@ -87,6 +87,8 @@ def test_modes(process, keys, expected):
      'train.aggregation=elastic cannot work with parallel.tensor=2 over several workers'),
     (PS, {'batch_size': 3, 'accumulate': 2},
      'train.batch_size=3 is less than 2 replicas of the model x train.accumulate=2: raise it, or lower one of these'),
+    (HOROVOD, {'devices': ['cpu(0)'], 'parallel': {'pipeline': 2}, 'compression': '2bit'},
+     'train.compression=2bit is for gradients .* parallel.pipeline=2 makes one of the 2 workers: set train.compress'),
     (PS, {'weights': (1, 2, 3)}, r'data.worker_weights=\[1.0, 2.0, 3.0\] has 3 weights for 2 workers'),
 ])
 def test_what_cannot_work_is_refused_by_name(process, keys, message):

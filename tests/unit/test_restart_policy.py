@@ -10,7 +10,15 @@ from support.screen import Screen
 
 from mxsimmim.cluster.backends.local import LocalBackend
 from mxsimmim.cluster.outcome import Exit, Outcome
-from mxsimmim.cluster.restarts import Failure, decide, failure_of, history, without_progress
+from mxsimmim.cluster.restarts import (
+    Failure,
+    decide,
+    failing_host,
+    failure_of,
+    history,
+    host_to_blame,
+    without_progress,
+)
 from mxsimmim.cluster.spec import JobSpec, Process
 from mxsimmim.cluster.supervisor import Supervisor
 from mxsimmim.config import Config
@@ -53,16 +61,46 @@ def test_the_policy(failures, most, seconds, part):
     assert decision.seconds == seconds and part in decision.why and bool(part) == bool(decision.why)
 
 
+def exit_of(number, code, host='a', **told):
+    return Exit(Process('worker', number, 0), host, code, 1.0, (), '', told)
+
+
+@pytest.mark.parametrize('outcome, host', [
+    (Outcome(failed=(exit_of(1, -9, 'b'), exit_of(0, 1, 'a', error='E'))), 'b'),
+    (Outcome(failed=(exit_of(1, 1, 'b', error='E'), exit_of(0, -9, 'a'))), 'b'),
+    (Outcome(failed=(Exit(Process('server', 0, 1), 'b', -11, 1.0),)), 'b'),
+    (Outcome(failed=(exit_of(0, 1, 'a', stalled='rank 1 is silent'),), stopped=((Process('worker', 1, 1), 'b'),)), 'b'),
+    (Outcome(failed=(exit_of(0, -9, 'a'),), lost=(('b', 'gone'),)), 'b'),
+    # It speaks of others, of a disk, or of nothing that is its host's.
+    (Outcome(failed=(exit_of(0, 1, 'a', stalled='rank 1 is silent'),)), ''),
+    (Outcome(failed=(exit_of(0, 1, 'a'), exit_of(1, -9, 'b'))), ''), (Outcome(failed=(exit_of(0, 2, 'a'),)), ''),
+    # A switch, not a host.
+    (Outcome(lost=(('a', 'gone'), ('b', 'gone'))), ''), (Outcome(), '')])
+def test_the_host_to_blame(outcome, host):
+    assert host_to_blame(outcome) == host
+
+
+A, B, NOBODY = (KILLED._replace(host=host) for host in ('a', 'b', ''))
+
+
+@pytest.mark.parametrize('failures, host', [
+    ([], ''), ([A], ''), ([A, A], 'a'), ([A, B], ''), ([A, B, B], 'b'), ([B, A, B], ''), ([A, NOBODY, A], ''),
+    ([NOBODY, NOBODY], ''), ([A, A._replace(checkpoint=5)], ''), ([A._replace(checkpoint=5)] * 2, 'a'),
+    ([A._replace(checkpoint=5), A._replace(checkpoint=9), A._replace(checkpoint=9)], 'a')])
+def test_the_host_that_failures_come_from(failures, host):
+    """Twice in a row, with no newer checkpoint from the second attempt."""
+    assert failing_host(failures) == host
+
+
 def test_what_a_failure_was():
-    def exit_of(number, code, **told):
-        return Exit(Process('worker', number, 0), 'a', code, 1.0, (), '', told)
     found = failure_of(Outcome(failed=(exit_of(1, 1, error='E', step=3), exit_of(0, 1, error='other')), checkpoint=2))
     assert found == Failure(1, ['worker 1 on a failed with exit code 1; its log is logs/worker-1.log, and empty',
                                 'after it: worker 0 failed with exit code 1'], 2, ('E', 3), False,
-                            tuple({'rank': rank, 'host': 'a', 'why': 'failed with exit code 1'} for rank in (1, 0)))
+                            tuple({'rank': rank, 'host': 'a', 'why': 'failed with exit code 1'} for rank in (1, 0)),
+                            'a')
     assert failure_of(Outcome(failed=(exit_of(0, -9),)))[2:] == (
-        -1, None, False, ({'rank': 0, 'host': 'a', 'why': 'was killed by SIGKILL'},))
-    assert failure_of(Outcome(lost=(('b', 'gone'),))) == Failure(1, ['host b was lost: gone'])
+        -1, None, False, ({'rank': 0, 'host': 'a', 'why': 'was killed by SIGKILL'},), 'a')
+    assert failure_of(Outcome(lost=(('b', 'gone'),))) == Failure(1, ['host b was lost: gone'], host='b')
     assert without_progress([]) == 0 and history([KILLED]) == []
     assert history([KILLED, Failure(1, [])]) == [f'attempt 1: {KILLED.causes[0]}', 'attempt 2: failed without a word']
 

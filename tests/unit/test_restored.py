@@ -4,25 +4,30 @@ import itertools
 import mxnet as mx
 import numpy as np
 import pytest
-from support.together import together
+from support.together import Meeting, Together, together
 from support.trainer import random_batches, take, tiny_config
+from support.workers import each
 
 from mxsimmim.interop import official
-from mxsimmim.parallel import protocol
+from mxsimmim.models import ParameterSpec
+from mxsimmim.parallel import own_state, protocol
 from mxsimmim.parallel.asynchronous import WeightServers
 from mxsimmim.parallel.control import ControlPlane
+from mxsimmim.parallel.mesh import Mesh
 from mxsimmim.parallel.server import Server
 from mxsimmim.runtime.process import ProcessInfo
 from mxsimmim.training.build import build_trainer
 from mxsimmim.training.checkpoint import load, newest
 
 SEED, IMAGES, STEPS = 13, 6, 12
-MODES = [  # keys of `train`, which arrays besides weights and moments a checkpoint has, of how many workers
-    ({}, (), 2), ({'ema': 0.9}, ('ema',), 2), ({'compression': 'fp16'}, (), 2),
-    ({'compression': '2bit', 'threshold': 0.02}, ('workers',), 3),
-    ({'aggregation': 'local_sgd', 'local_steps': 3}, (), 3),
-    ({'aggregation': 'local_sgd', 'local_steps': 3, 'average_moments': False}, ('workers',), 2),
-    ({'aggregation': 'elastic', 'local_steps': 3}, ('workers',), 3)]
+# Keys of `train`, which arrays besides weights and moments a checkpoint has, of how many workers.
+EMA, TWO_BITS = ({'ema': 0.9}, ('ema',), 2), ({'compression': '2bit', 'threshold': 0.02}, ('workers',), 3)
+OWN_MOMENTS = {'aggregation': 'local_sgd', 'local_steps': 3, 'average_moments': False}, ('workers',), 2
+ELASTIC = {'aggregation': 'elastic', 'local_steps': 3}, ('workers',), 3
+MODES = [({}, (), 2), EMA, ({'compression': 'fp16'}, (), 2), TWO_BITS,
+         ({'aggregation': 'local_sgd', 'local_steps': 3}, (), 3), OWN_MOMENTS, ELASTIC]
+STAGES, PARTS = dict(parallel=dict(pipeline=2, micro_batches=3)), dict(parallel=dict(tensor=2))
+SHARDED = dict(parallel=dict(shard_optimizer=True))
 
 
 def config(folder, name, train, **keys):
@@ -109,20 +114,70 @@ def test_another_number_of_workers_begins_with_what_all_have(tmp_path, capfd):
             np.testing.assert_array_equal(value, three[0][name])
 
 
-def test_devices_of_workers(tmp_path):
-    """Residuals and weights of workers of two devices each."""
-    for train in MODES[3][0], MODES[6][0]:
-        name = train.get('aggregation', '2bit')
+@pytest.mark.parametrize('mode, keys', [
+    (TWO_BITS, {}), (ELASTIC, {}), (TWO_BITS, STAGES), (ELASTIC, STAGES), (EMA, PARTS), (OWN_MOMENTS, PARTS),
+    (TWO_BITS, SHARDED)])
+def test_devices_of_workers(tmp_path, mode, keys):
+    """What workers of two devices each have, by replicas, by stages, by parts of blocks; and divided moments."""
+    train = mode[0]
 
-        def work(build, name=name, train=train):
-            keys = config(tmp_path, name, train, devices=['cpu(0)', 'cpu(1)'])
-            whole = build(keys)
-            steps(whole, 0, 6)
-            whole.save()
-            ours = build(keys, folder=tmp_path / name / 'checkpoints')
-            np.testing.assert_array_equal(steps(ours, 6, 9), steps(whole, 6, 9))
-            assert_same(held(ours), held(whole))
-        together(2, work)
+    def work(build):
+        made = config(tmp_path, 'run', train, devices=['cpu(0)', 'cpu(1)'], **keys)
+        whole = build(made)
+        steps(whole, 0, 6)
+        whole.save()
+        ours = build(made, folder=tmp_path / 'run' / 'checkpoints')
+        np.testing.assert_array_equal(steps(ours, 6, 9), steps(whole, 6, 9))
+        assert_same(held(ours), held(whole))
+    together(2, work, 'horovod' if keys == SHARDED else 'ps')
+
+
+@pytest.mark.parametrize('piece', [7, own_state.PIECE])
+def test_workers_that_hold_a_model_together(monkeypatch, piece):
+    """Each gets its own back, whatever the shapes of the others'; not where it held other parts."""
+    monkeypatch.setattr(own_state, 'PIECE', piece)
+    mesh, meeting = Mesh(pipeline=2, data=2), Meeting(4)
+    shapes = [{'a': (3, 5), 'b': (2,)}, {'c': (4,)}]  # of the stages
+
+    def work(control):
+        def specs_of(shapes):
+            specs = []
+            for name, shape in shapes.items():
+                parameter = mx.gluon.Parameter(name, shape=shape)
+                parameter.initialize()
+                specs.append(ParameterSpec(name, parameter))
+            return specs
+
+        def states(specs):
+            gradients = [spec.parameter.list_grad() for spec in specs]
+            return own_state.OwnStateOfParts(everybody, handle, specs, {
+                kind: own_state.residuals_in(gradients, residuals) for kind, residuals in held.items()})
+        everybody = Together(ProcessInfo(rank=control.rank, size=4, servers=1, transport='ps'), control, meeting)
+        handle = everybody.register([[mx.nd.zeros((piece,))]])
+        own, rng = shapes[control.rank // 2], np.random.default_rng(SEED + control.rank)
+        held = {kind: [rng.normal(size=int(np.prod(shape))).astype('float32') for shape in own.values()]
+                for kind in ('residual', 'other')}
+        expected = {kind: [each.copy() for each in arrays] for kind, arrays in held.items()}
+        specs = specs_of(own)
+        state = states(specs)
+        gathered = state.gathered()
+        saved = {name: value.copy() for name, value in zip(gathered.kinds, gathered.values)}
+        assert [value.shape for value in saved.values()] == [shape for _, shape in gathered.kinds.values()
+                                                             ][:len(saved)]
+        for arrays in held.values():
+            for array in arrays:
+                array[:] = 9
+        assert state.load(saved if control.rank == 0 else None)
+        for kind, arrays in held.items():
+            for array, before in zip(arrays, expected[kind]):
+                np.testing.assert_array_equal(array, before)
+        others = specs_of({name: shape[::-1] for name, shape in own.items()})
+        assert not states(others).load(saved if control.rank == 0 else None)
+        assert not state.load(None)
+        return list(saved)
+    first, *rest = each(4, work, mesh=mesh)
+    assert first == [f'{rank}.{kind}.{name}' for rank in range(4) for kind in ('residual', 'other')
+                     for name in shapes[rank // 2]] and rest == [[]] * 3
 
 
 KEY = bytes(range(32))

@@ -51,6 +51,27 @@ def test_stragglers(seconds, slow):
     assert status.stragglers(seconds) == slow
 
 
+HOUR = status.AGAIN
+
+
+@pytest.mark.parametrize('records, named', [  # (when, stragglers) of each record; (when, rank) of each warning
+    ([(0, [1]), (5, []), (10, [1]), (15, [2])], []),  # a busy machine: never the same one twice in a row
+    ([(0, [1]), (5, [1]), (10, [1])], [(5, 1)]),
+    ([(0, [1]), (5, [1]), (10, []), (15, [1]), (20, [1])], [(5, 1)]),  # it comes back
+    ([(0, [1]), (5, [1, 2]), (10, [1, 2])], [(5, 1), (10, 2)]),
+    ([(0, [1]), (5, [1]), (HOUR, [1]), (HOUR + 5, [1]), (HOUR + 10, [1])], [(5, 1), (HOUR + 5, 1)]),
+])
+def test_stragglers_that_are_named(records, named):
+    """Once they persist, and not again within an hour."""
+    before, last, found = [], {}, []
+    for now, slow in records:
+        for rank in status.to_name(slow, before, last, now):
+            last[rank] = now
+            found.append((now, rank))
+        before = slow
+    assert found == named
+
+
 HOSTS = [{'host': 'a', 'seconds': 0.5}, {'host': 'b', 'seconds': 1.25}]
 KILLED = [{'rank': 1, 'host': 'b', 'why': 'was killed by SIGKILL'}]
 

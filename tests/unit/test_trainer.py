@@ -10,8 +10,10 @@ from support.trainer import build_tiny_trainer, random_batches, tiny_config
 from mxsimmim.interop import official
 from mxsimmim.models import named_parameters
 from mxsimmim.parallel.mesh import Mesh
+from mxsimmim.training import status
 from mxsimmim.training.build import build_trainer
 from mxsimmim.training.checkpoint import load, saved_steps
+from mxsimmim.training.run_logger import RunLogger
 from mxsimmim.training.step_metrics import TooManyBadSteps
 
 
@@ -49,6 +51,19 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, capsys):
                            (second.update_rule.state_dict(), whole.update_rule.state_dict())):
         assert set(ours) == set(expected)
         assert all(np.array_equal(ours[name], expected[name]) for name in ours)
+
+
+def test_a_record_is_one_write_of_the_status(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(status, 'write', lambda path, told: written.append(told))
+    with RunLogger(tmp_path / 'run', 6) as logger:
+        trainer = build_trainer(tiny_config(output=str(tmp_path), name='run', log=dict(every=2), train=dict(length=6)),
+                                logger=logger)
+        assert trainer.fit() == 0
+    assert [told['step'] for told in written] == [0, 2, 4, 6]
+    for told in written[1:]:
+        (worker,), speed = told['workers'], told['steps_per_second']
+        assert worker['seconds'] > 0 and speed * 8 == pytest.approx(told['images_per_second']) and told['loss'] > 0
 
 
 def test_a_trainer_without_a_logger_validates(tmp_path):

@@ -18,6 +18,9 @@ from mxsimmim.interop import official
 from mxsimmim.parallel.strategies import strategy_of
 from mxsimmim.runtime.process import process_info
 from mxsimmim.training.build import build_trainer
+from mxsimmim.training.checkpoint import newest
+from mxsimmim.training.restore import in_all_workers
+from mxsimmim.training.run_folder import folder_of
 from mxsimmim.training.start import joined
 
 STEPS, IMAGES, SEED = 10, 8, 3
@@ -33,6 +36,8 @@ CASES = {  # sections; those of one process, or the case before that must have t
     'pretrain': (PRETRAIN, PRETRAIN, 1e-5),
     'finetune': (FINETUNE, FINETUNE, 1e-5),
     'sharded': (dict(FINETUNE, parallel=dict(shard_optimizer=True)), 'finetune', 0),
+    '2bit': (dict(FINETUNE, train=dict(ema=0.5, compression='2bit', threshold=1e-3),
+                  parallel=dict(shard_optimizer=True)), None, 0),  # another run, which is interrupted
     'fp16': (dict(PRETRAIN, train=dict(accumulate=2, compression='fp16')), PRETRAIN, 3e-3),
 }
 
@@ -62,13 +67,17 @@ def trained(trainer):
     control = trainer.control
     losses = np.sum(control.all_gather('losses', np.array(losses) * control.mesh.reports), 0)
     values = {key: value for key, value in values.items() if 'second' not in key}
+    return arrays_of(trainer), {**values, 'losses': losses}, counts
+
+
+def arrays_of(trainer):
+    """Whole arrays by group, in rank 0."""
     moments = trainer.update_rule.state_dict()
     groups = {'weights': lambda: official.export_weights(trainer.placement.net), 'optimizer': lambda: moments}
     if trainer.average:
         groups['ema'] = trainer.average.arrays
-    made = {group: dict(arrays) if not hasattr(arrays, 'kinds') else dict(zip(arrays.kinds, arrays.values))
+    return {group: dict(arrays) if not hasattr(arrays, 'kinds') else dict(zip(arrays.kinds, arrays.values))
             for group, arrays in trainer._whole(**groups).items()}
-    return made, {**values, 'losses': losses}, counts
 
 
 def check_counts(trainer, counts):
@@ -94,6 +103,31 @@ def compare(name, ours, expected, tolerance):
         assert difference <= tolerance * (10 if group == 'optimizer' else 1), f'{name} {group} {difference}'
 
 
+def goes_on(configuration, process, communicator):
+    """Trains, and again the second half from a checkpoint of the first: the same bits, also of each one's residuals."""
+    def steps(trainer, first, last):
+        return [trainer.train_step(batch).asnumpy() for _, batch in trainer.loader.iterate(first, last)]
+
+    def residuals(trainer):
+        return np.concatenate([residual for exchange in trainer.update_rule._exchanges
+                               for residual in exchange.transport.residuals])
+    half, control, folder = STEPS // 2, communicator.control, folder_of(configuration) / 'checkpoints'
+    whole = build_trainer(configuration, process, communicator=communicator)
+    steps(whole, 0, half)
+    before = residuals(whole)
+    whole.save()
+    expected = steps(whole, half, STEPS)
+    saved = in_all_workers(lambda: newest(folder, print), control)
+    ours = build_trainer(configuration, process, communicator=communicator, checkpoint=saved)
+    assert ours.step == half and np.array_equal(residuals(ours), before) and np.mean(before != 0) > 0.5
+    assert len(set(control.all_gather('residuals', float(before.sum())))) == control.size
+    np.testing.assert_array_equal(steps(ours, half, STEPS), expected)
+    np.testing.assert_array_equal(residuals(ours), residuals(whole))
+    arrays, others = arrays_of(ours), arrays_of(whole)
+    if control.rank == 0:
+        compare('2bit', arrays, others, 0)
+
+
 def main():
     cases, *words = sys.argv[1:]
     process, keys = process_info(os.environ), dict(word.split('=') for word in words)
@@ -103,6 +137,9 @@ def main():
         before = {}
         for name in cases.split(','):
             sections, other, tolerance = CASES[name]
+            if other is None:
+                goes_on(configured(sections, **keys), process, communicator)
+                continue
             trainer = build_trainer(configured(sections, **keys), process, communicator=communicator)
             ours, values, counts = before[name] = trained(trainer)
             check_counts(trainer, counts)
