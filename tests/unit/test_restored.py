@@ -109,6 +109,7 @@ def test_another_number_of_workers_begins_with_what_all_have(tmp_path, capfd):
             np.testing.assert_array_equal(value, three[0][name])
 
 
+@pytest.mark.unmeasured
 def test_devices_of_workers(tmp_path):
     """Residuals and weights of workers of two devices each."""
     for train in MODES[3][0], MODES[6][0]:
