@@ -45,7 +45,7 @@ def ended(launcher, job, status=1):
 
 def test_a_stopped_worker(launcher):
     """The other one names it, and the job begins again."""
-    job = begun(launcher, *HOROVOD, '--max-restarts', 1, '--', *PRETRAIN, *LONG, 'train.length=150',
+    job = begun(launcher, *HOROVOD, '--max-restarts', 1, '--', *PRETRAIN, *LONG, 'train.length=100',
                 'checkpoint.every=20', least=20)
     stop(launcher, 'HOROVOD_RANK=1')
     assert job.wait(60) == 0, launcher.text('err')

@@ -11,11 +11,12 @@ pytestmark = [pytest.mark.unmeasured, machine.natively]
 
 CASES = [
     (4, 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2'),
-    (4, 'finetune,sharded,fp16', 'tensor=2'),
+    (4, 'finetune,sharded', 'tensor=2'),
     (3, 'pretrain', 'pipeline=3 micro_batches=4'),
-    (2, 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),
 ]
 IN_SOAK = [
+    (2, 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),
+    (4, 'finetune,sharded,fp16', 'tensor=2'),
     (4, 'pretrain,finetune', 'pipeline=4 micro_batches=4'),
     (4, 'pretrain,finetune,sharded,fp16', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),  # of two replicas
     (4, 'finetune,sharded,fp16', 'pipeline=2 micro_batches=2'),
