@@ -25,11 +25,12 @@ FAULT = [sys.executable, '-W', 'ignore', PROGRAMS / 'with_fault.py']
     pytest.param(HOROVOD, ['devices=[cpu(0),cpu(1)]'], True, id='horovod'),
     pytest.param(SERVERS, ['train.aggregation=local_sgd'], True, id='local_sgd'),
     pytest.param(SERVERS, ['train.aggregation=elastic'], True, id='elastic'),
-][:rounds(2, 5)])
+][:rounds(1, 5)])
 def test_a_stopped_job_goes_on(launcher, launch, keys, exact):
     """SIGTERM saves; the same command goes on, and ends where a job that nobody stopped ends, bit for bit.
 
-    What other ways to agree have besides comes back in tests/unit/test_restored.py; as jobs they are in `make soak`.
+    What other ways to agree have besides comes back in tests/unit/test_restored.py, and the moments of an asynchronous
+    job in test_stranger.py; stopped by a signal they are in `make soak`.
     """
     words, end = [*launch, '--', *PRETRAIN, *LONG, *keys, *EXACT * exact], 80 if exact else 120
     run = launcher.folder / 'runs' / 'stopped'
@@ -64,14 +65,16 @@ def test_a_worker_that_is_stopped_stops_all(launcher):
     assert newest(run)[0] >= 20
 
 
-@pytest.mark.parametrize('launch', [SERVERS, HOROVOD])
+@pytest.mark.soak
+@pytest.mark.parametrize('launch', [SERVERS, HOROVOD][:rounds(1, 2)])  # ranks also in test_restarts.py
 def test_replicas_that_differ_end_the_run(launcher, launch):
     _, err = launcher.run(*launch, '--', *FAULT, 'changed-weight', *PRETRAIN[5:], *TEN_STEPS, 'name=job', status=1)
     assert re.search(r'after step 4 the weights of rank 0 on .*, cpu\(0\) and of rank 1 on .* differ \(.*, and of two ',
                      launcher.text('out') + err)
 
 
-@pytest.mark.parametrize('fault', ['no-memory', 'no-room'])
+@pytest.mark.soak
+@pytest.mark.parametrize('fault', ['no-memory', 'no-room'][:rounds(1, 2)])
 def test_a_host_without_shared_memory(launcher, fault):
     """What one rank cannot have, none uses; the job goes on."""
     launcher.run(*HOROVOD, '--', *FAULT, fault, *PRETRAIN[5:], *TEN_STEPS, 'name=job')

@@ -144,7 +144,7 @@ TRAIN = [*TINY, 'name=tiny', 'model.drop_path=0', 'train.length=999999', 'valida
 
 
 @pytest.mark.soak
-# A server and a rank are killed in test_restarts.py as well.
+# A server is killed in test_restarts.py as well, a rank in faults/test_faults.py.
 @pytest.mark.parametrize('victim', ['worker', 'scheduler', 'launcher', 'server', 'rank'][:rounds(3, 5)])
 def test_kill_9_at_a_random_step(tmp_path, victim):
     with ThreadPoolExecutor(3) as pool:  # a job waits more than it computes

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from support.jobs import HOROVOD, PRETRAIN, PROGRAMS, SERVERS, assert_close, newest, steps
+from support.running import rounds
 from support.tiny import TEN_STEPS
 
 LONG = TEN_STEPS + ['train.length=80', 'validation.every=40', 'checkpoint.every=15', 'log.every=5']
@@ -22,8 +23,10 @@ def undisturbed(tmp_path_factory):
     launcher.close()
 
 
-@pytest.mark.parametrize('launch, victim', [(SERVERS, ['DMLC_ROLE=server']), (HOROVOD, ['HOROVOD_RANK=0'])],
-                         ids=['server', 'rank'])
+@pytest.mark.soak
+@pytest.mark.parametrize('launch, victim', [
+    pytest.param(SERVERS, ['DMLC_ROLE=server'], id='server'),
+    pytest.param(HOROVOD, ['HOROVOD_RANK=0'], id='rank')][:rounds(1, 2)])  # ranks also in faults/test_faults.py
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(launcher, undisturbed, launch, victim):
     """It goes on from what it wrote, though by its own words it may go on from nothing."""
     run = launcher.folder / 'runs' / 'job'
