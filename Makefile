@@ -39,7 +39,7 @@ coverage: $(VENV)/test
 define run_tests
 	@status=0; \
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone' || status=$$?; \
-	env -u COVERAGE_PROCESS_START $(BIN)/python -m pytest -m alone || status=$$?; \
+	env -u COVERAGE_PROCESS_START $(BIN)/python -m pytest -m alone $$(grep -rlI mark.alone tests) || status=$$?; \
 	exit $$status
 endef
 

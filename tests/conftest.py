@@ -2,6 +2,9 @@
 import os
 import signal
 import sys
+import threading
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 TIERS = {'unit': 'unit', 'numerics': 'unit', 'e2e': 'integration', 'cluster': 'cluster'}  # of the folders
+
+MEASURED = 1.0  # seconds of a test for which coverage counts, with whatever parameters
+spent = defaultdict(float)  # of each, here
 
 # What tests start should die of these, also under nohup and in the background of a script, where they are ignored: a
 # child inherits that, but not a function.
@@ -32,13 +38,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
-    """Traces nothing for coverage, in no process, while a test runs that is marked `unmeasured`."""
-    if not item.get_closest_marker('unmeasured'):
+    """Traces nothing for coverage, in no process, while a test runs that is marked `unmeasured`, or that ran for long
+    with other parameters: it runs the same lines again, and tracing makes Python several times as slow."""
+    name, began = item.nodeid.partition('[')[0], time.monotonic()
+    if spent[name] < MEASURED and not item.get_closest_marker('unmeasured'):
         yield
+        spent[name] += time.monotonic() - began
         return
-    tracer, measured = sys.gettrace(), os.environ.pop('COVERAGE_PROCESS_START', None)
+    measured = os.environ.pop('COVERAGE_PROCESS_START', None)
+    tracer, of_threads = sys.gettrace(), threading._trace_hook
     sys.settrace(None)
+    threading.settrace(None)
     yield
     sys.settrace(tracer)
+    threading.settrace(of_threads)
     if measured is not None:
         os.environ['COVERAGE_PROCESS_START'] = measured

@@ -6,7 +6,7 @@ from support.tiny import TEN_STEPS
 
 from mxsimmim.training.checkpoint import load, saved_steps
 
-KEYS = [*TEN_STEPS, 'train.length=400', 'validation.every=150', 'checkpoint.every=0.02 minutes', 'checkpoint.keep=99',
+KEYS = [*TEN_STEPS, 'train.length=200', 'validation.every=75', 'checkpoint.every=0.01 minutes', 'checkpoint.keep=99',
         'train.check_replicas=100']
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.running import rounds
 
 from mxsimmim.runtime.environment import cores
 
@@ -211,7 +212,8 @@ STUBBORN = ['sh', '-c', 'trap "" TERM INT HUP; setsid -f sh -c "trap \'\' TERM I
             'echo ready; sleep 613; sleep 614']
 
 
-@pytest.mark.parametrize('how', ['TERM', 'twice', 'KILL'])
+@pytest.mark.soak
+@pytest.mark.parametrize('how', ['twice', 'KILL', 'TERM'][:rounds(2, 3)])
 def test_whoever_ignores_signals_is_killed_with_its_children(launcher, how):
     process = launcher.start('-n', 2, '-s', 1, *STUBBORN)
     launcher.until(lambda: sum(line.startswith('sleep 611') for _, line in launcher.left()) == 4, 20, 'grandchildren')

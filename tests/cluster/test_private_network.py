@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.hosts import three_hosts, wait_for
+from support.running import rounds
 
 pytestmark = pytest.mark.unmeasured
 
@@ -28,8 +29,9 @@ def hosts(tmp_path):
         yield made
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('script, others', [
-    ('wireguard.sh', ['host0', 'host1', 'host2']), ('ssh_tunnel.sh', ['host1', 'host2'])])
+    ('wireguard.sh', ['host0', 'host1', 'host2']), ('ssh_tunnel.sh', ['host1', 'host2'])][:rounds(1, 2)])
 def test_a_job_in_a_private_network(hosts, tmp_path, script, others):
     """WireGuard from a machine outside it, which reaches the hosts by ssh; the tunnels from host0, where they end."""
     where = hosts.inside(0) if script == 'ssh_tunnel.sh' else []

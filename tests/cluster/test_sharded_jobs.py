@@ -15,7 +15,7 @@ PYTHON = [sys.executable, '-W', 'ignore']
 def test_weights_and_checkpoints_are_those_of_whole_optimisers(launcher):
     """10 steps, bit for bit where gradients are summed in shared memory; moments of n workers are 1/n of all each.
 
-    In `make soak` of Swin, and of three workers, which divide them unevenly.
+    In `make soak` of Swin, of three workers, which divide them unevenly, and of two stages.
     """
     runs = launcher.folder / 'runs'
 
@@ -42,8 +42,9 @@ def test_weights_and_checkpoints_are_those_of_whole_optimisers(launcher):
     for name in rounds([], ['three']):
         run(['-n', 3, '--horovod'], 'swin', 'exact', runs / 'one', name, 'shard_optimizer=true')
         same(name)
-    run(['-n', 4, '--horovod'], 'narrow', 'exact', runs / 'one', 'stages', 'shard_optimizer=true', 'pipeline=2',
-        'micro_batches=2')
-    same('stages')
-    run(HOROVOD + MESSAGES, 'narrow', 'close', runs / 'stages', 'last')
+    for name in rounds([], ['stages']):
+        run(['-n', 4, '--horovod'], 'narrow', 'exact', runs / 'one', name, 'shard_optimizer=true', 'pipeline=2',
+            'micro_batches=2')
+        same(name)
+    run(HOROVOD + MESSAGES, 'narrow', 'close', runs / rounds('one', 'stages'), 'last')
     same('last')

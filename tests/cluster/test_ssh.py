@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from support import tiny
 from support.hosts import three_hosts, wait_for, words_of
-from support.running import BASE, ROOT, command
+from support.running import BASE, ROOT, command, rounds
 
 pytestmark = pytest.mark.unmeasured
+in_soak = pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`')
 
 LAUNCH = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
 PRETRAIN = command('pretrain', BASE)
@@ -102,14 +103,16 @@ def worker(hosts, n):
                 and environment(pid).get('DMLC_ROLE', 'worker') == 'worker')
 
 
-# --- jobs
+# --- jobs; those in `make soak` alone are much like what faults/test_faults.py does to its jobs
 
+@pytest.mark.soak
 @pytest.mark.parametrize('options, keys, logs', [
-    (['-s', 2], ['train.store=dist_sync'], ['scheduler-0', 'server-0', 'server-1', 'worker-0', 'worker-1', 'worker-2']),
-    (['-s', 1], ['train.store=dist_async', 'optim.clip_grad=null'],
-     ['scheduler-0', 'server-0', 'worker-0', 'worker-1', 'worker-2']),
-    (['--horovod'], ['train.store=horovod'], ['worker-0', 'worker-1', 'worker-2']),
-], ids=['dist_sync', 'dist_async', 'horovod'])
+    pytest.param(['-s', 2], ['train.store=dist_sync'],
+                 ['scheduler-0', 'server-0', 'server-1', 'worker-0', 'worker-1', 'worker-2'], id='dist_sync'),
+    pytest.param(['-s', 1], ['train.store=dist_async', 'optim.clip_grad=null'],
+                 ['scheduler-0', 'server-0', 'worker-0', 'worker-1', 'worker-2'], id='dist_async'),
+    pytest.param(['--horovod'], ['train.store=horovod'], ['worker-0', 'worker-1', 'worker-2'], id='horovod'),
+][:rounds(1, 3)])
 def test_a_job_on_three_hosts(launch, hosts, tmp_path, options, keys, logs):
     before = hosts.traffic()
     status, said = launch('-n', 3, *options, '--', *PRETRAIN, *TINY, *keys)
@@ -241,7 +244,9 @@ def test_a_host_whose_key_is_not_the_known_one(launch, hosts):
 
 # --- ends
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.soak
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP][:rounds(2, 4)],
+                         ids=lambda number: number.name)
 def test_a_signal_to_the_launcher(training, hosts, tmp_path, number):
     process = training('-s', 1)
     process.send_signal(number)
@@ -251,7 +256,9 @@ def test_a_signal_to_the_launcher(training, hosts, tmp_path, number):
     assert checkpoint > 'step-00000005'
 
 
-@pytest.mark.parametrize('options', [('-s', 1), ('--horovod',)], ids=['dist_sync', 'horovod'])
+@pytest.mark.soak
+@pytest.mark.parametrize('options', [pytest.param(('-s', 1), id='dist_sync'),
+                                     pytest.param(('--horovod',), id='horovod')][:rounds(1, 2)])
 def test_kill_9_of_a_remote_worker(training, hosts, tmp_path, options):
     process = training(*options)
     os.kill(worker(hosts, 1), signal.SIGKILL)
@@ -262,7 +269,8 @@ def test_kill_9_of_a_remote_worker(training, hosts, tmp_path, options):
     wait_for(lambda: not left(hosts, tmp_path), 'nothing is left of the job', 5)
 
 
-@pytest.mark.parametrize('which', ['agent', 'ssh'])
+@pytest.mark.soak
+@pytest.mark.parametrize('which', ['ssh', 'agent'][:rounds(1, 2)])
 def test_kill_9_of_what_holds_a_host(training, hosts, tmp_path, which):
     process = training('-s', 1)
     if which == 'agent':
@@ -275,6 +283,8 @@ def test_kill_9_of_what_holds_a_host(training, hosts, tmp_path, which):
     wait_for(lambda: not left(hosts, tmp_path), 'nothing is left of the job', 10)
 
 
+@in_soak
+@pytest.mark.soak
 def test_a_cable_that_is_out_for_five_seconds_costs_only_time(training, hosts, tmp_path):
     def records():
         return int(hosts.run(0, f'cat {tmp_path}/job/runs/tiny/metrics.jsonl | wc -l'))
@@ -299,6 +309,8 @@ def test_a_host_that_vanishes(training, hosts, tmp_path):
 
 # --- secrets
 
+@in_soak
+@pytest.mark.soak
 def test_a_host_that_comes_back(start, hosts, tmp_path):
     """Its job is started again from the last checkpoint, by nobody but the launcher."""
     def said():

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from support import stranger, tiny
 from support.jobs import PRETRAIN
+from support.running import rounds
 
 from mxsimmim.parallel import protocol
 
@@ -139,9 +140,10 @@ def test_without_a_key_there_is_no_server(tmp_path, role, content, mode, message
     assert re.match(f'mxsimmim: error: .*{message}', line), line
 
 
-@pytest.mark.parametrize('launch', [['-n', 1, '-s', 1],
-                                    ['-n', 1, '-s', 2, '--env', 'MXNET_KVSTORE_BIGARRAY_BOUND=100']],
-                         ids=['1 server', '2 servers with parts of arrays'])
+@pytest.mark.soak
+@pytest.mark.parametrize('launch', [
+    pytest.param(['-n', 1, '-s', 2, '--env', 'MXNET_KVSTORE_BIGARRAY_BOUND=100'], id='2 servers with parts of arrays'),
+    pytest.param(['-n', 1, '-s', 1], id='1 server')][:rounds(1, 2)])
 def test_moments_outlive_the_job(launcher, alone, launch):
     """One worker has no races: weights and moments are those of a process that updates by itself.
 

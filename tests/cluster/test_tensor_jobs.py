@@ -16,9 +16,9 @@ DEVICES = 'devices=[cpu(0),cpu(1),cpu(2),cpu(3)]'
 
 @pytest.mark.soak
 def test_a_checkpoint_goes_from_layout_to_layout_unchanged(launcher):
-    """Of two parts in workers to two stages of two devices, to 2 x 2 workers: weights, moments, averages, bit for bit.
+    """Of two parts in workers to two stages of two: weights, moments, averages, bit for bit.
 
-    In `make soak` to 2 x 2 in one worker as well.
+    In `make soak` to stages of two devices, and to 2 x 2 in one worker, as well.
     """
     runs = launcher.folder / 'runs'
     launcher.run(*HOROVOD, '--', *PRETRAIN, *TEN_STEPS, *TENSOR, 'train.ema=0.9', 'name=first')
@@ -26,9 +26,9 @@ def test_a_checkpoint_goes_from_layout_to_layout_unchanged(launcher):
     assert set(expected[1]) == {'weights', 'optimizer', 'ema'} and steps(runs / 'first')[-1] == 10
     assert list((runs / 'first' / 'pictures').glob('*.png'))
     before = 'first'
-    for name, launch, keys in (('devices', HOROVOD, ['devices=[cpu(0),cpu(1)]']),
-                               ('workers', FOUR, ['devices=[cpu(0)]']),
-                               ('contexts', ['-n', 1], [DEVICES]))[:rounds(2, 3)]:
+    for name, launch, keys in (('workers', FOUR, ['devices=[cpu(0)]']),
+                               ('devices', HOROVOD, ['devices=[cpu(0),cpu(1)]']),
+                               ('contexts', ['-n', 1], [DEVICES]))[:rounds(1, 3)]:
         launcher.run(*launch, '--', *HANDOVER, runs / before, 'parallel.pipeline=2', *TENSOR, *keys, f'name={name}')
         step, arrays = newest(runs / name)
         assert step == 10

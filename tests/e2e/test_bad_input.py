@@ -38,19 +38,19 @@ def prepared(tmp_path):
      'was not finite in 4 steps in a row (train.max_bad_steps=4)'),
     (['train.lenght=3'], 2, "unknown key 'train.lenght' (did you mean 'train.length'?)"),
 ])
-def test_pretrain(prepared, mxsimmim, options, status, complaint):
-    result = mxsimmim('pretrain', BASE, *TINY, 'name=run', *options, status=status)
+def test_pretrain(prepared, here, options, status, complaint):
+    result = here('pretrain', BASE, *TINY, 'name=run', *options, status=status)
     errors = [line for line in result.stderr.splitlines() if line.startswith('mxsimmim: error: ')]
     assert len(errors) == 1 and complaint in errors[0], result.stderr
     assert 'Traceback' not in result.stderr
 
 
-def test_bad_steps_name_their_samples(mxsimmim, tmp_path):
-    text = mxsimmim('pretrain', BASE, *TINY, 'optim.base_lr=1e30', 'optim.warmup=0', 'train.max_bad_steps=2',
-                    'optim.clip_grad=null', 'train.batch_size=4', status=1).stderr
+def test_bad_steps_name_their_samples(here, tmp_path):
+    text = here('pretrain', BASE, *TINY, 'optim.base_lr=1e30', 'optim.warmup=0', 'train.max_bad_steps=2',
+                'optim.clip_grad=null', 'train.batch_size=4', status=1).stderr
     assert 'learning rate 7.8125e+27' in text and text.count('digits#') >= 4
-    text = mxsimmim('pretrain', BASE, *TINY, 'optim.base_lr=1e30', 'optim.warmup=0', 'train.max_bad_steps=2',
-                    'optim.clip_grad=null', 'name=many', status=1).stderr
+    text = here('pretrain', BASE, *TINY, 'optim.base_lr=1e30', 'optim.warmup=0', 'train.max_bad_steps=2',
+                'optim.clip_grad=null', 'name=many', status=1).stderr
     assert 'and 24 more, all in runs/many/bad-samples.txt' in text
     assert len((tmp_path / 'runs' / 'many' / 'bad-samples.txt').read_text().split()) == 32
 
@@ -75,13 +75,13 @@ def test_other_commands(prepared, mxsimmim, arguments, status, complaint):
     assert complaint in result.stderr and 'Traceback' not in result.stderr
 
 
-def test_reconstruct(prepared, mxsimmim, tmp_path):
+def test_reconstruct(prepared, mxsimmim, here, tmp_path):
     (tmp_path / 'few' / 'x.heic').touch()
     shown = mxsimmim('pretrain', BASE, *TINY, 'name=run', 'data.path=few', 'train.batch_size=2',
                      'data.val_fraction=0.4', 'train.length=2', 'optim.warmup=1', 'validation.pictures=0').stderr
     for text in (shown, (tmp_path / 'runs' / 'run' / 'logs' / 'rank-0.log').read_text()):
         assert text.count('few: 1 other file left out: .heic (1)\n') == 1
-    mxsimmim('reconstruct', 'runs/run', 'few', '-o', 'out.png')
+    here('reconstruct', 'runs/run', 'few', '-o', 'out.png')
     picture = np.asarray(Image.open(tmp_path / 'out.png'))
     assert picture.ndim == 3 and min(picture.shape[:2]) > 96
     (tmp_path / 'few' / 'broken.png').write_bytes(b'\x89PNG broken')
@@ -92,14 +92,14 @@ def test_reconstruct(prepared, mxsimmim, tmp_path):
     assert named == ['missing.png', 'few/broken.png:', 'few/gone.jpg:', 'rest.png']
     assert 'max_broken' not in told and '1 other file left out: .heic (1)' in told
     assert (np.asarray(Image.open(tmp_path / 'rest.png')) == picture).all()  # of the five that can be read
-    assert 'broken.png: not an image' in mxsimmim('reconstruct', 'runs/run', 'few/broken.png', status=1).stderr
+    assert 'broken.png: not an image' in here('reconstruct', 'runs/run', 'few/broken.png', status=1).stderr
     assert not (tmp_path / 'grid.png').exists()
     for name in ('broken.png', 'gone.jpg'):
         (tmp_path / 'few' / name).unlink()
     for arguments, complaint in ((['missing.png'], 'missing.png'), (['empty'], 'empty'),
                                  (['few'] * 700, '3,500 images make a picture that no viewer opens: give at'),
                                  (['few', '-o', 'nowhere/out.png'], 'nowhere/out.png: cannot write the picture')):
-        assert complaint in mxsimmim('reconstruct', 'runs/run', *arguments, status=1).stderr
+        assert complaint in here('reconstruct', 'runs/run', *arguments, status=1).stderr
     (tmp_path / 'none' / 'checkpoints').mkdir(parents=True)
     (tmp_path / 'none' / 'config.yaml').write_bytes((tmp_path / 'runs' / 'run' / 'config.yaml').read_bytes())
-    assert 'none has no checkpoint yet' in mxsimmim('reconstruct', 'none', 'few', status=1).stderr
+    assert 'none has no checkpoint yet' in here('reconstruct', 'none', 'few', status=1).stderr

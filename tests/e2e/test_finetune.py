@@ -125,10 +125,10 @@ def test_evaluation_alone(whole, mxsimmim, tmp_path, words):
     assert weights(tmp_path / 'runs' / 'run') == before and metrics(tmp_path / 'runs' / 'run') == metrics(whole)
 
 
-def test_it_stops_early_once(mxsimmim, tmp_path):
+def test_it_stops_early_once(here, tmp_path):
     """A rate too small to move anything: the first validation stays the best, and the third without one ends it."""
     options = [*FINETUNE, 'optim.base_lr=1e-12', 'optim.warmup=0', 'train.stop_early=3', 'train.ema=0']
-    text = mxsimmim('finetune', BASE, *options).stderr
+    text = here('finetune', BASE, *options).stderr
     run = tmp_path / 'runs' / 'run'
     assert list(rows(run, 'val_top1')) == [5, 10, 15, 20] and first_best(run)[0] == 5
     assert 'stopped: 3 validations without a new best (train.stop_early)' in text and 'at step 5, kept in' in text
@@ -136,7 +136,7 @@ def test_it_stops_early_once(mxsimmim, tmp_path):
     assert [row['lr'] for row in rows(run, 'loss').values()] == pytest.approx(
         [rate] * 3 + [rate / 2] * 2 + [rate / 4], rel=1e-9, abs=0)  # at steps 3, 6, 9; 12, 15; 18
     before = weights(run), weights(run, 'best'), metrics(run)
-    text = mxsimmim('finetune', BASE, *options).stderr
+    text = here('finetune', BASE, *options).stderr
     assert 'stopped: 3 validations without a new best (train.stop_early)' in text
     assert (weights(run), weights(run, 'best'), metrics(run)) == before
 

@@ -9,17 +9,17 @@ DATA = Path(__file__).parents[1] / 'data'
 
 
 @pytest.mark.parametrize('kind, cell', [('vit', 16), ('swin', 32)])
-def test_an_official_checkpoint_becomes_a_run_and_goes_out_again(mxsimmim, tmp_path, kind, cell):
+def test_an_official_checkpoint_becomes_a_run_and_goes_out_again(here, tmp_path, kind, cell):
     file = DATA / f'finetune_{kind}.pth'
-    said = mxsimmim('import', file, 'runs/official', f'mask.patch_size={cell}').stdout
+    said = here('import', file, 'runs/official', f'mask.patch_size={cell}').stdout
     assert said.startswith(f'runs/official: {kind}, pre-trained, ') and 'assumed' not in said
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 70, 3), dtype='uint8')).save(tmp_path / 'a.png')
-    mxsimmim('reconstruct', 'runs/official', 'a.png', '-o', 'grid.png')
+    here('reconstruct', 'runs/official', 'a.png', '-o', 'grid.png')
     assert Image.open(tmp_path / 'grid.png').width > 96
-    assert mxsimmim('export', 'runs/official', 'out.pth').stdout.startswith('out.pth: ')
-    said = mxsimmim('export', 'runs/official', 'timm.safetensors', '--names', 'timm').stdout
+    assert here('export', 'runs/official', 'out.pth').stdout.startswith('out.pth: ')
+    said = here('export', 'runs/official', 'timm.safetensors', '--names', 'timm').stdout
     assert 'left out, since timm has no counterpart: decoder.0.weight' in said
-    mxsimmim('import', 'out.pth', 'runs/again', f'mask.patch_size={cell}')
+    here('import', 'out.pth', 'runs/again', f'mask.patch_size={cell}')
     weights = [tmp_path / 'runs' / run / 'checkpoints/step-00000000/weights.safetensors'
                for run in ('official', 'again')]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -35,7 +35,7 @@ def test_the_fine_tuning_of_an_imported_run(mxsimmim):
     assert 'runs/official' in said.stdout + said.stderr
 
 
-def test_errors_are_one_line_and_leave_nothing(mxsimmim, tmp_path):
+def test_errors_are_one_line_and_leave_nothing(here, tmp_path):
     file = DATA / 'finetune_vit.pth'
     (tmp_path / 'poisoned.pth').write_bytes(b'\x80\x02cos\nsystem\nX\x0c\x00\x00\x00touch marker\x85R.')
     (tmp_path / 'whole').mkdir()
@@ -46,7 +46,7 @@ def test_errors_are_one_line_and_leave_nothing(mxsimmim, tmp_path):
             (['import', file, 'whole'], 1, 'whole exists already: give a new folder'),
             (['import', file, 'run', 'model.heads=3'], 2, "unknown key 'model.heads'"),
             (['export', 'run', 'out.pth'], 1, 'run'), (['export', 'run', 'out.pth', '--int8'], 1, 'run')]:
-        said = mxsimmim(*arguments, status=status).stderr
+        said = here(*arguments, status=status).stderr
         assert words in said and 'Traceback' not in said
     assert not (tmp_path / 'marker').exists() and not (tmp_path / 'run').exists()
     assert [path.name for path in (tmp_path / 'whole').iterdir()] == ['notes.txt']

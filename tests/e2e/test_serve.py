@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from support.running import BASE, DEADLINE, command
+from support.running import BASE, DEADLINE, command, rounds
 from support.tiny import TINY
 
 SEED = 21
@@ -165,8 +165,12 @@ def probabilities(answer):
     return {entry['name']: entry['probability'] for entry in json.loads(body)['classes']}
 
 
+@pytest.mark.soak
 def test_images_that_are_small_as_files_only(classifier):
-    """Thin and huge ones: right answers, and a memory that is bounded however many of them come at once."""
+    """Thin and huge ones: right answers, and a memory that is bounded however many of them come at once.
+
+    Two of each; four in `make soak`.
+    """
     def png(pixels):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, 'PNG')
@@ -174,13 +178,13 @@ def test_images_that_are_small_as_files_only(classifier):
 
     middle, thin = np.random.default_rng(SEED).integers(0, 256, (20, 1, 3), 'uint8'), np.zeros((60_000, 1, 3), 'uint8')
     thin[29_990:30_010] = middle
-    # 9400 x 9400 pixels of one colour, lossless WebP: 1.4 GB each, all at once 5.6.
+    # 9400 x 9400 pixels of one colour, lossless WebP: 1.4 GB each, two at once 2.8.
     huge = bytes.fromhex('524946461e000000574542505650384c110000002fb7e42d090750b22257a6ff8188e87f0000')
     want = {kind: probabilities(classifier.ask('POST', '/predict', png(pixels))) for kind, pixels in (
         ('thin', middle), ('huge', np.full((9, 9, 3), (200, 100, 50), 'uint8')))}
     before = peak(classifier)
     with ThreadPoolExecutor(8) as threads:
-        sent = [('thin', png(thin)), ('huge', huge)] * 4
+        sent = [('thin', png(thin)), ('huge', huge)] * rounds(2, 4)
         answers = list(threads.map(lambda item: (item[0], classifier.ask('POST', '/predict', item[1])), sent))
     for kind, answer in answers:
         assert probabilities(answer) == pytest.approx(want[kind], abs=1e-5), kind
@@ -214,15 +218,15 @@ def test_photographs_are_turned_upright_unless_the_run_was_trained_without(folde
     assert done.stderr.count(note) == (not turned) and len(done.stderr.splitlines()) == (not turned)
 
 
-def test_reconstruct_and_features_turn_upright(folder):
+def test_reconstruct_and_features_turn_upright(folder, here, monkeypatch):
+    monkeypatch.chdir(folder)
     exif, image = Image.Exif(), Image.open(folder / 'images' / '07.png')
     exif[0x0112] = 8
     image.transpose(Image.ROTATE_270).save(folder / 'lying.png', exif=exif)
     found = []
     for file in ('lying.png', 'images/07.png'):
         for what, out in (('reconstruct', 'grid.png'), ('features', 'features.npz')):
-            subprocess.run(command(what, 'runs/pretraining', file, '-o', out), cwd=folder, check=True, timeout=DEADLINE,
-                           stdout=subprocess.DEVNULL)
+            here(what, 'runs/pretraining', file, '-o', out)
         found.append((np.asarray(Image.open(folder / 'grid.png')), np.load(folder / 'features.npz')['features']))
     assert all((lying == upright).all() for lying, upright in zip(*found))
 

@@ -13,9 +13,11 @@ from support import machine
 
 from mxsimmim.config import ModelConfig
 from mxsimmim.interop import official
-from mxsimmim.models import build_classifier, build_simmim, named_parameters
+from mxsimmim.models import Classifier, build_classifier, build_simmim, named_parameters
 from mxsimmim.ops import OpBackend
 from mxsimmim.optim import parameter_groups
+
+pytestmark = pytest.mark.unmeasured
 
 DATA = Path(__file__).parent.parent / 'data'
 
@@ -117,7 +119,7 @@ def test_the_fixed_recipe_decays_no_table(recorded):
     (dict(type='vit', use_rpb=True, use_shared_rpb=False, use_mean_pooling=True), 1000, 86_530_984),
     (dict(type='swin', patch_size=4, embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32]), 1000, 87_768_224)])
 def test_sizes_at_224(keys, classes, parameters):
-    net = build_classifier(ModelConfig(**keys), classes, None)
+    net = Classifier(ModelConfig(**keys), classes)  # without values
     assert sum(int(np.prod(p.shape)) for p in named_parameters(net).values()) == parameters
 
 

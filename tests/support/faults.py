@@ -4,7 +4,7 @@ import random
 from statistics import median
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
-STEPS, SAVED = 80, 10  # of a job, and between its checkpoints
+SAVED = 10  # steps between the checkpoints of a job
 EARLIEST, LATEST = 12, 40  # step of a fault
 
 
@@ -13,14 +13,16 @@ class Mode(NamedTuple):
     launch: Tuple[object, ...]  # the launcher's options
     keys: Tuple[str, ...] = ()
     tolerance: float = 1e-5  # of the weights, relative to those of an undisturbed run; 0: the same bits
+    synchronous: bool = True  # the weights are those of one process, but for the order of sums
 
 
 # Sums of three have the order in which messages arrive; those of two, and what a pipeline hands on, have always one.
 MODES: Dict[str, Mode] = {
     'servers': Mode(('-n', 3, '-s', 2)),
     'Horovod': Mode(('-n', 3, '--horovod')),
-    'asynchronous': Mode(('-n', 3, '-s', 1), ('train.store=dist_async', 'optim.clip_grad=null'), 0.2),
-    'local SGD': Mode(('-n', 3, '-s', 1), ('train.aggregation=local_sgd', 'train.local_steps=5')),
+    'asynchronous': Mode(('-n', 3, '-s', 1), ('train.store=dist_async', 'optim.clip_grad=null'), 0.2, False),
+    'local SGD': Mode(('-n', 3, '-s', 1), ('train.aggregation=local_sgd', 'train.local_steps=5'),
+                      synchronous=False),
     'pipeline': Mode(('-n', 3, '--horovod'), ('parallel.pipeline=3', 'parallel.micro_batches=3'), 0),
     'hybrid': Mode(('-n', 4, '--horovod'), ('parallel.pipeline=2', 'parallel.micro_batches=3'), 0),
 }

@@ -222,6 +222,7 @@ def mixed(config, draws):
     return own, cut
 
 
+@pytest.mark.unmeasured
 def test_mixing_statistics():
     """mixup: Beta(0.8, 0.8) has mean 1/2, variance 1/10.4; CutMix's corrected shares as 100,000 of timm's."""
     own, cut = mixed(AugmentConfig(), 4000)

@@ -14,6 +14,8 @@ from support.running import rounds
 
 from mxsimmim.models import cost
 
+pytestmark = pytest.mark.unmeasured
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -9,6 +9,8 @@ import yaml
 
 from mxsimmim.config.configfile import leaves
 
+pytestmark = pytest.mark.unmeasured
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
 PAGES = sorted([*ROOT.glob('*.md'), *DOCS.glob('*.md'), *ROOT.glob('launch/*/*.md')])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unmeasured
+
 ROOT = Path(__file__).parents[2]
 PACKAGE, TOOLS = ROOT / 'mxsimmim', ROOT / 'tools'
 ORDER = ['__init__', 'system', 'config', 'runtime', 'cluster', 'ops', 'data', 'models', 'interop', 'optim', 'parallel',

@@ -116,8 +116,8 @@ def test_shift_mask_forbids_what_the_shift_brought_together():
 def test_initial_weights():
     config = ModelConfig(embed_dim=192, depth=4, num_heads=3)
     print('seed 11')
-    values = official.export_weights(build_simmim(config, seed=11))
-    assert all(np.array_equal(v, official.export_weights(build_simmim(config, seed=11))[n]) for n, v in values.items())
+    values, again = (official.export_weights(build_simmim(config, seed=11)) for _ in range(2))
+    assert all(np.array_equal(value, again[name]) for name, value in values.items())
     qkv = values['encoder.blocks.0.attn.qkv.weight']
     assert np.abs(qkv).max() <= 0.02                                  # cut at one deviation
     assert qkv.std() == pytest.approx(0.02 * 0.5396, rel=0.01)       # deviation of a normal cut at 1

@@ -43,13 +43,26 @@ def difference(ours, theirs):
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
+@pytest.fixture(scope='module')
+def alone():
+    """What one device makes of a network, computed once."""
+    made = {}
+
+    def run(keys, images):
+        name = repr((keys, images))
+        if name not in made:
+            made[name] = trained(keys, 1, images=images)
+        return made[name]
+    return run
+
+
 @pytest.mark.parametrize('store', ['local', 'device'])
 @pytest.mark.parametrize('devices', [2, 3, 4])
 @pytest.mark.parametrize('keys', [VIT, SWIN], ids=['vit', 'swin'])
-def test_devices(keys, devices, store):
+def test_devices(alone, keys, devices, store):
     """7 images over 2, 3 and 4 contexts are uneven splits."""
     weights, rows = trained(keys, devices, store=store)
-    expected, expected_rows = trained(keys, 1)
+    expected, expected_rows = alone(keys, 7)
     assert difference(weights, expected) < 1e-5
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 
@@ -107,9 +120,9 @@ def test_who_compresses_asks_the_store_for_no_memory(monkeypatch, compression, a
 
 @pytest.mark.parametrize('devices', [1, 3])
 @pytest.mark.parametrize('parts', [2, 3])
-def test_accumulation(parts, devices):
+def test_accumulation(alone, parts, devices):
     weights, rows = trained(VIT, devices, parts, images=11)
-    expected, expected_rows = trained(VIT, 1, images=11)
+    expected, expected_rows = alone(VIT, 11)
     assert difference(weights, expected) < 1e-5
     np.testing.assert_allclose(rows, expected_rows, rtol=1e-4)
 

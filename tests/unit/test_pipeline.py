@@ -8,7 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from support import machine, passing
-from support.running import DEADLINE, ROOT
+from support.running import DEADLINE, ROOT, rounds
 from support.trainer import build_tiny_trainer, random_batches, relative_difference, tiny_config, train_randomly
 
 from mxsimmim.config import ModelConfig
@@ -61,13 +61,18 @@ def alone():
     return run
 
 
+CASES = [*((keys, 2, 2, 4) for keys in NETWORKS), (VIT, 3, 3, 1), (VIT, 4, 2, 3), (VIT, 4, 4, 5), (SWIN, 4, 2, 3),
+         ({**VIT, 'drop_path': 0.0}, 3, 3, 2), ({**SWIN, 'drop_path': 0.0}, 2, 2, 2)]
+IN_BOTH_FORMS = (VIT, 4, 2, 3), (SWIN, 4, 2, 3)  # of the operators: all in `make soak`
+
+
 @pytest.mark.unmeasured
-@pytest.mark.parametrize('form', machine.FORMS)
-@pytest.mark.parametrize('keys, devices, stages, micro_batches', [
-    *((keys, 2, 2, 4) for keys in NETWORKS), (VIT, 3, 3, 1), (VIT, 4, 2, 3), (VIT, 4, 4, 5), (SWIN, 4, 2, 3),
-    ({**VIT, 'drop_path': 0.0}, 3, 3, 2), ({**SWIN, 'drop_path': 0.0}, 2, 2, 2)],
+@pytest.mark.soak
+@pytest.mark.parametrize('form, keys, devices, stages, micro_batches', [
+    (form, *case) for form in machine.FORMS for case in CASES
+    if form == machine.FORMS[-1] or case in rounds(IN_BOTH_FORMS, CASES)],
                          ids=lambda value: value['type'] if isinstance(value, dict) and 'type' in value else None)
-def test_weights_are_those_of_one_device(alone, keys, devices, stages, micro_batches, form):
+def test_weights_are_those_of_one_device(alone, form, keys, devices, stages, micro_batches):
     """10 steps of 11 images, which no number of micro-batches and replicas divides."""
     trainer = build(keys, devices, backend=OpBackend(form), pipeline=stages, micro_batches=micro_batches)
     assert isinstance(trainer.placement, Pipeline)

@@ -8,6 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from support.machine import need_native
+from support.running import rounds
 from support.tiny import SWIN, VIT
 
 from mxsimmim import cli
@@ -370,17 +371,20 @@ def test_a_model_that_fits_nowhere(capsys):
     assert err.startswith('mxsimmim: error: no layout fits: a device has 0.0 GB, and the least that any needs is ')
 
 
+@pytest.mark.soak
 def test_calibration_of_this_machine(capsys):
+    """A second for each half block: of Swin's two widths in `make soak`, here of a ViT's."""
     need_native()
-    tiny = [f'model.{key}={json.dumps(value)}' for key, value in SWIN.items()]
+    network, widths = rounds((VIT, (16,)), (SWIN, (8, 16)))
+    tiny = [f'model.{key}={json.dumps(value)}' for key, value in network.items()]
     status, out, err = run(capsys, 'conf/digits.yaml', *tiny, 'mask.patch_size=8', '--calibrate', '--devices', '2',
                            '--json')
     assert status == 0, err
     cluster = json.loads(out)['cluster']
     assert cluster['kind'] == 'cpu' and cluster['devices'] == 2 and 1e8 < cluster['memory'] < 1e13
     rates = {tuple(key): rate for *key, rate in cluster['rates']}
-    assert set(rates) == {('attention', width, 1) for width in (8, 16)} | {
-        ('mlp', width, shard) for width in (8, 16) for shard in (1, 2, 4, 8)}
+    assert set(rates) == {('attention', width, 1) for width in widths} | {
+        ('mlp', width, shard) for width in widths for shard in (1, 2, 4, 8)}
     assert all(1e6 < rate < 1e13 for rate in rates.values())
     assert cluster['images'] is None  # the digits are no files
     assert 1e7 < cluster['local_bandwidth'] < 1e12 and 1e-7 < cluster['local_latency'] < 1e-2

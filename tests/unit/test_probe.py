@@ -78,6 +78,7 @@ def on_digits(run, **data):
                                                                             **data})})
 
 
+@pytest.mark.unmeasured
 def test_probe_of_a_run(run):
     few = probe.probe(run, on_digits(run, labels_per_class=4), 'all', 3).splitlines()
     assert few[0] == 'tiny, step 7: 40 training images (4 of each class, 3 draws), 359 held out, 10 classes'

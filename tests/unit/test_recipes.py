@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from support.running import rounds
 
 from mxsimmim.config import Config, ModelConfig, configfile
 from mxsimmim.data.loader import Batch
@@ -27,11 +28,13 @@ from mxsimmim.ops import FORMS, REFERENCE, OpBackend
 from mxsimmim.parallel.placement import Replicated
 from mxsimmim.training import checkpoint
 
-pytestmark = pytest.mark.unmeasured
+pytestmark = [pytest.mark.unmeasured, pytest.mark.soak]
 SEED = 5
 CONF = Path(__file__).parents[2] / 'conf'
 NARROW = {'vit': ['model.embed_dim=12', 'model.num_heads=3'],
           'swin': ['model.embed_dim=4', 'model.num_heads=[1, 2, 2, 4]']}
+# Both tasks of both networks, and the deepest of each; `make soak` has all.
+CHOSEN = ('digits', 'finetune_digits', 'finetune_swin_base_100ep', 'finetune_vit_base', 'swin_tiny', 'vit_large')
 CLASSES = tuple(f'class {number}' for number in range(4))
 natively = pytest.mark.skipif((platform.system(), platform.machine()) != ('Linux', 'x86_64'),
                               reason='native operators are for Linux on x86-64')
@@ -85,7 +88,7 @@ def recipes():
     for name in sorted(path.stem for path in CONF.glob('*.yaml') if path.stem != 'base'):
         config = recipe(name)
         found.setdefault((config.task, config.model), name)
-    return list(found.values())
+    return [name for name in found.values() if name in rounds(CHOSEN, found.values())]
 
 
 @pytest.fixture(scope='module', params=recipes())
@@ -230,8 +233,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize('task', ['classify', 'pretrain'])
-@pytest.mark.parametrize('options', list(OPTIONS))
+DEEPEST = ['vit, 25 blocks, all positions', 'swin, 24 blocks a stage']
+
+
+@pytest.mark.parametrize('options, task', [*((options, 'classify') for options in OPTIONS),
+                                           *((options, 'pretrain') for options in rounds(DEEPEST, OPTIONS))])
 def test_options_and_depths(options, task, tmp_path):
     """The exports compare what they write with the network."""
     model = ModelConfig(**OPTIONS[options])

@@ -160,6 +160,7 @@ def run(tmp_path, monkeypatch, attempts, most, stop=None):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('mxsimmim.cluster.restarts.SOONEST', 0.05)
     monkeypatch.setattr('mxsimmim.cluster.attempt.SETTLE', 0.05)
+    monkeypatch.setattr('mxsimmim.cluster.attempt.CLOSING', 0.05)
     screen, spec = Screen(), JobSpec((sys.executable, '-S', '-c', PROGRAM, json.dumps(attempts)), 2, 1,
                                      directory=os.getcwd(), max_restarts=most)
     if stop:

@@ -114,6 +114,7 @@ def test_another_number_of_workers_begins_with_what_all_have(tmp_path, capfd):
             np.testing.assert_array_equal(value, three[0][name])
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize('mode, keys', [
     (TWO_BITS, {}), (ELASTIC, {}), (TWO_BITS, STAGES), (ELASTIC, STAGES), (EMA, PARTS), (OWN_MOMENTS, PARTS),
     (TWO_BITS, SHARDED)])

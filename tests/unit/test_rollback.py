@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.running import rounds
 from support.together import together
 from support.trainer import tiny_config
 
@@ -145,10 +146,12 @@ def test_without_the_key_nothing_happens(tmp_path):
     assert ours.fit() == 0 and ours.skipped_batches == [] and 'recent' not in ours.state_dict()['meter']
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('keys', [
     dict(ema=0.9, compression='2bit', threshold=0.02), dict(aggregation='elastic', local_steps=5),
-    dict(aggregation='local_sgd', local_steps=5, average_moments=False)],
+    dict(aggregation='local_sgd', local_steps=5, average_moments=False)][:rounds(2, 3)],
     ids=lambda keys: ' '.join(map(str, keys.values())))
+@pytest.mark.unmeasured
 def test_workers_go_back_together(tmp_path, keys):
     """One worker's loss spikes, all go back, to what each of them had: as if the batches had never come."""
     def work(build):

@@ -3,6 +3,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from support import machine
+from support.running import rounds
 from support.trainer import build_tiny_trainer, random_batches, relative_difference, tiny_config, train_randomly
 
 from mxsimmim.config import ModelConfig
@@ -24,6 +25,10 @@ OTHERS = [{**VIT, 'use_rpb': True, 'use_shared_rpb': False, 'use_ape': True},
           {**SWIN, 'ape': True, 'drop_path': 0.0}]
 NAMES = ['vit', 'swin', 'vit, own tables, positions', 'vit, pooling, none dropped', 'swin, positions, none dropped']
 SEED = 9
+# A form of the operators, a network, and layouts of so many steps; of MXNet's own form the last ones in `make soak`.
+CASES = [pytest.param(form, *case, id=f'{name}-{form}') for form in machine.FORMS for name, case in zip(NAMES, (
+    (VIT, [(2, 2), (4, 4), (4, 2), (4, 2, 2)], 10), (SWIN, [(2, 2), (4, 2), (4, 2, 2)], 5),
+    *((keys, [(4, 2, 2)], 3) for keys in OTHERS))) if name in rounds(NAMES[:2], NAMES) or form == machine.FORMS[-1]]
 
 
 def build(keys, devices=1, backend=REFERENCE, tensor=1, stages=1, recipe='fixed', **train):
@@ -34,11 +39,9 @@ def build(keys, devices=1, backend=REFERENCE, tensor=1, stages=1, recipe='fixed'
                               train=dict(batch_size=11, store='local', check_replicas=1, **train))
 
 
-@pytest.mark.parametrize('form', machine.FORMS)
-@pytest.mark.parametrize('keys, layouts, steps', [
-    (VIT, [(2, 2), (4, 4), (4, 2), (4, 2, 2)], 10), (SWIN, [(2, 2), (4, 2), (4, 2, 2)], 5),
-    *((keys, [(4, 2, 2)], 3) for keys in OTHERS)], ids=NAMES)
-def test_weights_are_those_of_one_device(keys, layouts, steps, form):
+@pytest.mark.soak
+@pytest.mark.parametrize('form, keys, layouts, steps', CASES)
+def test_weights_are_those_of_one_device(form, keys, layouts, steps):
     """Steps of 11 images, all clipped, on (devices, parts, stages); (4, 2): one of two replicas has 6 images."""
     expected, expected_rows = train_randomly(build(keys, backend=OpBackend(form)), steps, SEED)
     assert expected_rows[:, 1].min() > 0.02
@@ -68,9 +71,9 @@ def pair(net, replicas=2):
             Replicated(net(), [mx.cpu(i) for i in range(2 * replicas)], tensor=2))
 
 
-@pytest.mark.parametrize('form', machine.FORMS)
-@pytest.mark.parametrize('keys', [VIT, SWIN, *OTHERS], ids=NAMES)
-def test_answers(keys, form):
+@pytest.mark.soak
+@pytest.mark.parametrize('form, keys, _layouts, _steps', CASES)
+def test_answers(form, keys, _layouts, _steps):
     """Loss without gradient, reconstruction of masked cells, and the logits of a classifier."""
     config, backend = ModelConfig(**keys), OpBackend(form)
     batch, = random_batches(config, 1, 5, SEED)
@@ -134,6 +137,7 @@ def test_replicas_that_differ_are_seen(name):
         trainer.check_replicas()
 
 
+@pytest.mark.unmeasured
 def test_a_run_goes_on_under_another_layout(tmp_path):
     """The same weights, averages and moments at the hand-over, bit by bit, and the same validation loss; and back."""
     keys = dict(output=str(tmp_path), name='run', data=dict(path='digits', val_fraction=0.1, threads=1),
