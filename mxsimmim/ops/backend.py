@@ -118,6 +118,18 @@ class OpBackend:
         return FORMS[self.form].masked_loss(F, tokens, decoder, target, mask, cell=cell, patch=patch, prefix=prefix,
                                             kind=kind, precision=self.precision)
 
+    def pyramid_pool(self, F: Any, maps: Sequence[Any], boxes: Any, *, strides: Sequence[int], side: int,
+                     samples: int = 2) -> Any:
+        """Pool boxes from the maps of a feature pyramid: (B, N, C, side, side).
+
+        maps (B, C, H_l, W_l) have a pixel for `strides`[l] of the image's; boxes (B, N, 4) are (x0, y0, x1, y1) in
+        pixels of the image, and have no gradient. A box is pooled from one map: one of 224 x 224 pixels from number 2,
+        one of twice the side from the next (Lin et al. 2017, arXiv:1612.03144); a box of no area becomes zeros. A bin
+        is the mean of samples x samples values, interpolated (RoIAlign, He et al. 2017, arXiv:1703.06870; a pixel's
+        value is that in its middle, as detectron2's `aligned`).
+        """
+        return FORMS[self.form].pyramid_pool(F, maps, boxes, strides=strides, side=side, samples=samples)
+
 
 REFERENCE = OpBackend()
 

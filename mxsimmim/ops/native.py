@@ -8,6 +8,7 @@ shared bias, which must be given to them in smaller groups (models/vit.py).
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .layout import Windows
+from .regions import CANONICAL, LEVEL
 
 Pair = Tuple[Any, Any]
 KINDS = {'l1': 0, 'mse': 1}
@@ -83,6 +84,12 @@ def masked_loss(F: Any, tokens: Any, decoder: Pair, target: Any, mask: Any, *, c
     inputs, added = taken(tokens, *decoder, target, mask)
     loss, _ = F.mxsimmim_masked_loss(*inputs, prefix=prefix, kind=KINDS[kind], bf16=int(precision == 'bf16'), **added)
     return loss
+
+
+def pyramid_pool(F: Any, maps: Sequence[Any], boxes: Any, *, strides: Sequence[int], side: int, samples: int) -> Any:
+    """Compute `OpBackend.pyramid_pool`."""
+    return F.mxsimmim_pyramid_pool(*maps, boxes, levels=len(maps), side=side, samples=samples, canonical=CANONICAL,
+                                   level=LEVEL, **_numbered('stride', strides))
 
 
 def _numbered(name: str, values: Sequence[float]) -> Dict[str, float]:

@@ -9,8 +9,9 @@ from typing import Any, Optional, Tuple
 
 from .layout import Windows
 from .pixels import AUTO, masked_loss, patchify, swap
+from .regions import pyramid_pool
 
-__all__ = ['attention', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify']
+__all__ = ['attention', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify', 'pyramid_pool']
 
 Pair = Tuple[Any, Any]
 
