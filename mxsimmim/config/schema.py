@@ -27,9 +27,9 @@ class ModelConfig(Section):
     num_heads: Union[int, Tuple[int, ...]] = Field(12, description='attention heads; a list, one a stage, in Swin')
     window_size: int = Field(7, gt=0, description='side of an attention window, tokens: Swin, and ViT with '
                              'global_blocks')
-    global_blocks: Tuple[int, ...] = Field((), description='ViT, detection and segmentation: numbers, from 0, of the '
-                                           'blocks that see the whole image, e.g. [2, 5, 8, 11], while the others see '
-                                           'windows; empty: all do')
+    global_blocks: Tuple[int, ...] = Field((), description='ViT, detection and segmentation: the blocks, from 0, '
+                                           'that see the whole image, e.g. [2, 5, 8, 11]; the others see windows; '
+                                           'empty: all see it')
     mlp_ratio: float = Field(4.0, gt=0, description='hidden width of the MLP over embed_dim')
     init_values: Optional[float] = Field(0.1, description='ViT: initial layer scale; null for none')
     use_ape: bool = Field(False, validation_alias=AliasChoices('use_ape', 'ape'),

@@ -29,13 +29,15 @@ class FeatureMaps(HybridBlock):
     its stages' ends, each with a norm of its own; of a ViT what `blocks` give, numbered from 0, by default `thirds`.
 
     Attributes:
+        config: as given.
         channels: C_i of each map.
         strides: pixels of the input a side that one of its places stands for.
     """
 
     def __init__(self, config: ModelConfig, pixels: PixelInput, blocks: Optional[Sequence[int]] = None):
         super().__init__()
-        self._config, self._norms = config, []
+        self.config = config
+        self._norms: List[LayerNorm] = []
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, False, pixels, dense=True)
             if config.type == 'vit':

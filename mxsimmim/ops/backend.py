@@ -71,8 +71,8 @@ class OpBackend:
         between the N tokens of a sequence: all L = `tokens` of an image or, with `windows`, those of one window, then
         N = window^2. Where windows are shifted or padded, mask (windows, 1, N, N) is `shift_mask`. gamma (C,), or None,
         scales channels (Touvron et al. 2021, arXiv:2103.17239); keep (B, 1), or None, scales an image's branch, 0
-        dropping it (Huang et al. 2016, arXiv:1603.09382). C = `width`. With `recompute`, native only, nothing between is kept for
-        the backward pass.
+        dropping it (Huang et al. 2016, arXiv:1603.09382). C = `width`. With `recompute`, native only, nothing between
+        is kept for the backward pass.
 
         As gamma and keep are linear, results of some of the heads each, with their rows of qkv and columns of proj, add
         up to that of all, if all but one are `partial`: these leave out x; proj's bias, too, is given to one alone and

@@ -70,9 +70,9 @@ def running(block, mode, names):
 
 def cells_of(image, cell):
     """(B, 3, H, W) to (B, cells, 3 * cell^2)."""
-    images, n = len(image), image.shape[2] // cell
-    parts = image.reshape(images, 3, n, cell, n, cell).transpose(0, 2, 4, 1, 3, 5)
-    return parts.reshape(images, n * n, 3 * cell * cell)
+    images, down, across = len(image), image.shape[2] // cell, image.shape[3] // cell
+    parts = image.reshape(images, 3, down, cell, across, cell).transpose(0, 2, 4, 1, 3, 5)
+    return parts.reshape(images, down * across, 3 * cell * cell)
 
 
 def masked_pixels(mask, n, cell):
@@ -297,6 +297,24 @@ def test_bytes_are_normalised_to_the_same_bits(backend, images, side, cell):
         np.testing.assert_allclose(cells.asnumpy(), cells_of(exact.transpose(0, 3, 1, 2), cell), rtol=1e-5, atol=1e-6)
         plain = REFERENCE.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), (side, side), cell, MEAN, STD)
         assert np.array_equal(cells.asnumpy(), plain.asnumpy())
+
+
+@forms
+@pytest.mark.parametrize('height, width, cell', [(8, 20, 4), (48, 16, 16), (3, 6, 3), (6, 3, 1)])
+def test_height_and_width_apart(backend, height, width, cell):
+    """Bytes too; also where both the second and the last side are 3, so that the shape alone does not tell which."""
+    rng = np.random.default_rng(height)
+    image = mx.nd.array(rng.integers(0, 256, (2, height, width, 3)), dtype='uint8')
+    planes = mx.nd.array(rng.standard_normal((2, 3, height, width)))
+    planes.attach_grad()
+    with mx.autograd.record():
+        cells = backend.patchify(mx.nd, planes, (height, width), cell, MEAN, STD)
+    assert np.array_equal(cells.asnumpy(), cells_of(planes.asnumpy(), cell))
+    cells.backward(cells)
+    assert np.array_equal(planes.grad.asnumpy(), planes.asnumpy())
+    found = backend.patchify(mx.nd, image, (height, width), cell, MEAN, STD).asnumpy()
+    exact = ((image.asnumpy() / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(found, cells_of(exact, cell), rtol=1e-5, atol=1e-6)
 
 
 def test_all_bytes_are_normalised_to_the_same_bits(native):
