@@ -209,7 +209,8 @@ class SwinTransformer(HybridBlock):
 
     def maps(self, F: Any, image: Any, keep: Any = None) -> List[Any]:
         """The tokens (B, L, C) of each stage, before their merging."""
-        found, x = [], self._embed(F, image, None, *own(F, image, self.absolute_pos_embed), None)
+        absolute_pos_embed, = own(F, image, self.absolute_pos_embed)
+        found, x = [], self._embed(F, image, None, absolute_pos_embed, None)
         for layer in self.layers:
             for block in layer.blocks:
                 x = block(x, keep)

@@ -35,9 +35,9 @@ EPS = 1e-6
 
 
 class View(NamedTuple):
-    """Which tokens of an image a token of a block attends to: height x width, after a cls token if there is one.
+    """Which of height x width tokens, after a cls token if there is one, those of a block attend to: all, or a window.
 
-    Where there is a window, those of its own, as `Windows` has them; then there is no cls token.
+    With windows, of `window` tokens a side but no longer than the image, there is no cls token.
     """
     height: int
     width: int
@@ -45,26 +45,30 @@ class View(NamedTuple):
     window: int = 0
 
     @property
+    def seen(self) -> Tuple[int, int]:
+        """Height and width of what a token attends to."""
+        side = min(self.window, max(self.height, self.width))
+        return (side, side) if side else (self.height, self.width)
+
+    @property
+    def windows(self) -> Optional[Windows]:
+        """The windows; None where tokens attend to all."""
+        return Windows(self.height, self.width, self.seen[0]) if self.window else None
+
+    @property
     def tokens(self) -> int:
         """Tokens of an image."""
         return self.cls + self.height * self.width
 
     @property
-    def windows(self) -> Optional[Windows]:
-        """The windows, no larger than the image; None where tokens attend to all others."""
-        longest = max(self.height, self.width)
-        return Windows(self.height, self.width, min(self.window, longest)) if self.window else None
-
-    @property
     def length(self) -> int:
         """Tokens that attend to each other."""
-        return self.windows.window ** 2 if self.windows else self.tokens
+        return self.cls + self.seen[0] * self.seen[1]
 
     @property
     def table_rows(self) -> int:
         """Rows of a relative position table."""
-        sides = (self.windows.window,) * 2 if self.windows else (self.height, self.width)
-        return table_rows(*sides) + 3 * self.cls
+        return table_rows(*self.seen) + 3 * self.cls
 
     def table_index(self) -> np.ndarray:
         """Return the table's row for each pair of tokens, (N, N), as `relative_index`.
@@ -72,7 +76,7 @@ class View(NamedTuple):
         A cls token, row and column 0, has the last three of R rows: R-3 is cls to token, R-2 token to cls, R-1 cls to
         cls, as in Bao et al. 2022.
         """
-        index = relative_index(*((self.windows.window,) * 2 if self.windows else (self.height, self.width)))
+        index = relative_index(*self.seen)
         if self.cls:
             index, rows = np.pad(index, ((1, 0), (1, 0))), self.table_rows
             index[0, :], index[:, 0], index[0, 0] = rows - 3, rows - 2, rows - 1
@@ -123,9 +127,9 @@ class Attention(Divisible):
             if table:
                 self.relative_position_bias_table, self.relative_position_index = relative_table(
                     self.params, view.table_index(), view.table_rows, heads)
-            self.attn_mask = None
-            if view.windows and view.windows.needs_mask:
-                self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*view.windows))
+            self.attn_mask, windows = None, view.windows
+            if windows and windows.needs_mask:
+                self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*windows))
             self.qkv = QKV(width, columns)
             self.proj = Linear(columns, width, backend, bias=not self._partial)
 
@@ -242,7 +246,8 @@ class VisionTransformer(HybridBlock):
 
     def maps(self, F: Any, image: Any, blocks: Sequence[int], keep: Any = None) -> List[Any]:
         """The tokens (B, L, C) after each of these blocks, numbered from 0."""
-        found, given, x = {}, {'keep': keep}, self._embed(F, image, None, None, *own(F, image, self.pos_embed), None)
+        pos_embed, = own(F, image, self.pos_embed)
+        found, given, x = {}, {'keep': keep}, self._embed(F, image, None, None, pos_embed, None)
         for index in range(max(blocks) + 1):
             found[index] = x = self._run_block(index, F, x, given)
         return [found[index] for index in blocks]

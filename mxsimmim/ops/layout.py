@@ -3,7 +3,8 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
-FORBIDDEN = -100.0  # added to the scores of pairs that do not belong together
+FORBIDDEN = -100.0  # added to the scores of pairs that only the shift brought together, as published
+NOTHING = -1e9  # added to those of tokens and padding: whatever the score, its exponential is 0
 
 
 class Windows(NamedTuple):
@@ -43,16 +44,17 @@ class Windows(NamedTuple):
 
 
 def shift_mask(height: int, width: int, window: int, shift: int = 0) -> np.ndarray:
-    """(windows, 1, N, N): 0 for pairs of tokens that belong together, FORBIDDEN for others, of `Windows` as given."""
+    """(windows, 1, N, N), of `Windows` as given: 0 for pairs that belong together, FORBIDDEN or NOTHING for others."""
     windows = Windows(height, width, window, shift)
     bands, outside = [], []  # of each axis: which of three strips a place after the shift falls in; what is padding
     for side, padded, by in zip((height, width), windows.padded, windows.shifts):
         place = np.arange(padded)
         bands.append(np.digitize(place, (padded - window, padded - by)))
         outside.append((place + by) % padded >= side)
-    region = bands[0][:, None] * 3 + bands[1]
-    region[outside[0][:, None] | outside[1]] = 9
-    down, across = windows.counts
-    region = region.reshape(down, window, across, window).transpose(0, 2, 1, 3).reshape(-1, window * window)
-    apart = region[:, :, None] != region[:, None, :]
-    return np.where(apart, FORBIDDEN, 0.0).astype('float32')[:, None]
+    region, padding = bands[0][:, None] * 3 + bands[1], outside[0][:, None] | outside[1]
+
+    def differ(of: np.ndarray) -> np.ndarray:  # (height, width) with padding to (windows, N, N)
+        down, across = windows.counts
+        of = of.reshape(down, window, across, window).transpose(0, 2, 1, 3).reshape(-1, window * window)
+        return of[:, :, None] != of[:, None, :]
+    return np.where(differ(padding), NOTHING, np.where(differ(region), FORBIDDEN, 0.0)).astype('float32')[:, None]

@@ -55,8 +55,7 @@ template <class T> void column_sums(const T* x, int64_t rows, int64_t n, float* 
 template <class T> void Branch::normalise(T* y, float* mean, float* rstd) const {
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
-    if (source(r) == PADDING)
-      std::memset(y + r * width, 0, size_t(width) * sizeof(T));
+    if (source(r) == PADDING) std::memset(y + r * width, 0, size_t(width) * sizeof(T));
     else
       simmim::rows<T>().normalise(x + source(r) * width, norm_weight, norm_bias, width, eps, y + r * width, mean + r,
                                   rstd + r);
