@@ -51,8 +51,8 @@ def mlp_case(rng, used):
 
 
 CASES = {'attention': (attention_case, None), 'windows': (attention_case, Windows(4, 4, 2)),
-         'shifted': (attention_case, Windows(4, 4, 2, 1)), 'mlp': (mlp_case, None), 'some rows': (mlp_case, 0.4),
-         'no row': (mlp_case, 0.0)}
+         'shifted': (attention_case, Windows(4, 4, 2, 1)), 'padded': (attention_case, Windows(3, 5, 2, 1)),
+         'mlp': (mlp_case, None), 'some rows': (mlp_case, 0.4), 'no row': (mlp_case, 0.0)}
 
 
 @pytest.mark.parametrize('form, precision', machine.ABLE)
