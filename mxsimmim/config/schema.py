@@ -7,9 +7,9 @@ import math
 import os
 import re
 from functools import reduce
-from typing import Optional, Tuple, Union
+from typing import Any, Callable, Optional, Tuple, Union
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Literal
 
 from .values import ClockTime, Duration, GivenPlace, Place, Section, Time, listed, require
@@ -18,13 +18,18 @@ from .values import ClockTime, Duration, GivenPlace, Place, Section, Time, liste
 class ModelConfig(Section):
     """The network. Its keys carry the reference implementation's names."""
     type: Literal['vit', 'swin'] = Field('vit', description='vit or swin')
-    img_size: int = Field(224, gt=0, description='height and width of the input, pixels')
+    img_size: Union[int, Tuple[int, int]] = Field(224, description='height and width of the input, pixels; detection '
+                                                  'and segmentation also take [height, width]')
     patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
     embed_dim: int = Field(768, gt=0, description='width of the tokens; of the first stage in Swin')
     depth: int = Field(12, gt=0, description='ViT: number of blocks')
     depths: Tuple[int, ...] = Field((), description='Swin: blocks of each stage, e.g. [2, 2, 18, 2]')
     num_heads: Union[int, Tuple[int, ...]] = Field(12, description='attention heads; a list, one a stage, in Swin')
-    window_size: int = Field(7, gt=0, description='Swin: side of an attention window, tokens')
+    window_size: int = Field(7, gt=0, description='side of an attention window, tokens: Swin, and ViT with '
+                             'global_blocks')
+    global_blocks: Tuple[int, ...] = Field((), description='ViT, detection and segmentation: the blocks, from 0, '
+                                           'that see the whole image, e.g. [2, 5, 8, 11]; the others see windows; '
+                                           'empty: all see it')
     mlp_ratio: float = Field(4.0, gt=0, description='hidden width of the MLP over embed_dim')
     init_values: Optional[float] = Field(0.1, description='ViT: initial layer scale; null for none')
     use_ape: bool = Field(False, validation_alias=AliasChoices('use_ape', 'ape'),
@@ -57,9 +62,35 @@ class ModelConfig(Section):
         return self.patch_size * 2 ** (self.stages - 1)
 
     @property
+    def size(self) -> Tuple[int, int]:
+        """Height and width of the input, pixels."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+    @property
+    def side(self) -> int:
+        """Height and width of a square input, pixels."""
+        assert isinstance(self.img_size, int), 'not square'
+        return self.img_size
+
+    @property
+    def patches(self) -> Tuple[int, int]:
+        """Patches down and across at the input."""
+        height, width = self.size
+        return height // self.patch_size, width // self.patch_size
+
+    def tokens(self, stage: int) -> Tuple[int, int]:
+        """Tokens down and across in a stage: merging takes two to one, and rounds up."""
+        down, across = self.patches
+        return -(-down >> stage), -(-across >> stage)
+
+    @property
     def grid(self) -> int:
-        """Patches a side at the input."""
-        return self.img_size // self.patch_size
+        """Patches a side of a square input."""
+        return self.side // self.patch_size
+
+    def sees_all(self, block: int) -> bool:
+        """Tell whether the tokens of this block of a ViT attend to the whole image."""
+        return not self.global_blocks or block in self.global_blocks
 
     @property
     def blocks(self) -> int:
@@ -72,6 +103,18 @@ class ModelConfig(Section):
         hidden = [int(self.embed_dim * 2 ** stage * self.mlp_ratio) for stage in range(self.stages)]
         return reduce(math.gcd, (*self.heads, *hidden))
 
+    @field_validator('img_size', mode='wrap')
+    @classmethod
+    def _one_number_for_squares(cls, value: Any, parse: Callable[[Any], Union[int, Tuple[int, int]]]
+                                ) -> Union[int, Tuple[int, int]]:
+        try:
+            parsed = parse(value)
+        except ValidationError:
+            raise ValueError(f'{value!r} is neither a number of pixels nor [height, width]') from None
+        height, width = (parsed, parsed) if isinstance(parsed, int) else parsed
+        require(min(height, width) > 0, 'input should be greater than 0')
+        return height if height == width else parsed
+
     @model_validator(mode='after')
     def _check(self) -> 'ModelConfig':
         if self.type == 'vit':
@@ -81,14 +124,13 @@ class ModelConfig(Section):
                      f'embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}')
         else:
             self._check_swin()
-        require(self.img_size % self.stride == 0,
-                 f'img_size={self.img_size} is not a multiple of {self.stride}, the side of one final token'
-                 + (f' (patch_size {self.patch_size} x 2^{self.stages - 1})' if self.stages > 1 else ' (patch_size)'))
-        for stage in range(self.stages if self.type == 'swin' else 0):
-            side = self.grid >> stage
-            require(side <= self.window_size or side % self.window_size == 0,
-                     f'window_size={self.window_size} does not divide the {side}x{side} tokens of stage {stage}: '
-                     f'change window_size or img_size={self.img_size}')
+        require(all(side % self.patch_size == 0 for side in self.size), f'img_size={listed(self.img_size)} is not a '
+                f'multiple of {self.patch_size}, the side of one patch (patch_size)')
+        last = self.depth - 1 if self.type == 'vit' else -1
+        require(all(0 <= block <= last for block in self.global_blocks), f'global_blocks={listed(self.global_blocks)}: '
+                + (f'the blocks of this ViT are 0 to {last}' if self.type == 'vit' else 'a Swin has none'))
+        require(not self.global_blocks or not self.use_shared_rpb, 'global_blocks: windows cannot share the position '
+                'table of the whole image: set use_shared_rpb=false, and use_rpb=true for a table in each block')
         return self
 
     def _check_swin(self) -> None:
@@ -334,6 +376,9 @@ class RuntimeConfig(Section):
                             'the first log record; 0: 20 steps, three log records and 300 s at least')
 
 
+SQUARE = 'pretrain', 'classify'  # tasks of square images, whose tokens windows divide without padding
+
+
 class Config(Section):
     """A whole run, pre-training or fine-tuning."""
     name: str = Field('', description='the run is written to output/name; empty: the name of '
@@ -363,6 +408,8 @@ class Config(Section):
     def _check(self) -> 'Config':
         require(re.fullmatch(r'[\w.+-]*', self.name) is not None and self.name not in ('.', '..'),
                  f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
+        if self.task in SQUARE:
+            self._check_square()
         if self.task == 'pretrain':
             self._check_masks()
             self._check_nothing_of_fine_tuning()
@@ -398,6 +445,20 @@ class Config(Section):
                  f'checkpoint.copy_to={second} is where the run itself is written: name a folder of another disk')
         return self
 
+    def _check_square(self) -> None:
+        model = self.model
+        require(isinstance(model.img_size, int), f'model.img_size={listed(model.img_size)}: {self.task} takes square '
+                'images: write one number')
+        require(not model.global_blocks, f'model.global_blocks={listed(model.global_blocks)} is for detection and '
+                f'segmentation: in {self.task} every block of a ViT sees the whole image')
+        require(model.side % model.stride == 0, f'model.img_size={model.side} is not a multiple of {model.stride}, the '
+                f'side of one final token (patch_size {model.patch_size} x 2^{model.stages - 1})')
+        for stage in range(model.stages if model.type == 'swin' else 0):
+            side = model.grid >> stage
+            require(side <= model.window_size or side % model.window_size == 0, f'model.window_size='
+                    f'{model.window_size} does not divide the {side}x{side} tokens of stage {stage}: change '
+                    f'window_size or img_size={model.side}')
+
     def _check_pipeline(self) -> None:
         stages, split, blocks, train = self.parallel.pipeline, self.parallel.split, self.model.blocks, self.train
         parts = self.parallel.micro_batches * train.accumulate
@@ -424,7 +485,7 @@ class Config(Section):
                      f'{section}.{key} is for fine-tuning: mxsimmim finetune')
 
     def _check_masks(self) -> None:
-        img, cell, patch = self.model.img_size, self.mask.patch_size, self.model.patch_size
+        img, cell, patch = self.model.side, self.mask.patch_size, self.model.patch_size
         require(img % cell == 0, f'mask.patch_size={cell} does not divide model.img_size={img}')
         require(cell % patch == 0, f'model.patch_size={patch} does not divide mask.patch_size={cell}')
         cells = (img // cell) ** 2

@@ -78,7 +78,7 @@ class PretrainTransform(Transform):
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
-        return {'image': _pixels(count, self._model.img_size), 'mask': _masks(count, self._model),
+        return {'image': _pixels(count, self._model.side), 'mask': _masks(count, self._model),
                 **_empty_uniform(count, self._model)}
 
     def draw(self, rng: np.random.Generator) -> Fields:
@@ -89,7 +89,7 @@ class PretrainTransform(Transform):
         flip = rng.random() < self._data.flip
         top, left, height, width = random_crop(rng, image.shape[0], image.shape[1], self._data.crop_scale,
                                                self._data.crop_ratio)
-        cropped = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
+        cropped = resize(image[top:top + height, left:left + width], self._model.side, flip, self._bicubic)
         return {'image': cropped, **drawn}
 
 
@@ -101,13 +101,13 @@ class EvalTransform(Transform):
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
-        return {'image': _pixels(count, self._model.img_size), 'mask': _masks(count, self._model)}
+        return {'image': _pixels(count, self._model.side), 'mask': _masks(count, self._model)}
 
     def draw(self, rng: np.random.Generator) -> Fields:
         return {'mask': draw_mask(rng, self._mask, self._model)}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        return {'image': middle_square(image, self._model.img_size), **self.draw(rng)}
+        return {'image': middle_square(image, self._model.side), **self.draw(rng)}
 
 
 class ClassifyTransform(Transform):
@@ -132,7 +132,7 @@ class ClassifyTransform(Transform):
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
-        size = self._model.img_size
+        size = self._model.side
         return {'image': np.empty((count, 3, size, size), np.float32),
                 'label': np.empty((count, self._classes), np.float32), **_empty_uniform(count, self._model)}
 
@@ -144,7 +144,7 @@ class ClassifyTransform(Transform):
         drawn = self.draw(rng)
         flip = rng.random() < data.flip
         top, left, height, width = random_crop(rng, image.shape[0], image.shape[1], data.crop_scale, data.crop_ratio)
-        pixels = resize(image[top:top + height, left:left + width], self._model.img_size, flip, self._bicubic)
+        pixels = resize(image[top:top + height, left:left + width], self._model.side, flip, self._bicubic)
         if augment.rand_ops:
             pixels = np.asarray(rand_augment(Image.fromarray(pixels), rng, augment, self._how))
         result = normalise(pixels, data.mean, data.std)
@@ -165,7 +165,7 @@ class ClassifyEvalTransform(Transform):
     """
 
     def __init__(self, data: DataConfig, model: ModelConfig, labels: Optional[np.ndarray] = None, classes: int = 0):
-        self._size, self._short = model.img_size, int(model.img_size / data.eval_crop)
+        self._size, self._short = model.side, int(model.side / data.eval_crop)
         self._labels, self._classes = labels, classes
         self.upright = bool(data.exif_orientation)
 
@@ -214,7 +214,7 @@ def middle_square(image: np.ndarray, size: int) -> np.ndarray:
 
 def draw_mask(rng: np.random.Generator, mask: MaskConfig, model: ModelConfig) -> np.ndarray:
     """A random mask uint8 (h, w) on the grid of patches, 1 = masked."""
-    return random_mask(rng, model.img_size, mask.patch_size, mask.ratio, model.patch_size)
+    return random_mask(rng, model.side, mask.patch_size, mask.ratio, model.patch_size)
 
 
 def _pixels(count: int, size: int) -> np.ndarray:

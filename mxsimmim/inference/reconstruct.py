@@ -33,7 +33,7 @@ def reconstruct(run: Path, images: List[str], out: Path, seed: int = 0) -> Path:
     config = trained.config
     placement = Replicated(trained.net, [trained.context])
     files, problems = found(images)
-    most = MAX_PIXELS // (3 * max(config.model.img_size, SIDE) ** 2)
+    most = MAX_PIXELS // (3 * max(config.model.side, SIDE) ** 2)
     if len(files) > most:
         raise ValueError(f'{len(files):,} images make a picture that no viewer opens: give at most {most:,}')
     squares, broken = _read(files, config)
@@ -61,7 +61,7 @@ def _read(files: Sequence[str], config: Config) -> Tuple[List[np.ndarray], List[
     def square(file: str) -> Union[np.ndarray, str]:
         try:
             pixels = decode(Path(file).read_bytes(), file, upright, log.warning)
-            return middle_square(pixels, config.model.img_size)
+            return middle_square(pixels, config.model.side)
         except BrokenImage as error:
             if ran_out(error):  # nothing is wrong with the image
                 raise

@@ -11,6 +11,7 @@ from typing import Callable, Dict, List, Mapping, Tuple
 import numpy as np
 
 from ..config import ModelConfig
+from .openmmlab import from_openmmlab, is_openmmlab
 
 STYLES = ('official', 'timm', 'hf')
 BUFFERS = ('relative_position_index', 'attn_mask', 'relative_coords_table')  # computed by every library anew
@@ -38,7 +39,7 @@ VIT_QKV = r'(blocks\.\d+\.attn\.)qkv\.'
 AFFINE = r'\.(weight|bias)'
 KNOWN = re.compile(
     r'(encoder\.)?(cls_token|mask_token|pos_embed|absolute_pos_embed|rel_pos_bias\.relative_position_bias_table'
-    r'|patch_embed\.(proj|norm)' + AFFINE + r'|(fc_)?norm' + AFFINE +
+    r'|patch_embed\.(proj|norm)' + AFFINE + r'|(fc_)?norm\d*' + AFFINE +
     r'|(layers\.\d+\.)?blocks\.\d+\.(gamma_[12]|attn\.(q_bias|v_bias|relative_position_bias_table)'
     r'|(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])' + AFFINE + r')'
     r'|layers\.\d+\.downsample\.(norm' + AFFINE + r'|reduction\.weight))|(head|decoder\.0)' + AFFINE)
@@ -46,7 +47,7 @@ KNOWN = re.compile(
 
 def to_official(arrays: Mapping[str, np.ndarray], log: Callable[[str], None] = logging.getLogger(__name__).warning
                 ) -> Tuple[Dict[str, np.ndarray], str]:
-    """Weights of the reference, timm or Hugging Face under the reference's names, and what they are.
+    """Weights of the reference, timm, Hugging Face or OpenMMLab under the reference's names, and what they are.
 
     `log` is told of decoders and heads of other methods of pre-training, which are left out.
 
@@ -63,7 +64,9 @@ def to_official(arrays: Mapping[str, np.ndarray], log: Callable[[str], None] = l
         given = {name: value for name, value in given.items() if not pattern.match(name)}
         if foreign:
             log(f'left out: {len(foreign)} tensors of {what} ({foreign[0]}, …)')
-    if any(name.endswith('embeddings.patch_embeddings.projection.weight') for name in given):
+    if is_openmmlab(given):
+        found = from_openmmlab(given, log)
+    elif any(name.endswith('embeddings.patch_embeddings.projection.weight') for name in given):
         found = _from_hf(given)
     elif 'encoder.patch_embed.proj.weight' in given:
         found = {name[8:] if name.startswith('encoder.') else name: value for name, value in given.items()}

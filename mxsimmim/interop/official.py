@@ -4,8 +4,9 @@ Our structural names are its names; only two layouts differ, because we write tw
 """
 import logging
 import math
+import re
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Tuple, Union
+from typing import Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 from mxnet.gluon import HybridBlock
@@ -172,9 +173,10 @@ def fitted_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], a
                 problems.append(f'{name} has shape {found}, the network needs {shape}')
     missing = [name for name in shapes if name not in sources]
     problems += [f'missing: {name}' for name in missing if not name.startswith(NEW)]
-    # A masked encoder's token and final norm have no place in a classifier that averages its patches.
-    problems += [f'unknown: {name}' for name in sources
-                 if name not in shapes and not name.startswith(('mask_token', 'norm.', 'decoder.', 'fc_norm.'))]
+    # A masked encoder's token and final norm have no place in a classifier that averages its patches, nor have a cls
+    # token and final norms in feature maps, or the norms of these in a classifier.
+    problems += [f'unknown: {name}' for name in sources if name not in shapes
+                 and not re.match(r'mask_token|cls_token|(fc_)?norm\d*\.|decoder\.', name)]
     if problems:
         remedy = f'set {" ".join(needed)}' if needed else 'check the model keys of the configuration'
         raise ValueError(f'these weights do not fit the network: {_first(problems)}: {remedy}')
@@ -186,10 +188,19 @@ def fitted_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], a
 def _resized(name: str, value: np.ndarray, shape: Tuple[int, ...], config: ModelConfig) -> np.ndarray:
     """A table of positions in this shape, as far as it can be brought there; anything else as it is."""
     if name.endswith('relative_position_bias_table') and value.ndim == 2 and value.shape[1] == shape[1]:
-        return relative_table(value, shape[0])
+        return relative_table(value, shape[0], _map_of(name, shape[0], config))
     if name.endswith('pos_embed') and value.ndim == 3 and value.shape[2] == shape[2]:
-        return absolute_table(value, shape[1], shape[1] - config.grid ** 2)
+        return absolute_table(value, shape[1], shape[1] - math.prod(config.patches), config.patches)
     return value
+
+
+def _map_of(name: str, rows: int, config: ModelConfig) -> Optional[Tuple[int, int]]:
+    """Height and width that a relative position table of a ViT is for; None for a square window, as Swin's are."""
+    block = re.match(r'blocks\.(\d+)\.', name)
+    if config.type == 'vit' and block and not config.sees_all(int(block[1])):
+        side = (math.isqrt(rows) + 1) // 2
+        return side, side
+    return config.patches if config.type == 'vit' else None
 
 
 # The names of earlier versions.

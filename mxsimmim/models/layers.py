@@ -69,21 +69,21 @@ class LayerNorm(HybridBlock):
 
 
 class PatchEmbed(HybridBlock):
-    """(B, 3, side, side) to (B, L, C): a convolution whose stride is its kernel, written as a linear map of patches.
+    """(B, 3, height, width) to (B, L, C): a convolution whose stride is its kernel, written as a linear map of patches.
 
     MXNet 1.9.1's oneDNN cannot reorder a convolution's layout inside a hybridized transformer (docs/LOG.md).
-    Images are as `pixels` prepares them: normalised, or with native operators also uint8 (B, side, side, 3).
+    Images are as `pixels` prepares them: normalised, or with native operators also uint8 (B, height, width, 3).
     """
 
-    def __init__(self, side: int, patch: int, width: int, pixels: PixelInput, eps: Optional[float] = None):
+    def __init__(self, size: Tuple[int, int], patch: int, width: int, pixels: PixelInput, eps: Optional[float] = None):
         super().__init__()
-        self._side, self._patch, self._pixels = side, patch, pixels
+        self._size, self._patch, self._pixels = size, patch, pixels
         with self.name_scope():
             self.proj = Linear(3 * patch * patch, width, pixels.backend)
             self.norm = LayerNorm(width, eps, pixels.backend) if eps is not None else None
 
     def hybrid_forward(self, F: Any, image: Any) -> Any:
-        tokens = self.proj(self._pixels.cells(F, image, self._side, self._patch))
+        tokens = self.proj(self._pixels.cells(F, image, self._size, self._patch))
         return self.norm(tokens) if self.norm else tokens
 
 
@@ -118,13 +118,18 @@ class Mlp(Divisible):
                                 recompute=recompute)
 
 
-def relative_index(side: int) -> np.ndarray:
-    """Row of the bias table for each pair of a window's side*side tokens: (side^2, side^2), int.
+def relative_index(height: int, width: int) -> np.ndarray:
+    """Row of the bias table for each pair of N = height * width tokens: (N, N), int.
 
-    Row (dy + side-1) * (2*side-1) + (dx + side-1), with (dy, dx) from key to query.
+    Row (dy + height-1) * (2*width-1) + (dx + width-1), with (dy, dx) from key to query.
     """
-    y, x = np.divmod(np.arange(side * side), side)
-    return (y[:, None] - y + side - 1) * (2 * side - 1) + (x[:, None] - x + side - 1)
+    y, x = np.divmod(np.arange(height * width), width)
+    return (y[:, None] - y + height - 1) * (2 * width - 1) + (x[:, None] - x + width - 1)
+
+
+def table_rows(height: int, width: int) -> int:
+    """Rows of the bias table of a map, or window, of height x width tokens: one for each offset."""
+    return (2 * height - 1) * (2 * width - 1)
 
 
 def relative_table(params: ParameterDict, index: np.ndarray, rows: int, heads: int) -> Tuple[Parameter, Constant]:

@@ -14,10 +14,10 @@ MEAN, STD = DataConfig().mean, DataConfig().std
 
 @dataclass(frozen=True)
 class PixelInput:
-    """Give uint8 images (B, S, S, 3) zero mean and unit deviation in each channel: (image / 255 - mean) / std.
+    """Give uint8 images (B, H, W, 3) zero mean and unit deviation in each channel: (image / 255 - mean) / std.
 
     Native operators do it where they cut an image into cells, so bytes go into their networks as they are; for the
-    reference `prepare` does it before the network. The bits are the same. float32 images (B, 3, S, S) are normalised
+    reference `prepare` does it before the network. The bits are the same. float32 images (B, 3, H, W) are normalised
     already.
     """
     mean: Tuple[float, ...]
@@ -30,6 +30,9 @@ class PixelInput:
             return image
         return normalise(mx.nd, image, self.mean, self.std)
 
-    def cells(self, F: Any, image: Any, side: int, cell: int) -> Any:
-        """Cut a prepared image of side x side pixels into cells, inside the network; see `OpBackend.patchify`."""
-        return self.backend.patchify(F, image, side, cell, self.mean, self.std)
+    def cells(self, F: Any, image: Any, size: Tuple[int, int], cell: int) -> Any:
+        """Cut a prepared image of `size` pixels, height and width, into cells, inside the network.
+
+        See `OpBackend.patchify`.
+        """
+        return self.backend.patchify(F, image, size, cell, self.mean, self.std)

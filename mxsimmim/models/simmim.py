@@ -38,7 +38,7 @@ class SimMIM(HybridBlock):
         super().__init__()
         self.config, self.backend, self.pixels = config, backend, PixelInput(mean, std, backend)
         self.elsewhere: Set[str] = set()  # `Parameter.name` of those that this worker does not hold
-        self._side, self._cell, self._norm_targets = config.img_size, config.stride, config.norm_targets
+        self._side, self._cell, self._norm_targets = config.side, config.stride, config.norm_targets
         self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}  # of parameters that `division.divide` has cut
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, True, self.pixels)
@@ -83,7 +83,7 @@ class SimMIM(HybridBlock):
 
     def _cells(self, F: Any, image: Any) -> Any:
         """The image's cells (B, cells, 3*cell*cell)."""
-        return self.pixels.cells(F, image, self._side, self._cell)
+        return self.pixels.cells(F, image, self.config.size, self._cell)
 
     def _needed(self, F: Any, mask: Any) -> Any:
         """1 for the tokens (B, prefix + cells) that the loss depends on, those of cells with masked patches, else 0.

@@ -2,6 +2,7 @@
 
 Liu et al. 2021 (arXiv:2103.14030), with the reference's parameter names.
 """
+import math
 from functools import partial
 from typing import Any, Dict, List, Tuple
 
@@ -9,6 +10,7 @@ from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
 from ..ops import OpBackend, Windows, shift_mask
+from ..ops.reference import pad
 from .layers import (
     AUTO,
     Divisible,
@@ -23,12 +25,19 @@ from .layers import (
     relative_index,
     relative_table,
     replace_masked,
+    table_rows,
 )
 from .pixels import PixelInput
 from .segments import Half, Segment, drawn, own
 from .shards import WHOLE, Shard
 
 EPS = 1e-5
+
+
+def windows_of(height: int, width: int, window: int, shifted: bool) -> Windows:
+    """The windows of a map of height x width tokens, which is one window where neither side is longer than one."""
+    longest = max(height, width)
+    return Windows(height, width, min(window, longest), window // 2 if shifted and longest > window else 0)
 
 
 class WindowAttention(Divisible):
@@ -44,35 +53,36 @@ class WindowAttention(Divisible):
         self._width, self._heads, self._windows, self.backend = width, heads, windows, backend
         columns = heads * self._size
         with self.name_scope():
+            sides = windows.window, windows.window
             self.relative_position_bias_table, self.relative_position_index = relative_table(
-                self.params, relative_index(windows.window), (2 * windows.window - 1) ** 2, heads)
+                self.params, relative_index(*sides), table_rows(*sides), heads)
             self.qkv = Linear(width, 3 * columns, backend)
             self.proj = Linear(columns, width, backend, bias=not self._partial)
 
     def add_to(self, F: Any, x: Any, norm: LayerNorm, mask: Any, keep: Any, recompute: bool) -> Any:
-        """x + this of norm(x), (B, side*side, C); x left out in shards other than the first."""
+        """x + this of norm(x), (B, L, C); x left out in shards other than the first."""
         table, index = position_table(self.backend, F, x, self.relative_position_bias_table,
                                       self.relative_position_index)
         bias = gather_bias(F, table, index, self._windows.window ** 2, self._heads)
         return self.backend.attention(F, x, pair(F, x, norm), pair(F, x, self.qkv), pair(F, x, self.proj), bias, None,
                                       keep, mask, width=self._width, heads=self._heads,
-                                      tokens=self._windows.side ** 2, eps=norm.eps, windows=self._windows,
-                                      size=self._size, partial=self._partial, recompute=recompute)
+                                      tokens=self._windows.height * self._windows.width, eps=norm.eps,
+                                      windows=self._windows, size=self._size, partial=self._partial,
+                                      recompute=recompute)
 
 
 class Block(HybridBlock):
-    """Window attention and MLP, each normalised before and randomly dropped after: (B, side*side, C) to the same."""
+    """Window attention and MLP, each normalised before and randomly dropped after: (B, L, C) to the same."""
 
     def __init__(self, config: ModelConfig, stage: int, index: int, backend: OpBackend):
         super().__init__()
-        width, side = config.embed_dim * 2 ** stage, config.grid >> stage
-        shifted = index % 2 == 1 and side > config.window_size
-        windows = Windows(side, min(config.window_size, side), config.window_size // 2 if shifted else 0)
+        width = config.embed_dim * 2 ** stage
+        windows = windows_of(*config.tokens(stage), config.window_size, index % 2 == 1)
         self._draw, self._recompute = sum(config.depths[:stage]) + index, config.recompute
         self.inputs = drawn(config)
         with self.name_scope():
             self.attn_mask = None
-            if windows.shift:
+            if windows.needs_mask:
                 self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*windows))
             self.norm1 = LayerNorm(width, EPS, backend)
             self.attn = WindowAttention(width, config.heads[stage], windows, backend)
@@ -98,20 +108,20 @@ class Block(HybridBlock):
 
 
 class PatchMerging(HybridBlock):
-    """Four neighbours to one token of twice the width: (B, side*side, C) to (B, side*side/4, 2C)."""
+    """Four neighbours to one token of twice the width: (B, h*w, C) to (B, h/2 * w/2, 2C); odd sides get zeros."""
 
-    def __init__(self, side: int, width: int, backend: OpBackend):
+    def __init__(self, size: Tuple[int, int], width: int, backend: OpBackend):
         super().__init__()
-        self._side, self._width = side, width
+        self._pairs, self._width = Windows(*size, 2), width
         with self.name_scope():
             self.reduction = Linear(4 * width, 2 * width, backend, bias=False)
             self.norm = LayerNorm(4 * width, EPS, backend)
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
-        half, width = self._side // 2, self._width
-        x = F.reshape(x, shape=(AUTO, half, 2, half, 2, width))
-        x = F.transpose(x, axes=(0, 1, 3, 4, 2, 5))           # (B, half, half, x, y, C): order (0,0),(1,0),(0,1),(1,1)
-        return self.reduction(self.norm(F.reshape(x, shape=(AUTO, half * half, 4 * width))))
+        (down, across), width = self._pairs.counts, self._width
+        x = F.reshape(pad(F, x, self._pairs, width), shape=(AUTO, down, 2, across, 2, width))
+        x = F.transpose(x, axes=(0, 1, 3, 4, 2, 5))         # (B, down, across, x, y, C): order (0,0),(1,0),(0,1),(1,1)
+        return self.reduction(self.norm(F.reshape(x, shape=(AUTO, down * across, 4 * width))))
 
 
 class Stage(HybridBlock):
@@ -126,7 +136,7 @@ class Stage(HybridBlock):
                 self.blocks.add(Block(config, stage, index, backend))
             self.downsample = None
             if not last:
-                self.downsample = PatchMerging(config.grid >> stage, config.embed_dim * 2 ** stage, backend)
+                self.downsample = PatchMerging(config.tokens(stage), config.embed_dim * 2 ** stage, backend)
 
     def hybrid_forward(self, F: Any, x: Any, keep: Any, rows: Any = None) -> Any:
         for index in range(len(self.blocks)):
@@ -152,7 +162,7 @@ class Stage(HybridBlock):
 
 
 class SwinTransformer(HybridBlock):
-    """Image (B, 3, H, W) to tokens (B, L, C) of the last stage.
+    """Image (B, 3, H, W) to tokens (B, L, C) of the last stage, or with `dense` those of all, which `maps` returns.
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
     keep (B, 2 * blocks) holds the factors of stochastic depth; without it nothing is dropped. rows (B, L), L those of
@@ -160,21 +170,21 @@ class SwinTransformer(HybridBlock):
     """
     prefix_tokens = 0
 
-    def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput):
+    def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput, dense: bool = False):
         super().__init__()
-        width, side, backend = config.embed_dim, config.grid, pixels.backend
+        width, tokens, backend = config.embed_dim, math.prod(config.patches), pixels.backend
         self._width = width
         with self.name_scope():
             self.absolute_pos_embed = self.mask_token = None
             if config.use_ape:
-                self.absolute_pos_embed = self.params.get('absolute_pos_embed', shape=(1, side * side, width))
+                self.absolute_pos_embed = self.params.get('absolute_pos_embed', shape=(1, tokens, width))
             if masked:
                 self.mask_token = self.params.get('mask_token', shape=(1, 1, width))
-            self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width, pixels, EPS)
+            self.patch_embed = PatchEmbed(config.size, config.patch_size, width, pixels, EPS)
             self.layers = nn.HybridSequential()
             for stage in range(config.stages):
                 self.layers.add(Stage(config, stage, backend))
-            self.norm = LayerNorm(width * 2 ** (config.stages - 1), EPS, backend)
+            self.norm = None if dense else LayerNorm(width * 2 ** (config.stages - 1), EPS, backend)
 
     def hybrid_forward(self, F: Any, image: Any, mask: Any = None, keep: Any = None, rows: Any = None,
                        absolute_pos_embed: Any = None, mask_token: Any = None) -> Any:
@@ -195,10 +205,21 @@ class SwinTransformer(HybridBlock):
 
     def finish(self, x: Any) -> Any:
         """What follows the last block, (B, L, C) to the same."""
-        return self.norm(x)
+        return self.norm(x) if self.norm else x
+
+    def maps(self, F: Any, image: Any, keep: Any = None) -> List[Any]:
+        """The tokens (B, L, C) of each stage, before their merging."""
+        absolute_pos_embed, = own(F, image, self.absolute_pos_embed)
+        found, x = [], self._embed(F, image, None, absolute_pos_embed, None)
+        for layer in self.layers:
+            for block in layer.blocks:
+                x = block(x, keep)
+            found.append(x)
+            x = layer.downsample(x) if layer.downsample else x
+        return found
 
     def _embed(self, F: Any, image: Any, mask: Any, absolute_pos_embed: Any, mask_token: Any) -> Any:
-        """The tokens (B, side*side, C) that the first block takes."""
+        """The tokens (B, L, C) that the first block takes."""
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token, self._width)

@@ -3,13 +3,13 @@
 Dosovitskiy et al. 2021 (arXiv:2010.11929); Bao et al. 2022 (arXiv:2106.08254); Xie et al. 2022 (arXiv:2111.09886).
 """
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
-from ..ops import OpBackend
+from ..ops import OpBackend, Windows, shift_mask
 from .layers import (
     Divisible,
     LayerNorm,
@@ -24,6 +24,7 @@ from .layers import (
     relative_index,
     relative_table,
     replace_masked,
+    table_rows,
     values,
 )
 from .pixels import PixelInput
@@ -33,30 +34,65 @@ from .shards import WHOLE, Shard
 EPS = 1e-6
 
 
-def relative_index_with_cls(side: int) -> np.ndarray:
-    """`relative_index` with the cls token as row and column 0, which has three table rows of its own, the last.
+class View(NamedTuple):
+    """Which of height x width tokens, after a cls token if there is one, those of a block attend to: all, or a window.
 
-    Returns (1 + side^2, 1 + side^2); of a table with R rows: cls to token R-3, token to cls R-2, cls to cls R-1.
+    With windows, of `window` tokens a side but no longer than the image, there is no cls token.
     """
-    rows = (2 * side - 1) ** 2 + 3
-    index = np.empty((1 + side * side,) * 2, np.int64)
-    index[1:, 1:] = relative_index(side)
-    index[0, :] = rows - 3
-    index[:, 0] = rows - 2
-    index[0, 0] = rows - 1
-    return index
+    height: int
+    width: int
+    cls: bool = True
+    window: int = 0
+
+    @property
+    def seen(self) -> Tuple[int, int]:
+        """Height and width of what a token attends to."""
+        side = min(self.window, max(self.height, self.width))
+        return (side, side) if side else (self.height, self.width)
+
+    @property
+    def windows(self) -> Optional[Windows]:
+        """The windows; None where tokens attend to all."""
+        return Windows(self.height, self.width, self.seen[0]) if self.window else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.cls + self.height * self.width
+
+    @property
+    def length(self) -> int:
+        """Tokens that attend to each other."""
+        return self.cls + self.seen[0] * self.seen[1]
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of a relative position table."""
+        return table_rows(*self.seen) + 3 * self.cls
+
+    def table_index(self) -> np.ndarray:
+        """Return the table's row for each pair of tokens, (N, N), as `relative_index`.
+
+        A cls token, row and column 0, has the last three of R rows: R-3 is cls to token, R-2 token to cls, R-1 cls to
+        cls, as in Bao et al. 2022.
+        """
+        index = relative_index(*self.seen)
+        if self.cls:
+            index, rows = np.pad(index, ((1, 0), (1, 0))), self.table_rows
+            index[0, :], index[:, 0], index[0, 0] = rows - 3, rows - 2, rows - 1
+        return index
 
 
 class RelativePositionBias(Divisible):
     """A learned bias (1, H, N, N) for each head, or those of a shard, and each offset between two tokens."""
 
-    def __init__(self, side: int, heads: int, shard: Shard = WHOLE):
+    def __init__(self, view: View, heads: int, shard: Shard = WHOLE):
         super().__init__()
-        self._whole, heads = (side, heads), heads // shard.count
-        self._tokens, self._heads = 1 + side * side, heads
+        self._whole, heads = (view, heads), heads // shard.count
+        self._tokens, self._heads = view.length, heads
         with self.name_scope():
             self.relative_position_bias_table, self.relative_position_index = relative_table(
-                self.params, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
+                self.params, view.table_index(), view.table_rows, heads)
 
     def hybrid_forward(self, F: Any, tokens: Any, relative_position_bias_table: Any,
                        relative_position_index: Any) -> Any:
@@ -76,22 +112,24 @@ class QKV(HybridBlock):
 class Attention(Divisible):
     """The parameters of multi-head attention whose keys have no bias; half a block, see `OpBackend.attention`.
 
-    With a relative position table of its own where `side` is given. Those of a part of the heads, where `shard` is one.
+    With a relative position table of its own where `table` says so. Those of a part of the heads, where `shard` is one.
     """
 
-    def __init__(self, width: int, heads: int, tokens: int, side: Optional[int], backend: OpBackend,
-                 shard: Shard = WHOLE):
+    def __init__(self, width: int, heads: int, view: View, table: bool, backend: OpBackend, shard: Shard = WHOLE):
         super().__init__()
-        self._whole = width, heads, tokens, side, backend
+        self._whole = width, heads, view, table, backend
         self._size, heads, self._partial = width // heads, heads // shard.count, shard.index > 0
-        self._heads, self._width, self._tokens, self._table = heads, width, tokens, side is not None
+        self._heads, self._width, self._view, self._table = heads, width, view, table
         self.backend, columns = backend, heads * self._size
         with self.name_scope():
             self.q_bias = self.params.get('q_bias', shape=(columns,))
             self.v_bias = self.params.get('v_bias', shape=(columns,))
-            if side is not None:
+            if table:
                 self.relative_position_bias_table, self.relative_position_index = relative_table(
-                    self.params, relative_index_with_cls(side), (2 * side - 1) ** 2 + 3, heads)
+                    self.params, view.table_index(), view.table_rows, heads)
+            self.attn_mask, windows = None, view.windows
+            if windows and windows.needs_mask:
+                self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*windows))
             self.qkv = QKV(width, columns)
             self.proj = Linear(columns, width, backend, bias=not self._partial)
 
@@ -100,20 +138,22 @@ class Attention(Divisible):
         if self._table:
             table, index = position_table(self.backend, F, x, self.relative_position_bias_table,
                                           self.relative_position_index)
-            own = gather_bias(F, table, index, self._tokens, self._heads)
+            own = gather_bias(F, table, index, self._view.length, self._heads)
             bias = own if bias is None else bias + own
         weight, = operands(self.backend, F, x, self.qkv.weight)
         q_bias, v_bias = values(F, x, self.q_bias, self.v_bias)
+        mask, = values(F, x, self.attn_mask) if self.attn_mask else [None]
         qkv = weight, F.concat(q_bias, F.zeros_like(q_bias), v_bias, dim=0)
         return self.backend.attention(F, x, pair(F, x, norm), qkv, pair(F, x, self.proj), bias, gamma, keep,
-                                      width=self._width, heads=self._heads, tokens=self._tokens, eps=norm.eps,
-                                      size=self._size, partial=self._partial, recompute=recompute)
+                                      mask, width=self._width, heads=self._heads, tokens=self._view.tokens,
+                                      eps=norm.eps, windows=self._view.windows, size=self._size,
+                                      partial=self._partial, recompute=recompute)
 
 
 class Block(HybridBlock):
     """Attention and MLP, each normalised before, scaled per channel and randomly dropped after."""
 
-    def __init__(self, config: ModelConfig, index: int, backend: OpBackend):
+    def __init__(self, config: ModelConfig, index: int, view: View, backend: OpBackend):
         super().__init__()
         self.backend = backend
         width, self._index, self._recompute = config.embed_dim, index, config.recompute
@@ -124,8 +164,7 @@ class Block(HybridBlock):
                 self.gamma_1 = self.params.get('gamma_1', shape=(width,))
                 self.gamma_2 = self.params.get('gamma_2', shape=(width,))
             self.norm1 = LayerNorm(width, EPS, backend)
-            self.attn = Attention(width, config.heads[0], 1 + config.grid ** 2,
-                                  config.grid if config.use_rpb else None, backend)
+            self.attn = Attention(width, config.heads[0], view, config.use_rpb, backend)
             self.norm2 = LayerNorm(width, EPS, backend)
             self.mlp = Mlp(width, int(width * config.mlp_ratio), backend)
 
@@ -151,7 +190,7 @@ class Block(HybridBlock):
 
 
 class VisionTransformer(HybridBlock):
-    """Image (B, 3, H, W) to tokens (B, 1 + L, C), the cls token first.
+    """Image (B, 3, H, W) to tokens (B, 1 + L, C), the cls token first, or with `dense` to `maps`, without one.
 
     With `masked`, patches whose mask (B, h, w) is 1 are replaced by a learned token before position is added.
     keep (B, 2 * depth) holds the factors of stochastic depth; without it nothing is dropped. rows (B, 1 + L) is 0 for
@@ -159,23 +198,25 @@ class VisionTransformer(HybridBlock):
     """
     prefix_tokens = 1
 
-    def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput):
+    def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput, dense: bool = False):
         super().__init__()
-        width, side, backend = config.embed_dim, config.grid, pixels.backend
+        width, backend, view = config.embed_dim, pixels.backend, View(*config.patches, not dense)
         self._width = width
         with self.name_scope():
-            self.cls_token = self.params.get('cls_token', shape=(1, 1, width))
-            self.pos_embed = self.mask_token = None
+            self.cls_token = self.pos_embed = self.mask_token = None
+            if view.cls:
+                self.cls_token = self.params.get('cls_token', shape=(1, 1, width))
             if config.use_ape:
-                self.pos_embed = self.params.get('pos_embed', shape=(1, 1 + side * side, width))
+                self.pos_embed = self.params.get('pos_embed', shape=(1, view.tokens, width))
             if masked:
                 self.mask_token = self.params.get('mask_token', shape=(1, 1, width))
-            self.patch_embed = PatchEmbed(config.img_size, config.patch_size, width, pixels)
-            self.rel_pos_bias = RelativePositionBias(side, config.heads[0]) if config.use_shared_rpb else None
+            self.patch_embed = PatchEmbed(config.size, config.patch_size, width, pixels)
+            self.rel_pos_bias = RelativePositionBias(view, config.heads[0]) if config.use_shared_rpb else None
             self.blocks = nn.HybridSequential()
             for index in range(config.depth):
-                self.blocks.add(Block(config, index, backend))
-            self.norm = None if config.use_mean_pooling else LayerNorm(width, EPS, backend)
+                seen = view if config.sees_all(index) else view._replace(window=config.window_size)
+                self.blocks.add(Block(config, index, seen, backend))
+            self.norm = None if config.use_mean_pooling or dense else LayerNorm(width, EPS, backend)
             # The reference's pre-training has a classifier's norm, too, and does not use it.
             self.fc_norm = LayerNorm(width, EPS, backend) if config.use_mean_pooling and masked else None
 
@@ -203,14 +244,23 @@ class VisionTransformer(HybridBlock):
         """What follows the last block, (B, 1 + L, C) to the same."""
         return self.norm(x) if self.norm else x
 
+    def maps(self, F: Any, image: Any, blocks: Sequence[int], keep: Any = None) -> List[Any]:
+        """The tokens (B, L, C) after each of these blocks, numbered from 0."""
+        pos_embed, = own(F, image, self.pos_embed)
+        found, given, x = {}, {'keep': keep}, self._embed(F, image, None, None, pos_embed, None)
+        for index in range(max(blocks) + 1):
+            found[index] = x = self._run_block(index, F, x, given)
+        return [found[index] for index in blocks]
+
     def _embed(self, F: Any, image: Any, mask: Any, cls_token: Any, pos_embed: Any, mask_token: Any) -> Any:
-        """The tokens (B, 1 + L, C) that the first block takes."""
+        """The tokens, (B, 1 + L, C) or without a cls token (B, L, C), that the first block takes."""
         x = self.patch_embed(image)
         if mask is not None:
             x = replace_masked(F, x, mask, mask_token, self._width)
-        # A row of cls tokens for each image of a batch whose size the graph does not know.
-        cls = F.broadcast_like(cls_token, F.slice_axis(x, axis=1, begin=0, end=1), lhs_axes=(0,), rhs_axes=(0,))
-        x = F.concat(cls, x, dim=1)
+        if cls_token is not None:
+            # A row of cls tokens for each image of a batch whose size the graph does not know.
+            cls = F.broadcast_like(cls_token, F.slice_axis(x, axis=1, begin=0, end=1), lhs_axes=(0,), rhs_axes=(0,))
+            x = F.concat(cls, x, dim=1)
         return x if pos_embed is None else F.broadcast_add(x, pos_embed)
 
     def _run_block(self, index: int, F: Any, x: Any, given: Dict[str, Any]) -> Any:

@@ -69,10 +69,10 @@ class OpBackend:
         Each pair is a weight and a bias; qkv's weight is (3HD, C), of H = `heads` heads of D = `size` channels, by
         default C/H, and proj's (C, HD). bias (1, H, N, N), or None, is added to the scores
         between the N tokens of a sequence: all L = `tokens` of an image or, with `windows`, those of one window, then
-        N = window^2. Where windows are shifted, mask (windows, 1, N, N) is `shift_mask`. gamma (C,), or None, scales
-        channels (Touvron et al. 2021, arXiv:2103.17239); keep (B, 1), or None, scales an image's branch, 0 dropping it
-        (Huang et al. 2016, arXiv:1603.09382). C = `width`. With `recompute`, native only, nothing between is kept for
-        the backward pass.
+        N = window^2. Where windows are shifted or padded, mask (windows, 1, N, N) is `shift_mask`. gamma (C,), or None,
+        scales channels (Touvron et al. 2021, arXiv:2103.17239); keep (B, 1), or None, scales an image's branch, 0
+        dropping it (Huang et al. 2016, arXiv:1603.09382). C = `width`. With `recompute`, native only, nothing between
+        is kept for the backward pass.
 
         As gamma and keep are linear, results of some of the heads each, with their rows of qkv and columns of proj, add
         up to that of all, if all but one are `partial`: these leave out x; proj's bias, too, is given to one alone and
@@ -94,15 +94,16 @@ class OpBackend:
         return FORMS[self.form].mlp(F, x, norm, fc1, fc2, gamma, keep, rows, width=width, hidden=hidden, eps=eps,
                                     partial=partial, recompute=recompute, precision=self.precision)
 
-    def patchify(self, F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-        """Cut an image of side x side pixels into cells of cell x cell: (B, cells, 3 * cell^2).
+    def patchify(self, F: Any, image: Any, size: Tuple[int, int], cell: int, mean: Sequence[float],
+                 std: Sequence[float]) -> Any:
+        """Cut an image of `size` pixels, height and width, into cells of cell x cell: (B, cells, 3 * cell^2).
 
         Each cell is ordered (channel, y, x), as in a convolution.
 
-        image is either float32 (B, 3, side, side), normalised already, or uint8 (B, side, side, 3), and then becomes
-        (image / 255 - mean) / std. As a symbol, it may be uint8 in the native form only.
+        image is either float32 (B, 3, height, width), normalised already, or uint8 (B, height, width, 3), and then
+        becomes (image / 255 - mean) / std. As a symbol, it may be uint8 in the native form only.
         """
-        return FORMS[self.form].patchify(F, image, side, cell, mean, std)
+        return FORMS[self.form].patchify(F, image, size, cell, mean, std)
 
     def masked_loss(self, F: Any, tokens: Any, decoder: Pair, target: Any, mask: Any, *, cell: int, patch: int,
                     prefix: int, kind: str) -> Any:

@@ -73,7 +73,7 @@ def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, kee
     return y if recompute else y[0]
 
 
-def patchify(F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+def patchify(F: Any, image: Any, size: Tuple[int, int], cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
     """Compute `OpBackend.patchify`."""
     return F.mxsimmim_patchify(image, cell=cell, **_numbered('mean', mean), **_numbered('std', std))
 

@@ -12,16 +12,16 @@ def swap(F: Any, x: Any, *shape: int) -> Any:
     return F.transpose(F.reshape(x, shape=shape), axes=(0, 2, 1, 3))
 
 
-def to_cells(F: Any, image: Any, side: int, cell: int) -> Any:
-    """(B, 3, side, side) to (B, cells, 3*cell*cell): a row a cell, ordered (channel, y, x) as in a convolution."""
-    n = side // cell
-    rows = swap(F, image, AUTO, 3, n, cell * side)            # (B, n, 3, cell*side)
-    cells = swap(F, rows, AUTO, 3 * cell, n, cell)            # (B*n, n, 3*cell, cell)
-    return F.reshape(cells, shape=(AUTO, n * n, 3 * cell * cell))
+def to_cells(F: Any, image: Any, size: Tuple[int, int], cell: int) -> Any:
+    """(B, 3, height, width) to (B, cells, 3*cell*cell): a row a cell, ordered (channel, y, x) as in a convolution."""
+    down, across = size[0] // cell, size[1] // cell
+    rows = swap(F, image, AUTO, 3, down, cell * size[1])      # (B, down, 3, cell*width)
+    cells = swap(F, rows, AUTO, 3 * cell, across, cell)       # (B*down, across, 3*cell, cell)
+    return F.reshape(cells, shape=(AUTO, down * across, 3 * cell * cell))
 
 
 def from_cells(F: Any, cells: Any, side: int, cell: int) -> Any:
-    """The inverse of `to_cells`; the order is that of PyTorch's pixel shuffle."""
+    """The inverse of `to_cells` for squares; the order is that of PyTorch's pixel shuffle."""
     n = side // cell
     rows = swap(F, cells, AUTO, n, 3 * cell, cell)            # (B*n, 3*cell, n, cell)
     image = swap(F, rows, AUTO, n, 3, cell * side)            # (B, 3, n, cell*side)
@@ -33,11 +33,11 @@ def normalise(F: Any, image: Any, mean: Sequence[float], std: Sequence[float]) -
     return F.image.normalize(F.image.to_tensor(image), mean=tuple(mean), std=tuple(std))
 
 
-def patchify(F: Any, image: Any, side: int, cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+def patchify(F: Any, image: Any, size: Tuple[int, int], cell: int, mean: Sequence[float], std: Sequence[float]) -> Any:
     """See `OpBackend.patchify`. A graph does not know the type of its inputs: here a symbol is a float32 image."""
     if 'uint8' in str(getattr(image, 'dtype', '')):
         image = normalise(F, image, mean, std)
-    return to_cells(F, image, side, cell)
+    return to_cells(F, image, size, cell)
 
 
 def masked_loss(F: Any, tokens: Any, decoder: Tuple[Any, Any], target: Any, mask: Any, *, cell: int, patch: int,

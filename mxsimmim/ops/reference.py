@@ -63,16 +63,17 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
     """Compute `OpBackend.attention`."""
     y, count, size = layer_norm(F, x, *norm, eps, width=width), 1, size or width // heads
     if windows:
-        y = partition(F, roll(F, y, windows, width), windows, width)
+        y = partition(F, roll(F, pad(F, y, windows, width), windows, width), windows, width)
         tokens = windows.window ** 2
     if mask is not None:
         assert windows, 'only windows have a mask'
-        count = (windows.side // windows.window) ** 2
+        count = windows.counts[0] * windows.counts[1]
         bias = F.broadcast_axis(mask, axis=1, size=heads) if bias is None else F.broadcast_add(bias, mask)
     y = attend(F, linear(F, y, *qkv, units=3 * heads * size), heads, size, tokens, bias, count)
     y = linear(F, y, *proj, units=width)
     if windows:
         y = roll(F, join(F, y, windows, width), windows._replace(shift=-windows.shift), width)
+        y = crop(F, y, windows, width)
     return residual(F, None if partial else x, y, gamma, keep, width)
 
 
@@ -109,27 +110,51 @@ def attend(F: Any, qkv: Any, heads: int, size: int, tokens: int, bias: Any, wind
     return F.reshape(swap(F, mixed, AUTO, heads, tokens, size), shape=(AUTO, tokens, heads * size))
 
 
+def pad(F: Any, x: Any, windows: Windows, width: int) -> Any:
+    """(B, height * width, C) with zeros at the bottom and on the right, as the windows need them."""
+    sides = windows.height, windows.width
+    if windows.padded == sides:
+        return x
+    x = F.reshape(x, shape=(AUTO, *sides, width))
+    for axis, side, padded in zip((1, 2), sides, windows.padded):
+        zeros = F.zeros_like(F.slice_axis(x, axis=axis, begin=0, end=1))
+        x = F.concat(x, *[zeros] * (padded - side), dim=axis) if padded > side else x
+    return F.reshape(x, shape=(AUTO, windows.padded[0] * windows.padded[1], width))
+
+
+def crop(F: Any, x: Any, windows: Windows, width: int) -> Any:
+    """The inverse of `pad`."""
+    sides = windows.height, windows.width
+    if windows.padded == sides:
+        return x
+    x = F.reshape(x, shape=(AUTO, *windows.padded, width))
+    for axis, side in zip((1, 2), sides):
+        x = F.slice_axis(x, axis=axis, begin=0, end=side)
+    return F.reshape(x, shape=(AUTO, sides[0] * sides[1], width))
+
+
 def partition(F: Any, x: Any, windows: Windows, width: int) -> Any:
-    """(B, side^2, C) to (B * windows, window^2, C)."""
-    side, window, _ = windows
-    x = swap(F, x, AUTO, window, side // window, window * width)          # (B*n, n, window, window*C)
+    """(B, padded height * width, C) to (B * windows, window^2, C)."""
+    window, across = windows.window, windows.counts[1]
+    x = swap(F, x, AUTO, window, across, window * width)                  # (B*down, across, window, window*C)
     return F.reshape(x, shape=(AUTO, window * window, width))
 
 
 def join(F: Any, x: Any, windows: Windows, width: int) -> Any:
     """The inverse of `partition`."""
-    side, window, _ = windows
-    x = swap(F, x, AUTO, side // window, window, window * width)          # (B*n, window, n, window*C)
-    return F.reshape(x, shape=(AUTO, side * side, width))
+    window, across = windows.window, windows.counts[1]
+    x = swap(F, x, AUTO, across, window, window * width)                  # (B*down, window, across, window*C)
+    return F.reshape(x, shape=(AUTO, windows.padded[0] * windows.padded[1], width))
 
 
 def roll(F: Any, x: Any, windows: Windows, width: int) -> Any:
-    """(B, side^2, C) rolled by the windows' shift towards the origin; a negative shift rolls back."""
-    side, shift = windows.side, windows.shift % windows.side
-    if not shift:
+    """(B, padded height * width, C) rolled by the windows' shifts towards the origin; negative ones roll back."""
+    sides = windows.padded
+    if windows.shifts == (0, 0):
         return x
-    x = F.reshape(x, shape=(AUTO, side, side, width))
-    for axis in (1, 2):
-        x = F.concat(F.slice_axis(x, axis=axis, begin=shift, end=side),
-                     F.slice_axis(x, axis=axis, begin=0, end=shift), dim=axis)
-    return F.reshape(x, shape=(AUTO, side * side, width))
+    x = F.reshape(x, shape=(AUTO, *sides, width))
+    for axis, side, by in zip((1, 2), sides, windows.shifts):
+        if by:
+            x = F.concat(F.slice_axis(x, axis=axis, begin=by % side, end=side),
+                         F.slice_axis(x, axis=axis, begin=0, end=by % side), dim=axis)
+    return F.reshape(x, shape=(AUTO, sides[0] * sides[1], width))

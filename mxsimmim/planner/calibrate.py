@@ -263,7 +263,7 @@ def _pass(half: Half, images: int, shard: int, backend: 'OpBackend') -> Callable
             return backend.mlp(F, x, (n1, n2), (w1, b1), (w2, b2), more, width=width, hidden=hidden, eps=eps)
     else:
         seen = half.window ** 2 or half.tokens
-        windows = Windows(side, half.window) if half.window else None
+        windows = Windows(side, side, half.window) if half.window else None
         shapes = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
                   (1, half.heads, seen, seen)]
 

@@ -336,7 +336,7 @@ def memory_of(config: Config, cluster: Cluster, layout: Layout, stages: Sequence
     images = math.ceil(-(-config.train.batch_size // layout.data) / layout.micro_batches)
     own = [_stage_bytes(config, cluster, layout, stage, in_flight(layout, number, config.parallel.schedule), images)
            for number, stage in enumerate(stages)]
-    pixels = 3 * config.model.img_size ** 2 + config.model.grid ** 2
+    pixels = 3 * math.prod(config.model.size) + math.prod(config.model.patches)
     loaded = (config.data.prefetch + 2) * -(-config.train.batch_size // layout.data) * pixels
     if cluster.kind != 'cpu':
         return max(own) + cluster.resident

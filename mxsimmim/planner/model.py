@@ -85,7 +85,7 @@ def segments(model: ModelConfig, mask: MaskConfig, form: Form) -> List[Segment]:
 
     The bias table that all blocks of a ViT share is counted with the embedding, though each stage has it.
     """
-    width, tokens, prefix = model.embed_dim, model.grid ** 2, int(model.type == 'vit')
+    width, tokens, prefix = model.embed_dim, math.prod(model.patches), int(model.type == 'vit')
     found: List[Segment] = [(_embedding(model, tokens, prefix),)]
     for stage, depth in enumerate(model.depths if model.type == 'swin' else (model.depth,)):
         window = min(model.window_size, model.grid >> stage)
@@ -103,7 +103,7 @@ def segments(model: ModelConfig, mask: MaskConfig, form: Form) -> List[Segment]:
 
 def masked_share(model: ModelConfig, mask: MaskConfig) -> float:
     """Share of the final tokens whose cells hold a masked patch, if a cell of the mask is no smaller than theirs."""
-    cells = (model.img_size // mask.patch_size) ** 2
+    cells = (model.side // mask.patch_size) ** 2
     return math.ceil(mask.ratio * cells) / cells if mask.patch_size >= model.stride else 1.0
 
 

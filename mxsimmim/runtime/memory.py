@@ -104,7 +104,7 @@ def _doing(error: BaseException) -> str:
 def sizes(command: str, config: Config) -> str:
     """The numbers that memory depends on."""
     model, train = config.model, config.train
-    network = f'{model.type} of about {parameters(model):,} parameters, {model.img_size}x{model.img_size} pixels'
+    network = f'{model.type} of about {parameters(model):,} parameters, {model.size[0]}x{model.size[1]} pixels'
     if command not in TRAINING:
         return network
     parts = f' in {train.accumulate} parts' if train.accumulate > 1 else ''

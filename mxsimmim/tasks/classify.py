@@ -130,7 +130,7 @@ class ClassPredictor:
         self._config, self._net = config, net
         self.classes: Tuple[str, ...] = tuple(state['classes'])
         self.summary = f'{len(self.classes)} classes'
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, config.model.img_size, config.model.img_size)}
+        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
         self._width = max(len(one_line(name)) for name in self.classes)
 
     @staticmethod

@@ -127,8 +127,7 @@ class Reconstructor:
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
         assert isinstance(net, SimMIM)
         self._config, self._net, model = config, net, config.model
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, model.img_size, model.img_size),
-                                                   'mask': (model.grid, model.grid)}
+        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *model.size), 'mask': model.patches}
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> SimMIM:

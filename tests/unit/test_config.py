@@ -101,6 +101,15 @@ def test_time_by_the_clock(text, minutes):
     (['checkpoint.copy_to=./runs/'], 'copy_to=./runs/ is where the run itself is written: name a folder of another'),
     (['train.length=5%'], 'train.length=5% must be a positive number of steps or epochs'),
     (['model.img_size=225'], 'img_size=225 is not a multiple of 16'),
+    (['model.img_size=[64, 128]'], 'model.img_size=[64, 128]: pretrain takes square images: write one number'),
+    (['model.img_size=[64, 100]'], 'img_size=[64, 100] is not a multiple of 16'),
+    (['model.img_size=[64, 64, 64]'], "key 'model.img_size': [64, 64, 64] is neither a number of pixels nor [height, "),
+    (['model.img_size=large'], "key 'model.img_size': 'large' is neither a number of pixels nor [height, width]"),
+    (['model.img_size=0'], "key 'model.img_size': input should be greater than 0"),
+    (['model.global_blocks=[2]'], 'global_blocks: windows cannot share the position table of the whole image'),
+    (['model.global_blocks=[12]', 'model.use_shared_rpb=false'], 'global_blocks=[12]: the blocks of this ViT are 0 to'),
+    (['model.global_blocks=[2]', 'model.use_shared_rpb=false'], 'model.global_blocks=[2] is for detection and segment'),
+    (SWIN + ['model.depths=[2]', 'model.num_heads=[4]', 'model.global_blocks=[0]'], 'global_blocks=[0]: a Swin has'),
     (['mask.patch_size=50'], 'mask.patch_size=50 does not divide model.img_size=224'),
     (['mask.patch_size=8'], 'model.patch_size=16 does not divide mask.patch_size=8'),
     (['mask.ratio=0.99'], 'mask.ratio=0.99 hides all 49 cells'),
@@ -189,3 +198,20 @@ def test_labels_may_have_moved_but_not_become_fewer():
     new = configfile.load(CONF / 'base.yaml', ['task=classify', 'data.labels_per_class=10', *moved])
     for free in (configfile.FREE_ON_RESUME, configfile.FREE_BETWEEN_WORKERS):
         assert configfile.differences(old, new, free) == [('data.labels_per_class', 0, 10)]
+
+
+def test_sizes_of_the_input():
+    """A square is one number, however it is written; sides that merging does not divide are rounded up."""
+    square = cfg.ModelConfig(img_size=[64, 64])
+    assert square == cfg.ModelConfig(img_size=64) and configfile.to_dict(square)['img_size'] == 64
+    assert (square.size, square.side, square.patches, square.grid) == ((64, 64), 64, (4, 4), 4)
+    long = cfg.ModelConfig(type='swin', img_size=[40, 72], patch_size=4, embed_dim=8, depths=[1, 1, 1],
+                           num_heads=[1, 1, 1])
+    assert configfile.to_dict(long)['img_size'] == [40, 72] and long.size == (40, 72)
+    assert [long.tokens(stage) for stage in range(3)] == [(10, 18), (5, 9), (3, 5)]
+
+
+def test_blocks_that_see_all():
+    some = cfg.ModelConfig(depth=4, use_shared_rpb=False, global_blocks=[1, 3])
+    assert [some.sees_all(block) for block in range(4)] == [False, True, False, True]
+    assert all(cfg.ModelConfig(depth=4).sees_all(block) for block in range(4))

@@ -90,23 +90,23 @@ def test_normalised_targets():
 def test_what_is_taken_apart_is_put_together(shape):
     x = mx.nd.array(np.random.default_rng(1).standard_normal((2, 64, 5) if shape != 'cells' else (2, 3, 8, 8)))
     if shape == 'cells':
-        cells = to_cells(mx.nd, x, 8, 4)
+        cells = to_cells(mx.nd, x, (8, 8), 4)
         assert np.array_equal(cells.asnumpy()[1, 1], x.asnumpy()[1, :, 0:4, 4:8].reshape(-1))
         back = from_cells(mx.nd, cells, 8, 4)
     elif shape == 'windows':
-        windows = partition(mx.nd, x, Windows(8, 4), 5)
+        windows = partition(mx.nd, x, Windows(8, 8, 4), 5)
         assert np.array_equal(windows.asnumpy()[6], x.asnumpy().reshape(2, 8, 8, 5)[1, 4:, :4].reshape(16, 5))
-        back = join(mx.nd, windows, Windows(8, 4), 5)
+        back = join(mx.nd, windows, Windows(8, 8, 4), 5)
     else:
-        rolled = roll(mx.nd, x, Windows(8, 4, 3), 5)
+        rolled = roll(mx.nd, x, Windows(8, 8, 4, 3), 5)
         expected = np.roll(x.asnumpy().reshape(2, 8, 8, 5), (-3, -3), (1, 2)).reshape(2, 64, 5)
         assert np.array_equal(rolled.asnumpy(), expected)
-        back = roll(mx.nd, rolled, Windows(8, 4, -3), 5)
+        back = roll(mx.nd, rolled, Windows(8, 8, 4, -3), 5)
     assert np.array_equal(back.asnumpy(), x.asnumpy())
 
 
 def test_shift_mask_forbids_what_the_shift_brought_together():
-    mask = shift_mask(8, 4, 2)[:, 0]                           # (windows, 16, 16)
+    mask = shift_mask(8, 8, 4, 2)[:, 0]                           # (windows, 16, 16)
     assert np.all(mask[0] == 0)                                # the first window is untouched
     corner = (mask[3] == 0).reshape(4, 4, 4, 4)                # the last one holds four strangers
     assert corner[0, 0].tolist() == [[True, True, False, False]] * 2 + [[False] * 4] * 2
@@ -171,7 +171,7 @@ def test_bytes_are_normalised_before_the_network_or_in_it(form):
     expected = ((image / 255 - mean) / std).transpose(0, 3, 1, 2)
     prepared = pixels.prepare(mx.nd.array(image, dtype='uint8'))
     assert prepared.dtype == {'reference': np.float32, 'native': np.uint8}[form]
-    cells = pixels.cells(mx.nd, prepared, 8, 4)
+    cells = pixels.cells(mx.nd, prepared, (8, 8), 4)
     np.testing.assert_allclose(from_cells(mx.nd, cells, 8, 4).asnumpy(), expected, rtol=1e-5, atol=1e-6)
     floats = mx.nd.array(expected)
     assert pixels.prepare(floats) is floats

@@ -64,11 +64,11 @@ def attention_case(rng):
     heads, depth, images = int(rng.integers(1, 6)), int(rng.integers(1, 20)), int(rng.integers(1, 5))
     windows = mask = None
     if rng.random() < 0.5:
-        window, across = int(rng.integers(1, 5)), int(rng.integers(1, 4))
-        shift = window // 2 if across > 1 and rng.random() < 0.6 else 0
-        windows = Windows(window * across, window, shift)
-        mask = shift_mask(*windows) if shift else None
-    tokens = windows.side ** 2 if windows else int(rng.integers(1, 30))
+        window = int(rng.integers(1, 5))
+        height, width = (int(n) for n in rng.integers(1, 3 * window + 1, 2))  # padded, where the window does not divide
+        windows = Windows(height, width, window, window // 2 if rng.random() < 0.6 else 0)
+        mask = shift_mask(*windows) if windows.needs_mask else None
+    tokens = windows.height * windows.width if windows else int(rng.integers(1, 30))
     length, width = windows.window ** 2 if windows else tokens, heads * depth
     inputs = [draw(rng, images, tokens, width), norm(rng, width), pair(rng, 3 * width, width), pair(rng, width, width),
               draw(rng, 1, heads, length, length) if rng.random() < 0.7 else None,
@@ -129,7 +129,7 @@ def test_equal_to_float64(name, seed, precision):
 
 
 @pytest.mark.parametrize('precision', machine.PRECISIONS)
-@pytest.mark.parametrize('windows', [None, Windows(12, 6, 3)])
+@pytest.mark.parametrize('windows', [None, Windows(12, 12, 6, 3), Windows(8, 18, 6, 3)])
 def test_the_size_of_a_real_block(windows, precision):
     rng = np.random.default_rng(5)
     tokens, heads, width = 144 if windows else 197, 4, 256
@@ -280,7 +280,7 @@ def test_bad_shapes(native, name, place, shape):
 
 
 @pytest.mark.parametrize('wrong, says', [
-    (dict(heads=3), '3 heads'), (dict(windows=Windows(4, 2)), '4 x 4'), (dict(windows=Windows(2, 3)), '3 x 3')])
+    (dict(heads=3), '3 heads'), (dict(windows=Windows(4, 4, 2)), '4 x 4'), (dict(windows=Windows(2, 3, 3)), '2 x 3')])
 def test_bad_arrangements(native, wrong, says):
     x, a, b, w, v, u, _, bias = block_inputs()
     keys = dict(dict(width=8, heads=2, tokens=5, eps=1e-6), **wrong)

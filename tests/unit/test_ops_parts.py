@@ -14,7 +14,7 @@ IMAGES, WIDTH, HEADS, SIZE, HIDDEN, EPS = 3, 20, 4, 5, 12, 1e-6
 
 
 def attention_case(rng, windows):
-    tokens, mask = (windows.side ** 2, shift_mask(*windows)) if windows else (7, None)
+    tokens, mask = (windows.height * windows.width, shift_mask(*windows)) if windows else (7, None)
     length = windows.window ** 2 if windows else tokens
     inputs = dict(x=(IMAGES, tokens, WIDTH), norm_weight=(WIDTH,), norm_bias=(WIDTH,), qkv=(3 * WIDTH, WIDTH),
                   qkv_bias=(3 * WIDTH,), proj=(WIDTH, WIDTH), proj_bias=(WIDTH,), bias=(1, HEADS, length, length),
@@ -50,9 +50,9 @@ def mlp_case(rng, used):
     return inputs, run
 
 
-CASES = {'attention': (attention_case, None), 'windows': (attention_case, Windows(4, 2)),
-         'shifted': (attention_case, Windows(4, 2, 1)), 'mlp': (mlp_case, None), 'some rows': (mlp_case, 0.4),
-         'no row': (mlp_case, 0.0)}
+CASES = {'attention': (attention_case, None), 'windows': (attention_case, Windows(4, 4, 2)),
+         'shifted': (attention_case, Windows(4, 4, 2, 1)), 'padded': (attention_case, Windows(3, 5, 2, 1)),
+         'mlp': (mlp_case, None), 'some rows': (mlp_case, 0.4), 'no row': (mlp_case, 0.0)}
 
 
 @pytest.mark.parametrize('form, precision', machine.ABLE)

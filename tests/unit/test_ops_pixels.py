@@ -52,7 +52,7 @@ class Cells(mx.gluon.HybridBlock):
 
     def __init__(self, backend, side, cell):
         super().__init__()
-        self.backend, self._sizes = backend, (side, cell)
+        self.backend, self._sizes = backend, ((side, side), cell)
 
     def hybrid_forward(self, F, image):
         return self.backend.patchify(F, image, *self._sizes, MEAN, STD)
@@ -69,10 +69,10 @@ def running(block, mode, names):
 
 
 def cells_of(image, cell):
-    """(B, 3, S, S) to (B, cells, 3 * cell^2)."""
-    images, n = len(image), image.shape[2] // cell
-    parts = image.reshape(images, 3, n, cell, n, cell).transpose(0, 2, 4, 1, 3, 5)
-    return parts.reshape(images, n * n, 3 * cell * cell)
+    """(B, 3, H, W) to (B, cells, 3 * cell^2)."""
+    images, down, across = len(image), image.shape[2] // cell, image.shape[3] // cell
+    parts = image.reshape(images, 3, down, cell, across, cell).transpose(0, 2, 4, 1, 3, 5)
+    return parts.reshape(images, down * across, 3 * cell * cell)
 
 
 def masked_pixels(mask, n, cell):
@@ -295,14 +295,32 @@ def test_bytes_are_normalised_to_the_same_bits(backend, images, side, cell):
         cells = running(Cells(backend, side, cell), mode, ['image'])(mx.nd.array(image, dtype='uint8'))
         assert cells.dtype == np.float32
         np.testing.assert_allclose(cells.asnumpy(), cells_of(exact.transpose(0, 3, 1, 2), cell), rtol=1e-5, atol=1e-6)
-        plain = REFERENCE.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), side, cell, MEAN, STD)
+        plain = REFERENCE.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), (side, side), cell, MEAN, STD)
         assert np.array_equal(cells.asnumpy(), plain.asnumpy())
+
+
+@forms
+@pytest.mark.parametrize('height, width, cell', [(8, 20, 4), (48, 16, 16), (3, 6, 3), (6, 3, 1)])
+def test_height_and_width_apart(backend, height, width, cell):
+    """Bytes too; also where both the second and the last side are 3, so that the shape alone does not tell which."""
+    rng = np.random.default_rng(height)
+    image = mx.nd.array(rng.integers(0, 256, (2, height, width, 3)), dtype='uint8')
+    planes = mx.nd.array(rng.standard_normal((2, 3, height, width)))
+    planes.attach_grad()
+    with mx.autograd.record():
+        cells = backend.patchify(mx.nd, planes, (height, width), cell, MEAN, STD)
+    assert np.array_equal(cells.asnumpy(), cells_of(planes.asnumpy(), cell))
+    cells.backward(cells)
+    assert np.array_equal(planes.grad.asnumpy(), planes.asnumpy())
+    found = backend.patchify(mx.nd, image, (height, width), cell, MEAN, STD).asnumpy()
+    exact = ((image.asnumpy() / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(found, cells_of(exact, cell), rtol=1e-5, atol=1e-6)
 
 
 def test_all_bytes_are_normalised_to_the_same_bits(native):
     image = np.arange(256, dtype='uint8').reshape(1, 16, 16, 1).repeat(3, 3)
     for mean, std in ((MEAN, STD), ((0.1, 0.2, 1 / 3), (1 / 7, 3.3, 1e-3))):
-        ours, plain = (form.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), 16, 4, mean, std)
+        ours, plain = (form.patchify(mx.nd, mx.nd.array(image, dtype='uint8'), (16, 16), 4, mean, std)
                        for form in (native, REFERENCE))
         assert np.array_equal(ours.asnumpy(), plain.asnumpy())
 
@@ -317,13 +335,13 @@ def test_one_graph_takes_bytes_and_floats(native):
 
 
 @pytest.mark.parametrize('shape, dtype, cell, said', [
-    ((2, 3, 8, 9), 'float32', 4, ['(2, 3, 8, 9)', '(B, 3, S, S)']),
-    ((2, 4, 8, 8), 'float32', 4, ['(2, 4, 8, 8)', '(B, 3, S, S)']),
-    ((3, 8, 8), 'uint8', 4, ['(3, 8, 8)', '(B, S, S, 3)']),
+    ((2, 3, 8, 9), 'float32', 4, ['(2, 3, 8, 9)', '(4, 4)']),
+    ((2, 4, 8, 8), 'float32', 4, ['(2, 4, 8, 8)', '(B, 3, H, W)']),
+    ((3, 8, 8), 'uint8', 4, ['(3, 8, 8)', '(B, H, W, 3)']),
     ((2, 8, 8, 3), 'uint8', 3, ['(2, 8, 8, 3)', '(3, 3)']),
     ((2, 8, 8, 3), 'uint8', 0, ['(2, 8, 8, 3)', '(0, 0)']),
-    ((2, 8, 8, 3), 'float32', 4, ['(2, 8, 8, 3)', '(B, 3, S, S)']),
-    ((2, 3, 8, 8), 'uint8', 4, ['(2, 3, 8, 8)', '(B, S, S, 3)']),
+    ((2, 8, 8, 3), 'float32', 4, ['(2, 8, 8, 3)', '(B, 3, H, W)']),
+    ((2, 3, 8, 8), 'uint8', 4, ['(2, 3, 8, 8)', '(B, H, W, 3)']),
     ((2, 3, 8, 8), 'float64', 4, ["MXNet's type number"]),
 ], ids=str)
 def test_images_that_do_not_fit(native, shape, dtype, cell, said):

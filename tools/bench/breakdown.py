@@ -136,7 +136,7 @@ def floors_of(case: Case, found: Profile, rates: Optional[Dict[Tuple[int, int, i
     # Values an image that are normalised outside of blocks: ViT's tokens at the end; Swin's after the patch embedding,
     # before each merging, which halves them, and at the end.
     normalised = sum(values >> stage for stage in [0, *stages]) if config.type == 'swin' else values + config.embed_dim
-    pixels = 3 * config.img_size ** 2
+    pixels = 3 * config.side ** 2
     moved = {  # bytes read, bytes written
         ('layer_norm', 'forward'): case.batch * normalised * (4 + 4),
         ('layer_norm', 'backward'): case.batch * normalised * (8 + 4),

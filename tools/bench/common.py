@@ -99,7 +99,7 @@ def masks(model: str, batch: int) -> List[List[List[int]]]:
 
     from mxsimmim.data.masks import random_mask
     shape, rng = model_config(model), np.random.default_rng(0)
-    return [random_mask(rng, shape.img_size, CELL, RATIO, shape.patch_size).tolist() for _ in range(batch)]
+    return [random_mask(rng, shape.side, CELL, RATIO, shape.patch_size).tolist() for _ in range(batch)]
 
 
 def describe(machine: 'Facts', threads: int) -> str:
@@ -170,5 +170,5 @@ def random_batch(model: 'ModelConfig', mask: Any, seed: int) -> 'Batch':
 
     from mxsimmim.data.loader import Batch
     count = len(mask)
-    image = np.random.default_rng(seed).integers(0, 256, (count, model.img_size, model.img_size, 3), np.uint8)
+    image = np.random.default_rng(seed).integers(0, 256, (count, *model.size, 3), np.uint8)
     return Batch({'image': image, 'mask': mask}, 0, np.arange(count))

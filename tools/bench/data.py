@@ -37,7 +37,7 @@ from mxsimmim.data.transforms import PretrainTransform, random_crop
 
 SEED, BATCH, DISTINCT = 5, 64, 128
 DATA, MASK, MODEL = DataConfig(), MaskConfig(), ModelConfig()
-SIZE = MODEL.img_size
+SIZE = MODEL.side
 MEAN, STD = np.array(DATA.mean, np.float32), np.array(DATA.std, np.float32)
 
 

@@ -166,7 +166,7 @@ def work(case: Case, turns: int, precision: str) -> None:
                             communicator=build_communicator(strategy_of(config, process), process, control))
     model, part, replica = config.model, trainer.split.part, control.mesh.coordinate('data')
     own, rng = part.stop - part.start, np.random.default_rng(replica)
-    images = random_batch(model, np.array([random_mask(rng, model.img_size, config.mask.patch_size, config.mask.ratio,
+    images = random_batch(model, np.array([random_mask(rng, model.side, config.mask.patch_size, config.mask.ratio,
                                                        model.patch_size) for _ in range(own)], np.uint8), replica)
 
     def step() -> float:

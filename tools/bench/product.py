@@ -90,7 +90,7 @@ def _attention(images: int, tokens: int, seen: int, width: int, heads: int) -> I
 
 def masked_tokens(config: 'ModelConfig') -> int:
     """Final tokens of an image that are masked, a cell of the mask holding one or several."""
-    return math.ceil(RATIO * (config.img_size // CELL) ** 2) * (CELL // config.stride) ** 2
+    return math.ceil(RATIO * (config.side // CELL) ** 2) * (CELL // config.stride) ** 2
 
 
 def step_products(case: Case) -> List[Product]:

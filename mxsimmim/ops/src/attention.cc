@@ -27,21 +27,47 @@ struct Places {
   }
 };
 
+// The tokens of an image in windows, see Windows in ops/layout.py; one of no side is the whole image.
+struct Windows {
+  int64_t height, width, side, shift, down = 1, across = 1;
+  explicit Windows(const Attributes& attrs)
+      : height(attrs.integer("height")),
+        width(attrs.integer("width")),
+        side(attrs.integer("window")),
+        shift(attrs.integer("shift")) {
+    if (!side) return;
+    down = (height + side - 1) / side;
+    across = (width + side - 1) / side;
+  }
+  int64_t count() const { return down * across; }
+  // Tokens of an image of `tokens`, with padding.
+  int64_t padded(int64_t tokens) const { return side ? count() * side * side : tokens; }
+  // Which token of the image stands at `place` of the windows one after another, -1 for padding.
+  int64_t token(int64_t place) const {
+    int64_t window = place / (side * side), inside = place % (side * side);
+    int64_t y = window / across * side + inside / side, x = window % across * side + inside % side;  // after the shift
+    if (down > 1) y = (y + shift) % (down * side);
+    if (across > 1) x = (x + shift) % (across * side);
+    return y < height && x < width ? y * width + x : -1;
+  }
+};
+
 int inputs(const Attributes& attrs) { return Places(attrs).count; }
 int outputs(const Attributes& attrs) { return attrs.flag("recompute") ? 1 : 3; }
 
 void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>& out) {
   Places at(attrs);
-  int64_t heads = attrs.integer("heads"), side = attrs.integer("side"), window = attrs.integer("window");
-  int64_t depth = attrs.integer("depth");
+  Windows windows(attrs);
+  int64_t heads = attrs.integer("heads"), depth = attrs.integer("depth");
   if (!known(in[X])) return;
   require(in[X].size() == 3, "x must be (images, tokens, channels), it has shape ", in[X]);
   int64_t images = in[X][0], tokens = in[X][1], width = in[X][2];
   require(heads > 0 && (depth > 0 || width % heads == 0), "x of shape ", in[X], " has channels that ", heads,
           " heads do not divide");
-  require(!window || (side * side == tokens && side % window == 0), "x of shape ", in[X], " is not ", side, " x ", side,
-          " tokens in windows of ", window, " x ", window);
-  int64_t length = window ? window * window : tokens, columns = depth ? heads * depth : width;
+  require(!windows.side || windows.height * windows.width == tokens, "x of shape ", in[X], " is not ", windows.height,
+          " x ", windows.width, " tokens");
+  int64_t padded = windows.padded(tokens), length = padded / windows.count();
+  int64_t columns = depth ? heads * depth : width;
   settle("norm's weight", in[NORM_WEIGHT], {width});
   settle("norm's bias", in[NORM_BIAS], {width});
   settle("qkv's weight", in[QKV_WEIGHT], {3 * columns, width});
@@ -49,13 +75,13 @@ void shapes(const Attributes& attrs, std::vector<Shape>& in, std::vector<Shape>&
   settle("proj's weight", in[PROJ_WEIGHT], {width, columns});
   if (at.proj_bias >= 0) settle("proj's bias", in[size_t(at.proj_bias)], {width});
   if (at.bias >= 0) settle("the scores' bias", in[size_t(at.bias)], {1, heads, length, length});
-  if (at.mask >= 0) settle("mask", in[size_t(at.mask)], {tokens / length, 1, length, length});
+  if (at.mask >= 0) settle("mask", in[size_t(at.mask)], {windows.count(), 1, length, length});
   if (at.gamma >= 0) settle("gamma", in[size_t(at.gamma)], {width});
   if (at.keep >= 0) settle("keep", in[size_t(at.keep)], {images, 1});
   out[0] = in[X];
   if (out.size() > 1) {
-    out[1] = kept(images * tokens * 3 * columns, attrs.flag("bf16"));
-    out[2] = kept(images * tokens * columns, attrs.flag("bf16"));
+    out[1] = kept(images * padded * 3 * columns, attrs.flag("bf16"));
+    out[2] = kept(images * padded * columns, attrs.flag("bf16"));
   }
 }
 
@@ -91,12 +117,13 @@ struct Attention : Branch {
     factor = 1.f / __builtin_sqrtf(float(depth));
     total = rows = in[X].shape[0] * tokens;
     order = nullptr;
-    if (int64_t window = attrs.integer("window")) {
-      length = window * window;
-      windows = tokens / length;
-      arrange(attrs.integer("side"), window, attrs.integer("shift"), scratch);
+    if (Windows given(attrs); given.side) {
+      windows = given.count();
+      length = given.side * given.side;
+      rows = in[X].shape[0] * windows * length;
+      arrange(given, scratch);
     }
-    sequences = total / length;
+    sequences = rows / length;
     // A tile's matrices should stay in the second-level cache.
     constexpr int64_t cache = 256 << 10;
     group = std::max<int64_t>(1, std::min(heads, cache / (12 * length * length)));
@@ -104,15 +131,13 @@ struct Attention : Branch {
   }
 
   // Rows in the order of windows after the shift.
-  void arrange(int64_t side, int64_t window, int64_t shift, Scratch& scratch) {
-    int32_t* list = scratch.take<int32_t>(total);
-    int64_t across = side / window;
+  void arrange(const Windows& given, Scratch& scratch) {
+    int32_t* list = scratch.take<int32_t>(rows);
+    int64_t padded = windows * length;
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < total; ++row) {
-      int64_t image = row / tokens, place = row % tokens, inside = place % length;
-      int64_t down = place / length / across * window + inside / window;  // after the shift
-      int64_t right = place / length % across * window + inside % window;
-      list[row] = int32_t(image * tokens + (down + shift) % side * side + (right + shift) % side);
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t token = given.token(row % padded);
+      list[row] = token < 0 ? PADDING : int32_t(row / padded * tokens + token);
     }
     order = list;
   }

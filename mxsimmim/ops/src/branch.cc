@@ -54,15 +54,19 @@ template <class T> void column_sums(const T* x, int64_t rows, int64_t n, float* 
 
 template <class T> void Branch::normalise(T* y, float* mean, float* rstd) const {
 #pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; ++r)
-    simmim::rows<T>().normalise(x + source(r) * width, norm_weight, norm_bias, width, eps, y + r * width, mean + r,
-                                rstd + r);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (source(r) == PADDING) std::memset(y + r * width, 0, size_t(width) * sizeof(T));
+    else
+      simmim::rows<T>().normalise(x + source(r) * width, norm_weight, norm_bias, width, eps, y + r * width, mean + r,
+                                  rstd + r);
+  }
 }
 
 void Branch::add(const float* y, float* out) const {
   if (rows < total) partial ? clear(out, total * width) : copy(x, out, total * width);
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
+    if (source(r) == PADDING) continue;
     int64_t at = source(r) * width;
     if (!partial) kernels().residual(x + at, y + r * width, factor(r), gamma, out + at, width);
     else if (gamma) simmim::rows<float>().convert_scaled(y + r * width, factor(r), gamma, out + at, width);
@@ -78,6 +82,11 @@ template <class T> T* Branch::incoming(const float* dout, T* d, Scratch& scratch
     float* mine = columns.mine();
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
+      if (source(r) == PADDING) {
+        std::memset(d + r * width, 0, size_t(width) * sizeof(T));
+        if (gamma) std::memset(scaled + r * width, 0, size_t(width) * sizeof(T));
+        continue;
+      }
       const float* from = dout + source(r) * width;
       simmim::rows<T>().convert(from, factor(r), d + r * width, width);
       simmim::rows<T>().add(d + r * width, mine, width);
@@ -99,6 +108,7 @@ void Branch::normalise_backward(const float* dn, const float* mean, const float*
     float *weight = dweight ? weights.mine() : nullptr, *bias = dbias ? biases.mine() : nullptr;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
+      if (source(r) == PADDING) continue;
       int64_t at = source(r) * width;
       kernels().normalise_backward(x + at, mean[r], rstd[r], norm_weight, dn + r * width, width,
                                    dout ? dout + at : nullptr, dx ? dx + at : nullptr, weight, bias);

@@ -23,6 +23,8 @@ class ColumnSums {
   int threads_;
 };
 
+constexpr int32_t PADDING = -1;  // a row that is none of x: zeros after the norm, and dropped at the end
+
 struct Branch {
   const float* x;
   const float *norm_weight, *norm_bias;
@@ -30,7 +32,7 @@ struct Branch {
   float eps;
   int64_t tokens, width;  // L, C
   int64_t total, rows;    // B * L, R
-  const int32_t* order;   // (R,): row of x that each row comes from; null: all in their order
+  const int32_t* order;   // (R,): row of x that each row comes from, or PADDING; null: all in their order
   bool partial = false;
 
   int64_t source(int64_t row) const { return order ? order[row] : row; }
