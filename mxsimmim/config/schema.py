@@ -123,20 +123,25 @@ class DataConfig(Section):
     labels: Place = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
                           "images of path, or a list: Swin's train_map.txt, Caffe's, MXNet's .lst; empty: class "
                           "folders, or a RecordIO file's own labels; segment: the folder of the label images, or a "
-                          "list of Pascal VOC's ImageSets/Segmentation")
+                          "list of Pascal VOC's ImageSets/Segmentation; detect: COCO's instances (.json), a folder of "
+                          "Pascal VOC's .xml files or a list of its ImageSets/Main, or a table of lines "
+                          "'path,x0,y0,x1,y1,class' (.csv)")
     val_labels: Place = Field('', description='the same for the images of val_path; numbers stand for the classes in '
                               'their order')
-    classes: Place = Field('', description='classify: a file of class names, one a line, in the order of their '
-                           "numbers; empty: the folders' names sorted, or numbers; segment: the same, needed")
+    classes: Place = Field('', description='a file of class names, one a line, in the order of their numbers; segment '
+                           "needs it; empty: the folders' names sorted, or numbers; detect: COCO's categories by id, "
+                           'or the names sorted')
     labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
                                   'all')
-    train_images: int = Field(0, ge=0, description='segment: training images kept, at random; 0: all')
+    train_images: int = Field(0, ge=0, description='segment, detect: training images kept, at random; 0: all')
     ignore_index: int = Field(255, ge=0, lt=65536, description='segment: the value of pixels in label images that '
                               'count neither in training nor in evaluation')
     reduce_zero_label: bool = Field(False, description='segment: 0 in label images is ignored, too, and class number 0 '
                                     "is written as 1, as in ADE20K's")
-    scale_jitter: Tuple[float, float] = Field((0.5, 2.0), description='segment: the range of the random size at which '
-                                              'training images are shown; at 1 they just cover the input')
+    scale_jitter: Tuple[float, float] = Field(
+        (0.5, 2.0), description='segment, detect: the range of the random size at which training images are shown; at '
+        '1 they just cover the input (segment), or just fit into it (detect)')
+    max_objects: int = Field(100, gt=0, description='detect: objects of a training image used at most')
     crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
     crop_ratio: Tuple[float, float] = Field((0.75, 1.3333333333333333), description='width over height of a crop')
     interpolation: Literal['bilinear', 'bicubic'] = Field('bilinear', description='of random crops: bilinear, bicubic')
@@ -428,7 +433,7 @@ class Config(Section):
     def _check_nothing_of_fine_tuning(self) -> None:
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),
                 *(('data', key) for key in ('classes', 'labels_per_class', 'train_images', 'ignore_index',
-                                            'reduce_zero_label', 'scale_jitter'))]
+                                            'reduce_zero_label', 'scale_jitter', 'max_objects'))]
         keys += [('augment', key) for key in AugmentConfig.model_fields]
         for section, key in keys:
             own = getattr(self, section)

@@ -44,6 +44,13 @@ class View(NamedTuple):
             moved[:, 0] = self.shape[1] - moved[:, 0]
         return moved
 
+    def origin(self, points: np.ndarray, size: Size) -> np.ndarray:
+        """Where points (n, 2) of the canvas lie in the image of this size: the inverse of `points`."""
+        moved = np.array(points, np.float64)
+        if self.flip:
+            moved[:, 0] = self.shape[1] - moved[:, 0]
+        return (moved + [self.corner[1], self.corner[0]]) * [size[1] / self.whole[1], size[0] / self.whole[0]]
+
     def boxes(self, boxes: np.ndarray, size: Size) -> np.ndarray:
         """Boxes float (n, 4), x0, y0, x1, y1, of an image of this size on the canvas, cut at the part's borders."""
         first, second = self.points(boxes[:, :2], size), self.points(boxes[:, 2:], size)

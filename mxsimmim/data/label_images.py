@@ -20,7 +20,7 @@ def read_label_image(data: bytes, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'TIFF', 'BMP', 'GIF', 'PPM', 'TGA', 'JPEG')) as image:
             if image.format == 'JPEG':
-                raise ValueError('a JPEG, which blurs class numbers: save label images as PNG from where they were made')
+                raise ValueError('a JPEG, which blurs class numbers: save label images as PNG where they are made')
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f'{image.width} x {image.height} pixels are more than {MAX_PIXELS}')
             if image.mode not in ('L', 'P', '1') and not image.mode.startswith('I'):
@@ -56,9 +56,9 @@ def _grey_bits(image: Any, data: bytes) -> int:
     """
     if image.format == 'PNG' and image.mode == 'L':
         return data[24]
-    if image.format == 'TIFF' and image.mode in ('L', '1') or image.mode.startswith('I') and image.format == 'TIFF':
+    if image.format == 'TIFF' and image.mode != 'P':
         if image.tag_v2.get(PHOTOMETRIC) == 0:
-            raise ValueError('a TIFF in which white is zero, so that it is unclear what its numbers are: save it as PNG')
+            raise ValueError('a TIFF in which white is zero, so that its numbers are unclear: save it as PNG')
         bits = image.tag_v2.get(BITS, (1,))[0]
         return bits if image.mode == 'L' else 8
     return 8

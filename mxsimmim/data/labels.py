@@ -248,6 +248,7 @@ def _below(path: str, file: str) -> str:
 
 
 def read_lines(file: str, key: str) -> List[str]:
+    """The lines of the text file that `key` names; ValueError if it is none."""
     try:
         with open(file, 'rb') as opened:
             text = decode(opened.read())
@@ -263,4 +264,5 @@ def read_lines(file: str, key: str) -> List[str]:
 
 
 def listed_classes(classes: Sequence[str]) -> str:
+    """The first of the names, for messages."""
     return ', '.join(map(one_line, classes[:5])) + (', …' if len(classes) > 5 else '')

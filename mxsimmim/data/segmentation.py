@@ -1,4 +1,4 @@
-"""Images with a label map each, the class of every pixel: folders, as of ADE20K and Pascal VOC, and the digit scenes."""
+"""Images with a label map each, the class of every pixel: folders, Pascal VOC's lists, and the digit scenes."""
 import os
 import zlib
 from typing import Dict, List, Optional, Protocol, Sequence, Tuple
@@ -23,7 +23,7 @@ class LabelMaps(Protocol):
     classes: Tuple[str, ...]
 
     def read(self, index: int) -> np.ndarray:
-        """The class number of each pixel, uint8 or int32 (h, w), or `ignored_number`; BrokenImage if it is not known."""
+        """The class of each pixel, uint8 or int32 (h, w), or `ignored_number`; BrokenImage if that is unknown."""
 
     def checksum(self) -> int:
         """Tells label maps from others."""
@@ -101,12 +101,12 @@ def _opened(data: DataConfig, path: str, labels: str, key: str) -> Segmented:
         assert isinstance(scenes, DigitScenes)
         return Segmented(scenes, SceneMaps(scenes))
     if not labels:
-        raise ValueError(f'{key} is not set: name the folder of the label images of {path or "data.path"}, or a list in '
-                         "Pascal VOC's ImageSets/Segmentation")
+        raise ValueError(f'{key} is not set: name the folder of the label images of {path or "data.path"}, or a list '
+                         "in Pascal VOC's ImageSets/Segmentation")
     classes = read_classes(data.classes)
     if len(classes) < 2:
-        raise ValueError(f'data.classes={data.classes} names {len(classes)} classes, and two or more are needed: a file '
-                         'of names, one a line, in the order of the numbers in label images'
+        raise ValueError(f'data.classes={data.classes} names {len(classes)} classes, and two or more are needed: a '
+                         'file of names, one a line, in the order of the numbers in label images'
                          + (', number 1 first (data.reduce_zero_label)' if data.reduce_zero_label else ''))
     images, files, notes = (_of_list if os.path.isfile(labels) else _of_folders)(path, labels, key)
     return Segmented(ImageFiles(images, notes), LabelImages(files, classes, data.ignore_index, data.reduce_zero_label))
@@ -183,7 +183,7 @@ def _of_folders(path: str, labels: str, key: str) -> Found:
     missing = [file for stem, file in zip(stems, images) if stem not in by_stem]
     if missing:
         raise ValueError(f'{len(missing):,} of the {len(images):,} images in {path} have no label image in {labels}, '
-                         f'the first is {missing[0]}: there must be a {_stem(path, missing[0])}.png, or remove the image')
+                         f'the first is {missing[0]}: add a {_stem(path, missing[0])}.png, or remove the image')
     unused = sorted(set(by_stem) - set(stems))
     if unused:
         notes.append(f'{labels}: {len(unused):,} label images left out, of which {path} has no image, the first is '

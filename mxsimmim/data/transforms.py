@@ -236,4 +236,5 @@ def empty_uniform(count: int, model: ModelConfig) -> Fields:
 
 
 def draw_uniform(rng: np.random.Generator, model: ModelConfig) -> Fields:
+    """These numbers of one image."""
     return {'uniform': rng.random(2 * model.blocks, np.float32)} if model.drop_path > 0 else {}
