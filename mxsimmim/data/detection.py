@@ -3,15 +3,14 @@ import os
 from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from ..config import DataConfig
-from ..system.paths import BUILT_IN
 from ..system.text import one_line
 from .box_table import read_table
 from .coco import read_coco
 from .labels import listed_classes, read_classes
 from .objects import SceneObjects, WithObjects
-from .scenes import DigitScenes
+from .scenes import is_scenes, open_scenes
 from .segmentation import keep_few, paired
-from .sources import SEED, ImageFiles, hold_out, image_files, open_source
+from .sources import SEED, ImageFiles, hold_out, image_files
 from .voc import read_voc, xml_files
 
 KINDS = ("COCO's instances (.json), a folder of Pascal VOC's .xml files or a list in its ImageSets/Main, or a table of "
@@ -43,12 +42,11 @@ def open_objects(data: DataConfig, seed: int = 0) -> Tuple[WithObjects, Optional
 
 
 def _opened(data: DataConfig, path: str, labels: str, key: str, classes: Sequence[str]) -> WithObjects:
-    if BUILT_IN.fullmatch(path) and path != 'digits':
+    if is_scenes(path):
         for setting, value in ((key, labels), ('data.classes', data.classes)):
             if value:
                 raise ValueError(f'{setting}={value}, but {path} has its own boxes and classes: leave it out')
-        scenes = open_source(path)
-        assert isinstance(scenes, DigitScenes)
+        scenes = open_scenes(path)
         return WithObjects(scenes, SceneObjects(scenes))
     if not labels or not os.path.exists(labels):
         raise ValueError(f'{key}={labels} {"does not exist" if labels else "is not set"}: name {KINDS}')

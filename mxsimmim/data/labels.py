@@ -10,6 +10,7 @@ from ..config import DataConfig
 from ..system.text import advice, decode, one_line
 from .recordio import Chunks, Records
 from .sampling import generator
+from .scenes import is_scenes
 from .sources import (
     SEED,
     Digits,
@@ -75,6 +76,8 @@ def labelled_source(path: str, classes: Sequence[str] = (), table: str = '',
     Raises:
         ValueError: see `open_labelled`.
     """
+    if is_scenes(path):
+        raise ValueError(f'{path} has several digits in an image, and so no class: a classifier takes data.path=digits')
     source = open_source(path)
     if table and not isinstance(source, ImageFiles):
         raise ValueError(f'{key}={table} names the classes of files in a folder, but {path} is not a folder of '

@@ -39,6 +39,11 @@ class Scene(NamedTuple):
         return np.append(self.digits + 1, 0).astype(np.uint8)[self.owner]  # the last is for -1
 
 
+def is_scenes(path: str) -> bool:
+    """Whether `path` names scenes of digits."""
+    return BUILT_IN.fullmatch(path) is not None and path != 'digits'
+
+
 def open_scenes(path: str) -> 'DigitScenes':
     """Makes the scenes of digit-scenes, or digit-scenes-val, those held out; with -HEIGHTxWIDTH, of another canvas.
 

@@ -6,14 +6,13 @@ from typing import Dict, List, Optional, Protocol, Sequence, Tuple
 import numpy as np
 
 from ..config import DataConfig
-from ..system.paths import BUILT_IN
 from ..system.text import one_line
 from .decode import BrokenImage
 from .label_images import read_label_image
 from .labels import listed_classes, read_classes, read_lines
 from .sampling import generator
-from .scenes import CLASSES, DigitScenes
-from .sources import SEED, ImageFiles, Source, Subset, hold_out, image_files, open_source
+from .scenes import CLASSES, DigitScenes, is_scenes, open_scenes
+from .sources import SEED, ImageFiles, Source, Subset, hold_out, image_files
 
 SHOWN = 1000  # files that a checksum looks at
 
@@ -93,12 +92,11 @@ def keep_few(count: int, kept: int, seed: int) -> np.ndarray:
 
 
 def _opened(data: DataConfig, path: str, labels: str, key: str) -> Segmented:
-    if BUILT_IN.fullmatch(path) and path != 'digits':
+    if is_scenes(path):
         for setting, value in ((key, labels), ('data.classes', data.classes)):
             if value:
                 raise ValueError(f'{setting}={value}, but {path} has its own label maps and classes: leave it out')
-        scenes = open_source(path)
-        assert isinstance(scenes, DigitScenes)
+        scenes = open_scenes(path)
         return Segmented(scenes, SceneMaps(scenes))
     if not labels:
         raise ValueError(f'{key} is not set: name the folder of the label images of {path or "data.path"}, or a list '

@@ -9,11 +9,10 @@ import numpy as np
 from PIL import Image
 from typing_extensions import Protocol
 
-from ..system.paths import BUILT_IN
 from .digits import Digits
 from .recordio import Records, RecordWriter, open_records, record_files  # noqa: F401
 from .sampling import generator
-from .scenes import open_scenes
+from .scenes import is_scenes, open_scenes
 
 # Of what Pillow can read, the formats of photographs: no documents and programs (EPS, PDF, WMF), no maps and textures.
 PHOTOGRAPHS = ('jpg', 'jpeg', 'png', 'bmp', 'webp', 'gif', 'tif', 'tiff', 'jpe', 'jfif', 'mpo', 'jp2', 'j2k', 'j2c',
@@ -59,7 +58,7 @@ def open_source(path: str) -> Source:
     """
     if path == 'digits':
         return Digits()
-    if BUILT_IN.fullmatch(path):
+    if is_scenes(path):
         return open_scenes(path)
     if not path:
         raise ValueError('no images: set data.path to a folder of images, a RecordIO file (.rec), or digits')

@@ -6,6 +6,7 @@ import pytest
 
 from mxsimmim.config import DataConfig
 from mxsimmim.data import scenes
+from mxsimmim.data.labels import open_labelled
 from mxsimmim.data.scenes import CLASSES, DigitScenes
 from mxsimmim.data.segmentation import open_segmented
 from mxsimmim.data.sources import open_source
@@ -54,6 +55,11 @@ def test_held_out_scenes_have_digits_of_their_own():
 def test_canvas(path):
     with pytest.raises(ValueError, match=f'{path}: a canvas of [0-9]+ x [0-9]+ pixels: its sides have 48 to 2048'):
         open_source(path)
+
+
+def test_a_scene_has_no_class():
+    with pytest.raises(ValueError, match='digit-scenes has several digits in an image, and so no class: a classifier t'):
+        open_labelled(DataConfig(path='digit-scenes'), 0)
 
 
 def test_opened():
