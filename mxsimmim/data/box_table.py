@@ -27,7 +27,8 @@ def read_table(file: str, classes: Sequence[str], key: str) -> Tuple[List[str], 
     """
     lines = read_lines(file, key)
     reader = csv.reader((line + '\n' for line in lines), delimiter='\t' if file.lower().endswith('.tsv') else ',')
-    columns, broken = Columns([], [], [], []), {}
+    columns = Columns([], [], [], [])
+    broken: Dict[int, str] = {}
     images: Dict[str, int] = {}
     first: List[str] = []
     names: List[str] = []

@@ -175,7 +175,7 @@ class _Annotations:
     def add(self, element: Element) -> None:
         value = element.value if isinstance(element.value, dict) else {}
         box, crowd, place = value.get('bbox'), value.get('iscrowd', 0), len(self.starts)
-        if not _is_box(box):
+        if not isinstance(box, list) or not _is_box(box):
             self.problems[place] = f'its bbox is {str(box)[:60]}, not [x, y, width, height]'
             box = [0, 0, 0, 0]
         if crowd not in (0, 1):
@@ -191,7 +191,8 @@ class _Annotations:
     def columns(self, images: Dict[Any, int], kinds: Dict[Any, int], where: Callable[[int], str]
                 ) -> Tuple[Columns, Dict[int, str]]:
         """Those that can be used; and what is wrong with images of others. `where` names the annotation at a place."""
-        columns, broken = Columns([], [], [], []), {}
+        columns = Columns([], [], [], [])
+        broken: Dict[int, str] = {}
         for place, (image, kind) in enumerate(zip(self.images, self.kinds)):
             number = images.get(image) if _is_id(image) else None
             if number is None:
@@ -213,8 +214,8 @@ def _is_id(value: Any) -> bool:
     return type(value) in (int, str)
 
 
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(
+def _is_box(value: List[Any]) -> bool:
+    return len(value) == 4 and all(
         type(side) in (int, float) and math.isfinite(side) and abs(side) < 2 ** 31 for side in value)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from ..config import AugmentConfig, DataConfig, ModelConfig
 from .decode import BrokenImage
-from .geometry import Size, padded, random_view, whole_view
+from .geometry import Size, padded, random_view, size_of, whole_view
 from .photometric import distort
 from .segmentation import Segmented, ignored_number
 from .transforms import Fields, Transform, draw_uniform, empty_uniform
@@ -41,7 +41,7 @@ class SegmentTransform(Transform):
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         drawn, labels = self.draw(rng), label_map_of(self._source, index, image)
-        view = random_view(rng, image.shape[:2], self._canvas, self._data.scale_jitter, self._data.flip, covers=True)
+        view = random_view(rng, size_of(image), self._canvas, self._data.scale_jitter, self._data.flip, covers=True)
         shown = view.nearest(labels)
         for _ in range(TRIES - 1):
             if largest_share(shown, self._ignored) <= LARGEST_SHARE:
@@ -80,7 +80,7 @@ class SegmentEvalTransform(Transform):
         return {}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        view = whole_view(image.shape[:2], self._canvas)
+        view = whole_view(size_of(image), self._canvas)
         fields = {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
                   'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}
         if self._source:
@@ -96,13 +96,13 @@ def label_map_of(source: Segmented, index: int, image: np.ndarray) -> np.ndarray
         BrokenImage: it cannot be read, or has another size.
     """
     labels = source.label_map(index)
-    check_size(source.name(index), image, labels.shape, 'its label image')
+    check_size(source.name(index), image, size_of(labels), 'its label image')
     return labels
 
 
 def check_size(name: str, image: np.ndarray, size: Size, what: str) -> None:
     """See that what is known of an image (H, W, 3) is of one of this size; BrokenImage if not."""
-    (height, width), (h, w) = image.shape[:2], size
+    (height, width), (h, w) = size_of(image), size
     if (height, width) != (h, w):
         turned = (' (is it turned by its EXIF orientation? data.exif_orientation says whether that counts)'
                   if (height, width) == (w, h) else '')

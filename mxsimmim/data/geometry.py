@@ -5,13 +5,18 @@ Pixel (row y, column x) of an image is the square from (x, y) to (x + 1, y + 1);
 corners.
 """
 import math
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Tuple, Union
 
 import numpy as np
 
 from .resampling import resize_part
 
 Size = Tuple[int, int]  # height, width
+
+
+def size_of(image: np.ndarray) -> Size:
+    """The size of an image or a map (H, W, …)."""
+    return image.shape[0], image.shape[1]
 
 
 class View(NamedTuple):
@@ -90,9 +95,9 @@ def resized(size: Size, canvas: Size, scale: float, covers: bool) -> Size:
     return height, width
 
 
-def padded(part: np.ndarray, canvas: Size, fill: np.ndarray) -> np.ndarray:
+def padded(part: np.ndarray, canvas: Size, fill: Union[int, np.ndarray]) -> np.ndarray:
     """The part (h, w, …) in the upper left corner of a canvas filled with a value or a colour."""
-    if part.shape[:2] == canvas:
+    if size_of(part) == canvas:
         return part
     result = np.empty((*canvas, *part.shape[2:]), part.dtype)
     result[...] = fill

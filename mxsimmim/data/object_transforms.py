@@ -4,7 +4,7 @@ import numpy as np
 from ..config import DataConfig, ModelConfig
 from .decode import BrokenImage
 from .dense_transforms import canvas_of, check_size, fill_colour
-from .geometry import Size, View, padded, random_view, whole_view
+from .geometry import Size, View, padded, random_view, size_of, whole_view
 from .objects import Objects, WithObjects
 from .regions import in_box
 from .transforms import Fields, Transform, draw_uniform, empty_uniform
@@ -43,9 +43,10 @@ class ObjectsTransform(Transform):
 
     def allocate(self, count: int) -> Fields:
         most = self._data.max_objects
-        fields = {'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32),
-                  'boxes': np.empty((count, most, 4), np.float32), 'classes': np.empty((count, most), np.int32),
-                  'crowd': np.empty((count, most), np.uint8), **empty_uniform(count, self._model)}
+        fields: Fields = {
+            'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32),
+            'boxes': np.empty((count, most, 4), np.float32), 'classes': np.empty((count, most), np.int32),
+            'crowd': np.empty((count, most), np.uint8), **empty_uniform(count, self._model)}
         if self._masks:
             fields['masks'] = np.empty((count, most, MASK_SIDE, MASK_SIDE), np.uint8)
         return fields
@@ -54,7 +55,7 @@ class ObjectsTransform(Transform):
         return draw_uniform(rng, self._model)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        drawn, size, objects = self.draw(rng), image.shape[:2], self._source.objects(index)
+        drawn, size, objects = self.draw(rng), size_of(image), self._source.objects(index)
         if objects.size:
             check_size(self._source.name(index), image, objects.size, 'its boxes are of one of')
         view = random_view(rng, size, self._canvas, self._data.scale_jitter, self._data.flip, covers=False)
@@ -70,8 +71,8 @@ class ObjectsTransform(Transform):
     def _arrays(self, objects: Objects, boxes: np.ndarray, chosen: np.ndarray, view: View, size: Size, index: int
                 ) -> Fields:
         most, count = self._data.max_objects, len(chosen)
-        fields = {'boxes': np.zeros((most, 4), np.float32), 'classes': np.full(most, -1, np.int32),
-                  'crowd': np.zeros(most, np.uint8)}
+        fields: Fields = {'boxes': np.zeros((most, 4), np.float32), 'classes': np.full(most, -1, np.int32),
+                          'crowd': np.zeros(most, np.uint8)}
         fields['boxes'][:count], fields['classes'][:count] = boxes[chosen], objects.classes[chosen]
         fields['crowd'][:count] = objects.crowd[chosen]
         if self._masks:
@@ -105,6 +106,6 @@ class ObjectsEvalTransform(Transform):
         return {}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        view = whole_view(image.shape[:2], self._canvas)
+        view = whole_view(size_of(image), self._canvas)
         return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
                 'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}

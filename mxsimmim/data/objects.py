@@ -6,7 +6,7 @@ import numpy as np
 
 from ..system.text import one_line
 from .decode import BrokenImage
-from .geometry import Size
+from .geometry import Size, size_of
 from .regions import Region
 from .scenes import OBJECTS, DigitScenes
 from .sources import Source, Subset
@@ -68,7 +68,7 @@ class SceneObjects:
         scene = self._scenes.scene(index)
         masks = [scene.owner == number for number in range(len(scene.digits))]
         boxes = np.array([box_of(mask) for mask in masks], np.float32)
-        return Objects(boxes, scene.digits, np.zeros(len(boxes), bool), tuple(masks), scene.owner.shape)
+        return Objects(boxes, scene.digits, np.zeros(len(boxes), bool), tuple(masks), size_of(scene.owner))
 
     def checksum(self) -> int:
         return 0

@@ -127,7 +127,8 @@ def _filled(outlines: Tuple[np.ndarray, ...], size: Size) -> np.ndarray:
 def _inside(outline: np.ndarray, size: Size) -> np.ndarray:
     """The pixels whose centres are inside an outline (n, 2): every crossing to their left changes sides."""
     starts, ends = outline, np.roll(outline, -1, axis=0)
-    upper, lower = (np.where(starts[:, 1:] <= ends[:, 1:], *pair) for pair in ((starts, ends), (ends, starts)))
+    down = starts[:, 1:] <= ends[:, 1:]
+    upper, lower = np.where(down, starts, ends), np.where(down, ends, starts)
     first, last = (np.ceil(points[:, 1] - 0.5).clip(0, size[0]).astype(np.intp) for points in (upper, lower))
     counts = last - first  # rows whose centres an edge passes
     edge = np.repeat(np.arange(len(outline)), counts)

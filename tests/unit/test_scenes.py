@@ -58,7 +58,7 @@ def test_canvas(path):
 
 
 def test_a_scene_has_no_class():
-    with pytest.raises(ValueError, match='digit-scenes has several digits in an image, and so no class: a classifier t'):
+    with pytest.raises(ValueError, match='digit-scenes has several digits in an image, and so no class: a classifier '):
         open_labelled(DataConfig(path='digit-scenes'), 0)
 
 
