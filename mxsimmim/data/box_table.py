@@ -5,6 +5,7 @@ from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from ..system.text import one_line
 from .labels import read_lines
 from .objects import Columns, ObjectTable, class_numbers
 
@@ -38,8 +39,9 @@ def read_table(file: str, classes: Sequence[str], key: str) -> Tuple[List[str], 
             where, fields = f'{file}, line {reader.line_num}', [field.strip() for field in row]
             if not any(fields):
                 continue
+            found = one_line(','.join(row)[:100])
             if not fields[0] or len(fields) not in (1, 6):
-                raise ValueError(f'{where}: {len(fields)} fields, not {FORM}: found {",".join(row)[:100]}')
+                raise ValueError(f'{where}: {len(fields)} fields, not {FORM}: found {found}')
             if not images and not first and len(fields) == 6 and not any(map(_is_number, fields[1:5])) and any(
                     fields[1:5]):
                 continue  # a heading
@@ -48,7 +50,7 @@ def read_table(file: str, classes: Sequence[str], key: str) -> Tuple[List[str], 
             if not any(fields[1:]):
                 continue
             if not all(map(_is_number, fields[1:5])) or not fields[5]:
-                broken.setdefault(image, f'{where}: not {FORM} with finite numbers: found {",".join(row)[:100]}')
+                broken.setdefault(image, f'{where}: not {FORM} with finite numbers: found {found}')
                 continue
             places.append(where)
             names.append(fields[5])

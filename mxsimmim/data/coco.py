@@ -1,6 +1,5 @@
 """COCO's instances in JSON, with any categories, read element by element into columns."""
 import json
-import math
 import os
 import re
 from array import array
@@ -14,6 +13,7 @@ from .geometry import Size
 from .objects import Columns, ObjectTable, class_numbers
 from .regions import Region, region_of
 
+LARGEST = 2 ** 31  # of numbers in pixels
 KEYS = 'id', 'file_name', 'height', 'width', 'name'  # of images and categories
 _blanks = re.compile(r'[ \t\r\n]*')
 
@@ -136,7 +136,7 @@ def _images(found: Sequence[Element], where: Callable[[int], str]) -> Tuple[Dict
             raise ValueError(f"{where(element.start)}: image {value['id']} is there twice: remove one")
         names.append(utf8(value['file_name']))
         size = [value.get('height'), value.get('width')]
-        if all(type(side) is int and 0 < side < 2 ** 31 for side in size):
+        if all(type(side) is int and 0 < side < LARGEST for side in size):
             sizes[number] = size
     return numbers, names, sizes
 
@@ -215,8 +215,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_box(value: List[Any]) -> bool:
-    return len(value) == 4 and all(
-        type(side) in (int, float) and math.isfinite(side) and abs(side) < 2 ** 31 for side in value)
+    return len(value) == 4 and all(type(side) in (int, float) and -LARGEST < side < LARGEST for side in value)
 
 
 class _Masks:

@@ -53,10 +53,10 @@ def _outline(numbers: Any) -> np.ndarray:
         raise ValueError(f'a polygon has an even number of numbers, six or more, but one is {what}')
     try:
         outline = np.array(numbers, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError('a polygon has something else than numbers') from None
-    if not np.isfinite(outline).all():
-        raise ValueError('a polygon has numbers that are not finite')
+    if not (np.abs(outline) < 2 ** 31).all():
+        raise ValueError('a polygon has numbers that are no pixels')
     return outline
 
 

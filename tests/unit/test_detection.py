@@ -41,7 +41,7 @@ def test_packed_run_lengths_of_blocks():
     ({'size': [3, 4], 'counts': 'P'}, "its 'counts' end within a number"), ({}, "its 'counts' are neither"),
     ('x', 'neither a list of polygons nor run lengths'), ([[1, 2, 3, 4]], 'an even number of numbers, six or more, but '
      'one is 4 numbers'), ([[1, 2, 3, 4, 5, 'x']], 'something else than numbers'),
-    ([[1, 2, 3, 4, 5, None]], 'not finite|else than numbers'), ([7], 'but one is 7')])
+    ([[1, 2, 3, 4, 5, None]], 'no pixels'), ([7], 'but one is 7')])
 def test_bad_segmentations(segmentation, problem):
     with pytest.raises(ValueError, match=problem):
         region_of(segmentation, (3, 4))
@@ -184,7 +184,7 @@ def test_bad_instances_files(coco, change, message):
     (dict(bbox=[1, 2, 3]), 'annotation 7 of image 30: its bbox is [1, 2, 3], not [x, y, width, height]'),
     (dict(bbox=None), 'annotation 7 of image 30: its bbox is None, not'),
     (dict(bbox=[1, 2, float('nan'), 4]), 'its bbox is [1, 2, nan, 4], not'),
-    (dict(bbox=['1', 2, 3, 4]), "its bbox is ['1', 2, 3, 4], not"), (dict(bbox=[1, 2, 3, 1e30]), 'its bbox is [1, 2, '),
+    (dict(bbox=['1', 2, 3, 4]), "its bbox is ['1', 2, 3, 4], not"), (dict(bbox=[1, 2, 3, 10 ** 400]), 'its bbox'),
     (dict(category_id=5), 'its category_id 5 is in no category of the file'),
     (dict(category_id=[1]), 'its category_id [1] is in no category'), (dict(iscrowd='x'), 'its iscrowd is x, neither'),
     (dict(segmentation=[[1, 2, 3]]), 'line 11: the segmentation of annotation 7 of image 30: a polygon has an even nu'),
