@@ -51,8 +51,12 @@ def read_coco(file: str, classes: Sequence[str]) -> Tuple[List[str], ObjectTable
             value = {key: element.value.get(key) for key in KEYS} if isinstance(element.value, dict) else {}
             found[element.section].append(element._replace(value=value))
 
+    counted = [0, 1]  # an offset and its line, from which the next is counted: a million annotations may be bad
+
     def line(start: int) -> str:
-        return f'{file}, line {text.count(chr(10), 0, start) + 1}'
+        offset, number = counted if counted[0] <= start else (0, 1)
+        counted[:] = start, number + text.count('\n', offset, start)
+        return f'{file}, line {counted[1]}'
 
     def annotation(place: int) -> str:
         value = json.loads(text[listed.starts[place]:listed.stops[place]])
