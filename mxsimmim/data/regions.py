@@ -1,7 +1,7 @@
 """Masks of objects: polygons, run lengths as COCO writes them, bitmaps.
 
 A pixel belongs to a polygon if its centre is inside by the even-odd rule, and to several if it belongs to any of them.
-COCO's own tools trace the outline on a grid five times as fine, so that single pixels on slopes differ, in no direction.
+COCO's own tools trace the outline on a grid five times as fine; single pixels on slopes differ, some here, some there.
 """
 import math
 from typing import Any, List, NamedTuple, Tuple, Union
