@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from mxsimmim.cluster.environment import check_environment
 from mxsimmim.cluster.spec import HostInfo, JobSpec
+from mxsimmim.system.paths import BUILT_IN
 
 CLOCKS = 30.0  # seconds that a host's clock may differ from the launcher's
 
@@ -36,7 +37,7 @@ def check_command(command: Sequence[str]) -> List[str]:
 def data_paths(command: Sequence[str]) -> List[str]:
     """List the data that a command will read on every host, by its words data.path=… and data.val_path=…."""
     found = [word.partition('=')[2] for word in command if word.startswith(('data.path=', 'data.val_path='))]
-    return [path for path in found if path not in ('', 'digits')]
+    return [path for path in found if path and not BUILT_IN.fullmatch(path)]
 
 
 def packages(spec: JobSpec) -> List[str]:

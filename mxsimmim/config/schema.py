@@ -156,7 +156,7 @@ class MaskConfig(Section):
 class DataConfig(Section):
     """Where the images are and what is done to each."""
     path: Place = Field('', description="a folder of images (class folders or flat), a RecordIO file (.rec), several "
-                        "('a.rec;b.rec', or a folder of them), or digits")
+                        "('a.rec;b.rec', or a folder of them), digits, or digit-scenes")
     val_path: Place = Field('', description='held-out images, same kinds; empty: val_fraction of path is held out')
     val_fraction: float = Field(0.0, ge=0, lt=1, description='share of path held out for validation')
     threads: int = Field(0, ge=0, description='loader threads; 0: one a core')
@@ -164,13 +164,26 @@ class DataConfig(Section):
     max_broken: int = Field(100, ge=0, description='unreadable images tolerated before the run ends')
     labels: Place = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
                           "images of path, or a list: Swin's train_map.txt, Caffe's, MXNet's .lst; empty: class "
-                          "folders, or a RecordIO file's own labels")
-    val_labels: Place = Field('', description='classify: the same for the images of val_path; numbers stand for the '
-                              'classes in their order')
-    classes: Place = Field('', description='classify: a file of class names, one a line, in the order of their '
-                           "numbers; empty: the folders' names sorted, or numbers")
+                          "folders, or a RecordIO file's own labels; segment: the folder of the label images, or a "
+                          "list of Pascal VOC's ImageSets/Segmentation; detect: COCO's instances (.json), a folder of "
+                          "Pascal VOC's .xml files or a list of its ImageSets/Main, or a table of lines "
+                          "'path,x0,y0,x1,y1,class' (.csv)")
+    val_labels: Place = Field('', description='the same for the images of val_path; numbers stand for the classes in '
+                              'their order')
+    classes: Place = Field('', description='a file of class names, one a line, in the order of their numbers; segment '
+                           "needs it; empty: the folders' names sorted, or numbers; detect: COCO's categories by id, "
+                           'or the names sorted')
     labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
                                   'all')
+    train_images: int = Field(0, ge=0, description='segment, detect: training images kept, at random; 0: all')
+    ignore_index: int = Field(255, ge=0, lt=65536, description='segment: the value of pixels in label images that '
+                              'count neither in training nor in evaluation')
+    reduce_zero_label: bool = Field(False, description='segment: 0 in label images is ignored, too, and class number 0 '
+                                    "is written as 1, as in ADE20K's")
+    scale_jitter: Tuple[float, float] = Field(
+        (0.5, 2.0), description='segment, detect: the range of the random size at which training images are shown; at '
+        '1 they just cover the input (segment), or just fit into it (detect)')
+    max_objects: int = Field(100, gt=0, description='detect: objects of a training image used at most')
     crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
     crop_ratio: Tuple[float, float] = Field((0.75, 1.3333333333333333), description='width over height of a crop')
     interpolation: Literal['bilinear', 'bicubic'] = Field('bilinear', description='of random crops: bilinear, bicubic')
@@ -189,7 +202,8 @@ class DataConfig(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'DataConfig':
-        for key, (low, high) in (('crop_scale', self.crop_scale), ('crop_ratio', self.crop_ratio)):
+        for key, (low, high) in (('crop_scale', self.crop_scale), ('crop_ratio', self.crop_ratio),
+                                 ('scale_jitter', self.scale_jitter)):
             require(0 < low <= high, f'{key}=[{low}, {high}] must be two positive numbers, the smaller first')
         require(self.crop_scale[1] <= 1, f'crop_scale={listed(self.crop_scale)} asks for more than the image')
         require(min(self.std) > 0, f'std={listed(self.std)} must be positive')
@@ -204,7 +218,7 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What else is done to the images and labels a classifier is trained on."""
+    """What else is done to the images and labels in fine-tuning."""
     rand_ops: int = Field(2, ge=0, description='RandAugment: operations an image; 0: none')
     rand_magnitude: float = Field(9.0, ge=0, le=10, description='RandAugment: mean strength, of 10')
     rand_std: float = Field(0.5, ge=0, description="RandAugment: the strength's standard deviation")
@@ -216,6 +230,8 @@ class AugmentConfig(Section):
     mix_switch: float = Field(0.5, ge=0, le=1, description='probability of cutmix, where mixup is on, too')
     mix_prob: float = Field(1.0, ge=0, le=1, description='probability that a pair is mixed')
     smoothing: float = Field(0.1, ge=0, lt=1, description='share of the target spread evenly over all classes')
+    photometric: bool = Field(True, description='segment: brightness, contrast, saturation and hue change at random, '
+                              'each for half the images')
 
 
 class OptimConfig(Section):
@@ -477,7 +493,8 @@ class Config(Section):
 
     def _check_nothing_of_fine_tuning(self) -> None:
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),
-                ('data', 'classes'), ('data', 'labels_per_class')]
+                *(('data', key) for key in ('classes', 'labels_per_class', 'train_images', 'ignore_index',
+                                            'reduce_zero_label', 'scale_jitter', 'max_objects'))]
         keys += [('augment', key) for key in AugmentConfig.model_fields]
         for section, key in keys:
             own = getattr(self, section)

@@ -10,6 +10,7 @@ from ..config import DataConfig
 from ..system.text import advice, decode, one_line
 from .recordio import Chunks, Records
 from .sampling import generator
+from .scenes import is_scenes
 from .sources import (
     SEED,
     Digits,
@@ -75,6 +76,8 @@ def labelled_source(path: str, classes: Sequence[str] = (), table: str = '',
     Raises:
         ValueError: see `open_labelled`.
     """
+    if is_scenes(path):
+        raise ValueError(f'{path} has several digits in an image, and so no class: a classifier takes data.path=digits')
     source = open_source(path)
     if table and not isinstance(source, ImageFiles):
         raise ValueError(f'{key}={table} names the classes of files in a folder, but {path} is not a folder of '
@@ -121,7 +124,7 @@ def read_classes(file: str) -> Tuple[str, ...]:
     if not file:
         return ()
     lines: Dict[str, int] = {}
-    for number, line in enumerate(_read_lines(file, 'data.classes'), 1):
+    for number, line in enumerate(read_lines(file, 'data.classes'), 1):
         name = line.strip()
         if name in lines:
             raise ValueError(f"{file}, line {number}: class '{name}' is already in line {lines[name]}: remove one")
@@ -177,7 +180,7 @@ def _from_folders(path: str, files: Sequence[str], classes: Sequence[str], key: 
     unknown = sorted(folders - set(classes)) if classes else []
     if unknown:
         raise ValueError(f"{os.path.join(path, unknown[0])} is not one of the {len(classes)} classes "
-                         f'{_listed(classes)}: rename or remove the folder' + advice(classes, 'data.classes'))
+                         f'{listed_classes(classes)}: rename or remove the folder' + advice(classes, 'data.classes'))
     return [parts[0] for parts in inside]
 
 
@@ -209,7 +212,7 @@ def _from_table(path: str, files: Sequence[str], table: str, classes: Sequence[s
         if name not in known:
             whose = 'of data.classes,' if key == 'data.labels' else 'classes'
             raise ValueError(f"{table}, line {number}: class '{name}' is not one of the {len(classes)} {whose} "
-                             f'{_listed(classes)}: correct it or complete data.classes' + advice([name], table))
+                             f'{listed_classes(classes)}: correct it or complete data.classes' + advice([name], table))
     missing = sorted(wanted - set(found))
     if missing:
         raise ValueError(f'{len(missing):,} of the {len(files):,} images in {path} have no line in {table}, the first '
@@ -223,7 +226,7 @@ def _rows(table: str, key: str) -> Tuple[List[Tuple[int, List[str]]], bool]:
     Commas separate them, or tabs in a .tsv file. Lists are what other programs read: a tab (Swin Transformer's
     train_map.txt) or blanks (Caffe's) between path and number; in MXNet's .lst files, index, number and path.
     """
-    lines, kind = _read_lines(table, key), os.path.splitext(table)[1].lower()
+    lines, kind = read_lines(table, key), os.path.splitext(table)[1].lower()
     first = next((line for line in lines if line.strip()), '')
     is_list = kind not in ('.csv', '.tsv') and ('\t' in first or ',' not in first)
     if first.strip().isdecimal():  # ILSVRC's own order of the classes, which is that of no folder
@@ -247,7 +250,8 @@ def _below(path: str, file: str) -> str:
     return file[len(path):].lstrip(os.sep)  # relpath takes ten times as long
 
 
-def _read_lines(file: str, key: str) -> List[str]:
+def read_lines(file: str, key: str) -> List[str]:
+    """The lines of the text file that `key` names; ValueError if it is none."""
     try:
         with open(file, 'rb') as opened:
             text = decode(opened.read())
@@ -262,5 +266,6 @@ def _read_lines(file: str, key: str) -> List[str]:
     return lines
 
 
-def _listed(classes: Sequence[str]) -> str:
+def listed_classes(classes: Sequence[str]) -> str:
+    """The first of the names, for messages."""
     return ', '.join(map(one_line, classes[:5])) + (', …' if len(classes) > 5 else '')

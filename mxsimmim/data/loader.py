@@ -15,7 +15,7 @@ from ..runtime.memory import ran_out
 from ..system.text import one_line
 from .sampling import generator, split
 from .sources import Source
-from .transforms import DRAWN, Fields, Transform, decode
+from .transforms import DRAWN, BrokenImage, Fields, Transform, decode
 
 SHOWN = 4  # images in work that an error names
 GRACE = 5.0  # seconds that the images in work may take at the end
@@ -141,12 +141,8 @@ class Loader:
     def _fill(self, batch: Batch, positions: range) -> None:
         asked = [int(batch.index[position]) for position in positions]
         for position, index in zip(positions, asked):
-            rng = generator(self._seed, batch.epoch, index)
-            if self._reads:
-                found, image = self._read(index)
-                fields = self._transform(image, rng, found)
-            else:
-                fields = self._transform.draw(rng)
+            fields = (self._sample(index, batch.epoch) if self._reads else
+                      self._transform.draw(generator(self._seed, batch.epoch, index)))
             for name, value in fields.items():
                 batch.fields[name][position] = value
         if len(positions) == 2 and self._reads:
@@ -154,24 +150,29 @@ class Loader:
             self._transform.mix({name: array[pair] for name, array in batch.fields.items()},
                                 generator(self._seed, batch.epoch, *asked))
 
-    def _read(self, index: int) -> Tuple[int, np.ndarray]:
-        """The number and the pixels of this image, or of the next one after it that can be read."""
+    def _sample(self, index: int, epoch: int) -> Fields:
+        """The fields of this image, or of the next one after it that can be read, as can what is known of it."""
         count = len(self._source)
         for candidate in range(index, index + count):
             candidate %= count
             if candidate not in self._broken:
                 self._reading[threading.get_ident()] = candidate, time.monotonic()
                 try:
-                    data = self._source.read(candidate)
-                    return candidate, decode(data, self._source.name(candidate), self._transform.upright,
-                                             self._unsaid.append)
-                except (ValueError, OSError) as error:
+                    return self._transform(self._pixels(candidate), generator(self._seed, epoch, index), candidate)
+                except BrokenImage as error:
                     if ran_out(error):  # an image that another machine can read: replaced, it would change the run
                         raise
                     self._note(candidate, error)
                 finally:
                     del self._reading[threading.get_ident()]
         raise TooManyBroken(f'none of the {count} images can be read; the last: {self._last()}')
+
+    def _pixels(self, index: int) -> np.ndarray:
+        try:
+            data = self._source.read(index)
+        except (ValueError, OSError) as error:
+            raise BrokenImage(str(error)) from error
+        return decode(data, self._source.name(index), self._transform.upright, self._unsaid.append)
 
     def _note(self, index: int, error: Exception) -> None:
         with self._lock:

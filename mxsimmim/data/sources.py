@@ -1,19 +1,18 @@
-"""Where encoded images come from: files, RecordIO, scikit-learn's digits. Reading one is safe in any thread."""
+"""Where images come from: files, RecordIO, scikit-learn's digits and scenes of them. Reading is safe in any thread."""
 import functools
-import gzip
 import logging
 import os
 from collections import Counter
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 from typing_extensions import Protocol
 
+from .digits import Digits
 from .recordio import Records, RecordWriter, open_records, record_files  # noqa: F401
 from .sampling import generator
+from .scenes import is_scenes, open_scenes
 
 # Of what Pillow can read, the formats of photographs: no documents and programs (EPS, PDF, WMF), no maps and textures.
 PHOTOGRAPHS = ('jpg', 'jpeg', 'png', 'bmp', 'webp', 'gif', 'tif', 'tiff', 'jpe', 'jfif', 'mpo', 'jp2', 'j2k', 'j2c',
@@ -52,13 +51,15 @@ def open_source(path: str) -> Source:
     """Opens the images at `path`.
 
     That is a folder, with class folders or flat; a RecordIO file (.rec), several separated by semicolons, or a folder
-    of them; or the word digits.
+    of them; the word digits; or digit-scenes as `scenes.open_scenes` reads it.
 
     Raises:
         ValueError: nothing there, no image in the folder, a file of another kind, a damaged RecordIO file.
     """
     if path == 'digits':
         return Digits()
+    if is_scenes(path):
+        return open_scenes(path)
     if not path:
         raise ValueError('no images: set data.path to a folder of images, a RecordIO file (.rec), or digits')
     parts = [part.strip() for part in path.split(';') if part.strip()]
@@ -217,33 +218,6 @@ NO_EXTENSION = 'without extension'
 def _kind(extension: str) -> str:
     """What a list calls files with this extension; "Dr. Who" and "v1.2 of today" have none."""
     return f'.{extension.lower()}' if extension.isalnum() and len(extension) <= 10 else NO_EXTENSION
-
-
-class Digits:
-    """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 pixels, grey."""
-    notes: Sequence[str] = ()
-
-    def __init__(self) -> None:
-        # Its load_digits reads the same file, 0.4 s later: importing it brings half of SciPy.
-        found = find_spec('sklearn')
-        assert found and found.origin, 'setup.py names it'
-        with gzip.open(Path(found.origin).with_name('datasets') / 'data' / 'digits.csv.gz') as file:
-            rows = np.loadtxt(file, delimiter=',')  # (1797, 65), the pixels 0..16 and the digit
-        self._images = np.round(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self._labels = rows[:, -1].astype(np.int64)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return f'digits#{index}'
-
-    def read(self, index: int) -> np.ndarray:
-        return self._images[index]
-
-    def labels(self) -> np.ndarray:
-        """The digit of each image, int64 (1797,)."""
-        return self._labels
 
 
 class Subset:

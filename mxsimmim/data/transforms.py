@@ -21,6 +21,7 @@ Fields = Dict[str, np.ndarray]
 image: uint8 (S, S, 3), or float32 (3, S, S), normalised, where a classifier is trained.
 mask: uint8 (h, w), 1 = masked.
 label: float32 (K,), the target distribution over the classes.
+label_map, extent: see `dense_transforms`.
 uniform: float32 (U,) in [0, 1), for stochastic depth: data, so that no device or worker matters.
 """
 DRAWN = 'mask', 'uniform'  # fields that do not depend on the image
@@ -35,7 +36,11 @@ class Transform(Protocol):
         """Returns uninitialised arrays for `count` images."""
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        """Returns the fields of image (H, W, 3), uint8, which is number `index` of its source."""
+        """Returns the fields of image (H, W, 3), uint8, which is number `index` of its source.
+
+        Raises:
+            BrokenImage: what is known of the image cannot be read, or is of another image.
+        """
 
     def draw(self, rng: np.random.Generator) -> Fields:
         """Returns those of the fields that are DRAWN, as `__call__` with a generator like this one."""
@@ -79,10 +84,10 @@ class PretrainTransform(Transform):
 
     def allocate(self, count: int) -> Fields:
         return {'image': _pixels(count, self._model.side), 'mask': _masks(count, self._model),
-                **_empty_uniform(count, self._model)}
+                **empty_uniform(count, self._model)}
 
     def draw(self, rng: np.random.Generator) -> Fields:
-        return {'mask': draw_mask(rng, self._mask, self._model), **_draw_uniform(rng, self._model)}
+        return {'mask': draw_mask(rng, self._mask, self._model), **draw_uniform(rng, self._model)}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         drawn = self.draw(rng)
@@ -134,10 +139,10 @@ class ClassifyTransform(Transform):
     def allocate(self, count: int) -> Fields:
         size = self._model.side
         return {'image': np.empty((count, 3, size, size), np.float32),
-                'label': np.empty((count, self._classes), np.float32), **_empty_uniform(count, self._model)}
+                'label': np.empty((count, self._classes), np.float32), **empty_uniform(count, self._model)}
 
     def draw(self, rng: np.random.Generator) -> Fields:
-        return _draw_uniform(rng, self._model)
+        return draw_uniform(rng, self._model)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         data, augment = self._data, self._augment
@@ -225,10 +230,11 @@ def _masks(count: int, model: ModelConfig) -> np.ndarray:
     return np.empty((count, model.grid, model.grid), np.uint8)
 
 
-def _empty_uniform(count: int, model: ModelConfig) -> Fields:
+def empty_uniform(count: int, model: ModelConfig) -> Fields:
     """One number an image and residual branch, if these are dropped at random."""
     return {'uniform': np.empty((count, 2 * model.blocks), np.float32)} if model.drop_path > 0 else {}
 
 
-def _draw_uniform(rng: np.random.Generator, model: ModelConfig) -> Fields:
+def draw_uniform(rng: np.random.Generator, model: ModelConfig) -> Fields:
+    """These numbers of one image."""
     return {'uniform': rng.random(2 * model.blocks, np.float32)} if model.drop_path > 0 else {}

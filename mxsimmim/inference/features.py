@@ -14,6 +14,7 @@ from mxnet.gluon import HybridBlock
 from ..config import DataConfig, ModelConfig
 from ..data.labels import labelled_source
 from ..data.loader import every_image
+from ..data.scenes import is_scenes
 from ..data.sources import ImageFiles, Source, image_files, open_source, tell
 from ..data.transforms import ClassifyEvalTransform
 from ..interop import official
@@ -171,7 +172,7 @@ def open_images(paths: Sequence[str]) -> Tuple[Source, Optional[np.ndarray], Tup
         names = (source.name(index) for index in range(len(source)))
         if isinstance(source, ImageFiles) and any(os.path.samefile(os.path.dirname(name), paths[0]) for name in names):
             return source, None, ()
-    return labelled_source(paths[0])
+    return (open_source(paths[0]), None, ()) if is_scenes(paths[0]) else labelled_source(paths[0])
 
 
 def save_features(run: Path, paths: Sequence[str], block: str, out: Path, picture: Optional[Path]) -> str:

@@ -9,6 +9,7 @@ from typing import List, Mapping, Union
 
 LARGEST = 1 << 18  # bytes of a file that people write by hand
 PATIENCE = 10.0  # seconds in which the next part of a pipe must come
+BUILT_IN = re.compile(r'digits|digit-scenes(-val)?(?:-(\d+)x(\d+))?', re.ASCII)  # data that are no file
 VARIABLE = re.compile(r'\$(?:(\$)|([A-Za-z_]\w*)|\{([^{}]*)\})', re.ASCII)
 
 

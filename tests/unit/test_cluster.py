@@ -103,7 +103,8 @@ def test_threads_that_the_user_set_here_hold_for_this_machine_alone(words, threa
 
 
 def test_data_paths():
-    words = ['x', 'data.path=/a b', 'data.path=digits', 'data.val_path=v', 'data.threads=2', 'data.path=']
+    words = ['x', 'data.path=/a b', 'data.path=digits', 'data.val_path=digit-scenes-val-64x96', 'data.val_path=v',
+             'data.threads=2', 'data.path=']
     assert preflight.data_paths(words) == ['/a b', 'v']
 
 

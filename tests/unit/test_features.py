@@ -164,6 +164,8 @@ def test_images_with_and_without_labels(images):
     for paths, count in (([single], 1), ([str(images / 'dog')], 3), ([str(images / 'dog'), single], 4)):
         source, labels, classes = features.open_images(paths)
         assert len(source) == count and labels is None and classes == ()
+    source, labels, classes = features.open_images(['digit-scenes-val'])
+    assert (len(source), labels, classes) == (500, None, ())
     source, labels, classes = features.open_images(['digits'])
     assert len(source) == len(labels) == 1797 and classes == tuple('0123456789')
     (images / 'empty').mkdir()

@@ -191,7 +191,7 @@ def test_an_image_that_does_not_fit_is_not_broken():
             raise BrokenImage('a.png: MemoryError') from MemoryError()
 
     loader = Loader(Source(), None, None, 0, 1, 1, 100, print)
-    assert isinstance(raised(loader._read, 0), BrokenImage) and loader.broken == 0
+    assert isinstance(raised(loader._sample, 0, 0), BrokenImage) and loader.broken == 0
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_passed_over(tmp_path, monkeypatch):

@@ -1,0 +1,111 @@
+"""From images with objects to samples: image, boxes, classes and masks, in arrays of one shape for all images."""
+import numpy as np
+
+from ..config import DataConfig, ModelConfig
+from .decode import BrokenImage
+from .dense_transforms import canvas_of, check_size, fill_colour
+from .geometry import Size, View, padded, random_view, size_of, whole_view
+from .objects import Objects, WithObjects
+from .regions import in_box
+from .transforms import Fields, Transform, draw_uniform, empty_uniform
+
+SMALLEST = 1.0  # pixels: boxes of which less of a side is left by the crop are left out
+MASK_SIDE = 56
+"""Cells a side of an object's mask, in its box. A region of interest that shares half of its area with the box (IoU of
+0.5) has at least half its side, so that of its 28 x 28 cells each is as large as one of these or larger; the bitmaps of
+100 objects at 1024 x 1024 would be 100 MB an image, these are 0.3 MB."""
+
+
+class ObjectsTransform(Transform):
+    """Random scale, crop and flip of image and objects (large-scale jitter, Ghiasi et al. 2021, arXiv 2012.07177).
+
+    At scale 1 the image just fits into the input. Fills, for M = data.max_objects:
+
+    image: uint8 (H, W, 3); what the image does not reach is filled with the mean colour.
+    extent: int32 (4,), (h, w, H', W'): the input shows something in its first h rows and w columns, of an image of
+        H' x W' pixels.
+    boxes: float32 (M, 4), x0, y0, x1, y1 in pixels of the input; zeros after the last.
+    classes: int32 (M,); -1 after the last.
+    crowd: uint8 (M,), 1 where a box is of a crowd or difficult: such boxes come last.
+    masks, if they are asked for: uint8 (M, MASK_SIDE, MASK_SIDE), 1 in the cells of the box whose middles the object
+        covers.
+    uniform: as in pre-training.
+
+    Boxes that the crop leaves less than a pixel wide or high are left out, and so are some at random, crowds first,
+    where there are more than M.
+    """
+
+    def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool):
+        """Keep what is done; with `masks`, an object without one is a broken image."""
+        self._data, self._model, self._source, self._masks = data, model, source, masks
+        self._canvas, self._bicubic = canvas_of(model), data.interpolation == 'bicubic'
+        self.upright = bool(data.exif_orientation)
+
+    def allocate(self, count: int) -> Fields:
+        most = self._data.max_objects
+        fields: Fields = {
+            'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32),
+            'boxes': np.empty((count, most, 4), np.float32), 'classes': np.empty((count, most), np.int32),
+            'crowd': np.empty((count, most), np.uint8), **empty_uniform(count, self._model)}
+        if self._masks:
+            fields['masks'] = np.empty((count, most, MASK_SIDE, MASK_SIDE), np.uint8)
+        return fields
+
+    def draw(self, rng: np.random.Generator) -> Fields:
+        return draw_uniform(rng, self._model)
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
+        drawn, size, objects = self.draw(rng), size_of(image), self._source.objects(index)
+        if objects.size:
+            check_size(self._source.name(index), image, objects.size, 'its boxes are of one of')
+        view = random_view(rng, size, self._canvas, self._data.scale_jitter, self._data.flip, covers=False)
+        boxes = view.boxes(objects.boxes, size)
+        left = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST)
+        left = rng.permutation(left)
+        chosen = left[np.argsort(objects.crowd[left], kind='stable')][:self._data.max_objects]
+        chosen = chosen[np.lexsort((chosen, objects.crowd[chosen]))]
+        return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
+                'extent': np.array([*view.shape, *size], np.int32), **drawn,
+                **self._arrays(objects, boxes, chosen, view, size, index)}
+
+    def _arrays(self, objects: Objects, boxes: np.ndarray, chosen: np.ndarray, view: View, size: Size, index: int
+                ) -> Fields:
+        most, count = self._data.max_objects, len(chosen)
+        fields: Fields = {'boxes': np.zeros((most, 4), np.float32), 'classes': np.full(most, -1, np.int32),
+                          'crowd': np.zeros(most, np.uint8)}
+        fields['boxes'][:count], fields['classes'][:count] = boxes[chosen], objects.classes[chosen]
+        fields['crowd'][:count] = objects.crowd[chosen]
+        if self._masks:
+            fields['masks'] = np.zeros((most, MASK_SIDE, MASK_SIDE), np.uint8)
+            for place, number in enumerate(chosen):
+                region = objects.regions[number]
+                if region is not None:
+                    fields['masks'][place] = in_box(region, size, view, boxes[number], MASK_SIDE)
+                elif not objects.crowd[number]:
+                    raise BrokenImage(f'{self._source.name(index)}: object {number} of class '
+                                      f"'{self._source.classes[objects.classes[number]]}' has no mask, which the task "
+                                      'needs: complete the segmentations, or train boxes alone')
+        return fields
+
+
+class ObjectsEvalTransform(Transform):
+    """The whole image, as large as fits, in the upper left corner of the input: fills image and extent.
+
+    A point (x, y) of the input is (x W' / w, y H' / h) of the image, by the numbers of extent. What is to be found is
+    asked of `WithObjects.objects`.
+    """
+
+    def __init__(self, data: DataConfig, model: ModelConfig):
+        self._data, self._canvas, self._bicubic = data, canvas_of(model), data.interpolation == 'bicubic'
+        self.upright = bool(data.exif_orientation)
+
+    def allocate(self, count: int) -> Fields:
+        return {'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32)}
+
+    def draw(self, rng: np.random.Generator) -> Fields:
+        return {}
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
+        view = whole_view(size_of(image), self._canvas)
+        return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
+                'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}
