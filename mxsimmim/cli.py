@@ -23,19 +23,21 @@ PLAN_SIZES = {  # options of plan, with what they mean
     'memory': "of a device, e.g. 40GB", 'bandwidth': 'of the network, a host, e.g. 100Gb (bits) or 12GB (bytes)',
     'latency': 'of a message between hosts (20us)', 'speed': 'that a device reaches in training (100TFLOPs)',
     'local-bandwidth': 'between the devices of a host (12GB)'}
+FINE_TUNING = 'classify', 'segment'  # tasks of finetune, the first where the configuration names none of them
 TRAINING = ('-h', '--help', '--check', '--check-config', '--eval')  # options of pretrain and finetune
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    return _train('pretrain', args)
+    return _train(['pretrain'], args)
 
 
 def finetune(args: argparse.Namespace) -> int:
-    return _train('classify', args)
+    return _train(FINE_TUNING, args)
 
 
-def _train(task: str, args: argparse.Namespace) -> int:
-    config, written = configfile.load_with_lengths(args.config, args.overrides + [f'task={task}'])
+def _train(tasks: Sequence[str], args: argparse.Namespace) -> int:
+    """Trains what the configuration asks for among `tasks`, or the first of them."""
+    config, written = configfile.load_with_lengths(args.config, args.overrides, tasks)
     if not config.data.path:
         raise ConfigError(f"{args.config}: key 'data.path' is not set: add data.path=/images, or data.path=digits")
     if not getattr(args, 'eval', False):
@@ -115,7 +117,7 @@ def predict(args: argparse.Namespace) -> int:
     from .training import run_folder
     environment.prepare(run_folder.read_config(args.run).runtime)
     from .inference import predict
-    predict.predict(Path(args.run), args.images, args.top)
+    predict.predict(Path(args.run), args.images, args.top, args.output, args.json)
     return 0
 
 
@@ -231,7 +233,8 @@ def parser() -> argparse.ArgumentParser:
     run = (['run'], dict(metavar='RUN', help='folder of a run, e.g. runs/digits'))
     command(pretrain, 'pre-train; the same command again goes on where the run stopped',
             (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/vit_base.yaml')), overrides, *checks)
-    command(finetune, 'train a classifier, from a pre-trained encoder or from scratch; goes on where the run stopped',
+    command(finetune, 'train a classifier or segmenter, from a pre-trained encoder or from scratch; goes on where the '
+            'run stopped',
             (['config'], dict(metavar='CONFIG', help='YAML file, e.g. conf/finetune_vit_base.yaml')), overrides,
             (['--eval'], dict(action='store_true', help='train nothing: evaluate the run on the held-out images')),
             *checks)
@@ -249,10 +252,14 @@ def parser() -> argparse.ArgumentParser:
                                  "run's: data.path=…; data.labels_per_class=10 for few labels")),
             (['--block'], dict(default='', metavar='N', help='after which block, from 1 (the last), or all')),
             (['--seeds'], dict(type=int, default=5, metavar='S', help='draws of the few labels (5)')))
-    command(predict, "print the classes that a run's classifier gives to images", run,
+    command(predict, "print the classes that a run's network gives to images or their pixels", run,
             (['images'], dict(nargs='+', metavar='IMAGES', help='files or folders')),
-            (['--top'], dict(type=int, default=5, metavar='K', help='classes an image (5)')))
-    command(serve, "answer HTTP requests with a run's network: an image in, classes or a reconstruction out", run,
+            (['--top'], dict(type=int, default=5, metavar='K', help='classes an image (5)')),
+            (['-o', '--output'], dict(default='', metavar='FOLDER', help='of a segmenter: for pictures of each image '
+                                      'and its map')),
+            (['--json'], dict(action='store_true', help='all classes, as a JSON object a line')))
+    command(serve, "answer HTTP requests with a run's network: an image in; classes, a map of them, or a "
+            'reconstruction out', run,
             (['--host'], dict(default='127.0.0.1', help='address to listen on (127.0.0.1)')),
             (['--port'], dict(type=int, default=8080, help='port to listen on (8080); 0: a free one')),
             (['--max-batch'], dict(type=int, default=32, metavar='N', help='images computed at once at most (32)')),

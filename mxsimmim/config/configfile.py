@@ -36,8 +36,12 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
     return load_with_lengths(path, overrides)[0]
 
 
-def load_with_lengths(path: Union[str, Path], overrides: Sequence[str] = ()) -> Tuple[Config, Dict[str, Duration]]:
-    """`load`, and for each key of `schedule` that was written for another train.length than this one: for which."""
+def load_with_lengths(path: Union[str, Path], overrides: Sequence[str] = (), tasks: Sequence[str] = ()
+                      ) -> Tuple[Config, Dict[str, Duration]]:
+    """`load`, and for each key of `schedule` that was written for another train.length than this one: for which.
+
+    Of `tasks`, if given, the first takes the place of a task that is none of them.
+    """
     try:
         path = Path(paths.home(str(path)))
     except ValueError as error:
@@ -58,6 +62,8 @@ def load_with_lengths(path: Union[str, Path], overrides: Sequence[str] = ()) -> 
             written.pop(key, None)
     if values.get('name', ('',))[0] in (None, ''):
         values['name'] = (path.stem, str(path))
+    if tasks and values.get('task', ('',))[0] not in tasks:
+        values['task'] = (tasks[0], COMMAND_LINE)
     return _build(_expanded(values)), written
 
 

@@ -38,13 +38,15 @@ class ModelConfig(Section):
     use_shared_rpb: bool = Field(True, description='ViT: one relative position table shared by all blocks')
     use_mean_pooling: bool = Field(False, description='ViT: no final norm (fine-tuning normalises the mean token)')
     drop_path: float = Field(0.0, ge=0, lt=1, description='stochastic depth of the last block; grows linearly from 0')
+    head_channels: int = Field(512, gt=1, description="segment: channels of UperNet; its auxiliary head has half")
+    auxiliary: float = Field(0.4, ge=0, description="segment: weight of the auxiliary head's loss")
     loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
     recompute: bool = Field(False, description='keep half of a block\'s input only and compute the rest again in the '
                             'backward pass: less memory, a third more time; CPUs with native operators only')
-    pretrained: Place = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
-                              '.safetensors file, or FILE:KEY (such as a.pth:teacher) for one of several networks in '
-                              'it; empty: random weights')
+    pretrained: Place = Field('', description='fine-tuning: where the encoder comes from: the folder of a run, a '
+                              '.pth or .safetensors file, or FILE:KEY (such as a.pth:teacher) for one of several '
+                              'networks in it; empty: random weights')
 
     @property
     def stages(self) -> int:
@@ -244,11 +246,13 @@ class OptimConfig(Section):
     warmup_lr: float = Field(5e-7, ge=0, description='learning rate the warm-up starts from, at batch 512')
     min_lr: float = Field(5e-6, ge=0, description='learning rate the cosine ends at, at batch 512')
     warmup: Time = Field(Duration(10, 'epochs'), description='length of the linear warm-up')
-    schedule: Literal['cosine', 'multistep', 'constant'] = Field('multistep', description='cosine, multistep, constant')
+    schedule: Literal['cosine', 'linear', 'multistep', 'constant'] = Field(
+        'multistep', description='cosine or linear to min_lr, multistep, constant')
     milestones: Tuple[Time, ...] = Field((Duration(700, 'epochs'),), description='multistep: when the rate drops')
     gamma: float = Field(0.1, gt=0, le=1, description='multistep: factor of a drop')
     weight_decay: float = Field(0.05, ge=0, description='decoupled weight decay')
-    layer_decay: float = Field(1.0, gt=0, le=1, description="classify: a block's learning rate over that of the next")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="fine-tuning: a block's learning rate over that of the "
+                               'next')
     betas: Tuple[float, float] = Field((0.9, 0.999), description='decay of the two moments')
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment, as in PyTorch's AdamW")
     clip_grad: Optional[float] = Field(5.0, gt=0, description='largest global L2 norm of the gradient; null: no limit')
@@ -341,11 +345,13 @@ class ParallelConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Masked loss on held-out images, with masks that never change."""
+    """Measuring on held-out images: in pre-training with masks that never change."""
     every: Time = Field(Duration(1, 'epochs'), description='time between validations; the last step always validates')
     at_start: bool = Field(False, description='also before the first step')
     images: int = Field(1024, gt=0, description='held-out images used at most')
-    pictures: int = Field(8, ge=0, description='rows of original, masked, reconstruction drawn each time')
+    pictures: int = Field(8, ge=0, description='held-out images that are drawn each time, with their reconstruction '
+                          'or map')
+    flip: bool = Field(False, description='segment: also look at the mirrored images, and average the probabilities')
 
 
 class CheckpointConfig(Section):
@@ -403,8 +409,8 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
     resume: GivenPlace = Field('auto', description='auto: go on from the newest whole checkpoint; none: start '
                         'anew in an empty folder; or the path of a checkpoint')
-    task: Literal['pretrain', 'classify'] = Field('pretrain', description='pretrain, or classify: what `mxsimmim '
-                                                  'finetune` trains')
+    task: Literal['pretrain', 'classify', 'segment'] = Field('pretrain', description='pretrain, or what `mxsimmim '
+                                                             'finetune` trains: classify, segment')
     devices: Union[Literal['auto'], Tuple[str, ...]] = Field(
         'auto', description='auto (every GPU, else cpu(0)), or a list: [gpu(0), gpu(1)]')
     model: ModelConfig = ModelConfig()
@@ -426,6 +432,8 @@ class Config(Section):
                  f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
         if self.task in SQUARE:
             self._check_square()
+        if self.task == 'segment':
+            self._check_segments()
         if self.task == 'pretrain':
             self._check_masks()
             self._check_nothing_of_fine_tuning()
@@ -475,6 +483,17 @@ class Config(Section):
                     f'{model.window_size} does not divide the {side}x{side} tokens of stage {stage}: change '
                     f'window_size or img_size={model.side}')
 
+    def _check_segments(self) -> None:
+        for key in ('pipeline', 'tensor', 'auto'):
+            value = getattr(self.parallel, key)
+            require(value == ParallelConfig.model_fields[key].default, f'parallel.{key}={str(value).lower()}: segment '
+                    'trains whole models: leave it out')
+        require(self.model.type == 'vit' or self.model.stages > 1,
+                 f'model.depths={listed(self.model.depths)}: segment needs a Swin of two stages or more')
+        require(self.model.type == 'swin' or min(self.model.patches) > 1, f'model.img_size='
+                 f'{listed(self.model.img_size)}: segment halves the map of patches, so there must be two a side or '
+                 'more')
+
     def _check_pipeline(self) -> None:
         stages, split, blocks, train = self.parallel.pipeline, self.parallel.split, self.model.blocks, self.train
         parts = self.parallel.micro_batches * train.accumulate
@@ -495,6 +514,7 @@ class Config(Section):
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),
                 *(('data', key) for key in ('classes', 'labels_per_class', 'train_images', 'ignore_index',
                                             'reduce_zero_label', 'scale_jitter', 'max_objects'))]
+        keys += [('model', 'head_channels'), ('model', 'auxiliary'), ('validation', 'flip')]
         keys += [('augment', key) for key in AugmentConfig.model_fields]
         for section, key in keys:
             own = getattr(self, section)

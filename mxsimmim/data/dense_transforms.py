@@ -16,7 +16,7 @@ TRIES = 10
 
 def canvas_of(model: ModelConfig) -> Size:
     """(height, width) of the network's input."""
-    return model.img_size, model.img_size
+    return model.size
 
 
 class SegmentTransform(Transform):

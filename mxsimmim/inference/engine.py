@@ -61,9 +61,12 @@ class Engine:
             BrokenImage: not an image, damaged, or too many pixels; its text names it.
         """
         with self._room.taken(min(extent(data), ROOM)):
-            image = decode(data, name, self._transform.upright)
-            fields = self._transform(image, generator(SEED))
+            fields = self._transform(self.pixels(data, name), generator(SEED))
         return Prepared(fields, normalise(fields['image'], self._data.mean, self._data.std))
+
+    def pixels(self, data: bytes, name: str) -> np.ndarray:
+        """Decodes an image, uint8 (H, W, 3), turned as the network sees it; raises as `prepare`."""
+        return decode(data, name, self._transform.upright)
 
     def answer(self, batch: Sequence[Prepared]) -> np.ndarray:
         """Returns a row an image, as `Predictor.answer`."""
@@ -72,6 +75,6 @@ class Engine:
         return self.predictor.answer(*(mx.nd.array(values, ctx=self._context, dtype=values.dtype)
                                        for values in inputs.values()))
 
-    def body(self, item: Prepared, answer: np.ndarray) -> Tuple[str, bytes]:
+    def body(self, item: Prepared, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
         """Returns media type and content of the answer about one image, as it is sent over HTTP."""
-        return self.predictor.body(item.fields, answer)
+        return self.predictor.body(item.fields, answer, accepted)

@@ -5,7 +5,7 @@ MXNet's own exporter has no rsqrt and wants the batch size; of the two hundred o
 import ast
 import json
 import math
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import onnx
@@ -24,6 +24,7 @@ class _Writer:
         self.nodes: List[Any] = []
         self.constants: Dict[str, Any] = {}
         self.ranks: Dict[str, int] = {}  # of the parameters
+        self.shapes: Dict[str, Tuple[int, ...]] = {}  # of what nodes with one output compute of one image
 
     def add(self, op: str, inputs: Sequence[str], name: str, outputs: int = 1, **attributes: Any) -> str:
         """Appends an operator called `name`; returns its first output, which is called the same."""
@@ -103,8 +104,64 @@ def _reduction(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any], mean
     return w.add('ReduceSum', inputs + [w.constant(axes, 'int64')], name, keepdims=keep)
 
 
+def _pair(value: Any, otherwise: int) -> List[int]:
+    return list(value) or [otherwise] * 2
+
+
+def _convolution(op: str) -> Callable[..., str]:
+    def translate(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+        return w.add(op, inputs, name, kernel_shape=a['kernel'], strides=_pair(a.get('stride', ()), 1),
+                     pads=2 * _pair(a.get('pad', ()), 0))
+    return translate
+
+
+def _pooling(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    if a.get('pool_type', 'max') != 'max':
+        raise ValueError(f"{name}: Pooling of type {a['pool_type']} has no translation to ONNX here")
+    return w.add('MaxPool', inputs, name, kernel_shape=a['kernel'], strides=_pair(a.get('stride', ()), 1))
+
+
+def _group_norm(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    x, gamma, beta = inputs  # a number a group
+    groups = w.add('Reshape', [x, w.constant([0, a['num_groups'], -1], 'int64')], f'{name}.groups')
+    norm = w.add('InstanceNormalization', [groups, gamma, beta], f'{name}.norm', epsilon=float(a['eps']))
+    return w.add('Reshape', [norm, w.add('Shape', [x], f'{name}.shape')], name)
+
+
+def _resize(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    if a.get('align_corners', True):
+        raise ValueError(f'{name}: BilinearResize2D with aligned corners has no translation to ONNX here')
+    batch = w.add('Shape', inputs, f'{name}.batch', start=0, end=2)
+    sizes = w.add('Concat', [batch, w.constant([a['height'], a['width']], 'int64')], f'{name}.sizes', axis=0)
+    return w.add('Resize', [*inputs, '', '', sizes], name, mode='linear',
+                 coordinate_transformation_mode='half_pixel')
+
+
+def _adaptive_pooling(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    """Means over a grid of cells, which may overlap, as a product with a matrix."""
+    cells = a['output_size'] if isinstance(a['output_size'], int) else a['output_size'][0]
+    down, across = (_means(side, cells) for side in w.shapes[inputs[0]][2:])
+    matrix = np.kron(down, across).T                                                          # (h * w, cells^2)
+    rows = w.add('Reshape', [*inputs, w.constant([0, 0, -1], 'int64')], f'{name}.rows')
+    w.constants[f'{name}.matrix'] = numpy_helper.from_array(matrix.astype('float32'), f'{name}.matrix')
+    means = w.add('MatMul', [rows, f'{name}.matrix'], f'{name}.means')
+    return w.add('Reshape', [means, w.constant([0, 0, cells, cells], 'int64')], name)
+
+
+def _means(side: int, cells: int) -> np.ndarray:
+    """The matrix (cells, side) whose rows average what PyTorch's AdaptiveAvgPool2d does."""
+    rows = np.zeros((cells, side))
+    for cell in range(cells):
+        part = slice(cell * side // cells, -(-(cell + 1) * side // cells))
+        rows[cell, part] = 1 / (part.stop - part.start)
+    return rows
+
+
 TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, name, inputs, attributes) -> output
     'FullyConnected': _fully_connected,
+    'Convolution': _convolution('Conv'), 'Deconvolution': _convolution('ConvTranspose'), 'Pooling': _pooling,
+    'GroupNorm': _group_norm, '_contrib_BilinearResize2D': _resize,
+    '_contrib_AdaptiveAvgPooling2D': _adaptive_pooling,
     'LeakyReLU': _gelu,
     'batch_dot': _batch_dot,
     'slice_axis': _slice,
@@ -123,7 +180,8 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     'square': lambda w, name, inputs, a: w.add('Mul', inputs * 2, name),
     '_rminus_scalar': lambda w, name, inputs, a: w.add('Sub', [w.constant(a['scalar'])] + inputs, name),
     'ones_like': _filled(1.0), 'zeros_like': _filled(0.0),
-    'sqrt': _same('Sqrt'), 'negative': _same('Neg'), 'BlockGrad': _same('Identity'), '_copy': _same('Identity'),
+    'sqrt': _same('Sqrt'), 'relu': _same('Relu'), 'negative': _same('Neg'),
+    'BlockGrad': _same('Identity'), '_copy': _same('Identity'),
     **{f'{kind}_{end}': _same(op) for kind in ('elemwise', 'broadcast')
        for end, op in (('add', 'Add'), ('sub', 'Sub'), ('mul', 'Mul'), ('div', 'Div'))},
     '_plus_scalar': _scalar('Add'), '_minus_scalar': _scalar('Sub'), '_mul_scalar': _scalar('Mul'),
@@ -140,6 +198,10 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
     content = json.loads(graph.symbol.tojson())
     writer = _Writer()
     writer.ranks = {name: len(array.shape) for name, array in graph.arrays.items()}
+    inside = graph.symbol.get_internals()
+    _, shapes, _ = inside.infer_shape(**{name: (1, *shape) for name, shape in graph.inputs.items()})
+    writer.shapes = {name[:-len('_output')]: shape for name, shape in zip(inside.list_outputs(), shapes)
+                     if name.endswith('_output')}
     for node in content['nodes']:
         if node['op'] == 'null':
             continue

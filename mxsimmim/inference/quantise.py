@@ -16,6 +16,7 @@ from ..data.loader import Batch, every_image
 from ..data.sampling import generator
 from ..data.sources import Source, Subset, notes_of, tell
 from ..data.transforms import ClassifyEvalTransform, normalise
+from ..models import Classifier
 from .graph import Graph, load_symbol, save_symbol
 from .trained import Trained
 
@@ -41,7 +42,7 @@ def quantised(trained: Trained, graph: Graph, prefix: Path, images: Optional[str
             lost.
     """
     predictor = trained.predictor
-    if predictor.command != 'predict':
+    if not isinstance(trained.net, Classifier):
         raise ValueError(f'int8 is for classifiers, whose accuracy tells what it costs: this run is {predictor.kind}')
     if not mx.runtime.Features().is_enabled('MKLDNN'):
         raise ValueError('int8 needs an MXNet built with oneDNN: `mxsimmim doctor` shows what this one has')

@@ -1,4 +1,4 @@
-"""A small HTTP service: an image in, its classes or its reconstruction out."""
+"""A small HTTP service: an image in; its classes, those of its pixels, or its reconstruction out."""
 import asyncio
 import io
 import logging
@@ -103,7 +103,8 @@ class Service:
         if request.path != f'/{predictor.command}':
             raise web.HTTPConflict(text=f'this run is {predictor.kind}: POST to /{predictor.command}')
         item, answer = await self._answer(request)
-        media, body = await asyncio.get_running_loop().run_in_executor(self._threads, self._engine.body, item, answer)
+        media, body = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._engine.body, item, answer, request.headers.get('Accept', ''))
         return web.Response(body=body, headers={'Content-Type': media})
 
     async def _answer(self, request: web.Request) -> Any:
@@ -181,7 +182,7 @@ def serve(run: Path, host: str, port: int, max_batch: int, max_bytes: int) -> No
     """Serves a run's network until SIGTERM or SIGINT; then answers what is under way.
 
     Args:
-        run: folder of a run; a classifier answers /predict, a pre-training /reconstruct.
+        run: folder of a run; a pre-training answers /reconstruct, all others /predict.
         host, port: where to listen; port 0 takes a free one.
         max_batch: images computed at once at most.
         max_bytes: of an upload.

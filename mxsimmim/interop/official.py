@@ -78,7 +78,9 @@ def export_weights(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray
             for name, value in joined(specs, [first.asnumpy() for first, *_ in copies]).items()}
 
 
-NEW = 'cls_token', 'head.', 'fc_norm.'  # what an encoder may be without
+# What an encoder may be without; from norm0 on, what a segmenter has besides.
+NEW = ('cls_token', 'head.', 'fc_norm.', *(f'norm{stage}.' for stage in range(4)), 'fpn1.', 'fpn2.', 'decode_head.',
+       'auxiliary_head.')
 SHARED = 'rel_pos_bias.relative_position_bias_table'  # of all blocks of a ViT in pre-training
 
 
@@ -156,7 +158,7 @@ def fitted_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], a
     elif shared is not None and not any(name.endswith('relative_position_bias_table') for name in shapes):
         log('left out: the position table of all blocks; model.use_shared_rpb=true or model.use_rpb=true keeps it')
     head = there.get(sources.get('head.weight', ''))
-    if head is not None and head.shape != shapes['head.weight']:
+    if head is not None and head.shape != shapes.get('head.weight'):
         log(f'left out: a head of {len(head)} classes')
         sources = {name: source for name, source in sources.items() if not name.startswith('head.')}
 

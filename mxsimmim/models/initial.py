@@ -56,7 +56,8 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
 
     Truncated normal 0.02 for linear maps, tokens and positions (ViT's pre-training cuts at one deviation, everything
     else at +-2, that is hardly ever), a thousandth of it for ViT's classification head; PyTorch's default, uniform, for
-    the decoder and Swin's patch convolution.
+    the decoder and Swin's patch convolution; He et al. 2015 (arXiv:1502.01852) by outputs for a segmenter's heads, and
+    a normal of 0.01 for their last maps.
     """
     leaf = name.rsplit('.', 1)[-1]
     vit = config.type == 'vit'
@@ -70,6 +71,10 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
         return np.ones(shape, 'float32')
     if leaf in ('bias', 'q_bias', 'v_bias') or (vit and leaf == 'relative_position_bias_table'):
         return np.zeros(shape, 'float32')
+    if len(shape) == 4:  # convolutions of a segmenter's heads; transposed ones, each place to four
+        std = (1 / math.sqrt(shape[0]) if name.startswith('fpn') else 0.01 if 'conv_seg' in name else
+               math.sqrt(2 / (shape[0] * shape[2] * shape[3])))
+        return rng.standard_normal(shape, dtype='float32') * np.float32(std)
     pretraining = name.startswith('encoder.')
     value = truncated_normal(rng, shape, STD, STD if vit and pretraining else 2.0)
     block = re.search(r'blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight$', name)

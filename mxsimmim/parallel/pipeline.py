@@ -7,7 +7,7 @@ from mxnet import autograd
 
 from ..data.loader import Batch
 from ..data.sampling import split
-from ..models import Network, SimMIM, parameter_specs
+from ..models import Cut, Network, SimMIM, parameter_specs
 from ..models.segments import PipelineStage, cut
 from ..runtime import mxnet_private
 from .channels import Channel, local_channel
@@ -40,11 +40,12 @@ class Pipeline:
     compute its half blocks together.
     """
 
-    def __init__(self, net: Network, contexts: Sequence[mx.Context], parts: Sequence[slice], micro_batches: int,
+    def __init__(self, net: Cut, contexts: Sequence[mx.Context], parts: Sequence[slice], micro_batches: int,
                  schedule: str = '1f1b', accumulate: int = 1, tensor: int = 1, worker: Optional[ModelParts] = None,
                  group: Optional[Group] = None):
-        """Place the network's segments number `parts[s]` on the context of stage s; see `Network.segments`."""
-        self.net, self.contexts, self._micro_batches = net, list(contexts), micro_batches
+        """Place the network's segments number `parts[s]` on the context of stage s; see its `segments()`."""
+        self.net: Network = net
+        self._net, self.contexts, self._micro_batches = net, list(contexts), micro_batches
         self._schedule, self._accumulate, self._inputs = SCHEDULES[schedule], accumulate, Inputs(net)
         divided, groups = grouped(net, self.contexts, tensor, group)
         segments = net.segments()
@@ -172,7 +173,7 @@ class Pipeline:
         if x is None:
             return None
         # A classifier answers without, and its last stage has none.
-        return self.net.answer(x, *self._inputs.take(batch, part, ('image',), replica[-1].context))
+        return self._net.answer(x, *self._inputs.take(batch, part, ('image',), replica[-1].context))
 
     def _through(self, replica: Sequence[Seat], batch: Batch, part: slice) -> Optional[mx.nd.NDArray]:
         """What the last block computes; None where the last stage is in another worker."""

@@ -9,7 +9,7 @@ from mxnet.gluon import HybridBlock
 
 from ..data.loader import Batch
 from ..data.sampling import split
-from ..models import Classifier, Network, parameter_specs
+from ..models import Network, Segmenter, SimMIM, parameter_specs
 from ..models.layers import keep_factors
 from ..ops import OpBackend
 from ..runtime.process import ALONE, ProcessInfo
@@ -96,9 +96,9 @@ class Inputs:
 class Replicated:
     """The whole network on each context; a batch is split over them, and over `accumulate` parts in time.
 
-    Every image has the same number of masked pixels, so the mean loss of the batch is the mean of the slices' losses,
-    each weighted with its images: slices may be uneven. With `tensor` a group of contexts takes the place of one, or
-    with `group` that of a context of this worker and one of each of others.
+    Losses are means over images that count the same, of as many masked pixels, say, so the mean loss of the batch is
+    the mean of the slices' losses, each weighted with its images: slices may be uneven. With `tensor` a group of
+    contexts takes the place of one, or with `group` that of a context of this worker and one of each of others.
     """
 
     def __init__(self, net: Network, contexts: Sequence[mx.Context], accumulate: int = 1, tensor: int = 1,
@@ -110,6 +110,7 @@ class Replicated:
         self._compute: Union[Network, TensorParallel] = net
         graphs: Sequence[HybridBlock] = [net]
         if parts:
+            assert not isinstance(net, Segmenter)
             self._compute = TensorParallel(net, parts, groups)
             graphs = self._compute.graphs
         else:
@@ -149,13 +150,13 @@ class Replicated:
                              for weight, inputs in self._slices(batch, whole(batch), self.net.inputs)))
 
     def outputs(self, batch: Batch) -> np.ndarray:
-        """The network's answer to each image alone (B, classes)."""
+        """The network's answer to each image alone: logits (B, classes, …)."""
         parts = [self._compute(*inputs) for _, inputs in self._slices(batch, whole(batch), ('image',))]
         return np.concatenate([part.asnumpy() for part in parts])  # the first is read while the others compute
 
     def reconstruct(self, batch: Batch) -> np.ndarray:
         """The network's images (B, 3, H, W), normalised, computed on the first context."""
-        assert not isinstance(self._compute, Classifier)
+        assert isinstance(self._compute, (SimMIM, TensorParallel))
         return self._compute.reconstruct(*self._inputs.take(batch, whole(batch), ('image', 'mask'), self.contexts[0])
                                     ).asnumpy()
 

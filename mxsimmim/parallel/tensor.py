@@ -13,7 +13,7 @@ from typing import Dict, List, Mapping, Optional, Protocol, Sequence, Tuple, Uni
 import mxnet as mx
 from mxnet.gluon import HybridBlock, Parameter
 
-from ..models import Network, SimMIM
+from ..models import Cut, Network, SimMIM
 from ..models.division import divide, own_parts
 from ..models.layers import Divisible
 from ..models.segments import Half, PipelineStage, Segment
@@ -143,7 +143,7 @@ class TensorStage:
 class TensorParallel:
     """A network over groups of devices, called as the network is, with inputs on the first context of a group."""
 
-    def __init__(self, net: Network, parts: Parts, groups: Sequence[Group]):
+    def __init__(self, net: Cut, parts: Parts, groups: Sequence[Group]):
         """Place the network, whose modules have been divided into `parts`."""
         self._net = net
         *segments, head = net.segments()

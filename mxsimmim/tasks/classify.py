@@ -9,7 +9,7 @@ import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
-from ..data.labels import open_labelled, read_classes
+from ..data.labels import open_labelled
 from ..data.loader import every_image
 from ..data.sources import Source
 from ..data.transforms import ClassifyEvalTransform, ClassifyTransform, Fields
@@ -20,10 +20,10 @@ from ..ops import OpBackend
 from ..optim import parameter_groups
 from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
-from ..system.text import encode, one_line
+from ..system.text import one_line
 from . import metrics, pictures
-from .classes import check_classes
-from .task import Metric, Predictor
+from .classes import check_classes, names_of_outputs
+from .task import Metric, Predictor, write_evaluation
 
 SHOWN = 20  # classes in the text that is printed; the file has all
 
@@ -31,6 +31,7 @@ SHOWN = 20  # classes in the text that is printed; the file has all
 class ClassEvaluator:
     """Tells how many labelled images get their class. Each counts once, whichever worker measures it."""
     metric = Metric('val_top1', higher_is_better=True)
+    drawn = ''
 
     def __init__(self, config: Config, source: Source, labels: np.ndarray, classes: Sequence[str],
                  control: ControlPlane):
@@ -65,7 +66,7 @@ class ClassEvaluator:
         scores = metrics.class_scores(self._labels, predicted, len(self._classes))
         text = self._text(values, scores, matrix)
         if self._control.rank == 0:
-            self._write(folder, values, metrics.class_table(scores, self._classes))
+            write_evaluation(folder, {'images': self.images, **values}, metrics.class_table(scores, self._classes))
             text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
             try:
                 pictures.confusion(matrix, self._classes, folder / 'confusion.png')
@@ -109,15 +110,6 @@ class ClassEvaluator:
         confusions = metrics.worst_confusions(matrix, self._classes, 3)
         return '\n'.join(lines + ([f'most confused: {"; ".join(confusions)}'] if confusions else []))
 
-    def _write(self, folder: Path, values: Dict[str, float], table: str) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
-            (folder / 'evaluation.json').write_text(json.dumps({'images': self.images, **finite}, indent=1) + '\n')
-            (folder / 'evaluation.txt').write_bytes(encode(table + '\n'))
-        except OSError as error:
-            raise ValueError(f'{folder}: cannot write the evaluation there: {error.strerror}') from None
-
 
 class ClassPredictor:
     """Gives images the probabilities of their classes: (B, K)."""
@@ -141,14 +133,7 @@ class ClassPredictor:
     @staticmethod
     def state_of_weights(arrays: Mapping[str, np.ndarray], file: Path, classes: str) -> Dict[str, Any]:
         """Returns the names in the file `classes`; without one, the numbers of the classifier's outputs."""
-        count = len(arrays['head.weight'])
-        if not classes:
-            return {'classes': [str(number) for number in range(count)]}
-        names = list(read_classes(classes))
-        if len(names) != count:
-            raise ValueError(f'{classes} names {len(names)} classes, and {file} has {count}: name each, one a line, in '
-                             'the order of its outputs')
-        return {'classes': names}
+        return {'classes': names_of_outputs(len(arrays['head.weight']), file, classes)}
 
     def transform(self, data: DataConfig) -> ClassifyEvalTransform:
         return ClassifyEvalTransform(data, self._config.model)
@@ -164,14 +149,21 @@ class ClassPredictor:
     def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
         return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
 
-    def line(self, answer: np.ndarray, top: int) -> str:
+    def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` most probable classes, each with its probability."""
         return '   '.join(f'{one_line(name):<{self._width}} {value:.6f}' for name, value in self.ranked(answer)[:top])
 
-    def body(self, fields: Fields, answer: np.ndarray) -> Tuple[str, bytes]:
-        """Returns all classes and their probabilities in JSON."""
-        ranked = [{'name': name, 'probability': value} for name, value in self.ranked(answer)]
-        return 'application/json; charset=utf-8', json.dumps({'classes': ranked}).encode()
+    def record(self, fields: Fields, answer: np.ndarray) -> Dict[str, Any]:
+        """Returns all classes and their probabilities, the most probable first."""
+        return {'classes': [{'name': name, 'probability': value} for name, value in self.ranked(answer)]}
+
+    def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> Optional[np.ndarray]:
+        """Draws nothing."""
+        return None
+
+    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
+        """Returns `record` in JSON."""
+        return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
 
     def ranked(self, probabilities: np.ndarray) -> List[Tuple[str, float]]:
         """Returns (class name, probability) of one image, the most probable first."""

@@ -1,15 +1,18 @@
-"""Drawing: original, masked and reconstruction side by side, confused classes, embeddings."""
+"""Drawing: reconstructions and segmentations side by side, confused classes, embeddings."""
+import colorsys
 import math
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import numpy as np
 
 from ..system import drawing
 
 TITLES = ('original', 'masked', 'reconstruction')
+SEGMENTED = ('image', 'truth', 'prediction')
 SIDE = 96  # pixels; smaller images are enlarged to at least this
 GREY, WHITE = 128, 255
+COVER = 0.7  # of a colour over the image
 FIELDS = 1500  # a side of a drawn matrix, about as many as its pixels
 
 
@@ -34,21 +37,59 @@ def grid(image: np.ndarray, mask: np.ndarray, reconstruction: np.ndarray) -> np.
     Returns:
         (H', W', 3), uint8: titles above, images enlarged by whole numbers to 96 pixels or more, many rows side by side.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     count, height, width, _ = image.shape
     assert reconstruction.shape == image.shape and len(mask) == count > 0
     hidden = mask.astype(bool).repeat(height // mask.shape[1], 1).repeat(width // mask.shape[2], 2)[..., None]
-    triples = np.stack([image, np.where(hidden, np.uint8(GREY), image), np.where(hidden, reconstruction, image)], 1)
+    masked, restored = (np.where(hidden, pixels, image) for pixels in (np.uint8(GREY), reconstruction))
+    return side_by_side(np.stack([image, masked, restored], 1), TITLES)
+
+
+def segmented(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """Draws a row an image: uint8 (N, H, W, 3), its true map and the predicted one, integers (N, H, W) each."""
+    maps = (overlaid(image, found, classes) for found in (truth, predicted))
+    return side_by_side(np.stack([image, *maps], 1), SEGMENTED)
+
+
+def overlaid(image: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
+    """Lays the colours of classes, integers (…, H, W), over the greys of an image, uint8 (…, H, W, 3)."""
+    grey = image.mean(axis=-1, keepdims=True)
+    return np.rint(palette(classes)[np.minimum(found, classes)] * COVER + grey * (1 - COVER)).astype('uint8')
+
+
+def palette(classes: int) -> np.ndarray:
+    """Returns a colour for each class, uint8 (K + 1, 3): hues a golden section apart; white for none of them."""
+    colors = [colorsys.hsv_to_rgb(number * 0.618034 % 1, 1 - 0.2 * (number % 3), 1 - 0.15 * (number % 4))
+              for number in range(classes)]
+    return np.rint(255 * np.array([*colors, (1, 1, 1)])).astype('uint8')
+
+
+def palette_image(found: np.ndarray, classes: int) -> Any:
+    """Returns a Pillow image of integers (H, W), with a palette of colours; of over 255 classes 16 bits of grey."""
+    from PIL import Image
+    if classes > 255:
+        return Image.fromarray(found.astype('uint16'))
+    image = Image.fromarray(found.astype('uint8'), 'P')
+    image.putpalette(palette(classes).tobytes())
+    return image
+
+
+def side_by_side(triples: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """Draws uint8 (N, T, H, W, 3): N rows of T pictures, below a title each; returns (H', W', 3).
+
+    Pictures are enlarged by whole numbers to 96 pixels or more; of many rows several stand side by side.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, parts, height, width, _ = triples.shape
     scale = max(1, math.ceil(SIDE / min(height, width)))
-    triples = triples.repeat(scale, 2).repeat(scale, 3)  # (N, 3, H, W, 3)
+    triples = triples.repeat(scale, 2).repeat(scale, 3)  # (N, T, H, W, 3)
     height, width = triples.shape[2:4]
 
-    across = max(1, round(math.sqrt(count / 2)))  # triples side by side: about 3:2 in all
+    across = max(1, round(math.sqrt(count / 2)))  # rows side by side: about 3:2 in all
     size = max(11, width // 14)
     font = ImageFont.load_default(size)
     gap, top = max(2, width // 48), int(1.6 * size)
-    block = 3 * (width + gap) + 2 * gap  # wider between triples than inside one
+    block = parts * (width + gap) + 2 * gap  # wider between rows than inside one
     rows = math.ceil(count / across)
     canvas = Image.new('RGB', (across * block - gap, top + rows * (height + gap)), (WHITE,) * 3)
     draw = ImageDraw.Draw(canvas)
@@ -58,7 +99,7 @@ def grid(image: np.ndarray, mask: np.ndarray, reconstruction: np.ndarray) -> np.
             left = gap + column * block + part * (width + gap)
             canvas.paste(Image.fromarray(pixels), (left, top + row * (height + gap)))
             if row == 0:
-                draw.text((left + width // 2, top // 2), TITLES[part], fill=0, font=font, anchor='mm')
+                draw.text((left + width // 2, top // 2), titles[part], fill=0, font=font, anchor='mm')
     return np.asarray(canvas)
 
 

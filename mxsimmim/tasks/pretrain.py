@@ -31,6 +31,7 @@ class MaskedEvaluator:
     Neither the images nor their masks depend on the run's seed.
     """
     metric = Metric('val_loss', higher_is_better=False)
+    drawn = 'reconstruction'
 
     def __init__(self, config: Config, source: Source, control: ControlPlane):
         self._config, self._source, self._control = config, source, control
@@ -152,10 +153,16 @@ class Reconstructor:
         image = rng.standard_normal((images, *self.inputs['image'])).astype('float32')
         return [image, (rng.random((images, *self.inputs['mask'])) < self._config.mask.ratio).astype('float32')]
 
-    def line(self, answer: np.ndarray, top: int) -> str:
+    def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         raise AssertionError('a picture is not said in a line')
 
-    def body(self, fields: Fields, answer: np.ndarray) -> Tuple[str, bytes]:
+    def record(self, fields: Fields, answer: np.ndarray) -> Dict[str, Any]:
+        raise AssertionError('a picture is not said in words')
+
+    def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> Optional[np.ndarray]:
+        raise AssertionError('`mxsimmim reconstruct` draws')
+
+    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
         """Returns a PNG: original, masked, and the reconstruction pasted into what was masked, side by side."""
         from PIL import Image
         file = io.BytesIO()

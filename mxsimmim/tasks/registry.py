@@ -3,6 +3,8 @@ from typing import Dict, Type
 
 from .classify import Classification
 from .pretrain import Pretraining
+from .segment import Segmentation
 from .task import Task
 
-TASKS: Dict[str, Type[Task]] = {'pretrain': Pretraining, 'classify': Classification}
+TASKS: Dict[str, Type[Task]] = {'pretrain': Pretraining, 'classify': Classification,
+                               'segment': Segmentation}

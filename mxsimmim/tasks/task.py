@@ -1,5 +1,7 @@
 """What every task offers to the loop, to evaluations and to commands that use a run; and how workers compare theirs."""
 import hashlib
+import json
+import math
 import os
 from pathlib import Path
 from typing import (
@@ -22,6 +24,7 @@ import numpy as np
 from ..config import Config, DataConfig, ModelConfig, configfile
 from ..data.sources import Source
 from ..data.transforms import Fields, Transform
+from ..system.text import encode
 
 if TYPE_CHECKING:
     from ..models import Network
@@ -45,6 +48,7 @@ class Evaluator(Protocol):
     """Measures a network on the held-out images. Every worker takes its part of them."""
     images: int
     metric: Metric
+    drawn: str  # what `picture` shows, in a word
 
     def evaluate(self, placement: 'Placement') -> Dict[str, float]:
         """Returns the values of all workers together; called by all at the same time."""
@@ -117,11 +121,20 @@ class Predictor(Protocol):
     def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
         """Returns inputs as `call` may get them."""
 
-    def line(self, answer: np.ndarray, top: int) -> str:
-        """Says an image's answer in a line, the `top` likeliest parts of it; of answers to `mxsimmim predict` alone."""
+    def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
+        """Says an image's answer in a line, the `top` main parts of it; `fields` are those of its transform.
 
-    def body(self, fields: Fields, answer: np.ndarray) -> Tuple[str, bytes]:
-        """Returns media type and content of an image's answer over HTTP; `fields` are the transform's."""
+        This, `record` and `drawing` are of answers to `mxsimmim predict` alone.
+        """
+
+    def record(self, fields: Fields, answer: np.ndarray) -> Dict[str, Any]:
+        """Returns an image's answer, JSON-ready."""
+
+    def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> Optional[np.ndarray]:
+        """Draws the answer about image, uint8 (H, W, 3), to look at, uint8; None where there is nothing to draw."""
+
+    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
+        """Returns media type and content of an image's answer over HTTP; `accepted` is what the caller accepts."""
 
 
 class Task(Protocol):
@@ -185,6 +198,26 @@ class Task(Protocol):
         Raises:
             ValueError: `theirs`, of rank 0, are not those of this worker, which is `rank`.
         """
+
+
+def write_evaluation(folder: Path, values: Mapping[str, Any], table: str) -> None:
+    """Writes evaluation.json, in which numbers that are not finite are null, and evaluation.txt to a folder.
+
+    Raises:
+        ValueError: it cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'evaluation.json').write_text(json.dumps(_finite(values), indent=1) + '\n')
+        (folder / 'evaluation.txt').write_bytes(encode(table + '\n'))
+    except OSError as error:
+        raise ValueError(f'{folder}: cannot write the evaluation there: {error.strerror}') from None
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _finite(value) for name, value in values.items()}
+    return values if math.isfinite(values) else None
 
 
 def check_same_job(config: Config, task: Task, control: 'ControlPlane') -> None:

@@ -7,11 +7,15 @@ import numpy as np
 from ..system import drawing
 from .run_logger import read_metrics
 
+SCORES = {  # of tasks with labels, the first of which tells whose they are
+    ('val_top1', 'val_top5'): 'correct among the first 1 or 5 guesses (%)',
+    ('val_miou', 'val_pixel_accuracy'): 'mean IoU and share of pixels right'}
+
 
 def plot(run: Path, out: Path) -> None:
     """Draws loss, learning rate, gradient norm and images/s of a run over its steps into the PNG file `out`.
 
-    Of a classifier, accuracy takes the place of the gradient norm.
+    Of a task with labels, its score takes the place of the gradient norm.
 
     Raises:
         ValueError: the run has no metrics, or `out` cannot be written.
@@ -23,16 +27,16 @@ def plot(run: Path, out: Path) -> None:
     figure = drawing.figure((12, 8))
     losses, rate, norm, speed = figure.subplots(2, 2, sharex=True).flat
     figure.suptitle(f'{drawing.escape(Path(run).resolve().name)}: {max(record["step"] for record in records):,} steps')
-    classifier = any('val_top1' in record for record in records)
-    panels = ((losses, ('loss', 'val_loss'), 'cross entropy' if classifier else 'loss on masked pixels'),
+    scores = next((names for names in SCORES if any(names[0] in record for record in records)), None)
+    panels = ((losses, ('loss', 'val_loss'), 'cross entropy' if scores else 'loss on masked pixels'),
               (rate, ('lr',), 'learning rate'),
-              (norm, ('val_top1', 'val_top5'), 'correct among the first 1 or 5 guesses (%)') if classifier else
+              (norm, scores, SCORES[scores]) if scores else
               (norm, ('grad_norm',), 'gradient norm (L2, before clipping)'),
               (speed, ('images_per_second',), 'speed (images/s)'))
     for axes, names, label in panels:
         _curves(axes, records, names)
         axes.set_ylabel(label)
-    for axes in (losses,) if classifier else (losses, norm):
+    for axes in (losses,) if scores else (losses, norm):
         _mark_skipped(axes, records)
     for axes in (norm, speed):
         axes.set_xlabel('step (updates)')
@@ -40,7 +44,7 @@ def plot(run: Path, out: Path) -> None:
     rate.set_ylim(bottom=0)
     speed.set_ylim(bottom=0)
     losses.legend(loc='upper right')
-    if classifier:
+    if scores:
         norm.legend(loc='lower right')
     drawing.save(figure, out)
 
@@ -54,9 +58,10 @@ def _points(records: List[Dict[str, Any]], name: str) -> Tuple[np.ndarray, np.nd
 
 def _curves(axes: Any, records: List[Dict[str, Any]], names: Sequence[str]) -> None:
     """One curve a name; losses and norms that span more than a factor of ten get a logarithmic scale."""
-    labels = {'loss': 'training', 'val_loss': 'validation', 'val_top1': 'top-1', 'val_top5': 'top-5'}
+    labels = {'loss': 'training', 'val_loss': 'validation', 'val_top1': 'top-1', 'val_top5': 'top-5',
+              'val_miou': 'mIoU', 'val_pixel_accuracy': 'pixel accuracy'}
     colors = {'loss': 'C0', 'val_loss': 'C1', 'lr': 'C2', 'grad_norm': 'C3', 'images_per_second': 'C4',
-              'val_top1': 'C1', 'val_top5': 'C5'}
+              'val_top1': 'C1', 'val_top5': 'C5', 'val_miou': 'C1', 'val_pixel_accuracy': 'C5'}
     drawn = []
     for name in names:
         steps, values = _points(records, name)

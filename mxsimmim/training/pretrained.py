@@ -4,19 +4,19 @@ from typing import List, Mapping, NamedTuple, Tuple
 
 from ..config import ModelConfig
 from ..interop import official
-from ..models import Classifier, Network, named_parameters
+from ..models import Network, SimMIM, named_parameters
 from ..system.arrays import Arrays
 from . import checkpoint
 
 
 class Encoder(NamedTuple):
-    """What a classifier starts from."""
-    arrays: Arrays  # by the classifier's names; those of a run are read when they are asked for
+    """What a classifier or a segmenter starts from."""
+    arrays: Arrays  # by that network's names; those of a run are read when they are asked for
     told: str  # a sentence about it
 
 
 def find_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], path: str) -> Encoder:
-    """Finds the encoder of a run or a file, for a classifier of `config` with parameters of these shapes.
+    """Finds the encoder of a run or a file, for a network of `config` with parameters of these shapes.
 
     Raises:
         ValueError: there is none, or it does not fit.
@@ -46,7 +46,7 @@ def load_encoder(net: Network, path: str) -> str:
     Raises:
         ValueError: see `find_encoder`.
     """
-    assert isinstance(net, Classifier)
+    assert not isinstance(net, SimMIM)
     parameters = named_parameters(net)
     encoder = find_encoder(net.config, {name: p.shape for name, p in parameters.items()}, path)
     for name, value in encoder.arrays.items():

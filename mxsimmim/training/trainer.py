@@ -347,9 +347,10 @@ class Trainer:
 
     def _draw(self) -> None:
         """The picture of a validation, if there is to be one."""
-        picture = self.evaluator.picture(self.placement) if self.evaluator else None
+        assert self.evaluator
+        picture = self.evaluator.picture(self.placement)
         if picture is not None:
-            self.logger.picture(self.step, 'reconstruction', picture)
+            self.logger.picture(self.step, self.evaluator.drawn, picture)
 
     def _whole(self, **groups: Callable[[], Union[Arrays, Gathered]]) -> Dict[str, Union[Arrays, Gathered]]:
         """On rank 0 the arrays of the whole model; every worker calls this, and others that hold parts send these."""

@@ -40,7 +40,7 @@ class FakeEngine:
         assert self.go.wait(DEADLINE)
         return np.array([[1 - item % 2, item % 2] for item in batch], float)
 
-    def body(self, item, row):
+    def body(self, item, row, accepted):
         return 'application/json', json.dumps({'classes': [{'name': 'odd' if row[1] else 'even'}]}).encode()
 
 

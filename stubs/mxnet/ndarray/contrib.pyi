@@ -1,4 +1,5 @@
 from . import Operator
 
+BilinearResize2D: Operator
 adamw_update: Operator
 isfinite: Operator

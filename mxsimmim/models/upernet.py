@@ -1,0 +1,173 @@
+"""UperNet: the class of each pixel, from an encoder's maps of four resolutions.
+
+Xiao et al. 2018 (arXiv:1807.10221), with mmsegmentation's parameter names and figures. There, statistics over a batch
+normalise what convolutions compute; here each image's own do (group normalisation, Wu and He 2018, arXiv:1803.08494),
+so that the gradient of a batch does not depend on how devices, workers and micro-batches divide it.
+"""
+from typing import Any, List, Sequence, Tuple
+
+from mxnet.gluon import HybridBlock, nn
+
+POOLS = 1, 2, 3, 6  # cells a side that the last map is averaged over
+GROUP = 16  # channels that are normalised together, as 32 groups of 512
+EPS = 1e-5
+
+Size = Tuple[int, int]  # height and width
+
+
+class Convolution(HybridBlock):
+    """A convolution that keeps height and width: (B, inputs, h, w) to (B, outputs, h, w)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = False):
+        super().__init__()
+        self._options = dict(kernel=(kernel, kernel), pad=(kernel // 2, kernel // 2), num_filter=outputs)
+        with self.name_scope():
+            self.weight = self.params.get('weight', shape=(outputs, inputs, kernel, kernel))
+            self.bias = self.params.get('bias', shape=(outputs,)) if bias else None
+
+    def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+        given = (x, weight) if bias is None else (x, weight, bias)
+        return F.Convolution(*given, no_bias=bias is None, **self._options)
+
+
+class GroupNorm(HybridBlock):
+    """Each image's groups of channels with zero mean and unit variance, then each channel scaled and shifted."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self._channels, self._groups = channels, 1 if channels % GROUP else channels // GROUP
+        with self.name_scope():
+            self.weight = self.params.get('weight', shape=(channels,))
+            self.bias = self.params.get('bias', shape=(channels,))
+
+    def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
+        # MXNet's operator scales groups, not channels.
+        one = F.slice_axis(weight, axis=0, begin=0, end=self._groups)
+        plain = F.GroupNorm(x, F.ones_like(one), F.zeros_like(one), num_groups=self._groups, eps=EPS)
+        each = (1, self._channels, 1, 1)
+        return F.broadcast_add(F.broadcast_mul(plain, F.reshape(weight, shape=each)), F.reshape(bias, shape=each))
+
+
+class ConvModule(HybridBlock):
+    """Convolution, normalisation, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__()
+        with self.name_scope():
+            self.conv = Convolution(inputs, outputs, kernel)
+            self.gn = GroupNorm(outputs)
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return F.relu(self.gn(self.conv(x)))
+
+
+class UperHead(HybridBlock):
+    """Maps (B, C_i, h_i, w_i), the finest first, to logits (B, classes, h_0, w_0).
+
+    The coarsest is averaged over grids of several sizes and sees all of them; what it makes of them is added to the
+    finer maps, one after the other.
+    """
+
+    def __init__(self, inputs: Sequence[int], sizes: Sequence[Size], width: int, classes: int):
+        super().__init__()
+        self._sizes, (*finer, coarsest) = list(sizes), inputs
+        with self.name_scope():
+            self.psp_modules = nn.HybridSequential()
+            self.lateral_convs, self.fpn_convs = nn.HybridSequential(), nn.HybridSequential()
+            for cells in POOLS:
+                pooled = nn.HybridSequential()
+                pooled.add(Pool(cells), ConvModule(coarsest, width, 1))
+                self.psp_modules.add(pooled)
+            self.bottleneck = ConvModule(coarsest + len(POOLS) * width, width, 3)
+            for channels in finer:
+                self.lateral_convs.add(ConvModule(channels, width, 1))
+                self.fpn_convs.add(ConvModule(width, width, 3))
+            self.fpn_bottleneck = ConvModule(len(inputs) * width, width, 3)
+            self.conv_seg = Convolution(width, classes, 1, bias=True)
+
+    def hybrid_forward(self, F: Any, *maps: Any) -> Any:
+        *finer, x = maps
+        x = self.bottleneck(F.concat(x, *(resized(F, pool(x), self._sizes[-1]) for pool in self.psp_modules), dim=1))
+        fused = [x]
+        for lateral, convolve, given, size in reversed(list(zip(self.lateral_convs, self.fpn_convs, finer,
+                                                                self._sizes))):
+            x = lateral(given) + resized(F, x, size)
+            fused.insert(0, convolve(x))
+        first, *others = fused
+        together = F.concat(first, *(resized(F, each, self._sizes[0]) for each in others), dim=1)
+        return self.conv_seg(self.fpn_bottleneck(together))
+
+
+class FCNHead(HybridBlock):
+    """One map (B, C, h, w) to logits (B, classes, h, w): a shorter way for the gradient, in training alone."""
+
+    def __init__(self, inputs: int, width: int, classes: int):
+        super().__init__()
+        with self.name_scope():
+            self.convs = nn.HybridSequential()
+            self.convs.add(ConvModule(inputs, width, 3))
+            self.conv_seg = Convolution(width, classes, 1, bias=True)
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return self.conv_seg(self.convs(x))
+
+
+class Pyramid(HybridBlock):
+    """Four maps (B, C, h, w) of a ViT's depths to four resolutions, 4, 2, 1 and half times theirs, as of BEiT's.
+
+    Attributes:
+        sizes: height and width of each.
+    """
+
+    def __init__(self, channels: int, size: Size):
+        super().__init__()
+        self.sizes = [(int(size[0] * scale), int(size[1] * scale)) for scale in (4, 2, 1, 0.5)]
+        with self.name_scope():
+            self.fpn1, self.fpn2 = nn.HybridSequential(), nn.HybridSequential()
+            self.fpn1.add(Doubled(channels), GroupNorm(channels), nn.GELU(), Doubled(channels))
+            self.fpn2.add(Doubled(channels))
+
+    def hybrid_forward(self, F: Any, *maps: Any) -> List[Any]:
+        first, second, third, fourth = maps
+        halved = F.Pooling(fourth, kernel=(2, 2), stride=(2, 2), pool_type='max')
+        return [self.fpn1(first), self.fpn2(second), third, halved]
+
+
+class Doubled(HybridBlock):
+    """A transposed convolution: (B, C, h, w) to (B, C, 2h, 2w), each place to four of its own."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self._options = dict(kernel=(2, 2), stride=(2, 2), num_filter=channels, no_bias=False)
+        with self.name_scope():
+            self.weight = self.params.get('weight', shape=(channels, channels, 2, 2))
+            self.bias = self.params.get('bias', shape=(channels,))
+
+    def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
+        return F.Deconvolution(x, weight, bias, **self._options)
+
+
+class Pool(HybridBlock):
+    """(B, C, h, w) to its means (B, C, cells, cells)."""
+
+    def __init__(self, cells: int):
+        super().__init__()
+        self._cells = cells
+
+    def hybrid_forward(self, F: Any, x: Any) -> Any:
+        return F.contrib.AdaptiveAvgPooling2D(x, output_size=self._cells)
+
+
+def resized(F: Any, x: Any, size: Size) -> Any:
+    """(B, C, h, w) to (B, C, *size), bilinearly, with pixels as areas (PyTorch's align_corners=False)."""
+    return F.contrib.BilinearResize2D(x, height=size[0], width=size[1], align_corners=False)
+
+
+def head_costs(inputs: Sequence[int], sizes: Sequence[Size], width: int, classes: int) -> int:
+    """Count the multiply-adds of an image's forward pass through `UperHead`."""
+    pixels: List[int] = [height * wide for height, wide in sizes]
+    *finer, coarsest = inputs
+    pooled = sum(cells ** 2 for cells in POOLS) * coarsest * width
+    bottleneck = pixels[-1] * 9 * (coarsest + len(POOLS) * width) * width
+    pyramid = sum(area * (channels + 9 * width) * width for area, channels in zip(pixels, finer))
+    return pooled + bottleneck + pyramid + pixels[0] * (9 * len(inputs) * width + classes) * width

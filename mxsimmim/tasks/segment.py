@@ -1,0 +1,294 @@
+"""Segmentation: pixels are to be given their class, the better the larger the mean overlap on images held out."""
+import base64
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
+
+import mxnet as mx
+import numpy as np
+
+from ..config import Config, DataConfig, ModelConfig
+from ..data.dense_transforms import SegmentEvalTransform, SegmentTransform
+from ..data.loader import Batch, every_image
+from ..data.segmentation import Segmented, open_segmented
+from ..data.sources import Source
+from ..data.transforms import Fields
+from ..models import Network, Segmenter, build_segmenter, named_parameters
+from ..models.segmenter import segmenter_cost
+from ..models.shards import WHOLE, Shard
+from ..ops import OpBackend
+from ..optim import parameter_groups
+from ..parallel.control import ControlPlane
+from ..parallel.placement import Placement
+from ..system.text import one_line
+from . import pictures, regions
+from .classes import check_classes, names_of_outputs
+from .metrics import log_softmax
+from .task import Metric, Predictor, write_evaluation
+
+SHOWN = 20  # classes in the text that is printed; the file has all
+PNG = 'image/png'
+
+
+def class_map(views: Sequence[np.ndarray], extent: Sequence[int], canvas: Tuple[int, int]) -> np.ndarray:
+    """Returns the class of each pixel of an image, int32 (H, W); where the logits are not numbers, how many there are.
+
+    Args:
+        views: logits (K, h, w) for all of the network's input, of the same image, whose probabilities are averaged.
+        extent: (h, w, H, W): the input shows the image in its first h rows and w columns, and the image has H x W.
+        canvas: height and width of the input.
+    """
+    rows, columns, height, width = (int(value) for value in extent)
+    down, across = round(canvas[0] * height / rows), round(canvas[1] * width / columns)  # the input's, in such pixels
+    found = []
+    for view in views:
+        large = mx.nd.contrib.BilinearResize2D(mx.nd.array(view[None]), height=down, width=across, align_corners=False)
+        large = large[0, :, :height, :width]
+        found.append((large if len(views) == 1 else mx.nd.softmax(large, axis=0)).asnumpy())
+    total = found[0] if len(found) == 1 else np.add.reduce(found)
+    likeliest = total.argmax(axis=0).astype('int32')
+    if not all(np.isfinite(view).all() for view in views):
+        likeliest[~np.isfinite(total).all(axis=0)] = len(total)
+    return likeliest
+
+
+class PixelEvaluator:
+    """Compares the class of each pixel of labelled images. Each image counts once, whichever worker measures it."""
+    metric = Metric('val_miou', higher_is_better=True)
+    drawn = 'prediction'
+
+    def __init__(self, config: Config, source: Segmented, control: ControlPlane):
+        self._config, self._source, self._control = config, source, control
+        self.images = len(source)
+
+    def evaluate(self, placement: Placement) -> Dict[str, float]:
+        """Returns val_miou, val_pixel_accuracy, val_loss, and val_images_per_second of all workers together.
+
+        Called by every worker at the same time.
+
+        Raises:
+            ValueError: an image or a label map that cannot be read.
+        """
+        return self._measure(placement)[0]
+
+    def picture(self, placement: Placement) -> Optional[np.ndarray]:
+        """Draws the first images, their maps and the predicted ones, as the network sees them; uint8 (H, W, 3)."""
+        count = min(self._config.validation.pictures, self.images)
+        if not count or self._control.rank:
+            return None
+        batch = next(self._batches(count, 0, 1, placement))
+        canvas = self._config.model.size
+        predicted = [class_map(views, (*canvas, *canvas), canvas) for views in zip(*self._views(placement, batch))]
+        return pictures.segmented(batch.fields['image'], np.stack(predicted), batch.fields['label_map'],
+                                  len(self._source.classes))
+
+    def report(self, placement: Placement, folder: Path) -> str:
+        """Evaluates, and says it in words; rank 0 writes evaluation.json and evaluation.txt to `folder`.
+
+        Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
+        """
+        values, counts = self._measure(placement)
+        classes = self._source.classes
+        text = (f"mIoU {values['val_miou']:.4f}, pixel accuracy {values['val_pixel_accuracy']:.4f} of {self.images:,} "
+                f"images, loss {values['val_loss']:.4f}, {values['val_images_per_second']:,.1f} images/s\n"
+                + regions.class_table(counts, classes, SHOWN))
+        if len(classes) > SHOWN:
+            text += f'\n({SHOWN} of {len(classes):,} classes, those of least IoU)'
+        if self._control.rank == 0:
+            overlap = dict(zip(classes, regions.intersection_over_union(counts).tolist()))
+            write_evaluation(folder, {'images': self.images, **regions.values(counts), **values, 'iou': overlap},
+                             regions.class_table(counts, classes))
+            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
+        return text
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Placement, folder: Path) -> str:
+        """Writes the evaluation of the last weights, as `report`, and says which were the best."""
+        best = max(rows, key=self.metric.score)
+        return (self.report(placement, folder)
+                + f'\nbest: mIoU {best["val_miou"]:.4f} at step {best["step"]}, kept in {folder}/best')
+
+    def _batches(self, batch: int, part: int, parts: int, placement: Placement) -> Iterator[Batch]:
+        config = self._config
+        transform = SegmentEvalTransform(config.data, config.model, self._source)
+        return every_image(self._source, transform, batch, config.data.threads, part, parts, placement.inputs)
+
+    def _views(self, placement: Placement, batch: Batch) -> List[np.ndarray]:
+        """The logits (B, K, h, w) of the images, and with validation.flip those of the mirrored ones, turned back."""
+        views = [placement.outputs(batch)]
+        if self._config.validation.flip:
+            mirrored = np.ascontiguousarray(batch.fields['image'][:, :, ::-1])
+            views.append(placement.outputs(batch._replace(fields={'image': mirrored}))[..., ::-1])
+        return views
+
+    def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
+        """The values of all workers, and their counts of pixels (K, K + 1)."""
+        config, control, classes = self._config, self._control, len(self._source.classes)
+        counts, loss, clock = np.zeros((classes, classes + 1), 'int64'), np.zeros(2), [time.monotonic()]
+        sizes: List[int] = []
+        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
+        for part in self._batches(batch, control.mesh.coordinate('data'), control.mesh.data, placement):
+            views = self._views(placement, part)
+            for index, extent, seen, *answers in zip(part.index, part.fields['extent'], part.fields['label_map'],
+                                                     *views):
+                truth = self._source.label_map(int(index))
+                counts += regions.count_pixels(truth, class_map(answers, extent, config.model.size), classes)
+                loss += cross_entropy(answers[0], seen)
+            sizes.append(len(part.index))
+            clock.append(time.monotonic())
+        first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
+        own = [counts.tolist(), loss.tolist(), sum(sizes[first:]), clock[-1] - clock[first]]
+        every, losses, images, seconds = zip(*control.all_gather('evaluation', own))
+        counts = np.sum(every, axis=0, dtype='int64')
+        entropy, pixels = np.sum(losses, axis=0)
+        found = {f'val_{name}': value for name, value in regions.values(counts).items()}
+        return {**found, 'val_loss': entropy / max(1, pixels), 'val_images_per_second': sum(images) / max(seconds)
+                }, counts
+
+
+def cross_entropy(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Returns (sum of the cross entropy, number) of pixels with a class, at the places of logits (K, h, w).
+
+    The class at such a place is that of the middle of what it stands for in truth (H, W).
+    """
+    classes, *grid = logits.shape
+    rows, columns = (((np.arange(places) + 0.5) * side / places).astype(int)
+                     for places, side in zip(grid, truth.shape))
+    seen = truth[np.ix_(rows, columns)]
+    known = seen < classes
+    log = log_softmax(logits[:, known].T)
+    return np.array([-log[np.arange(len(log)), seen[known]].sum(), len(log)])
+
+
+class MapPredictor:
+    """Tells the class of each pixel of an image."""
+    command = 'predict'
+    kind = 'a segmenter, which reconstructs nothing'
+    advice = '`mxsimmim predict` shows what it has learned'
+    output = 'logits'
+
+    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
+        self._config, self._net = config, net
+        self.classes: Tuple[str, ...] = tuple(state['classes'])
+        self.summary = f'{len(self.classes)} classes of pixels'
+        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
+
+    @staticmethod
+    def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> Segmenter:
+        return build_segmenter(model, len(state['classes']), None, backend, data.mean, data.std)
+
+    @staticmethod
+    def state_of_weights(arrays: Mapping[str, np.ndarray], file: Path, classes: str) -> Dict[str, Any]:
+        """Returns the names in the file `classes`; without one, the numbers of the classes."""
+        return {'classes': names_of_outputs(len(arrays['decode_head.conv_seg.weight']), file, classes)}
+
+    def transform(self, data: DataConfig) -> SegmentEvalTransform:
+        return SegmentEvalTransform(data, self._config.model)
+
+    def call(self, image: Any) -> Any:
+        """Maps images (B, 3, H, W), normalised, to logits (B, K, h, w)."""
+        return self._net(image)
+
+    def answer(self, image: mx.nd.NDArray) -> np.ndarray:
+        """Returns the logits (B, K, h, w)."""
+        return self.call(image).asnumpy()
+
+    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
+        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
+
+    def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
+        """Says the `top` largest classes, each with its share of the pixels."""
+        largest = self._shares(self._map(fields, answer))[:top]
+        return '   '.join(f'{one_line(each["name"])} {100 * each["share"]:.1f} %' for each in largest)
+
+    def record(self, fields: Fields, answer: np.ndarray) -> Dict[str, Any]:
+        """Returns height, width, and the classes that there are with their shares of the pixels, the largest first."""
+        found = self._map(fields, answer)
+        return {'height': found.shape[0], 'width': found.shape[1], 'classes': self._shares(found)}
+
+    def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> np.ndarray:
+        """Draws an image, uint8 (H, W, 3), and beside it the colours of its classes: (H, 2W, 3)."""
+        found = self._map(fields, answer)
+        return np.concatenate([image, pictures.overlaid(image, found, len(self.classes))], axis=1)
+
+    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
+        """Returns the map as a PNG of a palette, whose values are class numbers, if that is accepted; else JSON.
+
+        That is what `record` returns, and the same PNG in base64 under the name map.
+        """
+        file = io.BytesIO()
+        pictures.palette_image(self._map(fields, answer), len(self.classes)).save(file, 'PNG')
+        if PNG in accepted:
+            return PNG, file.getvalue()
+        content = {**self.record(fields, answer), 'map': base64.b64encode(file.getvalue()).decode()}
+        return 'application/json; charset=utf-8', json.dumps(content).encode()
+
+    def _map(self, fields: Fields, answer: np.ndarray) -> np.ndarray:
+        return class_map([answer], fields['extent'].tolist(), self._config.model.size)
+
+    def _shares(self, found: np.ndarray) -> List[Dict[str, Any]]:
+        shares = np.bincount(found.ravel(), minlength=len(self.classes))[:len(self.classes)] / found.size
+        return [{'name': self.classes[number], 'share': float(shares[number])}
+                for number in np.argsort(-shares, kind='stable') if shares[number]]
+
+
+class Segmentation:
+    """Images with a class for each pixel; the better the larger the mean overlap on those held out."""
+    takes_encoder = True
+    keeps_best = True
+    predictor: Type[Predictor] = MapPredictor
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._train, self._held_out = open_segmented(config.data, config.seed)
+        self.source: Source = self._train
+        self.held_out: Optional[Source] = self._held_out
+        self.classes = self._train.classes
+
+    def build_network(self, initial: bool, backend: OpBackend, parts: Sequence[slice] = (), own: int = 0,
+                      shard: Shard = WHOLE) -> Segmenter:
+        """Builds the network, which is always whole."""
+        assert not parts and shard == WHOLE
+        config = self.config
+        return build_segmenter(config.model, len(self.classes), config.seed if initial else None, backend,
+                               config.data.mean, config.data.std)
+
+    def shapes(self) -> Dict[str, Tuple[int, ...]]:
+        net = Segmenter(self.config.model, len(self.classes))
+        return {name: p.shape for name, p in named_parameters(net).items()}
+
+    def multiply_adds(self) -> int:
+        return segmenter_cost(self.config.model, len(self.classes))
+
+    def parameter_groups(self, net: Network) -> Dict[str, Tuple[float, float]]:
+        """Returns (lr_scale, weight_decay) of each parameter by name, with layer decay."""
+        optim = self.config.optim
+        return parameter_groups(net, optim.layer_decay, optim.weight_decay, optim.recipe)
+
+    def transform(self) -> SegmentTransform:
+        return SegmentTransform(self.config.data, self.config.augment, self.config.model, self._train)
+
+    def evaluator(self, control: ControlPlane) -> Optional[PixelEvaluator]:
+        return PixelEvaluator(self.config, self._held_out, control) if self._held_out else None
+
+    def facts(self) -> List[str]:
+        return [f'{len(self.classes):,} classes of pixels']
+
+    def state(self) -> Dict[str, Any]:
+        return {'classes': list(self.classes)}
+
+    def check_state(self, state: Mapping[str, Any], where: str, remedy: str) -> None:
+        """Refuses a checkpoint of other classes, or of the same in another order."""
+        check_classes(where, state.get('classes', ()), self.classes, remedy)
+
+    def annotations(self) -> List[int]:
+        """Returns checksums of the training images' label maps, and of the held-out images'."""
+        return [data.checksum() for data in (self._train, self._held_out) if data]
+
+    def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
+        data, own = self.config.data, self.annotations()
+        for number, where in enumerate((f'data.labels={data.labels}, data.path={data.path}',
+                                        f'data.val_labels={data.val_labels}, data.val_path={data.val_path}')):
+            if theirs[number:number + 1] != own[number:number + 1]:
+                raise ValueError(f'{where}: rank {rank} has other label maps than rank 0: all workers need the same')

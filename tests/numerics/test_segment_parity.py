@@ -1,0 +1,80 @@
+"""UperNet and its loss against numbers recorded from PyTorch with the same weights (float32).
+
+upernet.npz has mmsegmentation's heads, 16 channels wide, with group normalisation, on four random maps of two images,
+15 % of whose pixels are ignored: weights and maps as float16, in which they are exact, results as float32.
+"""
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd
+from support.running import DATA
+
+from mxsimmim.interop import official
+from mxsimmim.models.segmenter import pixel_loss
+from mxsimmim.models.upernet import FCNHead, GroupNorm, UperHead
+from mxsimmim.runtime.mxnet_private import structural_parameters
+
+FILE = np.load(DATA / 'upernet.npz')
+CLASSES, SIDE = 5, 64
+
+
+class Heads(mx.gluon.HybridBlock):
+    """Both heads on given maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.decode_head = UperHead((8, 16, 24, 32), [(16, 16), (8, 8), (4, 4), (2, 2)], 16, CLASSES)
+        self.auxiliary_head = FCNHead(24, 8, CLASSES)
+
+    def hybrid_forward(self, F, label, *maps):
+        logits, auxiliary = self.decode_head(*maps), self.auxiliary_head(maps[2])
+        return pixel_loss(F, logits, auxiliary, label, (SIDE, SIDE), CLASSES, 0.4), logits, auxiliary
+
+
+def group(prefix):
+    names = [name for name in FILE.files if name.startswith(f'{prefix}:')]
+    return {name[len(prefix) + 1:]: FILE[name].astype('float32') for name in names}
+
+
+def close(ours, name, theirs):
+    assert np.abs(ours.asnumpy() - theirs).max() < 1e-4 * max(1, np.abs(theirs).max()), name
+
+
+@pytest.mark.parametrize('hybrid', [False, True])
+def test_heads(hybrid):
+    net = Heads()
+    net.initialize()
+    official.load_weights(net, group('weight'))
+    if hybrid:
+        net.hybridize(static_alloc=True)
+    maps = [mx.nd.array(FILE[f'map:{number}'].astype('float32')) for number in range(4)]
+    for array in maps:
+        array.attach_grad()
+    with autograd.record():
+        loss, logits, auxiliary = net(mx.nd.array(FILE['label'], dtype='uint8'), *maps)
+    loss.backward()
+    assert abs(loss.asscalar() - float(FILE['loss'])) < 1e-5
+    close(logits, 'logits', FILE['logits'])
+    close(auxiliary, 'auxiliary', FILE['auxiliary'])
+    for number, array in enumerate(maps):
+        close(array.grad, f'map {number}', FILE[f'map_grad:{number}'])
+    parameters, expected = structural_parameters(net), group('grad')
+    assert set(parameters) == set(expected)
+    for name, theirs in expected.items():
+        close(parameters[name].grad(), name, theirs)
+
+
+def test_group_norm():
+    """Of two groups of 16 channels."""
+    net, given = GroupNorm(32), group('norm')
+    net.initialize()
+    for name in ('weight', 'bias'):
+        getattr(net, name).set_data(mx.nd.array(given[name]))
+    x = mx.nd.array(given['x'])
+    x.attach_grad()
+    with autograd.record():
+        y = net(x)
+    y.backward(mx.nd.array(given['head']))
+    found = {'y': y, 'x_grad': x.grad, 'weight_grad': net.weight.grad(), 'bias_grad': net.bias.grad()}
+    for name, ours in found.items():
+        close(ours, name, given[name])

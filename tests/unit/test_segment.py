@@ -1,0 +1,153 @@
+"""The segmentation task: how pixels are counted, evaluation by any number of workers, and what a run answers."""
+import base64
+import io
+import json
+
+import mxnet as mx
+import numpy as np
+import pytest
+from PIL import Image
+from support.workers import each
+
+from mxsimmim.config import Config, ModelConfig
+from mxsimmim.data.sampling import generator
+from mxsimmim.data.segmentation import open_segmented
+from mxsimmim.models import build_segmenter
+from mxsimmim.tasks import regions
+from mxsimmim.tasks.segment import MapPredictor, PixelEvaluator, Segmentation, class_map, cross_entropy
+
+MODEL = ModelConfig(type='swin', img_size=(48, 64), patch_size=4, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 2),
+                    window_size=4, head_channels=16)
+CONFIG = Config(task='segment', model=MODEL, data=dict(path='digit-scenes-60x70', val_path='digit-scenes-val-60x70',
+                                                       threads=1), train=dict(batch_size=8))
+
+
+def test_counts_and_scores():
+    truth = np.array([[0, 0, 1, 1], [2, 255, 1, 0]], 'uint8')
+    predicted = np.array([[0, 1, 1, 4], [2, 2, 1, 0]])  # 4: no class
+    counts = regions.count_pixels(truth, predicted, 4)
+    np.testing.assert_array_equal(counts, [[2, 1, 0, 0, 0], [0, 2, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(regions.intersection_over_union(counts), [2 / 3, 2 / 4, 1, np.nan])
+    assert regions.values(counts) == {'miou': pytest.approx((2 / 3 + 1 / 2 + 1) / 3), 'pixel_accuracy': 5 / 7}
+    lines = regions.class_table(counts, ['a', 'b', 'c', 'd']).splitlines()
+    assert lines[2].split() == ['b', '42.9', '%', '50.0', '%', '66.7', '%']
+    assert lines[4].split() == ['d', '0.0', '%', '-', '-']
+    assert [line.split()[0] for line in regions.class_table(counts, ['a', 'b', 'c', 'd'], 2).splitlines()[1:]] == [
+        'b', 'a']
+    nothing = regions.count_pixels(np.full((2, 2), 255), np.zeros((2, 2), int), 2)
+    assert np.isnan(regions.values(nothing)['miou'])
+
+
+def test_class_map():
+    """Of logits for a canvas, of which the image has the upper left corner."""
+    logits = np.zeros((2, 4, 4), 'float32')
+    logits[1, :, 2:] = 1
+    logits[0, :, :2] = 1
+    found = class_map([logits], (8, 12, 16, 24), (16, 16))  # shown at half its size: 12 of the 16 columns
+    assert found.shape == (16, 24)
+    np.testing.assert_array_equal(found, np.broadcast_to(np.arange(24) >= 16, (16, 24)))
+    np.testing.assert_array_equal(class_map([logits, logits[:, :, ::-1] * 3], (16, 16, 16, 16), (16, 16))[0],
+                                  np.arange(16) < 8)
+    logits[0, 0, 0] = np.nan
+    assert class_map([logits], (16, 16, 16, 16), (16, 16))[0, 0] == 2
+
+
+def test_cross_entropy():
+    logits = np.array([[[0.0, 1.0]], [[0.0, 0.0]]])
+    total, count = cross_entropy(logits, np.array([[0, 0, 1, 0], [1, 0, 1, 255]]))  # looks at columns 1 and 3 of row 1
+    assert count == 1 and total == pytest.approx(np.log(2))
+
+
+class Colours:
+    """A placement that tells classes by the grey of an image."""
+    inputs = 'image', 'label_map'
+
+    def outputs(self, batch):
+        grey = batch.fields['image'].astype('float32').mean(axis=3).reshape(-1, 12, 4, 16, 4).mean(axis=(2, 4))
+        return np.stack([np.cos(grey * number / 20) for number in range(11)], axis=1)
+
+
+def evaluated(size, method=PixelEvaluator.evaluate, config=CONFIG):
+    source = open_segmented(config.data)[1].part(np.arange(7))
+    return each(size, lambda control: method(PixelEvaluator(config, source, control), Colours()))
+
+
+@pytest.mark.parametrize('size', [2, 3, 9])
+def test_evaluation_is_exact_for_any_number_of_workers(size):
+    first, = evaluated(1)
+    assert 0 < first['val_miou'] < 1 and 0 < first['val_pixel_accuracy'] < 1
+    for values in evaluated(size):
+        for name in ('val_miou', 'val_pixel_accuracy'):
+            assert values[name] == first[name], name
+        assert values['val_loss'] == pytest.approx(first['val_loss'], rel=1e-12)
+
+
+def test_mirrored_images_count_too():
+    flipped = Config(**{**CONFIG.model_dump(), 'validation': dict(flip=True)})
+    (one,), (both,) = evaluated(1), evaluated(1, config=flipped)
+    # A grey is the same in the mirror; probabilities are averaged in float32.
+    assert both['val_miou'] == pytest.approx(one['val_miou'], abs=1e-3)
+
+
+def test_report(tmp_path):
+    told, _ = evaluated(2, lambda evaluator, placement: evaluator.report(placement, tmp_path))
+    values = json.loads((tmp_path / 'evaluation.json').read_text())
+    assert told.startswith(f'mIoU {values["miou"]:.4f}, pixel accuracy {values["pixel_accuracy"]:.4f} of 7 images')
+    assert set(values['iou']) == {'background', *'0123456789'}
+    assert len((tmp_path / 'evaluation.txt').read_text().splitlines()) == 12
+
+
+def test_picture():
+    picture, = evaluated(1, PixelEvaluator.picture)
+    assert picture.dtype == np.uint8 and picture.shape[2] == 3 and picture.std() > 10
+
+
+@pytest.fixture(scope='module')
+def predictor():
+    net = build_segmenter(MODEL, 11, 3)
+    return MapPredictor(CONFIG, net, {'classes': ['background', *'0123456789']})
+
+
+@pytest.fixture(scope='module')
+def asked(predictor):
+    """(image, fields, answer) of one image."""
+    image = open_segmented(CONFIG.data)[1].read(0)
+    fields = predictor.transform(CONFIG.data)(image, generator(0))
+    return image, fields, predictor.answer(mx.nd.random.normal(shape=(1, *predictor.inputs['image'])))[0]
+
+
+def test_answers(predictor, asked):
+    image, fields, answer = asked
+    record = predictor.record(fields, answer)
+    assert (record['height'], record['width']) == (60, 70) == image.shape[:2]
+    shares = [each['share'] for each in record['classes']]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert predictor.line(fields, answer, 1) == f'{record["classes"][0]["name"]} {100 * shares[0]:.1f} %'
+    drawn = predictor.drawing(image, fields, answer)
+    np.testing.assert_array_equal(drawn[:, :70], image)
+    assert drawn.shape == (60, 140, 3)
+
+
+def test_answers_over_http(predictor, asked):
+    """A map whose values are class numbers: alone as PNG, or in JSON beside the shares."""
+    _, fields, answer = asked
+    media, body = predictor.body(fields, answer, 'image/png')
+    found = np.asarray(Image.open(io.BytesIO(body)))
+    assert media == 'image/png' and found.shape == (60, 70)
+    media, body = predictor.body(fields, answer, '*/*')
+    content = json.loads(body)
+    assert media.startswith('application/json') and base64.b64decode(content.pop('map')) == predictor.body(
+        fields, answer, 'image/png')[1]
+    assert content == predictor.record(fields, answer)
+    largest = ['background', *'0123456789'].index(content['classes'][0]['name'])
+    assert (found == largest).mean() == pytest.approx(content['classes'][0]['share'])
+
+
+def test_task():
+    task = Segmentation(CONFIG)
+    assert len(task.source) == 5000 and len(task.held_out) == 500 and task.facts() == ['11 classes of pixels']
+    assert task.shapes()['decode_head.conv_seg.weight'] == (11, 16, 1, 1)
+    with pytest.raises(ValueError, match='and class 0 is missing there|11'):
+        task.check_state({'classes': []}, 'there', 'remedy')
+    with pytest.raises(ValueError, match='rank 1 has other label maps than rank 0'):
+        task.check_annotations([1, 2], 1)
