@@ -17,7 +17,7 @@ from .values import ClockTime, Duration, GivenPlace, Place, Section, Time, liste
 
 class ModelConfig(Section):
     """The network. Its keys carry the reference implementation's names."""
-    type: Literal['vit', 'swin'] = Field('vit', description='vit or swin')
+    type: Literal['vit', 'swin', 'swinv2'] = Field('vit', description='vit, swin or swinv2')
     img_size: int = Field(224, gt=0, description='height and width of the input, pixels')
     patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
     embed_dim: int = Field(768, gt=0, description='width of the tokens; of the first stage in Swin')
@@ -25,6 +25,9 @@ class ModelConfig(Section):
     depths: Tuple[int, ...] = Field((), description='Swin: blocks of each stage, e.g. [2, 2, 18, 2]')
     num_heads: Union[int, Tuple[int, ...]] = Field(12, description='attention heads; a list, one a stage, in Swin')
     window_size: int = Field(7, gt=0, description='Swin: side of an attention window, tokens')
+    pretrained_window_sizes: Tuple[int, ...] = Field((), description='SwinV2: side of the windows of each stage in '
+                                                     'pre-training, which its positions are relative to, e.g. '
+                                                     '[12, 12, 12, 6]; empty or 0: those of this network')
     mlp_ratio: float = Field(4.0, gt=0, description='hidden width of the MLP over embed_dim')
     init_values: Optional[float] = Field(0.1, description='ViT: initial layer scale; null for none')
     use_ape: bool = Field(False, validation_alias=AliasChoices('use_ape', 'ape'),
@@ -35,6 +38,8 @@ class ModelConfig(Section):
     drop_path: float = Field(0.0, ge=0, lt=1, description='stochastic depth of the last block; grows linearly from 0')
     loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
+    norm_window: int = Field(0, ge=0, description='norm_targets: normalise each pixel by the square of this odd side '
+                             'around it instead, pixels (SwinV2: 47); 0: by its cell')
     recompute: bool = Field(False, description='keep half of a block\'s input only and compute the rest again in the '
                             'backward pass: less memory, a third more time; CPUs with native operators only')
     pretrained: Place = Field('', description='classify: where the encoder comes from: the folder of a run, a .pth or '
@@ -44,7 +49,7 @@ class ModelConfig(Section):
     @property
     def stages(self) -> int:
         """Number of resolutions the encoder passes through; 1 for ViT."""
-        return len(self.depths) if self.type == 'swin' else 1
+        return 1 if self.type == 'vit' else len(self.depths)
 
     @property
     def heads(self) -> Tuple[int, ...]:
@@ -64,7 +69,13 @@ class ModelConfig(Section):
     @property
     def blocks(self) -> int:
         """Transformer blocks in all."""
-        return sum(self.depths) if self.type == 'swin' else self.depth
+        return self.depth if self.type == 'vit' else sum(self.depths)
+
+    @property
+    def position_windows(self) -> Tuple[int, ...]:
+        """SwinV2: the side of the windows, in each stage, that its positions are relative to."""
+        own = [min(self.window_size, self.grid >> stage) for stage in range(self.stages)]
+        return tuple(given or side for given, side in zip(self.pretrained_window_sizes or own, own))
 
     @property
     def most_parts(self) -> int:
@@ -74,6 +85,9 @@ class ModelConfig(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'ModelConfig':
+        require(self.norm_window == 0 or self.norm_targets, f'norm_window={self.norm_window} is for norm_targets=true')
+        require(self.norm_window == 0 or self.norm_window % 2 and self.norm_window > 1,
+                f'norm_window={self.norm_window} must be odd, as its square has a pixel in the middle: 3, 5, … or 0')
         if self.type == 'vit':
             require(isinstance(self.num_heads, int),
                      f'num_heads={listed(self.num_heads)} is a list; a ViT has one number of heads')
@@ -84,11 +98,12 @@ class ModelConfig(Section):
         require(self.img_size % self.stride == 0,
                  f'img_size={self.img_size} is not a multiple of {self.stride}, the side of one final token'
                  + (f' (patch_size {self.patch_size} x 2^{self.stages - 1})' if self.stages > 1 else ' (patch_size)'))
-        for stage in range(self.stages if self.type == 'swin' else 0):
+        for stage in range(0 if self.type == 'vit' else self.stages):
             side = self.grid >> stage
             require(side <= self.window_size or side % self.window_size == 0,
                      f'window_size={self.window_size} does not divide the {side}x{side} tokens of stage {stage}: '
                      f'change window_size or img_size={self.img_size}')
+        self._check_swin_v2()
         return self
 
     def _check_swin(self) -> None:
@@ -103,6 +118,19 @@ class ModelConfig(Section):
             width = self.embed_dim * 2 ** stage
             require(h > 0 and width % h == 0, f'the width {width} of stage {stage} (embed_dim {self.embed_dim} x '
                      f'2^{stage}) is not a multiple of its num_heads={h}')
+
+    def _check_swin_v2(self) -> None:
+        given = self.pretrained_window_sizes
+        if self.type != 'swinv2':
+            require(not given, f'pretrained_window_sizes={listed(given)} is for type=swinv2, not {self.type}')
+            return
+        require(not self.recompute, 'recompute=true: the half blocks of type=swinv2 cannot be computed again: write '
+                'recompute=false; train.accumulate and parallel.pipeline save memory, too')
+        require(len(given) in (0, self.stages), f'pretrained_window_sizes={listed(given)} must list one number for '
+                f'each of the {self.stages} stages of depths={listed(self.depths)}')
+        for stage, window in enumerate(self.position_windows):
+            require(window > 1, f'stage {stage} has windows of {window} token a side, and so no relative positions: '
+                    f'raise img_size={self.img_size}, or give its window in pre-training with pretrained_window_sizes')
 
 
 class MaskConfig(Section):
