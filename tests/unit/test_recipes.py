@@ -31,7 +31,8 @@ pytestmark = pytest.mark.unmeasured
 SEED = 5
 CONF = Path(__file__).parents[2] / 'conf'
 NARROW = {'vit': ['model.embed_dim=12', 'model.num_heads=3'],
-          'swin': ['model.embed_dim=4', 'model.num_heads=[1, 2, 2, 4]']}
+          'swin': ['model.embed_dim=4', 'model.num_heads=[1, 2, 2, 4]'],
+          'swinv2': ['model.embed_dim=4', 'model.num_heads=[1, 2, 2, 4]', 'model.depths=[2, 2, 3, 2]']}
 CLASSES = tuple(f'class {number}' for number in range(4))
 natively = pytest.mark.skipif((platform.system(), platform.machine()) != ('Linux', 'x86_64'),
                               reason='native operators are for Linux on x86-64')
@@ -117,8 +118,8 @@ def bare(arrays, left_out=()):
 
 def told(model):
     """What weights tell of a model."""
-    others = {'drop_path', 'loss', 'norm_targets', 'recompute', 'pretrained'}
-    others |= {'init_values', 'depth', 'use_shared_rpb'} if model.type == 'swin' else {'depths', 'window_size'}
+    others = {'drop_path', 'loss', 'norm_targets', 'norm_window', 'recompute', 'pretrained'}
+    others |= {'depths', 'window_size'} if model.type == 'vit' else {'init_values', 'depth', 'use_shared_rpb'}
     known = {key: value for key, value in model.model_dump().items() if key not in others}
     return {**known, 'init_values': known.get('init_values') is None}  # the weights were scaled by it, or were not
 
@@ -146,6 +147,9 @@ def test_names_go_out_and_come_back(run, tmp_path, style):
             exchange.import_weights(tmp_path / 'w.pth', tmp_path / 'back')
         return
     keys = ['model.num_heads=3'] if model.type == 'vit' else [f'model.img_size={model.img_size}']
+    if model.type == 'swinv2' and style != 'official':  # buffers tell
+        keys += [f'model.{key}={list(value) if isinstance(value, tuple) else value}' for key, value in (
+            ('window_size', model.window_size), ('pretrained_window_sizes', model.pretrained_window_sizes))]
     exchange.import_weights(tmp_path / 'w.pth', tmp_path / 'back', overrides=keys)
     again = load_run(tmp_path / 'back')
     assert told(again.config.model) == told(model)
