@@ -58,7 +58,7 @@ def parameter_specs(net: HybridBlock, groups: Optional[Mapping[str, Tuple[float,
         groups: (lr_scale, weight_decay) of each weight, as `optim.parameter_groups` returns it.
     """
     groups, shards = groups or {}, getattr(net, 'shards', {})
-    post_norm = hasattr(net, 'config') and net.config.type == 'swinv2'
+    post_norm = getattr(getattr(net, 'config', None), 'type', '') == 'swinv2'
     specs: List[ParameterSpec] = []
     for name, parameter in structural_parameters(net).items():
         if isinstance(parameter, Constant) or parameter.name in getattr(net, 'elsewhere', ()):
