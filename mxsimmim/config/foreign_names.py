@@ -87,10 +87,11 @@ TABLE: Tuple[Tuple[str, Callable[[str], str], str, str], ...] = (
     ('runtime.precision', _on, '', 'amp fp16 bf16 use_amp amp_enable native_amp apex_amp amp_opt_level enable_amp '
      'dtype mixed_precision half'),
     ('model.img_size', _same, '', 'image_size input_size img_sz imgsz resolution crop_size input_shape'),
-    ('model.patch_size', _same, '', 'vit.patch_size swin.patch_size'),
+    ('model.patch_size', _same, '', 'vit.patch_size swin.patch_size swinv2.patch_size'),
     ('model.drop_path', _same, '', 'drop_path_rate stochastic_depth'),
     ('model.init_values', _same, '', 'layer_scale_init_value init_scale layerscale'),
     ('model.norm_targets', _same, '', 'norm_pix_loss norm_target norm_target.enable'),
+    ('model.norm_window', _same, '', 'norm_target.patch_size'),
     ('model.recompute', _same, '', 'use_checkpoint grad_checkpointing gradient_checkpointing activation_checkpointing'),
     ('model.depth', _same, '', 'num_layers n_layers num_hidden_layers'),
     ('model.embed_dim', _same, '', 'hidden_size dim width embed_dims'),

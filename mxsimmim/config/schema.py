@@ -17,7 +17,7 @@ from .values import ClockTime, Duration, GivenPlace, Place, Section, Time, liste
 
 class ModelConfig(Section):
     """The network. Its keys carry the reference implementation's names."""
-    type: Literal['vit', 'swin'] = Field('vit', description='vit or swin')
+    type: Literal['vit', 'swin', 'swinv2'] = Field('vit', description='vit, swin or swinv2')
     img_size: Union[int, Tuple[int, int]] = Field(224, description='height and width of the input, pixels; detection '
                                                   'and segmentation also take [height, width]')
     patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
@@ -30,6 +30,9 @@ class ModelConfig(Section):
     global_blocks: Tuple[int, ...] = Field((), description='ViT, detection and segmentation: the blocks, from 0, '
                                            'that see the whole image, e.g. [2, 5, 8, 11]; the others see windows; '
                                            'empty: all see it')
+    pretrained_window_sizes: Tuple[int, ...] = Field((), description='SwinV2: side of the windows of each stage in '
+                                                     'pre-training, which its positions are relative to, e.g. '
+                                                     '[12, 12, 12, 6]; empty or 0: those of this network')
     mlp_ratio: float = Field(4.0, gt=0, description='hidden width of the MLP over embed_dim')
     init_values: Optional[float] = Field(0.1, description='ViT: initial layer scale; null for none')
     use_ape: bool = Field(False, validation_alias=AliasChoices('use_ape', 'ape'),
@@ -42,6 +45,8 @@ class ModelConfig(Section):
     auxiliary: float = Field(0.4, ge=0, description="segment: weight of the auxiliary head's loss")
     loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
+    norm_window: int = Field(0, ge=0, description='norm_targets: normalise each pixel by the square of this odd side '
+                             'around it instead, pixels (SwinV2: 47); 0: by its cell')
     recompute: bool = Field(False, description='keep half of a block\'s input only and compute the rest again in the '
                             'backward pass: less memory, a third more time; CPUs with native operators only')
     pretrained: Place = Field('', description='fine-tuning: where the encoder comes from: the folder of a run, a '
@@ -51,7 +56,7 @@ class ModelConfig(Section):
     @property
     def stages(self) -> int:
         """Number of resolutions the encoder passes through; 1 for ViT."""
-        return len(self.depths) if self.type == 'swin' else 1
+        return 1 if self.type == 'vit' else len(self.depths)
 
     @property
     def heads(self) -> Tuple[int, ...]:
@@ -97,7 +102,13 @@ class ModelConfig(Section):
     @property
     def blocks(self) -> int:
         """Transformer blocks in all."""
-        return sum(self.depths) if self.type == 'swin' else self.depth
+        return self.depth if self.type == 'vit' else sum(self.depths)
+
+    @property
+    def position_windows(self) -> Tuple[int, ...]:
+        """SwinV2: the side of the windows, in each stage, that its positions are relative to."""
+        own = [min(self.window_size, max(self.tokens(stage))) for stage in range(self.stages)]
+        return tuple(given or side for given, side in zip(self.pretrained_window_sizes or own, own))
 
     @property
     def most_parts(self) -> int:
@@ -119,6 +130,9 @@ class ModelConfig(Section):
 
     @model_validator(mode='after')
     def _check(self) -> 'ModelConfig':
+        require(self.norm_window == 0 or self.norm_targets, f'norm_window={self.norm_window} is for norm_targets=true')
+        require(self.norm_window == 0 or self.norm_window % 2 and self.norm_window > 1,
+                f'norm_window={self.norm_window} must be odd, as its square has a pixel in the middle: 3, 5, … or 0')
         if self.type == 'vit':
             require(isinstance(self.num_heads, int),
                      f'num_heads={listed(self.num_heads)} is a list; a ViT has one number of heads')
@@ -133,6 +147,7 @@ class ModelConfig(Section):
                 + (f'the blocks of this ViT are 0 to {last}' if self.type == 'vit' else 'a Swin has none'))
         require(not self.global_blocks or not self.use_shared_rpb, 'global_blocks: windows cannot share the position '
                 'table of the whole image: set use_shared_rpb=false, and use_rpb=true for a table in each block')
+        self._check_swin_v2()
         return self
 
     def _check_swin(self) -> None:
@@ -147,6 +162,19 @@ class ModelConfig(Section):
             width = self.embed_dim * 2 ** stage
             require(h > 0 and width % h == 0, f'the width {width} of stage {stage} (embed_dim {self.embed_dim} x '
                      f'2^{stage}) is not a multiple of its num_heads={h}')
+
+    def _check_swin_v2(self) -> None:
+        given = self.pretrained_window_sizes
+        if self.type != 'swinv2':
+            require(not given, f'pretrained_window_sizes={listed(given)} is for type=swinv2, not {self.type}')
+            return
+        require(not self.recompute, 'recompute=true: the half blocks of type=swinv2 cannot be computed again: write '
+                'recompute=false; train.accumulate and parallel.pipeline save memory, too')
+        require(len(given) in (0, self.stages), f'pretrained_window_sizes={listed(given)} must list one number for '
+                f'each of the {self.stages} stages of depths={listed(self.depths)}')
+        for stage, window in enumerate(self.position_windows):
+            require(window > 1, f'stage {stage} has windows of {window} token a side, and so no relative positions: '
+                    f'raise img_size={self.img_size}, or give its window in pre-training with pretrained_window_sizes')
 
 
 class MaskConfig(Section):
@@ -477,7 +505,7 @@ class Config(Section):
                 f'segmentation: in {self.task} every block of a ViT sees the whole image')
         require(model.side % model.stride == 0, f'model.img_size={model.side} is not a multiple of {model.stride}, the '
                 f'side of one final token (patch_size {model.patch_size} x 2^{model.stages - 1})')
-        for stage in range(model.stages if model.type == 'swin' else 0):
+        for stage in range(0 if model.type == 'vit' else model.stages):
             side = model.grid >> stage
             require(side <= model.window_size or side % model.window_size == 0, f'model.window_size='
                     f'{model.window_size} does not divide the {side}x{side} tokens of stage {stage}: change '
@@ -490,7 +518,7 @@ class Config(Section):
                     'trains whole models: leave it out')
         require(self.model.type == 'vit' or self.model.stages > 1,
                  f'model.depths={listed(self.model.depths)}: segment needs a Swin of two stages or more')
-        require(self.model.type == 'swin' or min(self.model.patches) > 1, f'model.img_size='
+        require(self.model.type != 'vit' or min(self.model.patches) > 1, f'model.img_size='
                  f'{listed(self.model.img_size)}: segment halves the map of patches, so there must be two a side or '
                  'more')
 

@@ -115,6 +115,9 @@ def _buffers(net: HybridBlock) -> Dict[str, np.ndarray]:
         if name.endswith('relative_position_index'):
             index = parameter.data().asnumpy().astype('int64')
             found[name] = index.reshape((math.isqrt(index.size),) * 2)
+        elif name.endswith('relative_coords_table'):  # (1, 2 * window - 1, 2 * window - 1, 2)
+            offsets = parameter.data().asnumpy()
+            found[name] = offsets.reshape((1, *(math.isqrt(len(offsets)),) * 2, 2))
         elif name.endswith('attn_mask'):
             found[name] = parameter.data().asnumpy()[:, 0]  # (windows, N, N)
     return found

@@ -58,6 +58,12 @@ def _gelu(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     return w.add('Mul', [half, w.add('Add', [erf, w.constant(1)], f'{name}.gate')], name)
 
 
+def _relu(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    if a['act_type'] != 'relu':
+        raise ValueError(f"{name}: Activation of type {a['act_type']} has no translation to ONNX here")
+    return w.add('Relu', inputs, name)
+
+
 def _batch_dot(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     sides = [w.add('Transpose', [x], f'{name}.{key}', perm=[0, 2, 1]) if a.get(key) else x
              for x, key in zip(inputs, ('transpose_a', 'transpose_b'))]
@@ -163,6 +169,7 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     'GroupNorm': _group_norm, '_contrib_BilinearResize2D': _resize,
     '_contrib_AdaptiveAvgPooling2D': _adaptive_pooling,
     'LeakyReLU': _gelu,
+    'Activation': _relu,
     'batch_dot': _batch_dot,
     'slice_axis': _slice,
     'broadcast_like': _broadcast_like,
@@ -180,12 +187,13 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     'square': lambda w, name, inputs, a: w.add('Mul', inputs * 2, name),
     '_rminus_scalar': lambda w, name, inputs, a: w.add('Sub', [w.constant(a['scalar'])] + inputs, name),
     'ones_like': _filled(1.0), 'zeros_like': _filled(0.0),
+    'exp': _same('Exp'), 'sigmoid': _same('Sigmoid'),
     'sqrt': _same('Sqrt'), 'relu': _same('Relu'), 'negative': _same('Neg'),
     'BlockGrad': _same('Identity'), '_copy': _same('Identity'),
     **{f'{kind}_{end}': _same(op) for kind in ('elemwise', 'broadcast')
        for end, op in (('add', 'Add'), ('sub', 'Sub'), ('mul', 'Mul'), ('div', 'Div'))},
     '_plus_scalar': _scalar('Add'), '_minus_scalar': _scalar('Sub'), '_mul_scalar': _scalar('Mul'),
-    '_div_scalar': _scalar('Div'),
+    '_div_scalar': _scalar('Div'), '_minimum_scalar': _scalar('Min'), '_maximum_scalar': _scalar('Max'),
 }
 
 

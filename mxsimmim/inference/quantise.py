@@ -65,14 +65,16 @@ def quantised(trained: Trained, graph: Graph, prefix: Path, images: Optional[str
 def quantise(graph: Graph, calibration: np.ndarray) -> Graph:
     """Puts a graph's products with parameters into int8, their scales from normalised images (N, 3, S, S).
 
-    Everything else stays in float32: norms, softmax, GELU and attention's own products, and also our row sums and outer
-    products, which are matrix products only in form. Weights have a scale an output, activations one a layer, the
-    largest value met; weights are stored in float32 and quantised when the network is first used, to 7 bits (`narrow`).
+    Everything else stays in float32: norms, softmax, GELU, attention's own products and SwinV2's network of positions,
+    and also our row sums and outer products, which are matrix products only in form. Weights have a scale an output,
+    activations one a layer, the largest value met; weights are stored in float32 and quantised when the network is
+    first used, to 7 bits (`narrow`).
     """
     fused = graph.symbol.get_backend_symbol(BACKEND)
     nodes = json.loads(fused.tojson())['nodes']
     products = {node['name'] for node in nodes if node['op'] == FUSED
-                and nodes[node['inputs'][1][0]]['name'] in graph.arrays}
+                and nodes[node['inputs'][1][0]]['name'] in graph.arrays
+                and '.cpb_mlp.' not in nodes[node['inputs'][1][0]]['name']}
     others = [node['name'] for node in nodes if node['op'] != 'null' and node['name'] not in products]
     auxiliary: Set[str] = set(fused.list_auxiliary_states())
     arguments = {name: array for name, array in graph.arrays.items() if name not in auxiliary}

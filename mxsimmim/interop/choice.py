@@ -10,7 +10,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Uni
 
 PATCHES = 'patch_embed.proj.weight'
 HF_PATCHES = 'embeddings.patch_embeddings.projection.weight'
-HF_MODELS = ('vit', 'beit', 'swin')  # the encoder beside its head in Hugging Face's classes
+HF_MODELS = ('vit', 'beit', 'swin', 'swinv2')  # the encoder beside its head in Hugging Face's classes
 USUAL = ('model.', 'state_dict.')  # taken first, in this order
 LONGEST = 1000  # characters of a name that is looked at
 SHOWN = 3

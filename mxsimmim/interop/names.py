@@ -14,7 +14,7 @@ from ..config import ModelConfig
 from .openmmlab import from_openmmlab, is_openmmlab
 
 STYLES = ('official', 'timm', 'hf')
-BUFFERS = ('relative_position_index', 'attn_mask', 'relative_coords_table')  # computed by every library anew
+BUFFERS = ('relative_position_index', 'attn_mask', 'relative_coords_table')  # in checkpoints, but computed anew
 # Hugging Face's names as its files have them; the classes of its version 5 rename them on loading and on saving.
 HF_TOP = {
     'patch_embed.proj': 'embeddings.patch_embeddings.projection', 'patch_embed.norm': 'embeddings.norm',
@@ -23,7 +23,8 @@ HF_TOP = {
     'rel_pos_bias': 'encoder.relative_position_bias'}
 HF_BLOCK = {
     'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'mlp.fc1': 'intermediate.dense',
-    'mlp.fc2': 'output.dense', 'attn.proj': 'attention.output.dense', 'gamma_1': 'lambda_1', 'gamma_2': 'lambda_2'}
+    'mlp.fc2': 'output.dense', 'attn.proj': 'attention.output.dense', 'gamma_1': 'lambda_1', 'gamma_2': 'lambda_2',
+    'attn.logit_scale': 'attention.self.logit_scale', 'attn.cpb_mlp': 'attention.self.continuous_position_bias_mlp'}
 HF_TABLE = {'swin': 'attention.self.relative_position_bias_table',
             'beit': 'attention.attention.relative_position_bias.relative_position_bias_table'}
 HF_5_TOP = {'shared_position_bias': 'rel_pos_bias'}
@@ -35,13 +36,13 @@ FOREIGN = {"MAE's decoder": re.compile(r'decoder_(embed|pos_embed|blocks|norm|pr
            'a projection head': re.compile(r'head\.(\d+|mlp|layers|last_layer|projector)\.')}
 SPECIAL = re.compile(r'.*(dist|distillation|reg|register)_tokens?')  # tokens that no network here has
 # What a network of ours, or of the reference, can hold.
-VIT_QKV = r'(blocks\.\d+\.attn\.)qkv\.'
+QKV = r'((?:layers\.\d+\.)?blocks\.\d+\.attn\.)qkv\.'
 AFFINE = r'\.(weight|bias)'
 KNOWN = re.compile(
     r'(encoder\.)?(cls_token|mask_token|pos_embed|absolute_pos_embed|rel_pos_bias\.relative_position_bias_table'
     r'|patch_embed\.(proj|norm)' + AFFINE + r'|(fc_)?norm\d*' + AFFINE +
-    r'|(layers\.\d+\.)?blocks\.\d+\.(gamma_[12]|attn\.(q_bias|v_bias|relative_position_bias_table)'
-    r'|(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])' + AFFINE + r')'
+    r'|(layers\.\d+\.)?blocks\.\d+\.(gamma_[12]|attn\.(q_bias|v_bias|relative_position_bias_table|logit_scale)'
+    r'|(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12]|attn\.cpb_mlp\.0)' + AFFINE + r'|attn\.cpb_mlp\.2\.weight)'
     r'|layers\.\d+\.downsample\.(norm' + AFFINE + r'|reduction\.weight))|(head|decoder\.0)' + AFFINE)
 
 
@@ -58,7 +59,8 @@ def to_official(arrays: Mapping[str, np.ndarray], log: Callable[[str], None] = l
     Raises:
         ValueError: weights that ViT or Swin of this program has no place for, the first of them named.
     """
-    given = {name: value for name, value in arrays.items() if not name.endswith(BUFFERS)}
+    given = {name.replace('.attn.rpe_mlp.', '.attn.cpb_mlp.'): value  # as the first published SwinV2 had it
+             for name, value in arrays.items() if not name.endswith(BUFFERS)}
     for what, pattern in FOREIGN.items():
         foreign = [name for name in given if pattern.match(name)]
         given = {name: value for name, value in given.items() if not pattern.match(name)}
@@ -110,7 +112,7 @@ def from_official(arrays: Mapping[str, np.ndarray], style: str,
         kept = {name: value for name, value in bare.items() if not name.startswith(('decoder.', 'mask_token'))}
         return _to_timm(kept, config.type, plain), sorted(bare.keys() - kept.keys())
     plain = plain and config.init_values is None and not config.use_mean_pooling
-    family = 'swin' if config.type == 'swin' else 'vit' if plain else 'beit'
+    family = config.type if config.type != 'vit' else 'vit' if plain else 'beit'
     kept = {name: value for name, value in bare.items() if family != 'beit' or not name.startswith('decoder.')}
     return _to_hf(kept, family), sorted(bare.keys() - kept.keys())
 
@@ -124,16 +126,18 @@ def _rename(name: str, table: Mapping[str, str]) -> str:
 
 
 def _split_bias(arrays: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
-    """A ViT's attention bias as the reference holds it: q_bias and v_bias.
+    """The attention bias of a ViT or SwinV2 as the reference holds it: q_bias and v_bias.
 
     A bias b of the keys adds q.b to all scores of a row of the softmax, which does not change by that, so it is dropped
-    exactly (Bao et al. 2022, arXiv:2106.08254, have none therefore). A network without any has zeros.
+    exactly (Bao et al. 2022, arXiv:2106.08254, have none therefore). A network without any has zeros. SwinV2's keys
+    have none anywhere; Swin's have one that stays.
     """
-    found = {name: value for name, value in arrays.items() if not re.fullmatch(VIT_QKV + 'bias', name)}
+    found = dict(arrays)
     for name, weight in arrays.items():
-        match = re.fullmatch(VIT_QKV + 'weight', name)
-        if match and match[1] + 'q_bias' not in arrays:
-            bias = arrays.get(match[1] + 'qkv.bias', np.zeros(len(weight), weight.dtype))
+        match = re.fullmatch(QKV + 'weight', name)
+        split = match and (not name.startswith('layers.') or match[1] + 'logit_scale' in arrays)
+        if match and split and match[1] + 'q_bias' not in arrays:
+            bias = found.pop(match[1] + 'qkv.bias', np.zeros(len(weight), weight.dtype))
             found[match[1] + 'q_bias'], _, found[match[1] + 'v_bias'] = np.split(bias, 3)
     return found
 
@@ -168,7 +172,7 @@ def _from_timm(arrays: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
 
 
 def _to_timm(arrays: Mapping[str, np.ndarray], kind: str, plain: bool) -> Dict[str, np.ndarray]:
-    if kind == 'swin':
+    if kind != 'vit':
         return {_shift_merging(_rename(name, {'head': 'head.fc'}), 1): value for name, value in arrays.items()}
     if not plain:
         return dict(arrays)
@@ -183,7 +187,7 @@ def _from_hf(arrays: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
     found: Dict[str, np.ndarray] = {}
     parts: Dict[str, Dict[str, np.ndarray]] = {}  # of a projection: query, key, value
     for name, value in arrays.items():
-        name = re.sub(r'^(vit|beit|swin)\.', '', name)
+        name = re.sub(r'^(vit|beit|swin|swinv2)\.', '', name)
         match = re.fullmatch(r'(?:encoder\.)?(layers\.\d+\.blocks|layers?)\.(\d+)\.(?!downsample)(.*)', name)
         prefix = f"{match[1] if 'blocks' in match[1] else 'blocks'}.{match[2]}." if match else ''
         part = match and re.fullmatch(r'attention\.(?:attention\.|self\.)?([qkv])(?:uery|ey|alue|_proj)\.(weight|bias)',
@@ -205,7 +209,7 @@ def _to_hf(arrays: Mapping[str, np.ndarray], family: str) -> Dict[str, np.ndarra
     """The prefix is that of the class with the head that the arrays have; BEiT without head is a bare BeitModel."""
     block = {**HF_BLOCK, 'attn.relative_position_bias_table': HF_TABLE.get(family, '')}
     headed = 'head.weight' in arrays or 'decoder.0.weight' in arrays
-    projection = 'attention.self' if family == 'swin' else 'attention.attention'
+    projection = 'attention.self' if family.startswith('swin') else 'attention.attention'
     found: Dict[str, np.ndarray] = {}
     for name, value in _whole_bias(arrays).items():
         match = re.fullmatch(r'(layers\.\d+\.)?blocks\.(\d+)\.(.*)', name)
@@ -216,7 +220,7 @@ def _to_hf(arrays: Mapping[str, np.ndarray], family: str) -> Dict[str, np.ndarra
         prefix += f'encoder.{match[1]}blocks.{match[2]}.' if match[1] else f'encoder.layer.{match[2]}.'
         if match[3].startswith('attn.qkv.'):
             for part, rows in zip(('query', 'key', 'value'), np.split(value, 3)):
-                if (family, part, match[3]) != ('beit', 'key', 'attn.qkv.bias'):  # BEiT's keys have no bias
+                if (part, match[3]) != ('key', 'attn.qkv.bias') or family not in ('beit', 'swinv2'):  # without that
                     found[f'{prefix}{projection}.{part}.{match[3][9:]}'] = rows
         else:
             found[prefix + _rename(match[3], block)] = value

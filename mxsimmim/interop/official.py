@@ -15,11 +15,10 @@ from ..config import ModelConfig
 from ..models import Classifier, joined, named_parameters, parameter_specs
 from ..system.arrays import Arrays, WhenAsked
 from .files import read_weights
-from .names import to_official
+from .names import BUFFERS as COMPUTED, to_official
 from .resize import absolute_table, relative_table
 from .told import changes
 
-COMPUTED = ('relative_position_index', 'attn_mask')  # in its checkpoints, but computed here
 SHOWN = 3  # of what is wrong with a file, in one line
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..config import MaskConfig, ModelConfig
 
 ASSUMED_SIDE = 224  # of the images of a ViT whose weights do not tell
+ASSUMED_WINDOW = 8  # of a SwinV2 whose weights do not tell
 
 
 def model_keys(raw: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> Tuple[Dict[str, Any],
@@ -37,15 +38,19 @@ def model_keys(raw: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) 
 
 def _swin_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], told: Dict[str, Any],
                assumed: Dict[str, Any]) -> None:
-    tables: List[List[np.ndarray]] = []  # of each stage, one a block
-    for stage in range(len({name.split('.')[1] for name in bare if name.startswith('layers.')})):
-        tables.append([value for name, value in bare.items()
-                       if re.fullmatch(rf'layers\.{stage}\.blocks\.\d+\.attn\.relative_position_bias_table', name)])
-    windows = [(math.isqrt(table[0].shape[0]) + 1) // 2 for table in tables]
+    stages = len({name.split('.')[1] for name in bare if name.startswith('layers.')})
+    if 'layers.0.blocks.0.attn.logit_scale' in bare:
+        scales = _of_stages(bare, stages, 'logit_scale')
+        told.update(type='swinv2', depths=[len(scale) for scale in scales],
+                    num_heads=[len(scale[0]) for scale in scales])
+        windows = _windows_v2(raw, stages, told, assumed)
+    else:
+        tables = _of_stages(bare, stages, 'relative_position_bias_table')
+        windows = [(math.isqrt(table[0].shape[0]) + 1) // 2 for table in tables]
+        told.update(type='swin', depths=[len(table) for table in tables],
+                    num_heads=[table[0].shape[1] for table in tables], window_size=max(windows))
     window, patch = max(windows), told['patch_size']
-    told.update(type='swin', depths=[len(table) for table in tables], window_size=window,
-                num_heads=[table[0].shape[1] for table in tables],
-                mlp_ratio=ratio(bare['layers.0.blocks.0.mlp.fc1.weight']),
+    told.update(mlp_ratio=ratio(bare['layers.0.blocks.0.mlp.fc1.weight']),
                 use_ape='absolute_pos_embed' in bare)
     masks = [value for name, value in raw.items() if name.endswith('layers.0.blocks.1.attn_mask')]
     if 'absolute_pos_embed' in bare:
@@ -57,6 +62,29 @@ def _swin_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], to
         told['img_size'] = (windows[stage] << stage) * patch
     else:  # as published: the last stage is one window
         assumed['img_size'] = (window << len(windows) - 1) * patch
+
+
+def _of_stages(arrays: Mapping[str, np.ndarray], stages: int, leaf: str) -> List[List[np.ndarray]]:
+    """Of each stage, what its blocks' attention has under this name."""
+    return [[value for name, value in arrays.items()
+             if re.fullmatch(rf'(?:.*\.)?layers\.{stage}\.blocks\.\d+\.attn\.{leaf}', name)]
+            for stage in range(stages)]
+
+
+def _windows_v2(raw: Mapping[str, np.ndarray], stages: int, told: Dict[str, Any], assumed: Dict[str, Any]) -> List[int]:
+    """The windows of a SwinV2's stages, which only the offsets among its buffers tell, as those in pre-training."""
+    tables = _of_stages(raw, stages, 'relative_coords_table')  # (1, 2 * window - 1, 2 * window - 1, 2), log-spaced
+    if not all(tables):
+        assumed['window_size'] = ASSUMED_WINDOW
+        return [ASSUMED_WINDOW] * stages
+    windows = [(table[0].shape[1] + 1) // 2 for table in tables]
+    # The last offset is log2(8 * (window - 1) / (reach - 1) + 1) / 3.
+    reaches = [round(8 * (window - 1) / (2 ** (3 * float(table[0].max())) - 1)) + 1 if window > 1 else 0
+               for window, table in zip(windows, tables)]
+    told['window_size'] = max(windows)
+    if reaches != windows:
+        told['pretrained_window_sizes'] = reaches
+    return windows
 
 
 def _vit_keys(raw: Mapping[str, np.ndarray], bare: Mapping[str, np.ndarray], told: Dict[str, Any],
@@ -95,7 +123,7 @@ def changes(model: ModelConfig, arrays: Mapping[str, np.ndarray]) -> List[str]:
     except (KeyError, IndexError, ValueError, AttributeError):
         return []
     own = model.model_dump(mode='json')
-    for key in ('img_size', 'window_size'):
+    for key in ('img_size', 'window_size', 'pretrained_window_sizes'):
         told.pop(key, None)
     if told['type'] == model.type == 'vit':
         if (told['init_values'] is None) == (model.init_values is None):

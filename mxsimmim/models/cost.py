@@ -8,7 +8,8 @@ from ..config import ModelConfig
 def multiply_adds(config: ModelConfig, decoder: bool = True) -> int:
     """Multiply-adds of one image's forward pass through encoder and, if asked, decoder: the papers' "FLOPs".
 
-    Matrix products only; normalisation, softmax and activations are a few per cent more.
+    Matrix products only; normalisation, softmax and activations are a few per cent more. So is SwinV2's network of
+    positions, which is computed once a batch.
     """
     return sum(segment_costs(config, decoder))
 

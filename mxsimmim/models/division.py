@@ -32,8 +32,10 @@ def _divided(net: Any, shards: Sequence[Shard], weights: bool) -> Iterator[Tuple
         if not net.elsewhere.isdisjoint(module.collect_params()):
             continue
         parts = [module.part(shard) for shard in shards]
-        for part in parts if weights else ():
-            part.initialize(mx.init.Zero(), ctx=mx.cpu())
+        there = module.collect_params()  # of which parts may share some
+        for parameter in [p for part in parts for name, p in part.collect_params().items() if name not in there]:
+            if weights:
+                parameter.initialize(None, mx.cpu(), mx.init.Zero())
         for end, whole in structural_parameters(module).items():
             if isinstance(whole, Constant):
                 continue

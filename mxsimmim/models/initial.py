@@ -57,10 +57,14 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
     Truncated normal 0.02 for linear maps, tokens and positions (ViT's pre-training cuts at one deviation, everything
     else at +-2, that is hardly ever), a thousandth of it for ViT's classification head; PyTorch's default, uniform, for
     the decoder and Swin's patch convolution; He et al. 2015 (arXiv:1502.01852) by outputs for a segmenter's heads, and
-    a normal of 0.01 for their last maps.
+    a normal of 0.01 for their last maps. SwinV2's blocks begin as identity: their last norms with a weight of 0.
     """
     leaf = name.rsplit('.', 1)[-1]
     vit = config.type == 'vit'
+    if leaf == 'logit_scale':
+        return np.full(shape, math.log(10), 'float32')
+    if config.type == 'swinv2' and re.search(r'blocks\.\d+\.norm[12]\.weight$', name):
+        return np.zeros(shape, 'float32')
     if name.startswith('decoder.') or (not vit and 'patch_embed.proj' in name):
         inputs = 3 * config.patch_size ** 2 if 'patch_embed' in name else config.embed_dim * 2 ** (config.stages - 1)
         bound = 1 / math.sqrt(inputs)

@@ -111,6 +111,11 @@ class Mlp(Divisible):
             self.fc1 = Linear(width, self._hidden, backend)
             self.fc2 = Linear(self._hidden, width, backend, bias=not self._partial)
 
+    def branch(self, F: Any, x: Any) -> Any:
+        """This of x, (B, L, C) to the same; parts add up to the whole."""
+        hidden = self.backend.linear(F, x, *pair(F, x, self.fc1), gelu=True, units=self._hidden)
+        return self.backend.linear(F, hidden, *pair(F, x, self.fc2), units=self._width)
+
     def add_to(self, F: Any, x: Any, norm: LayerNorm, gamma: Any, keep: Any, rows: Any, recompute: bool) -> Any:
         """x + this of norm(x), (B, L, C); x left out in shards other than the first."""
         return self.backend.mlp(F, x, pair(F, x, norm), pair(F, x, self.fc1), pair(F, x, self.fc2), gamma, keep, rows,

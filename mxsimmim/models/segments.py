@@ -13,7 +13,7 @@ Run = Callable[[Any, Any, Dict[str, Any]], Any]
 
 
 class Half(NamedTuple):
-    """Half a block, x + f(norm(x)), of which each shard of its `modules` computes a term of a sum.
+    """Half a block, x + f(norm(x)) or f(x), of which each shard of its `modules` computes a term of a sum.
 
     ``run(F, x, given, *modules)`` is as `Segment.run`, with these modules or their parts; the other fields, too.
     """
@@ -34,7 +34,7 @@ class Segment(NamedTuple):
 
     ``run(F, x, given)`` computes what the next segment takes, of what the one before has computed (None for the first)
     and of the network's inputs named `inputs` in the dict `given`. There, segments leave what later ones of the same
-    stage can use, too.
+    stage can use, too. A piece that follows a half finds there as `residual` what that half was given.
     """
     run: Run
     blocks: Sequence[HybridBlock]  # which have its parameters

@@ -29,19 +29,22 @@ class Cut(NamedTuple):
 ROWS, COLUMNS, QKV = Cut(0), Cut(1), Cut(0, 3)
 CUTS: Dict[str, Cut] = {  # by the end of the name
     'attn.qkv.weight': QKV, 'attn.qkv.bias': QKV, 'attn.q_bias': ROWS, 'attn.v_bias': ROWS, 'attn.proj.weight': COLUMNS,
-    'relative_position_bias_table': COLUMNS, 'mlp.fc1.weight': ROWS, 'mlp.fc1.bias': ROWS, 'mlp.fc2.weight': COLUMNS,
+    'attn.logit_scale': ROWS, 'attn.cpb_mlp.2.weight': ROWS, 'relative_position_bias_table': COLUMNS,
+    'mlp.fc1.weight': ROWS, 'mlp.fc1.bias': ROWS, 'mlp.fc2.weight': COLUMNS,
 }
 # Of these each shard has a copy, whose gradient is a term of a sum: what it computes follows them.
-SHARED = '.norm1.weight', '.norm1.bias', '.norm2.weight', '.norm2.bias', '.gamma_1', '.gamma_2'
+NORMS = '.norm1.weight', '.norm1.bias', '.norm2.weight', '.norm2.bias'
+SHARED = '.gamma_1', '.gamma_2', 'attn.cpb_mlp.0.weight', 'attn.cpb_mlp.0.bias'
 FIRST = 'attn.proj.bias', 'mlp.fc2.bias'  # which the first shard has alone, as they are added to the sum
 
 
-def gradient_axes(name: str) -> Tuple[str, ...]:
+def gradient_axes(name: str, post_norm: bool = False) -> Tuple[str, ...]:
     """Return the axes of a mesh of workers over which this parameter's gradient is summed.
 
-    That of a part is whole where the part is, and so is that of what every shard computes alike.
+    That of a part is whole where the part is, and so is that of what every shard computes alike, among it the norms of
+    blocks that normalise the sum (`post_norm`).
     """
-    return ('data', 'tensor') if name.endswith(SHARED) else ('data',)
+    return ('data', 'tensor') if name.endswith(SHARED if post_norm else SHARED + NORMS) else ('data',)
 
 
 def is_copied(name: str) -> bool:

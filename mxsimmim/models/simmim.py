@@ -6,21 +6,24 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import mxnet as mx
+import numpy as np
 from mxnet.gluon import HybridBlock, Parameter, nn
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
-from ..ops.pixels import AUTO, from_cells
+from ..ops.pixels import AUTO, from_cells, to_cells
 from .initial import begin
 from .layers import Linear, pair
 from .pixels import MEAN, STD, PixelInput
-from .segments import Segment
+from .segments import Segment, own
 from .shards import WHOLE, Shard
 from .swin import SwinTransformer
+from .swin_v2 import SwinTransformerV2
 from .vit import VisionTransformer
 
 Encoder = Union[VisionTransformer, SwinTransformer]
-ENCODERS: Dict[str, Type[Encoder]] = {'vit': VisionTransformer, 'swin': SwinTransformer}
+ENCODERS: Dict[str, Type[Encoder]] = {'vit': VisionTransformer, 'swin': SwinTransformer,
+                                     'swinv2': SwinTransformerV2}
 
 
 class SimMIM(HybridBlock):
@@ -39,9 +42,15 @@ class SimMIM(HybridBlock):
         self.config, self.backend, self.pixels = config, backend, PixelInput(mean, std, backend)
         self.elsewhere: Set[str] = set()  # `Parameter.name` of those that this worker does not hold
         self._side, self._cell, self._norm_targets = config.side, config.stride, config.norm_targets
+        self._spares = backend.is_native and config.type != 'swinv2'  # the last block what the loss does not need
         self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}  # of parameters that `division.divide` has cut
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, True, self.pixels)
+            self.norm_band = self.norm_unbiased = None
+            if config.norm_window:
+                band = band_of(config.img_size, config.norm_window)
+                self.norm_band = self.params.get_constant('norm_band', band)
+                self.norm_unbiased = self.params.get_constant('norm_unbiased', unbiased_of(band))
             self.decoder = nn.HybridSequential()
             self.decoder.add(Linear(config.embed_dim * 2 ** (config.stages - 1), 3 * config.stride ** 2, backend))
 
@@ -51,18 +60,20 @@ class SimMIM(HybridBlock):
             keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
         return super().forward(image, mask, *([] if keep is None else [keep]))
 
-    def hybrid_forward(self, F: Any, image: Any, mask: Any, keep: Any = None) -> Any:
+    def hybrid_forward(self, F: Any, image: Any, mask: Any, keep: Any = None, norm_band: Any = None,
+                       norm_unbiased: Any = None) -> Any:
         return self._loss(F, self.encoder(image, mask, keep, self._needed(F, mask)), image, mask)
 
     def segments(self) -> List[Segment]:
         """Return those of the encoder, and the head, which computes the loss (1,)."""
         *segments, last = self.encoder.segments()
-        if self.backend.is_native:  # the last block spares what the loss does not depend on
+        if self._spares:
             *pieces, mlp = last.pieces
             last = last._replace(run=partial(self._run_last, last.run), inputs=(*last.inputs, 'mask'), pieces=(
                 *pieces, mlp._replace(run=partial(self._run_last, mlp.run), inputs=(*mlp.inputs, 'mask'))))
         head = Segment(lambda F, x, given: self._loss(F, self.encoder.finish(x), given['image'], given['mask']),
-                       [self.decoder, *filter(None, [self.encoder.norm])], ('image', 'mask'))
+                       [self.decoder, *filter(None, [self.encoder.norm])], ('image', 'mask'),
+                       (self.norm_band, self.norm_unbiased))
         return [*segments, last, head]
 
     def _run_last(self, run: Callable[..., Any], F: Any, x: Any, given: Dict[str, Any], *modules: HybridBlock) -> Any:
@@ -74,9 +85,7 @@ class SimMIM(HybridBlock):
 
     def _loss(self, F: Any, tokens: Any, image: Any, mask: Any) -> Any:
         """The loss (1,) of the encoder's tokens."""
-        target = self._cells(F, image)
-        if self._norm_targets:
-            target, _, _ = normalise_cells(F, target)
+        target = self._normalised(F, image)[0] if self._norm_targets else self._cells(F, image)
         return self.backend.masked_loss(F, tokens, pair(F, tokens, self.decoder[0]), target, mask, cell=self._cell,
                                         patch=self.config.patch_size, prefix=self.encoder.prefix_tokens,
                                         kind=self.config.loss)
@@ -85,12 +94,22 @@ class SimMIM(HybridBlock):
         """The image's cells (B, cells, 3*cell*cell)."""
         return self.pixels.cells(F, image, self.config.size, self._cell)
 
+    def _normalised(self, F: Any, image: Any) -> Tuple[Any, Any, Any]:
+        """The image's cells normalised, and what was taken from them: mean, deviation."""
+        cells = self._cells(F, image)
+        if self.norm_band is None:
+            return normalise_cells(F, cells)
+        image = from_cells(F, cells, self._side, self._cell)
+        found = normalise_around(F, image, *own(F, cells, self.norm_band, self.norm_unbiased), self._side)
+        normalised, mean, deviation = (to_cells(F, x, self._side, self._cell) for x in found)
+        return normalised, mean, deviation
+
     def _needed(self, F: Any, mask: Any) -> Any:
         """1 for the tokens (B, prefix + cells) that the loss depends on, those of cells with masked patches, else 0.
 
         None where operators could not make use of it.
         """
-        if not self.backend.is_native:
+        if not self._spares:
             return None
         cells, patches = self._side // self._cell, self._cell // self.config.patch_size
         mask = F.reshape(F.cast(mask, dtype='float32'), shape=(AUTO, cells, patches, cells, patches))
@@ -107,7 +126,7 @@ class SimMIM(HybridBlock):
         """The image (B, 3, H, W) that the decoder makes of the encoder's tokens."""
         cells = self.decoder(F.slice_axis(tokens, axis=1, begin=self.encoder.prefix_tokens, end=None))
         if self._norm_targets:
-            _, mean, deviation = normalise_cells(F, self._cells(F, image))
+            _, mean, deviation = self._normalised(F, image)
             cells = F.broadcast_add(F.broadcast_mul(cells, deviation), mean)
         return from_cells(F, cells, self._side, self._cell)
 
@@ -123,6 +142,34 @@ def normalise_cells(F: Any, cells: Any) -> Tuple[Any, Any, Any]:
     count = F.sum(F.ones_like(cells), axis=2, keepdims=True)
     deviation = F.sqrt(F.sum(F.square(centred), axis=2, keepdims=True) / (count - 1) + 1e-6)
     return F.broadcast_div(centred, deviation), mean, deviation
+
+
+def band_of(side: int, window: int) -> np.ndarray:
+    """(side, side): row i averages those of `side` numbers that are in a window around number i."""
+    near = np.abs(np.subtract.outer(np.arange(side), np.arange(side))) <= window // 2
+    return (near / near.sum(1, keepdims=True)).astype('float32')
+
+
+def unbiased_of(band: np.ndarray) -> np.ndarray:
+    """(1, 1, side, side): n / (n - 1) of the n pixels in the square around each, of `band_of` both axes."""
+    count = np.multiply.outer((band > 0).sum(1), (band > 0).sum(1))
+    return (count / (count - 1)).astype('float32')[None, None]
+
+
+def normalise_around(F: Any, image: Any, band: Any, unbiased: Any, side: int) -> Tuple[Any, Any, Any]:
+    """Each pixel of (B, 3, H, W) less the mean, over the deviation, of the square around it; and these two.
+
+    As in the pre-training of Liu et al. 2022 (arXiv:2111.09883): of a square at the edge, what is in the image counts.
+    """
+    def average(x: Any) -> Any:
+        for _ in range(2):  # along both axes
+            x = F.FullyConnected(x, band, num_hidden=side, no_bias=True, flatten=False)
+            x = F.transpose(x, axes=(0, 1, 3, 2))
+        return x
+    mean = average(image)
+    variance = F.broadcast_mul(average(F.square(image)) - F.square(mean), unbiased)
+    deviation = F.sqrt(F.maximum(variance, 0) + 1e-6)
+    return (image - mean) / deviation, mean, deviation
 
 
 def build_simmim(config: ModelConfig, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,

@@ -6,7 +6,7 @@ from mxnet.gluon import HybridBlock, Parameter
 from mxnet.gluon.parameter import Constant
 
 from ..runtime.mxnet_private import structural_parameters
-from .shards import WHOLE, Shard, join, part_of, whole_shape
+from .shards import WHOLE, Shard, gradient_axes, join, part_of, whole_shape
 
 WEIGHT, BUFFER = 'weight', 'buffer'
 
@@ -25,6 +25,7 @@ class ParameterSpec(NamedTuple):
     lr_scale: float = 1.0  # its learning rate relative to the schedule's
     axes: Tuple[str, ...] = ('data',)  # of the mesh, over which its gradient is summed
     shard: Shard = WHOLE  # which part of the whole it is
+    is_term: bool = False  # in a tensor group each worker has a term of its gradient
 
     @property
     def trainable(self) -> bool:
@@ -57,13 +58,15 @@ def parameter_specs(net: HybridBlock, groups: Optional[Mapping[str, Tuple[float,
         groups: (lr_scale, weight_decay) of each weight, as `optim.parameter_groups` returns it.
     """
     groups, shards = groups or {}, getattr(net, 'shards', {})
+    post_norm = getattr(getattr(net, 'config', None), 'type', '') == 'swinv2'
     specs: List[ParameterSpec] = []
     for name, parameter in structural_parameters(net).items():
         if isinstance(parameter, Constant) or parameter.name in getattr(net, 'elsewhere', ()):
             continue
         scale, decay = groups.get(name, (1.0, 0.0))
         role = WEIGHT if parameter.grad_req != 'null' else BUFFER
-        specs += [ParameterSpec(name, part, role, decay, scale, shard=shard)
+        is_term = 'tensor' in gradient_axes(name, post_norm)
+        specs += [ParameterSpec(name, part, role, decay, scale, shard=shard, is_term=is_term)
                   for shard, part in shards.get(name, [(WHOLE, parameter)])]
     return specs
 

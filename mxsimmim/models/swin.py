@@ -4,7 +4,7 @@ Liu et al. 2021 (arXiv:2103.14030), with the reference's parameter names.
 """
 import math
 from functools import partial
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Type, Union
 
 from mxnet.gluon import HybridBlock, nn
 
@@ -85,21 +85,24 @@ class Block(HybridBlock):
             if windows.needs_mask:
                 self.attn_mask = self.params.get_constant('attn_mask', shift_mask(*windows))
             self.norm1 = LayerNorm(width, EPS, backend)
-            self.attn = WindowAttention(width, config.heads[stage], windows, backend)
+            self.attn = self._attention(config, stage, windows, backend)
             self.norm2 = LayerNorm(width, EPS, backend)
             self.mlp = Mlp(width, int(width * config.mlp_ratio), backend)
+
+    def _attention(self, config: ModelConfig, stage: int, windows: Windows, backend: OpBackend) -> Divisible:
+        return WindowAttention(config.embed_dim * 2 ** stage, config.heads[stage], windows, backend)
 
     def hybrid_forward(self, F: Any, x: Any, keep: Any, rows: Any = None, attn_mask: Any = None) -> Any:
         return self._mix(F, self._attend(F, x, self.attn, keep), self.mlp, keep, rows)
 
-    def halves(self) -> Tuple[Half, Half]:
+    def halves(self) -> Tuple[Union[Half, Segment], ...]:
         """Return attention and MLP."""
         return (Half(lambda F, x, given, attn: self._attend(F, x, attn, given.get('keep')),
                      [self.attn], [self.norm1], self.inputs, (self.attn_mask,)),
                 Half(lambda F, x, given, mlp: self._mix(F, x, mlp, given.get('keep'), given.get('rows')),
                      [self.mlp], [self.norm2], self.inputs))
 
-    def _attend(self, F: Any, x: Any, attn: WindowAttention, keep: Any) -> Any:
+    def _attend(self, F: Any, x: Any, attn: Any, keep: Any) -> Any:
         mask, = own(F, x, self.attn_mask)
         return attn.add_to(F, x, self.norm1, mask, column(F, keep, 2 * self._draw), self._recompute)
 
@@ -112,20 +115,28 @@ class PatchMerging(HybridBlock):
 
     def __init__(self, size: Tuple[int, int], width: int, backend: OpBackend):
         super().__init__()
-        self._pairs, self._width = Windows(*size, 2), width
+        self._size, self._width = size, width
         with self.name_scope():
             self.reduction = Linear(4 * width, 2 * width, backend, bias=False)
             self.norm = LayerNorm(4 * width, EPS, backend)
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
-        (down, across), width = self._pairs.counts, self._width
-        x = F.reshape(pad(F, x, self._pairs, width), shape=(AUTO, down, 2, across, 2, width))
-        x = F.transpose(x, axes=(0, 1, 3, 4, 2, 5))         # (B, down, across, x, y, C): order (0,0),(1,0),(0,1),(1,1)
-        return self.reduction(self.norm(F.reshape(x, shape=(AUTO, down * across, 4 * width))))
+        return self.reduction(self.norm(neighbours(F, x, self._size, self._width)))
+
+
+def neighbours(F: Any, x: Any, size: Tuple[int, int], width: int) -> Any:
+    """(B, h*w, C) to (B, h/2 * w/2, 4C): four tokens of a square side by side; odd sides get zeros."""
+    pairs = Windows(*size, 2)
+    down, across = pairs.counts
+    x = F.reshape(pad(F, x, pairs, width), shape=(AUTO, down, 2, across, 2, width))
+    x = F.transpose(x, axes=(0, 1, 3, 4, 2, 5))             # (B, down, across, x, y, C): order (0,0),(1,0),(0,1),(1,1)
+    return F.reshape(x, shape=(AUTO, down * across, 4 * width))
 
 
 class Stage(HybridBlock):
     """Blocks at one resolution, then the merging into the next, except after the last."""
+    block: Type[Block] = Block
+    merging: Type[PatchMerging] = PatchMerging
 
     def __init__(self, config: ModelConfig, stage: int, backend: OpBackend):
         super().__init__()
@@ -133,10 +144,10 @@ class Stage(HybridBlock):
         with self.name_scope():
             self.blocks = nn.HybridSequential()
             for index in range(config.depths[stage]):
-                self.blocks.add(Block(config, stage, index, backend))
+                self.blocks.add(self.block(config, stage, index, backend))
             self.downsample = None
             if not last:
-                self.downsample = PatchMerging(config.tokens(stage), config.embed_dim * 2 ** stage, backend)
+                self.downsample = self.merging(config.tokens(stage), config.embed_dim * 2 ** stage, backend)
 
     def hybrid_forward(self, F: Any, x: Any, keep: Any, rows: Any = None) -> Any:
         for index in range(len(self.blocks)):
@@ -169,6 +180,7 @@ class SwinTransformer(HybridBlock):
     the last stage, is 0 for tokens that nobody will use, see `OpBackend.mlp`.
     """
     prefix_tokens = 0
+    stage: Type[Stage] = Stage
 
     def __init__(self, config: ModelConfig, masked: bool, pixels: PixelInput, dense: bool = False):
         super().__init__()
@@ -183,7 +195,7 @@ class SwinTransformer(HybridBlock):
             self.patch_embed = PatchEmbed(config.size, config.patch_size, width, pixels, EPS)
             self.layers = nn.HybridSequential()
             for stage in range(config.stages):
-                self.layers.add(Stage(config, stage, backend))
+                self.layers.add(self.stage(config, stage, backend))
             self.norm = None if dense else LayerNorm(width * 2 ** (config.stages - 1), EPS, backend)
 
     def hybrid_forward(self, F: Any, image: Any, mask: Any = None, keep: Any = None, rows: Any = None,

@@ -82,6 +82,16 @@ class OpBackend:
                                           tokens=tokens, eps=eps, windows=windows, size=size,
                                           partial=partial, recompute=recompute, precision=self.precision)
 
+    def cosine_attention(self, F: Any, x: Any, qkv: Pair, proj: Pair, scale: Any, bias: Any, mask: Any = None, *,
+                         width: int, heads: int, size: int, windows: Windows) -> Any:
+        """Compute proj(attention(qkv(x))) with cosines for products of queries and keys, (B, L, C) to the same.
+
+        Liu et al. 2022 (arXiv:2111.09883). Each head multiplies them with its number in scale (H, 1, 1). Pairs, bias,
+        mask and windows as in `attention`. Results of some of the heads each add up to that of all.
+        """
+        return FORMS[self.form].cosine_attention(F, x, qkv, proj, scale, bias, mask, width=width, heads=heads,
+                                                 size=size, windows=windows, precision=self.precision)
+
     def mlp(self, F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None,
             rows: Any = None, *, width: int, hidden: int, eps: float, partial: bool = False, recompute: bool = False
             ) -> Any:

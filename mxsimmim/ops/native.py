@@ -7,6 +7,7 @@ shared bias, which must be given to them in smaller groups (models/vit.py).
 """
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from . import reference
 from .layout import Windows
 from .regions import CANONICAL, LEVEL
 
@@ -60,6 +61,13 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
     y = F.mxsimmim_attention(*inputs, heads=heads, eps=eps, bf16=precision == 'bf16', partial=partial,
                              recompute=recompute, **flags, **added)
     return y if recompute else y[0]
+
+
+def cosine_attention(F: Any, x: Any, qkv: Pair, proj: Pair, scale: Any, bias: Any, mask: Any = None, *, width: int,
+                     heads: int, size: int, windows: Windows, precision: str = 'float32') -> Any:
+    """Compute `OpBackend.cosine_attention`: native products, and MXNet's own operators between them."""
+    return reference.cosine_attention(F, x, qkv, proj, scale, bias, mask, width=width, heads=heads, size=size,
+                                      windows=windows, precision=precision, product=linear)
 
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,

@@ -5,13 +5,14 @@ native form.
 
 Shapes: B images, L tokens, C channels, H heads of D channels, N tokens that attend to each other.
 """
-from typing import Any, Optional, Tuple
+import math
+from typing import Any, Callable, Optional, Tuple
 
 from .layout import Windows
 from .pixels import AUTO, masked_loss, patchify, swap
 from .regions import pyramid_pool
 
-__all__ = ['attention', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify', 'pyramid_pool']
+__all__ = ['attention', 'cosine_attention', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify', 'pyramid_pool']
 
 Pair = Tuple[Any, Any]
 
@@ -67,7 +68,7 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
         tokens = windows.window ** 2
     if mask is not None:
         assert windows, 'only windows have a mask'
-        count = windows.counts[0] * windows.counts[1]
+        count = math.prod(windows.counts)
         bias = F.broadcast_axis(mask, axis=1, size=heads) if bias is None else F.broadcast_add(bias, mask)
     y = attend(F, linear(F, y, *qkv, units=3 * heads * size), heads, size, tokens, bias, count)
     y = linear(F, y, *proj, units=width)
@@ -75,6 +76,20 @@ def attention(F: Any, x: Any, norm: Pair, qkv: Pair, proj: Pair, bias: Any = Non
         y = roll(F, join(F, y, windows, width), windows._replace(shift=-windows.shift), width)
         y = crop(F, y, windows, width)
     return residual(F, None if partial else x, y, gamma, keep, width)
+
+
+def cosine_attention(F: Any, x: Any, qkv: Pair, proj: Pair, scale: Any, bias: Any, mask: Any = None, *, width: int,
+                     heads: int, size: int, windows: Windows, precision: str = 'float32',
+                     product: Callable[..., Any] = linear) -> Any:
+    """Compute `OpBackend.cosine_attention`, with this `product` of tokens and weights."""
+    if mask is not None:
+        bias = F.broadcast_add(bias, mask)
+    tokens, count = windows.window ** 2, 1 if mask is None else math.prod(windows.counts)
+    y = partition(F, roll(F, pad(F, x, windows, width), windows, width), windows, width)
+    y = product(F, y, *qkv, units=3 * heads * size, precision=precision)
+    y = attend(F, y, heads, size, tokens, bias, count, scale)
+    y = join(F, product(F, y, *proj, units=width, precision=precision), windows, width)
+    return crop(F, roll(F, y, windows._replace(shift=-windows.shift), width), windows, width)
 
 
 def mlp(F: Any, x: Any, norm: Pair, fc1: Pair, fc2: Pair, gamma: Any = None, keep: Any = None, rows: Any = None, *,
@@ -94,20 +109,36 @@ def residual(F: Any, x: Any, branch: Any, gamma: Any, keep: Any, width: int) -> 
     return branch if x is None else x + branch
 
 
-def attend(F: Any, qkv: Any, heads: int, size: int, tokens: int, bias: Any, windows: int = 1) -> Any:
+def attend(F: Any, qkv: Any, heads: int, size: int, tokens: int, bias: Any, windows: int = 1, scale: Any = None) -> Any:
     """Softmax attention of H heads of D = `size` channels over N tokens: qkv (B, N, 3HD) to (B, N, HD).
 
     bias (windows, H, N, N) or None is added to the scores, B counting the windows of each image one after another.
+    Scores are products of queries and keys over the root of D or, with scale (H, 1, 1), cosines times that.
     """
     pairs = windows * heads * tokens * tokens
     qkv = F.reshape(swap(F, qkv, AUTO, tokens, 3 * heads, size), shape=(AUTO, 3, heads * tokens * size))
     q, k, v = (F.reshape(x, shape=(AUTO, tokens, size)) for x in F.split(qkv, num_outputs=3, axis=1))  # (B*H, N, D)
-    scores = F.batch_dot(q * size ** -0.5, k, transpose_b=True)                                # (B*H, N, N)
+    if scale is None:
+        q = q * size ** -0.5
+    else:
+        q, k = unit(F, q, heads, size, tokens, scale), unit(F, k, heads, size, tokens)
+    scores = F.batch_dot(q, k, transpose_b=True)                                               # (B*H, N, N)
     if bias is not None:
         scores = F.reshape(scores, shape=(AUTO, pairs))
         scores = F.reshape(scores + spread(F, bias, scores, pairs), shape=(AUTO, tokens, tokens))
     mixed = F.batch_dot(F.softmax(scores, axis=-1), v)                                         # (B*H, N, D)
     return F.reshape(swap(F, mixed, AUTO, heads, tokens, size), shape=(AUTO, tokens, heads * size))
+
+
+def unit(F: Any, x: Any, heads: int, size: int, tokens: int, scale: Any = None) -> Any:
+    """x (B*H, N, D) divided by the length of each row; then times scale (H, 1, 1), if there is one."""
+    ones = F.ones_like(F.slice_axis(F.slice_axis(x, axis=0, begin=0, end=1), axis=1, begin=0, end=1))
+    squares = row_sums(F, F.square(x), F.reshape(ones, shape=(1, size)))                       # (B*H, N, 1)
+    factor = F.rsqrt(F.maximum(squares, 1e-24))
+    if scale is not None:
+        factor = F.reshape(F.broadcast_mul(F.reshape(factor, shape=(AUTO, heads, tokens)),
+                                           F.reshape(scale, shape=(1, heads, 1))), shape=(AUTO, tokens, 1))
+    return x * outer(F, factor, ones, size)
 
 
 def pad(F: Any, x: Any, windows: Windows, width: int) -> Any:

@@ -6,12 +6,15 @@ from mxnet.gluon import Parameter
 from ..models import Network, named_parameters
 
 # Parameters, besides vectors and biases, that a recipe does not decay. The reference decays ViT's mask token and every
-# relative position table in pre-training, because its name test misses the `encoder.` prefix.
+# relative position table in pre-training, and what SwinV2 has instead, because its name test misses the `encoder.`
+# prefix.
 NO_DECAY = {
     ('reference', 'vit'): ('pos_embed', 'cls_token'),
     ('reference', 'swin'): ('absolute_pos_embed', 'mask_token'),
+    ('reference', 'swinv2'): ('absolute_pos_embed', 'mask_token'),
     ('fixed', 'vit'): ('pos_embed', 'cls_token', 'mask_token', 'relative_position_bias_table'),
     ('fixed', 'swin'): ('absolute_pos_embed', 'mask_token', 'relative_position_bias_table'),
+    ('fixed', 'swinv2'): ('absolute_pos_embed', 'mask_token', 'logit_scale', 'cpb_mlp.0.weight', 'cpb_mlp.2.weight'),
 }
 
 
@@ -28,11 +31,12 @@ def parameter_groups(net: Network, layer_decay: float, weight_decay: float,
 
     A block's rate is layer_decay times that of the block after it (Clark et al. 2020, arXiv:2003.10555; Bao et al.
     2022, arXiv:2106.08254): embeddings come first, what follows the last block has the full rate. In fine-tuning the
-    reference recognises Swin's position tables and does not decay them; ViT's it still does.
+    reference recognises Swin's position tables, and what SwinV2 has instead, and does not decay them; ViT's it still
+    does.
     """
     config = net.config
     last = config.blocks + 1
-    fixed = 'fixed' if config.type == 'swin' else recipe
+    fixed = recipe if config.type == 'vit' else 'fixed'
     decays = weight_decays(named_parameters(net), fixed, config.type, weight_decay)
     return {name: (layer_decay ** (last - _layer(name, config.depths, last)), decay) for name, decay in decays.items()}
 

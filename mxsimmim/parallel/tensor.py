@@ -132,6 +132,7 @@ class TensorStage:
         group.begin()
         for number, (half, graphs) in enumerate(self._pieces):
             if half:
+                given['residual'] = x
                 x = group.reduced([_run(*each) for each in zip(graphs, group.copies(x), everywhere)])
             elif number == 0 and self._first:
                 x = graphs[0](*(given[name] for name in graphs[0].inputs))

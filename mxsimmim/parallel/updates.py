@@ -26,7 +26,6 @@ from mxnet.gluon import Parameter
 
 from ..config import TrainConfig
 from ..models import ParameterSpec
-from ..models.shards import gradient_axes
 from ..ops import OpBackend, adamw
 from ..optim import Optimizer
 from ..system.arrays import Arrays, Gathered
@@ -101,8 +100,8 @@ class SynchronousUpdate:
         self._in_norm = mesh.coordinate('data') == 0
         # What all workers of a tensor group compute alike is summed over them, too, so that no rounding ever tells
         # their copies apart. Only the first one's counts.
-        self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes
-                      and 'tensor' not in gradient_axes(spec.name)] if mesh.coordinate('tensor') else []
+        self._idle = [spec.parameter for spec in weights if 'tensor' in spec.axes and not spec.is_term
+                      ] if mesh.coordinate('tensor') else []
         self._smallest = min((p for p in self._parameters if p not in self._idle), key=lambda p: p.list_data()[0].size)
         self._piece: Optional[Handle] = None  # of what each worker has of its own, on its way to a checkpoint
         self._votes: Optional[Pending] = None  # of the last step

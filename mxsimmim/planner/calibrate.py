@@ -231,6 +231,7 @@ class Half(NamedTuple):
     heads: int = 0
     window: int = 0  # side of a window, 0 for all tokens
     hidden: int = 0
+    post_norm: bool = False  # SwinV2's, normalised at the end
 
 
 def halves(config: Config) -> Iterator[Half]:
@@ -242,10 +243,10 @@ def halves(config: Config) -> Iterator[Half]:
     for (kind, width), part in first.items():
         stage, tokens = int(width // model.embed_dim).bit_length() - 1, round(part.output / width)
         if kind == 'mlp':
-            yield Half(part, tokens, hidden=int(width * model.mlp_ratio))
+            yield Half(part, tokens, hidden=int(width * model.mlp_ratio), post_norm=model.type == 'swinv2')
         else:
-            window = min(model.window_size, model.grid >> stage) if model.type == 'swin' else 0
-            yield Half(part, tokens, model.heads[stage], window)
+            window = 0 if model.type == 'vit' else min(model.window_size, model.grid >> stage)
+            yield Half(part, tokens, model.heads[stage], window, post_norm=model.type == 'swinv2')
 
 
 def _pass(half: Half, images: int, shard: int, backend: 'OpBackend') -> Callable[[], None]:
@@ -261,6 +262,10 @@ def _pass(half: Half, images: int, shard: int, backend: 'OpBackend') -> Callable
         shapes = [(width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,), (width,)]
 
         def run(F: Any, x: Any, n1: Any, n2: Any, w1: Any, b1: Any, w2: Any, b2: Any, more: Any) -> Any:
+            if half.post_norm:
+                y = backend.linear(F, x, w1, b1, gelu=True, units=hidden)
+                y = backend.linear(F, y, w2, b2, units=width)
+                return x + backend.layer_norm(F, y, n1, n2, eps, width=width)
             return backend.mlp(F, x, (n1, n2), (w1, b1), (w2, b2), more, width=width, hidden=hidden, eps=eps)
     else:
         seen = half.window ** 2 or half.tokens
@@ -269,6 +274,11 @@ def _pass(half: Half, images: int, shard: int, backend: 'OpBackend') -> Callable
                   (1, half.heads, seen, seen)]
 
         def run(F: Any, x: Any, n1: Any, n2: Any, w1: Any, b1: Any, w2: Any, b2: Any, more: Any) -> Any:
+            if half.post_norm:
+                scale = F.slice(more, begin=(0, 0, 0, 0), end=(1, half.heads, 1, 1))
+                y = backend.cosine_attention(F, x, (w1, b1), (w2, b2), F.reshape(scale, shape=(half.heads, 1, 1)), more,
+                                             width=width, heads=half.heads, size=width // half.heads, windows=windows)
+                return x + backend.layer_norm(F, y, n1, n2, eps, width=width)
             return backend.attention(F, x, (n1, n2), (w1, b1), (w2, b2), more, width=width, heads=half.heads,
                                      tokens=half.tokens, eps=eps, windows=windows)
 

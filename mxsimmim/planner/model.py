@@ -15,6 +15,7 @@ FLOAT = 4  # bytes of float32
 # Measured over counted, in processes on CPUs. Products' operands in oneDNN's layouts and MXNet's plan of memory double
 # what a native backward pass holds; of the reference form, MXNet's plan adds a half to all that it keeps.
 NATIVE_WORK, REFERENCE = 2.0, 1.5
+POSITIONS = 512  # hidden units of SwinV2's network of positions
 
 
 class Form(NamedTuple):
@@ -87,17 +88,19 @@ def segments(model: ModelConfig, mask: MaskConfig, form: Form) -> List[Segment]:
     """
     width, tokens, prefix = model.embed_dim, math.prod(model.patches), int(model.type == 'vit')
     found: List[Segment] = [(_embedding(model, tokens, prefix),)]
-    for stage, depth in enumerate(model.depths if model.type == 'swin' else (model.depth,)):
+    # Those of SwinV2 have native products, and MXNet's own operators between them.
+    blocks = Form(native=False) if model.type == 'swinv2' else form
+    for stage, depth in enumerate((model.depth,) if model.type == 'vit' else model.depths):
         window = min(model.window_size, model.grid >> stage)
-        seen = window * window if model.type == 'swin' else tokens + prefix
+        seen = tokens + prefix if model.type == 'vit' else window * window
         for block in range(depth):
             last = stage == model.stages - 1 and block == depth - 1
-            rows = tokens * masked_share(model, mask) if last and form.native else tokens + prefix
-            found.append((_attention(model, form, width, tokens + prefix, seen, model.heads[stage]),
-                          _mlp(model, form, width, tokens + prefix, rows)))
+            rows = tokens * masked_share(model, mask) if last and blocks.native else tokens + prefix
+            found.append((_attention(model, blocks, width, tokens + prefix, seen, model.heads[stage]),
+                          _mlp(model, blocks, width, tokens + prefix, rows)))
         if stage < model.stages - 1:  # four tokens of this width become one of twice the width
             tokens, width = tokens // 4, 2 * width
-            found[-1] += (_merging(width, tokens),)
+            found[-1] += (_merging(model, width, tokens),)
     return [*found, (_loss(model, form, width, tokens, masked_share(model, mask)),)]
 
 
@@ -148,7 +151,10 @@ def _attention(model: ModelConfig, form: Form, width: int, tokens: int, seen: in
     vit = model.type == 'vit'
     whole = 2 * width + width + (width if vit and model.init_values is not None else 0)  # norm, proj's bias, gamma
     shared = 4 * width * width + (2 if vit else 3) * width
-    if not vit:
+    if model.type == 'swinv2':  # keys have no bias; the network of positions is computed once a batch
+        shared += (1 + POSITIONS) * heads - width
+        whole += 3 * POSITIONS
+    elif not vit:
         shared += (2 * math.isqrt(seen) - 1) ** 2 * heads
     elif model.use_rpb:
         shared += ((2 * model.grid - 1) ** 2 + 3) * heads
@@ -160,7 +166,8 @@ def _attention(model: ModelConfig, form: Form, width: int, tokens: int, seen: in
                     whole_work=NATIVE_WORK * (form.bytes * 3 + FLOAT * 3) * unit)
     else:
         bytes_ = REFERENCE * FLOAT
-        kept = dict(shared_kept=bytes_ * (4 * unit + tokens * seen * heads),
+        rows = 8 if model.type == 'swinv2' else 4  # of cosines also squares and lengths of queries and keys
+        kept = dict(shared_kept=bytes_ * (rows * unit + tokens * seen * heads),
                     whole_kept=bytes_ * _reference_rows(model) * unit)
         work = dict(shared_work=bytes_ * (4 * unit + 2 * tokens * seen * heads), whole_work=bytes_ * 3 * unit)
     return Part('attention', width, 4 * products + 2 * pairs, 8 * products + (5 if form.native else 4) * pairs,
@@ -195,11 +202,12 @@ def _reference_rows(model: ModelConfig) -> int:
     return 4 + 2 * (model.type == 'vit' and model.init_values is not None) + bool(model.drop_path)
 
 
-def _merging(width: int, tokens: int) -> Part:
-    """Four neighbours of half this width to one token: normalisation, product."""
+def _merging(model: ModelConfig, width: int, tokens: int) -> Part:
+    """Four neighbours of half this width to one token: normalisation and product, in SwinV2 the other way round."""
     inputs = 2 * width
+    norm = 2 * (width if model.type == 'swinv2' else inputs)
     products = tokens * inputs * width
-    return Part('merging', width, products, 2 * products, whole_parameters=inputs * width + 2 * inputs,
+    return Part('merging', width, products, 2 * products, whole_parameters=inputs * width + norm,
                 inputs=FLOAT * tokens * inputs, whole_kept=FLOAT * tokens * inputs, output=tokens * width,
                 whole_work=FLOAT * 2 * tokens * inputs)
 

@@ -114,7 +114,7 @@ def sizes(command: str, config: Config) -> str:
 def parameters(model: ModelConfig) -> int:
     """Those of the encoder's products, which are nearly all."""
     width, total = model.embed_dim, 3 * model.patch_size ** 2 * model.embed_dim
-    for blocks in model.depths if model.type == 'swin' else (model.depth,):
+    for blocks in (model.depth,) if model.type == 'vit' else model.depths:
         total += blocks * int(width * width * (4 + 2 * model.mlp_ratio))
         width *= 2
     return total

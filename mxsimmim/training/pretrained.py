@@ -1,4 +1,5 @@
 """The encoder that a run starts from."""
+import json
 from pathlib import Path
 from typing import List, Mapping, NamedTuple, Tuple
 
@@ -27,6 +28,9 @@ def find_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], pat
         if saved is None:
             raise ValueError(f'model.pretrained={path} is no run with a checkpoint: give the folder of a run, or a '
                              '.pth or .safetensors file')
+        source = saved.state.get('config', {}).get('model', {})
+        if source.get('type') == config.type == 'swinv2':
+            notes += offsets_told(ModelConfig(**source), config)
         path, arrays = str(saved.path), saved.arrays.get('ema', saved.arrays['weights'])
     else:
         try:
@@ -38,6 +42,15 @@ def find_encoder(config: ModelConfig, shapes: Mapping[str, Tuple[int, ...]], pat
     except ValueError as error:
         raise ValueError(f'model.pretrained={path}: {error}') from None
     return Encoder(values, '; '.join([f'encoder from {path}', *notes, f'new: {", ".join(new) or "nothing"}']))
+
+
+def offsets_told(source: ModelConfig, config: ModelConfig) -> List[str]:
+    """Tell that a SwinV2 takes other offsets for the positions that `source` learnt; nothing where it does not."""
+    if source.position_windows == config.position_windows:
+        return []
+    theirs, own = list(source.position_windows), list(config.position_windows)
+    return [f'positions are relative to windows of {own} here and of {theirs} in pre-training: '
+            f'model.pretrained_window_sizes={json.dumps(theirs, separators=(",", ":"))} keeps those']
 
 
 def load_encoder(net: Network, path: str) -> str:

@@ -24,7 +24,8 @@ BEAT = 3.0  # seconds between two signs of life in the folder of a run
 # NFS forgets the locks of one that is switched off after 90.
 ENDING = 120.0
 # Keys of the network that change none of its weights: with others the weights of a checkpoint do not fit.
-WITHOUT_WEIGHTS = ('model.drop_path', 'model.loss', 'model.norm_targets', 'model.recompute', 'model.pretrained')
+WITHOUT_WEIGHTS = ('model.drop_path', 'model.loss', 'model.norm_targets', 'model.norm_window', 'model.recompute',
+                   'model.pretrained')
 
 
 def folder_of(config: Config) -> Path:

@@ -5,7 +5,7 @@ from mxnet import autograd
 
 from mxsimmim.models import build_simmim, parameter_specs
 from mxsimmim.models.division import divide
-from mxsimmim.models.shards import Shard, gradient_axes, part_of
+from mxsimmim.models.shards import Shard, part_of
 from mxsimmim.parallel.placement import hybridize
 from mxsimmim.parallel.tensor import TensorParallel
 from mxsimmim.runtime import mxnet_private
@@ -16,6 +16,8 @@ SEED = 27
 NETWORKS = {
     'vit': dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=6, drop_path=0.3),
     'swin': dict(type='swin', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4),
+    'swinv2': dict(type='swinv2', img_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 2],
+                   window_size=4, drop_path=0.2),
 }
 IMAGES = [3, 2, 3, 1, 2, 2, 3, 1]  # of each micro-batch
 # In the order of the program: F forward, B backward, E without gradient.
@@ -58,22 +60,31 @@ def compute_passes(config, net, compute, plan):
     return [loss.asscalar() for loss in losses], {spec.key: (spec, spec.parameter.grad().asnumpy()) for spec in specs}
 
 
+def build(config, backend):
+    """The network, whose every weight has an effect: SwinV2's branches begin with a factor of 0."""
+    net = build_simmim(config, SEED, backend)
+    for spec in parameter_specs(net):
+        if spec.name.endswith(('norm1.weight', 'norm2.weight')):
+            spec.parameter.set_data(mx.nd.ones(spec.parameter.shape))
+    return net
+
+
 def compute_whole(config, backend, plan):
     """By one worker: losses and gradients."""
-    net = build_simmim(config, SEED, backend)
+    net = build(config, backend)
     return compute_passes(config, net, net, plan)
 
 
 def compute_together(config, backend, control, group, plan):
     """By this worker of a group: losses, and (spec, gradient) of what it has, sums over the group where they are."""
-    net = build_simmim(config, SEED, backend)
+    net = build(config, backend)
     parts = divide(net, [Shard(control.rank, control.size)])
     together = TensorParallel(net, parts, [group])
     for graph in together.graphs:
         hybridize(graph, backend)
     losses, found = compute_passes(config, net, together, plan)
     terms = control.all_gather('gradients', {key: value for key, (spec, value) in found.items()
-                                             if 'tensor' in gradient_axes(spec.name)})
+                                             if spec.is_term})
     return losses, {key: (spec, sum(np.array(other[key]) for other in terms) if key in terms[0] else value)
                     for key, (spec, value) in found.items()}
 

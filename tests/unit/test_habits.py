@@ -28,7 +28,9 @@ def empty(tmp_path):
     ('train.warmup_epochs=5', "optim.warmup='5 epochs'"), ('model.drop_path_rate=0.1', 'model.drop_path=0.1'),
     ('depth=6', 'model.depth=6'), ('ratio=0.5', 'mask.ratio=0.5'), ('model.mask_ratio=0.5', 'mask.ratio=0.5'),
     ('patch_size=4', 'model.patch_size=4 or mask.patch_size=4'), ('DATA.MASK_PATCH_SIZE=32', 'mask.patch_size=32'),
-    ('MODEL.SIMMIM.NORM_TARGET.ENABLE=True', 'model.norm_targets=true'), ('MODEL.VIT.PATCH_SIZE=8',
+    ('MODEL.SIMMIM.NORM_TARGET.ENABLE=True', 'model.norm_targets=true'),
+    ('MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE=47', 'model.norm_window=47'), ('MODEL.SWINV2.WINDOW_SIZE=12',
+    'model.window_size=12'), ('MODEL.VIT.PATCH_SIZE=8',
     'model.patch_size=8'),
     ('MODEL.SWIN.EMBED_DIM=96', 'model.embed_dim=96'), ('MODEL.TYPE=swin', 'model.type=swin'), ('MODEL.NAME=x',
     'name=x'),
@@ -113,7 +115,8 @@ def test_every_answer_is_a_key_and_value_that_work(empty):
               'data.crop_scale': '0.2 1',
               'data.crop_ratio': '(0.75, 1.33)', 'train.store': 'local', 'model.patch_size': '16',
               'model.img_size': '224',
-              'mask.patch_size': '32', 'model.embed_dim': '96', 'train.length': '100', 'optim.warmup': '3'}
+              'mask.patch_size': '32', 'model.embed_dim': '96', 'model.norm_window': '0', 'train.length': '100',
+              'optim.warmup': '3'}
     for name, (key, _, _) in foreign_names.FOREIGN.items():
         field = dict(configfile.leaves())[key]
         answer = foreign_names.answer(name, values.get(key, SAMPLES.get(field.annotation, '2')), KNOWN)

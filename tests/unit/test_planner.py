@@ -150,7 +150,8 @@ def test_exchange_on_cpus():
 
 
 NETWORKS = {'vit': VIT, 'swin': SWIN, 'plain': dict(VIT, init_values=None, use_ape=True, use_shared_rpb=False),
-            'tables': dict(VIT, use_rpb=True, use_mean_pooling=True), 'ape': dict(SWIN, use_ape=True, mlp_ratio=2.0)}
+            'tables': dict(VIT, use_rpb=True, use_mean_pooling=True), 'ape': dict(SWIN, use_ape=True, mlp_ratio=2.0),
+            'swinv2': dict(SWIN, type='swinv2')}
 
 
 @pytest.mark.parametrize('name', NETWORKS)

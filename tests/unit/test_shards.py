@@ -12,6 +12,7 @@ from mxsimmim.models.shards import Shard, cut_of, gradient_axes, is_copied, join
 
 VIT = dict(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=6, mlp_ratio=2)
 SWIN = dict(type='swin', img_size=16, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=2)
+SWINV2 = dict(SWIN, type='swinv2')
 SEED = 3
 
 
@@ -27,10 +28,13 @@ def build_three(config, seed, **parts):
     ('blocks.3.mlp.fc1.weight', [[0, 1], [2, 3]], [[[0, 1]], [[2, 3]]]),
     ('blocks.3.mlp.fc1.bias', [0, 1], [[0], [1]]),
     ('blocks.3.mlp.fc2.weight', [[0, 1], [2, 3]], [[[0], [2]], [[1], [3]]]),
+    ('layers.0.blocks.0.attn.logit_scale', [[[0]], [[1]]], [[[[0]]], [[[1]]]]),
+    ('layers.0.blocks.0.attn.cpb_mlp.2.weight', [[0, 1], [2, 3]], [[[0, 1]], [[2, 3]]]),
     ('encoder.rel_pos_bias.relative_position_bias_table', [[0, 1], [2, 3]], [[[0], [2]], [[1], [3]]]),
     *((name, [0, 1], [[0, 1], [0, 1]]) for name in (
         'patch_embed.proj.weight', 'blocks.0.attn.proj.bias', 'blocks.0.mlp.fc2.bias', 'blocks.0.norm1.weight',
-        'blocks.0.gamma_1', 'cls_token', 'layers.0.downsample.reduction.weight', 'head.weight', 'decoder.0.bias'))])
+        'blocks.0.gamma_1', 'layers.0.blocks.0.attn.cpb_mlp.0.bias', 'cls_token',
+        'layers.0.downsample.reduction.weight', 'head.weight', 'decoder.0.bias'))])
 def test_parts_of_two(name, whole, expected):
     whole = np.array(whole)
     parts = [part_of(name, whole, Shard(index, 2)) for index in range(2)]
@@ -39,11 +43,13 @@ def test_parts_of_two(name, whole, expected):
     assert (cut_of(name) is None) == (expected[0] == whole.tolist())
     assert join(name, parts).tolist() == whole.tolist()
     assert whole_shape(name, parts[0].shape, Shard(0, 2)) == whole.shape
-    assert gradient_axes(name) == (('data', 'tensor') if 'norm1' in name or 'gamma' in name else ('data',))
+    is_term = any(part in name for part in ('norm1', 'gamma', 'cpb_mlp.0'))
+    assert gradient_axes(name) == (('data', 'tensor') if is_term else ('data',))
+    assert gradient_axes(name, post_norm=True) == (('data', 'tensor') if is_term and 'norm1' not in name else ('data',))
 
 
 @pytest.mark.parametrize('keys, count', [(VIT, 2), (VIT, 3), ({**VIT, 'use_rpb': True, 'use_shared_rpb': False}, 6),
-                                         (SWIN, 2)])
+                                         (SWIN, 2), (SWINV2, 2)])
 @pytest.mark.parametrize('build', [build_simmim, build_three])
 def test_a_network_in_parts_is_the_whole(build, keys, count):
     """Under the reference's names; every part has the same share, and decay goes by the whole's shape."""
@@ -66,7 +72,7 @@ def test_a_network_in_parts_is_the_whole(build, keys, count):
 
 
 @pytest.mark.parametrize('keys, stages', [({**VIT, 'use_mean_pooling': True}, [slice(0, 2), slice(2, 4)]),
-                                          (SWIN, [slice(0, 5)])])
+                                          (SWIN, [slice(0, 5)]), (SWINV2, [slice(0, 5)])])
 @pytest.mark.parametrize('build', [build_simmim, build_three])
 def test_a_worker_begins_with_its_part_of_the_whole(build, keys, stages):
     """As it is drawn with the whole, bit for bit."""

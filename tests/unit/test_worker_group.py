@@ -83,7 +83,8 @@ def test_passes_go_back_in_turn(monkeypatch):
 
 
 @pytest.mark.parametrize('network, workers, plan', [
-    ('vit', 2, TWO_UNDER_WAY), ('vit', 3, GPIPE), ('swin', 2, TWO_UNDER_WAY)])
+    ('vit', 2, TWO_UNDER_WAY), ('vit', 3, GPIPE), ('swin', 2, TWO_UNDER_WAY),
+    ('swinv2', 2, TWO_UNDER_WAY)])
 def test_gradients_are_those_of_one_worker(network, workers, plan):
     """Of passes that are under way together, of different numbers of images, and without gradients between them.
 

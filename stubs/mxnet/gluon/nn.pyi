@@ -17,3 +17,6 @@ class HybridSequential(HybridBlock):
     def __getitem__(self, key: int) -> Any: ...  # a block of the type that was added
     def __iter__(self) -> Iterator[Any]: ...  # by __getitem__
     def __len__(self) -> int: ...
+
+class Activation(HybridBlock):
+    def __init__(self, activation: str) -> None: ...
