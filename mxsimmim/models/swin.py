@@ -112,16 +112,22 @@ class PatchMerging(HybridBlock):
 
     def __init__(self, size: Tuple[int, int], width: int, backend: OpBackend):
         super().__init__()
-        self._pairs, self._width = Windows(*size, 2), width
+        self._size, self._width = size, width
         with self.name_scope():
             self.reduction = Linear(4 * width, 2 * width, backend, bias=False)
             self.norm = LayerNorm(4 * width, EPS, backend)
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
-        (down, across), width = self._pairs.counts, self._width
-        x = F.reshape(pad(F, x, self._pairs, width), shape=(AUTO, down, 2, across, 2, width))
-        x = F.transpose(x, axes=(0, 1, 3, 4, 2, 5))         # (B, down, across, x, y, C): order (0,0),(1,0),(0,1),(1,1)
-        return self.reduction(self.norm(F.reshape(x, shape=(AUTO, down * across, 4 * width))))
+        return self.reduction(self.norm(neighbours(F, x, self._size, self._width)))
+
+
+def neighbours(F: Any, x: Any, size: Tuple[int, int], width: int) -> Any:
+    """(B, h*w, C) to (B, h/2 * w/2, 4C): four tokens of a square side by side; odd sides get zeros."""
+    pairs = Windows(*size, 2)
+    down, across = pairs.counts
+    x = F.reshape(pad(F, x, pairs, width), shape=(AUTO, down, 2, across, 2, width))
+    x = F.transpose(x, axes=(0, 1, 3, 4, 2, 5))             # (B, down, across, x, y, C): order (0,0),(1,0),(0,1),(1,1)
+    return F.reshape(x, shape=(AUTO, down * across, 4 * width))
 
 
 class Stage(HybridBlock):
