@@ -100,7 +100,8 @@ class SimMIM(HybridBlock):
         if self.norm_band is None:
             return normalise_cells(F, cells)
         image = from_cells(F, cells, self._side, self._cell)
-        found = normalise_around(F, image, *own(F, cells, self.norm_band, self.norm_unbiased), self._side)
+        band, unbiased = own(F, cells, self.norm_band, self.norm_unbiased)
+        found = normalise_around(F, image, band, unbiased, self._side)
         normalised, mean, deviation = (to_cells(F, x, self._side, self._cell) for x in found)
         return normalised, mean, deviation
 
