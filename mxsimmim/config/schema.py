@@ -131,7 +131,7 @@ class ModelConfig(Section):
     @model_validator(mode='after')
     def _check(self) -> 'ModelConfig':
         require(self.norm_window == 0 or self.norm_targets, f'norm_window={self.norm_window} is for norm_targets=true')
-        require(self.norm_window == 0 or self.norm_window % 2 and self.norm_window > 1,
+        require(self.norm_window == 0 or self.norm_window % 2 == 1 and self.norm_window > 1,
                 f'norm_window={self.norm_window} must be odd, as its square has a pixel in the middle: 3, 5, … or 0')
         if self.type == 'vit':
             require(isinstance(self.num_heads, int),

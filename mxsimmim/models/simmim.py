@@ -48,7 +48,7 @@ class SimMIM(HybridBlock):
             self.encoder = ENCODERS[config.type](config, True, self.pixels)
             self.norm_band = self.norm_unbiased = None
             if config.norm_window:
-                band = band_of(config.img_size, config.norm_window)
+                band = band_of(config.side, config.norm_window)
                 self.norm_band = self.params.get_constant('norm_band', band)
                 self.norm_unbiased = self.params.get_constant('norm_unbiased', unbiased_of(band))
             self.decoder = nn.HybridSequential()
@@ -100,8 +100,9 @@ class SimMIM(HybridBlock):
         if self.norm_band is None:
             return normalise_cells(F, cells)
         image = from_cells(F, cells, self._side, self._cell)
-        found = normalise_around(F, image, *own(F, cells, self.norm_band, self.norm_unbiased), self._side)
-        normalised, mean, deviation = (to_cells(F, x, self._side, self._cell) for x in found)
+        band, unbiased = own(F, cells, self.norm_band, self.norm_unbiased)
+        found = normalise_around(F, image, band, unbiased, self._side)
+        normalised, mean, deviation = (to_cells(F, x, self.config.size, self._cell) for x in found)
         return normalised, mean, deviation
 
     def _needed(self, F: Any, mask: Any) -> Any:

@@ -3,7 +3,7 @@
 Liu et al. 2022 (arXiv:2111.09883), with the published code's parameter names. What it shares with V1 is V1's.
 """
 import math
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Callable, Optional, Tuple, Union
 
 import numpy as np
 from mxnet.gluon import HybridBlock, nn
@@ -60,7 +60,7 @@ class CosineAttention(Divisible):
             self.relative_coords_table = self.params.get_constant('relative_coords_table',
                                                                   log_coordinates(windows.window, reach))
             self.relative_position_index = self.params.get_constant(
-                'relative_position_index', relative_index(windows.window).reshape(-1).astype('int32'))
+                'relative_position_index', relative_index(windows.window, windows.window).reshape(-1).astype('int32'))
             self.cpb_mlp = nn.HybridSequential()
             self.cpb_mlp.add(first or Linear(2, HIDDEN, REFERENCE), nn.Activation('relu'),  # never in bf16
                              Linear(HIDDEN, heads, REFERENCE, bias=False))
@@ -71,7 +71,8 @@ class CosineAttention(Divisible):
 
     def part(self, shard: Shard) -> 'CosineAttention':
         """See `Divisible`."""
-        return CosineAttention(*self._whole, shard, self.cpb_mlp[0])
+        build: Callable[..., 'CosineAttention'] = type(self)
+        return build(*self._whole, shard, self.cpb_mlp[0])
 
     def branch(self, F: Any, x: Any, mask: Any) -> Any:
         """This of x, (B, L, C) to the same; parts add up to the whole."""

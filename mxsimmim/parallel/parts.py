@@ -30,8 +30,8 @@ def mesh_table(mesh: Mesh, slices: Sequence[slice], hosts: Sequence[str]) -> str
     sizes = [f'{size} {name}' for size, name in ((mesh.pipeline, 'stages'), (mesh.tensor, 'parts')) if size > 1]
     apart = [group for group in mesh.groups('tensor') if len({hosts[rank] for rank in group}) > 1]
     if apart:
-        ranks = ' and '.join(map(str, apart[0]))
-        rows.append(f'  parts of a block are on several hosts (ranks {ranks}), and every sum of theirs goes over the '
+        named = ' and '.join(map(str, apart[0]))
+        rows.append(f'  parts of a block are on several hosts (ranks {named}), and every sum of theirs goes over the '
                     f'network: give each host slots that are a multiple of {mesh.tensor}')
     return '\n'.join([' x '.join([*sizes, f'{mesh.data} replica{"s"[:mesh.data > 1]} of the model']), *rows])
 

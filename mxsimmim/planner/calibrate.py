@@ -275,6 +275,7 @@ def _pass(half: Half, images: int, shard: int, backend: 'OpBackend') -> Callable
 
         def run(F: Any, x: Any, n1: Any, n2: Any, w1: Any, b1: Any, w2: Any, b2: Any, more: Any) -> Any:
             if half.post_norm:
+                assert windows
                 scale = F.slice(more, begin=(0, 0, 0, 0), end=(1, half.heads, 1, 1))
                 y = backend.cosine_attention(F, x, (w1, b1), (w2, b2), F.reshape(scale, shape=(half.heads, 1, 1)), more,
                                              width=width, heads=half.heads, size=width // half.heads, windows=windows)

@@ -101,7 +101,8 @@ def test_cosines_do_not_depend_on_the_length_of_queries():
 
 
 def build(form, devices=1, **parallel):
-    trainer = build_tiny_trainer(model=dict(KEYS, depths=[2, 1], drop_path=0.2), seed=SEED,
+    keys = dict(KEYS, depths=[2, 1], drop_path=0.2, norm_targets=True, norm_window=5)
+    trainer = build_tiny_trainer(model=keys, seed=SEED,
                                  devices=[f'cpu({i})' for i in range(devices)], backend=OpBackend(form),
                                  parallel=parallel,
                                  optim=dict(clip_grad=0.5, recipe='fixed'),
