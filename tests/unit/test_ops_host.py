@@ -104,7 +104,8 @@ def test_memory_that_cannot_be_had():
 @pytest.mark.parametrize('other, why', [
     ('', 'process PID, a worker of this host, has ended before its job: its log says why'),
     ('import time; time.sleep(60)',
-     'the workers of this host have not all come to a sum within 0.5 s: their logs say what they do')])
+     'the workers of this host have not all come to a sum within 0.5 s: their logs say what they do')],
+                         ids=['ended', 'late'])
 def test_a_worker_that_does_not_come(other, why):
     """The others wait for it; then their sums are NaN, so that nothing is updated with them."""
     program = textwrap.dedent('''
