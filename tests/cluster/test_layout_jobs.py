@@ -36,7 +36,7 @@ def test_weights_are_those_of_one_process(launcher, workers, firsts, cases, keys
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`; others: test_transparency.py, test_pipeline_jobs.py')
+@pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`; test_transparency.py has one of them')
 @pytest.mark.parametrize('workers, keys', [
     (2, 'tensor=2'), (4, 'pipeline=2 micro_batches=2'), (4, 'pipeline=2 tensor=2 micro_batches=2'),
     (4, 'pipeline=4 micro_batches=4')])
