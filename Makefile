@@ -21,7 +21,7 @@ demo: $(VENV)/base  # pre-trains a small ViT on handwritten digits, with 2 worke
 	@echo '==> Does it help? Classifiers with 10 labels a class, with this encoder and without'
 	$(BIN)/python -W ignore tools/few_labels.py runs/digits
 
-test: $(VENV)/test  # runs every test: two at a time, then one by one those that measure time or memory
+test: $(VENV)/test  # runs every test: three at a time, as jobs mostly wait, then one by one those that measure time or memory
 	$(run_tests)
 
 # `make test`, then each line of mxsimmim/ that it has not run, in any process; fails below 90 %
@@ -38,7 +38,7 @@ coverage: $(VENV)/test
 
 define run_tests
 	@status=0; \
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not alone' || status=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not alone' || status=$$?; \
 	env -u COVERAGE_PROCESS_START $(BIN)/python -m pytest -m alone $$(grep -rlI mark.alone tests) || status=$$?; \
 	exit $$status
 endef

@@ -114,7 +114,7 @@ def planned(checkout: Path, target: str) -> str:
 
 def test_second_make_installs_nothing(checkout):
     plan = planned(checkout, 'test')
-    assert re.findall(r'-m pytest (.*?) \|\|', plan) == ["-n 2 --dist worksteal -m 'not alone'",
+    assert re.findall(r'-m pytest (.*?) \|\|', plan) == ["-n 3 --dist worksteal -m 'not alone'",
                                                         '-m alone $(grep -rlI mark.alone tests)']
     assert 'install' not in plan and planned(checkout, 'coverage').count(plan) == 1
     assert [line for line in planned(checkout, 'demo').splitlines() if not line.startswith('echo ')] == [
