@@ -154,7 +154,7 @@ def connected(config: Config, strategy: Strategy, process: ProcessInfo) -> Contr
             os.environ.setdefault('HOROVOD_GLOO_TIMEOUT_SECONDS', str(GLOO))
         if not mx.context.num_gpus():  # where Horovod's looking around costs a core's time
             os.environ.update({**horovod_settings(expected_step(config, process)), **os.environ})
-    return connect(process, os.environ, seconds=watchdog.START * config.runtime.deadline)
+    return connect(process, os.environ, seconds=watchdog.START * watchdog.TOGETHER * config.runtime.deadline)
 
 
 @contextlib.contextmanager

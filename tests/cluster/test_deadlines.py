@@ -202,13 +202,13 @@ def test_a_hanging_image_of_no_training(launcher, option, what):
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype='uint8')).save(path)
     words = [*command('finetune', ROOT / 'conf' / 'finetune_digits.yaml'), *NETWORK, f'data.path={images}',
              'data.val_fraction=0.5', 'data.labels_per_class=0', 'train.batch_size=8', 'train.length=1', 'name=job',
-             'optim.warmup=0', 'runtime.threads=1', 'runtime.deadline=1']
+             'optim.warmup=0', 'runtime.threads=1']
     launcher.run('-n', 1, '--horovod', '--', *words)
     os.mkfifo(launcher.folder / 'fifo')
     for path in images.rglob('*.png'):
         path.unlink()
         os.link(launcher.folder / 'fifo', path)
-    job = launcher.start(*HOROVOD, '--', *words, option)
+    job = launcher.start(*HOROVOD, '--', *words, 'runtime.deadline=1', option)
     assert job.wait(60) == 1
     launcher.gone(10)
     assert re.search(r'launch: worker (\d) ended itself: rank \1 on \S+ has waited 1\d(\.\d+)? s for ' + what,
