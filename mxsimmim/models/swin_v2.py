@@ -71,7 +71,8 @@ class CosineAttention(Divisible):
 
     def part(self, shard: Shard) -> 'CosineAttention':
         """See `Divisible`."""
-        return CosineAttention(*self._whole, shard=shard, first=self.cpb_mlp[0])
+        width, heads, windows, reach, backend = self._whole
+        return CosineAttention(width, heads, windows, reach, backend, shard, self.cpb_mlp[0])
 
     def branch(self, F: Any, x: Any, mask: Any) -> Any:
         """This of x, (B, side*side, C) to the same; parts add up to the whole."""
