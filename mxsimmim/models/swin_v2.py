@@ -3,7 +3,7 @@
 Liu et al. 2022 (arXiv:2111.09883), with the published code's parameter names. What it shares with V1 is V1's.
 """
 import math
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import numpy as np
 from mxnet.gluon import HybridBlock, nn
@@ -71,8 +71,8 @@ class CosineAttention(Divisible):
 
     def part(self, shard: Shard) -> 'CosineAttention':
         """See `Divisible`."""
-        build: Callable[..., 'CosineAttention'] = type(self)
-        return build(*self._whole, shard, self.cpb_mlp[0])
+        width, heads, windows, reach, backend = self._whole
+        return CosineAttention(width, heads, windows, reach, backend, shard, self.cpb_mlp[0])
 
     def branch(self, F: Any, x: Any, mask: Any) -> Any:
         """This of x, (B, L, C) to the same; parts add up to the whole."""
