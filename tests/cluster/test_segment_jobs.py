@@ -33,6 +33,7 @@ CASES = [(SERVERS, []), (HOROVOD, ['data.worker_weights=[3,1]']), (['-n', 3, '-s
          (SERVERS, ['devices=[cpu(0),cpu(1)]'])]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('launch, keys', CASES[:rounds(2, len(CASES))])
 def test_weights_are_those_of_one_process(launcher, alone, launch, keys):
     """8 steps: weights to 1e-5 in the L2 norm, losses, and the counts of 50 evaluated images."""
