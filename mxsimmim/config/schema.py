@@ -18,8 +18,8 @@ from .values import ClockTime, Duration, GivenPlace, Place, Section, Time, liste
 class ModelConfig(Section):
     """The network. Its keys carry the reference implementation's names."""
     type: Literal['vit', 'swin', 'swinv2'] = Field('vit', description='vit, swin or swinv2')
-    img_size: Union[int, Tuple[int, int]] = Field(224, description='height and width of the input, pixels; detection '
-                                                  'and segmentation also take [height, width]')
+    img_size: Union[int, Tuple[int, int]] = Field(224, description='height and width of the input, pixels; '
+                                                  'segmentation also takes [height, width]')
     patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
     embed_dim: int = Field(768, gt=0, description='width of the tokens; of the first stage in Swin')
     depth: int = Field(12, gt=0, description='ViT: number of blocks')
@@ -27,7 +27,7 @@ class ModelConfig(Section):
     num_heads: Union[int, Tuple[int, ...]] = Field(12, description='attention heads; a list, one a stage, in Swin')
     window_size: int = Field(7, gt=0, description='side of an attention window, tokens: Swin, and ViT with '
                              'global_blocks')
-    global_blocks: Tuple[int, ...] = Field((), description='ViT, detection and segmentation: the blocks, from 0, '
+    global_blocks: Tuple[int, ...] = Field((), description='ViT, segmentation: the blocks, from 0, '
                                            'that see the whole image, e.g. [2, 5, 8, 11]; the others see windows; '
                                            'empty: all see it')
     pretrained_window_sizes: Tuple[int, ...] = Field((), description='SwinV2: side of the windows of each stage in '
@@ -195,25 +195,21 @@ class DataConfig(Section):
     labels: Place = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
                           "images of path, or a list: Swin's train_map.txt, Caffe's, MXNet's .lst; empty: class "
                           "folders, or a RecordIO file's own labels; segment: the folder of the label images, or a "
-                          "list of Pascal VOC's ImageSets/Segmentation; detect: COCO's instances (.json), a folder of "
-                          "Pascal VOC's .xml files or a list of its ImageSets/Main, or a table of lines "
-                          "'path,x0,y0,x1,y1,class' (.csv)")
+                          "list of Pascal VOC's ImageSets/Segmentation")
     val_labels: Place = Field('', description='the same for the images of val_path; numbers stand for the classes in '
                               'their order')
     classes: Place = Field('', description='a file of class names, one a line, in the order of their numbers; segment '
-                           "needs it; empty: the folders' names sorted, or numbers; detect: COCO's categories by id, "
-                           'or the names sorted')
+                           "needs it; empty: the folders' names sorted, or numbers")
     labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
                                   'all')
-    train_images: int = Field(0, ge=0, description='segment, detect: training images kept, at random; 0: all')
+    train_images: int = Field(0, ge=0, description='segment: training images kept, at random; 0: all')
     ignore_index: int = Field(255, ge=0, lt=65536, description='segment: the value of pixels in label images that '
                               'count neither in training nor in evaluation')
     reduce_zero_label: bool = Field(False, description='segment: 0 in label images is ignored, too, and class number 0 '
                                     "is written as 1, as in ADE20K's")
     scale_jitter: Tuple[float, float] = Field(
-        (0.5, 2.0), description='segment, detect: the range of the random size at which training images are shown; at '
-        '1 they just cover the input (segment), or just fit into it (detect)')
-    max_objects: int = Field(100, gt=0, description='detect: objects of a training image used at most')
+        (0.5, 2.0), description='segment: the range of the random size at which training images are shown; at 1 they '
+        'just cover the input')
     crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
     crop_ratio: Tuple[float, float] = Field((0.75, 1.3333333333333333), description='width over height of a crop')
     interpolation: Literal['bilinear', 'bicubic'] = Field('bilinear', description='of random crops: bilinear, bicubic')
@@ -501,7 +497,7 @@ class Config(Section):
         model = self.model
         require(isinstance(model.img_size, int), f'model.img_size={listed(model.img_size)}: {self.task} takes square '
                 'images: write one number')
-        require(not model.global_blocks, f'model.global_blocks={listed(model.global_blocks)} is for detection and '
+        require(not model.global_blocks, f'model.global_blocks={listed(model.global_blocks)} is for '
                 f'segmentation: in {self.task} every block of a ViT sees the whole image')
         require(model.side % model.stride == 0, f'model.img_size={model.side} is not a multiple of {model.stride}, the '
                 f'side of one final token (patch_size {model.patch_size} x 2^{model.stages - 1})')
@@ -541,7 +537,7 @@ class Config(Section):
     def _check_nothing_of_fine_tuning(self) -> None:
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),
                 *(('data', key) for key in ('classes', 'labels_per_class', 'train_images', 'ignore_index',
-                                            'reduce_zero_label', 'scale_jitter', 'max_objects'))]
+                                            'reduce_zero_label', 'scale_jitter'))]
         keys += [('model', 'head_channels'), ('model', 'auxiliary'), ('validation', 'flip')]
         keys += [('augment', key) for key in AugmentConfig.model_fields]
         for section, key in keys:

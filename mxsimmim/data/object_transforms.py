@@ -19,7 +19,7 @@ MASK_SIDE = 56
 class ObjectsTransform(Transform):
     """Random scale, crop and flip of image and objects (large-scale jitter, Ghiasi et al. 2021, arXiv 2012.07177).
 
-    At scale 1 the image just fits into the input. Fills, for M = data.max_objects:
+    At scale 1 the image just fits into the input. Fills, for M = `most`:
 
     image: uint8 (H, W, 3); what the image does not reach is filled with the mean colour.
     extent: int32 (4,), (h, w, H', W'): the input shows something in its first h rows and w columns, of an image of
@@ -35,14 +35,15 @@ class ObjectsTransform(Transform):
     where there are more than M.
     """
 
-    def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool):
+    def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool, most: int = 100):
         """Keep what is done; with `masks`, an object without one is a broken image."""
+        self._most = most
         self._data, self._model, self._source, self._masks = data, model, source, masks
         self._canvas, self._bicubic = canvas_of(model), data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
-        most = self._data.max_objects
+        most = self._most
         fields: Fields = {
             'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32),
             'boxes': np.empty((count, most, 4), np.float32), 'classes': np.empty((count, most), np.int32),
@@ -62,7 +63,7 @@ class ObjectsTransform(Transform):
         boxes = view.boxes(objects.boxes, size)
         left = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST)
         left = rng.permutation(left)
-        chosen = left[np.argsort(objects.crowd[left], kind='stable')][:self._data.max_objects]
+        chosen = left[np.argsort(objects.crowd[left], kind='stable')][:self._most]
         chosen = chosen[np.lexsort((chosen, objects.crowd[chosen]))]
         return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
                 'extent': np.array([*view.shape, *size], np.int32), **drawn,
@@ -70,7 +71,7 @@ class ObjectsTransform(Transform):
 
     def _arrays(self, objects: Objects, boxes: np.ndarray, chosen: np.ndarray, view: View, size: Size, index: int
                 ) -> Fields:
-        most, count = self._data.max_objects, len(chosen)
+        most, count = self._most, len(chosen)
         fields: Fields = {'boxes': np.zeros((most, 4), np.float32), 'classes': np.full(most, -1, np.int32),
                           'crowd': np.zeros(most, np.uint8)}
         fields['boxes'][:count], fields['classes'][:count] = boxes[chosen], objects.classes[chosen]

@@ -30,7 +30,7 @@ QUEUE = 4  # batches' worth of requests that may be under way; more are turned a
 DECODERS = 4  # threads; what they hold together is bounded by engine.ROOM
 UPLOAD_SECONDS = 30  # an upload may take
 SHUTDOWN_SECONDS = 60  # uploads under way may take at the end
-ANSWERS = sorted(f'/{task.predictor.command}' for task in TASKS.values())
+ANSWERS = sorted({f'/{task.predictor.command}' for task in TASKS.values()})
 PATHS = (*ANSWERS, '/healthz', '/metrics')
 
 log = logging.getLogger(__name__)

@@ -95,7 +95,7 @@ def test_a_host_that_was_away_joins_at_a_checkpoint(run, tmp_path):
 
 def test_a_host_that_is_lost_and_stays_away(run, tmp_path):
     """Its worker switches it off; the others write checkpoints, switch it on, and all end well."""
-    status, lines = run('test "$HOROVOD_RANK$MXSIMMIM_RESTARTS" = 1 && touch b && kill -9 $PPID; '
+    status, lines = run('test "$HOROVOD_RANK$MXSIMMIM_RESTARTS" = 1 && sleep 1 && touch b && kill -9 $PPID; '
                         'test $HOROVOD_SIZE = 3 && test -n "$MXSIMMIM_RESTARTS" && exit 0' + TRAIN.replace(
                             'MORE', 'test $HOROVOD_SIZE = 2 && rm -f b'), min_workers=2, max_restarts=1)
     assert status == 0

@@ -108,7 +108,7 @@ def test_time_by_the_clock(text, minutes):
     (['model.img_size=0'], "key 'model.img_size': input should be greater than 0"),
     (['model.global_blocks=[2]'], 'global_blocks: windows cannot share the position table of the whole image'),
     (['model.global_blocks=[12]', 'model.use_shared_rpb=false'], 'global_blocks=[12]: the blocks of this ViT are 0 to'),
-    (['model.global_blocks=[2]', 'model.use_shared_rpb=false'], 'model.global_blocks=[2] is for detection and segment'),
+    (['model.global_blocks=[2]', 'model.use_shared_rpb=false'], 'model.global_blocks=[2] is for segmentation: in'),
     (SWIN + ['model.depths=[2]', 'model.num_heads=[4]', 'model.global_blocks=[0]'], 'global_blocks=[0]: a Swin has'),
     (['mask.patch_size=50'], 'mask.patch_size=50 does not divide model.img_size=224'),
     (['mask.patch_size=8'], 'model.patch_size=16 does not divide mask.patch_size=8'),

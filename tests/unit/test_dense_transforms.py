@@ -133,8 +133,8 @@ def test_whole_images_for_evaluation():
 
 def test_objects():
     """The mask of each object fills its box, and lies over the digit that it is of."""
-    data = DataConfig(scale_jitter=(0.5, 2.0), max_objects=8)
-    transform, brighter = ObjectsTransform(data, MODEL, OBJECTS, masks=True), []
+    data = DataConfig(scale_jitter=(0.5, 2.0))
+    transform, brighter = ObjectsTransform(data, MODEL, OBJECTS, masks=True, most=8), []
     for index in range(12):
         fields, known = transform(SCENES.read(index), generator(SEED, index), index), OBJECTS.objects(index)
         count = int((fields['classes'] >= 0).sum())
@@ -165,22 +165,22 @@ def known(boxes, crowd, regions=(), size=None):
                                              np.array(crowd, bool), regions or (None,) * len(boxes), size)))
 
 
-STILL = DataConfig(scale_jitter=(1, 1), flip=0, max_objects=3)
+STILL = DataConfig(scale_jitter=(1, 1), flip=0)
 GREY = np.full((64, 64, 3), 90, np.uint8)
 
 
 def test_too_many_objects_and_crowds():
     boxes = [[i, i, i + 9, i + 9] for i in range(5)] + [[70, 0, 80, 9], [3, 3, 3.9, 9]]
-    transform = ObjectsTransform(STILL, MODEL, known(boxes, [True, False, True, False, False, False, False]), False)
+    transform = ObjectsTransform(STILL, MODEL, known(boxes, [True, False, True, False, False, False, False]), False, 3)
     fields = transform(GREY, generator(SEED), 0)
     assert fields['boxes'].tolist() == [boxes[1], boxes[3], boxes[4]] and not fields['crowd'].any()
-    transform = ObjectsTransform(STILL, MODEL, known(boxes[:3], [True, False, True]), False)
+    transform = ObjectsTransform(STILL, MODEL, known(boxes[:3], [True, False, True]), False, 3)
     fields = transform(GREY, generator(SEED), 0)
     assert fields['boxes'].tolist() == [boxes[1], boxes[0], boxes[2]] and fields['crowd'].tolist() == [0, 1, 1]
     drawn = {tuple(transform(GREY, generator(SEED, i), 0)['boxes'][:, 0]) for transform in [ObjectsTransform(
-        STILL.model_copy(update={'max_objects': 1}), MODEL, known(boxes[:3], [False] * 3), False)] for i in range(30)}
+        STILL, MODEL, known(boxes[:3], [False] * 3), False, 1)] for i in range(30)}
     assert drawn == {(0,), (1,), (2,)}
-    fields = ObjectsTransform(STILL, MODEL, known([], []), True)(GREY, generator(SEED), 0)
+    fields = ObjectsTransform(STILL, MODEL, known([], []), True, 3)(GREY, generator(SEED), 0)
     assert (fields['classes'] == -1).all() and fields['masks'].shape == (3, MASK_SIDE, MASK_SIDE)
 
 
@@ -202,7 +202,7 @@ def test_polygons_and_bitmaps_give_the_same_masks():
 def test_what_does_not_fit_the_image(objects, message):
     with pytest.raises(BrokenImage, match=message):
         ObjectsTransform(STILL, MODEL, objects, True)(GREY, generator(SEED), 4)
-    crowd = ObjectsTransform(STILL, MODEL, known([[0, 0, 9, 9]], [True]), True)(GREY, generator(SEED), 4)
+    crowd = ObjectsTransform(STILL, MODEL, known([[0, 0, 9, 9]], [True]), True, 3)(GREY, generator(SEED), 4)
     assert crowd['crowd'].tolist() == [1, 0, 0] and not crowd['masks'].any()
 
 
@@ -242,7 +242,7 @@ def fields_of(transform, source, threads, batch, prefetch, steps):
 
 @pytest.mark.parametrize('transform, source', [
     (SegmentTransform(DataConfig(), AugmentConfig(), MODEL, MAPS), MAPS),
-    (ObjectsTransform(DataConfig(max_objects=5), MODEL, OBJECTS, True), OBJECTS)], ids=['segment', 'detect'])
+    (ObjectsTransform(DataConfig(), MODEL, OBJECTS, True, 5), OBJECTS)], ids=['segment', 'detect'])
 def test_threads_and_batches_change_no_sample(transform, source):
     source = source.part(np.arange(24))
     one, other = fields_of(transform, source, 1, 4, 1, 6), fields_of(transform, source, 3, 12, 2, 2)

@@ -24,7 +24,8 @@ PRIVATE = {  # names of MXNet's that start with an underscore, wherever this pac
     '_LIB', '_barrier', '_cached_graph', '_cached_op', '_children', '_collect_params_with_prefix', '_data', '_grad',
     '_init_grad', '_make_ndarray_function', '_make_symbol_function', '_notify_shutdown', '_reg_params',
     '_send_command_to_servers', '_set_updater', '_updater'}
-OVERRIDES = {('models/classifier.py', '_collect_params_with_prefix')}  # Gluon's own saving and loading call it
+OVERRIDES = {(f'models/{file}.py', '_collect_params_with_prefix')  # Gluon's own saving and loading call it
+             for file in ('classifier', 'feature_maps', 'segmenter')}
 SECONDS = 60
 
 
