@@ -8,6 +8,9 @@ from typing import Any, List, Sequence, Tuple
 
 from mxnet.gluon import HybridBlock, nn
 
+from ..ops import OpBackend
+from .layers import operands
+
 POOLS = 1, 2, 3, 6  # cells a side that the last map is averaged over
 GROUP = 16  # channels that are normalised together, as 32 groups of 512
 EPS = 1e-5
@@ -33,29 +36,26 @@ class Convolution(HybridBlock):
 class GroupNorm(HybridBlock):
     """Each image's groups of channels with zero mean and unit variance, then each channel scaled and shifted."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, backend: OpBackend):
         super().__init__()
-        self._channels, self._groups = channels, 1 if channels % GROUP else channels // GROUP
+        self._channels, self._groups, self.backend = channels, 1 if channels % GROUP else channels // GROUP, backend
         with self.name_scope():
             self.weight = self.params.get('weight', shape=(channels,))
             self.bias = self.params.get('bias', shape=(channels,))
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
-        # MXNet's operator scales groups, not channels.
-        one = F.slice_axis(weight, axis=0, begin=0, end=self._groups)
-        plain = F.GroupNorm(x, F.ones_like(one), F.zeros_like(one), num_groups=self._groups, eps=EPS)
-        each = (1, self._channels, 1, 1)
-        return F.broadcast_add(F.broadcast_mul(plain, F.reshape(weight, shape=each)), F.reshape(bias, shape=each))
+        scale, shift = operands(self.backend, F, x, self.weight, self.bias)
+        return self.backend.group_norm(F, x, scale, shift, EPS, groups=self._groups, channels=self._channels)
 
 
 class ConvModule(HybridBlock):
     """Convolution, normalisation, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int):
+    def __init__(self, inputs: int, outputs: int, kernel: int, backend: OpBackend):
         super().__init__()
         with self.name_scope():
             self.conv = Convolution(inputs, outputs, kernel)
-            self.gn = GroupNorm(outputs)
+            self.gn = GroupNorm(outputs, backend)
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
         return F.relu(self.gn(self.conv(x)))
@@ -68,7 +68,7 @@ class UperHead(HybridBlock):
     finer maps, one after the other.
     """
 
-    def __init__(self, inputs: Sequence[int], sizes: Sequence[Size], width: int, classes: int):
+    def __init__(self, inputs: Sequence[int], sizes: Sequence[Size], width: int, classes: int, backend: OpBackend):
         super().__init__()
         self._sizes, (*finer, coarsest) = list(sizes), inputs
         with self.name_scope():
@@ -76,13 +76,13 @@ class UperHead(HybridBlock):
             self.lateral_convs, self.fpn_convs = nn.HybridSequential(), nn.HybridSequential()
             for cells in POOLS:
                 pooled = nn.HybridSequential()
-                pooled.add(Pool(cells), ConvModule(coarsest, width, 1))
+                pooled.add(Pool(cells), ConvModule(coarsest, width, 1, backend))
                 self.psp_modules.add(pooled)
-            self.bottleneck = ConvModule(coarsest + len(POOLS) * width, width, 3)
+            self.bottleneck = ConvModule(coarsest + len(POOLS) * width, width, 3, backend)
             for channels in finer:
-                self.lateral_convs.add(ConvModule(channels, width, 1))
-                self.fpn_convs.add(ConvModule(width, width, 3))
-            self.fpn_bottleneck = ConvModule(len(inputs) * width, width, 3)
+                self.lateral_convs.add(ConvModule(channels, width, 1, backend))
+                self.fpn_convs.add(ConvModule(width, width, 3, backend))
+            self.fpn_bottleneck = ConvModule(len(inputs) * width, width, 3, backend)
             self.conv_seg = Convolution(width, classes, 1, bias=True)
 
     def hybrid_forward(self, F: Any, *maps: Any) -> Any:
@@ -101,11 +101,11 @@ class UperHead(HybridBlock):
 class FCNHead(HybridBlock):
     """One map (B, C, h, w) to logits (B, classes, h, w): a shorter way for the gradient, in training alone."""
 
-    def __init__(self, inputs: int, width: int, classes: int):
+    def __init__(self, inputs: int, width: int, classes: int, backend: OpBackend):
         super().__init__()
         with self.name_scope():
             self.convs = nn.HybridSequential()
-            self.convs.add(ConvModule(inputs, width, 3))
+            self.convs.add(ConvModule(inputs, width, 3, backend))
             self.conv_seg = Convolution(width, classes, 1, bias=True)
 
     def hybrid_forward(self, F: Any, x: Any) -> Any:
@@ -119,12 +119,12 @@ class Pyramid(HybridBlock):
         sizes: height and width of each.
     """
 
-    def __init__(self, channels: int, size: Size):
+    def __init__(self, channels: int, size: Size, backend: OpBackend):
         super().__init__()
         self.sizes = [(int(size[0] * scale), int(size[1] * scale)) for scale in (4, 2, 1, 0.5)]
         with self.name_scope():
             self.fpn1, self.fpn2 = nn.HybridSequential(), nn.HybridSequential()
-            self.fpn1.add(Doubled(channels), GroupNorm(channels), nn.GELU(), Doubled(channels))
+            self.fpn1.add(Doubled(channels), GroupNorm(channels, backend), nn.GELU(), Doubled(channels))
             self.fpn2.add(Doubled(channels))
 
     def hybrid_forward(self, F: Any, *maps: Any) -> List[Any]:

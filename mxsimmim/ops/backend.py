@@ -53,6 +53,13 @@ class OpBackend:
         """Normalise x (..., C) to zero mean and unit variance over C = `width`, times weight (C,) plus bias (C,)."""
         return FORMS[self.form].layer_norm(F, x, weight, bias, eps, width=width)
 
+    def group_norm(self, F: Any, x: Any, weight: Any, bias: Any, eps: float, *, groups: int, channels: int) -> Any:
+        """Normalise x (B, C, H, W) to zero mean and unit variance in each of `groups` groups of an image's channels.
+
+        Then multiply each of the C = `channels` with weight (C,) and add bias (C,) (Wu and He 2018, arXiv:1803.08494).
+        """
+        return FORMS[self.form].group_norm(F, x, weight, bias, eps, groups=groups, channels=channels)
+
     def linear(self, F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int) -> Any:
         """Multiply x (..., K) with weight (M, K) transposed, add bias (M,): (..., M), M = `units`.
 

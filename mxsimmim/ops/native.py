@@ -38,6 +38,12 @@ def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int
     return F.mxsimmim_layer_norm(*inputs, eps=eps, **added)
 
 
+def group_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, groups: int, channels: int) -> Any:
+    """Compute `OpBackend.group_norm`."""
+    inputs, added = taken(x, weight, bias)
+    return F.mxsimmim_group_norm(*inputs, eps=eps, groups=groups, **added)
+
+
 def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int,
            precision: str = 'float32') -> Any:
     """Compute `OpBackend.linear`."""

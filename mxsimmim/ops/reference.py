@@ -12,7 +12,8 @@ from .layout import Windows
 from .pixels import AUTO, masked_loss, patchify, swap
 from .regions import pyramid_pool
 
-__all__ = ['attention', 'cosine_attention', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify', 'pyramid_pool']
+__all__ = ['attention', 'cosine_attention', 'group_norm', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify',
+           'pyramid_pool']
 
 Pair = Tuple[Any, Any]
 
@@ -47,6 +48,15 @@ def layer_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, width: int
     centred = x - F.BlockGrad(outer(F, mean, ones, width))
     scale = F.rsqrt(row_sums(F, F.square(centred), average) + eps)
     return x * outer(F, scale, weight, width) + outer(F, -mean * scale, weight, width, bias)
+
+
+def group_norm(F: Any, x: Any, weight: Any, bias: Any, eps: float, *, groups: int, channels: int) -> Any:
+    """Compute `OpBackend.group_norm`."""
+    # MXNet's operator scales groups, not channels.
+    one = F.slice_axis(weight, axis=0, begin=0, end=groups)
+    plain = F.GroupNorm(x, F.ones_like(one), F.zeros_like(one), num_groups=groups, eps=eps)
+    each = (1, channels, 1, 1)
+    return F.broadcast_add(F.broadcast_mul(plain, F.reshape(weight, shape=each)), F.reshape(bias, shape=each))
 
 
 def linear(F: Any, x: Any, weight: Any, bias: Any = None, gelu: bool = False, *, units: int,

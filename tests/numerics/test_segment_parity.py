@@ -7,24 +7,27 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd
+from support import machine
 from support.running import DATA
 
 from mxsimmim.interop import official
 from mxsimmim.models.segmenter import pixel_loss
 from mxsimmim.models.upernet import FCNHead, GroupNorm, UperHead
+from mxsimmim.ops import OpBackend
 from mxsimmim.runtime.mxnet_private import structural_parameters
 
 FILE = np.load(DATA / 'upernet.npz')
 CLASSES, SIDE = 5, 64
+forms = pytest.mark.parametrize('form', machine.FORMS)
 
 
 class Heads(mx.gluon.HybridBlock):
     """Both heads on given maps."""
 
-    def __init__(self):
+    def __init__(self, backend):
         super().__init__()
-        self.decode_head = UperHead((8, 16, 24, 32), [(16, 16), (8, 8), (4, 4), (2, 2)], 16, CLASSES)
-        self.auxiliary_head = FCNHead(24, 8, CLASSES)
+        self.decode_head = UperHead((8, 16, 24, 32), [(16, 16), (8, 8), (4, 4), (2, 2)], 16, CLASSES, backend)
+        self.auxiliary_head = FCNHead(24, 8, CLASSES, backend)
 
     def hybrid_forward(self, F, label, *maps):
         logits, auxiliary = self.decode_head(*maps), self.auxiliary_head(maps[2])
@@ -40,9 +43,10 @@ def close(ours, name, theirs):
     assert np.abs(ours.asnumpy() - theirs).max() < 1e-4 * max(1, np.abs(theirs).max()), name
 
 
+@forms
 @pytest.mark.parametrize('hybrid', [False, True])
-def test_heads(hybrid):
-    net = Heads()
+def test_heads(hybrid, form):
+    net = Heads(OpBackend(form))
     net.initialize()
     official.load_weights(net, group('weight'))
     if hybrid:
@@ -64,9 +68,10 @@ def test_heads(hybrid):
         close(parameters[name].grad(), name, theirs)
 
 
-def test_group_norm():
+@forms
+def test_group_norm(form):
     """Of two groups of 16 channels."""
-    net, given = GroupNorm(32), group('norm')
+    net, given = GroupNorm(32, OpBackend(form)), group('norm')
     net.initialize()
     for name in ('weight', 'bias'):
         getattr(net, name).set_data(mx.nd.array(given[name]))
