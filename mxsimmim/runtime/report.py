@@ -25,8 +25,9 @@ def tell(**values: Any) -> None:
         _told.update(values)
         if path:
             with contextlib.suppress(OSError):  # a report is not worth a training
-                with open(f'{path}.new', 'w', encoding='ascii') as file:
-                    json.dump(_told, file)
+                # Bytes: a codec may have to be imported, and the import that another thread waits for has the lock.
+                with open(f'{path}.new', 'wb') as file:
+                    file.write(json.dumps(_told).encode())
                 os.replace(f'{path}.new', path)
 
 

@@ -85,7 +85,10 @@ def start(tmp_path, work, peers='[]'):
     ("with watchdog.doing('a file', lambda: 'fifo'): in_vain()", 'a file (fifo) after'),
     ("with watchdog.doing('a file', lambda: 1 / 0): in_vain()", 'a file after'),
     ("with watchdog.doing('a'), watchdog.doing('b'): in_vain()", 'b after'),
-    ('in_vain()', 'what comes before and after the training after')])
+    ('in_vain()', 'what comes before and after the training after'),
+    # While Python holds the lock of all imports: to tell it must not need one.
+    ("sys.meta_path.insert(0, type('Finder', (), dict(find_spec=lambda *_: in_vain()))); import nothing_of_this",
+     'what comes before and after the training after')])
 def test_what_waits_in_vain_ends(tmp_path, work, what):
     """With status 1; the log has the stacks of all threads and then the reason, which the launcher gets, too."""
     process = start(tmp_path, work)
