@@ -1,4 +1,5 @@
 """The configuration: its keys, and reading it from files and words of the command."""
+from .model import ModelConfig
 from .schema import (
                      AugmentConfig,
                      CheckpointConfig,
@@ -6,7 +7,6 @@ from .schema import (
                      DataConfig,
                      LogConfig,
                      MaskConfig,
-                     ModelConfig,
                      OptimConfig,
                      ParallelConfig,
                      RuntimeConfig,

@@ -174,7 +174,7 @@ def differences(old: Config, new: Config, free: Tuple[str, ...] = FREE_ON_RESUME
 
 def reference_yaml() -> str:
     """Every key with its default and meaning, as a commented YAML file: the text of ``conf/base.yaml``."""
-    lines = ['# Every key with its default, from mxsimmim/config/schema.py: `mxsimmim config > conf/base.yaml`.',
+    lines = ['# Every key with its default, from mxsimmim/config: `mxsimmim config > conf/base.yaml`.',
              "# Lengths of time are steps (500), '10 epochs', or '5%' of the run."]
     sections: List[Tuple[Optional[str], Any]] = [(None, Config)]
     sections += [(name, field) for name, field in _fields(Config) if _is_section(field.annotation)]

@@ -1,16 +1,18 @@
 """Opens images with boxes: COCO's JSON, Pascal VOC's XML, a table of boxes, the digit scenes."""
+import functools
 import os
 from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from ..config import DataConfig
 from ..system.text import one_line
+from .annotated import open_parts
 from .box_table import read_table
 from .coco import read_coco
-from .labels import listed_classes, read_classes
+from .labels import read_classes
 from .objects import SceneObjects, WithObjects
 from .scenes import is_scenes, open_scenes
-from .segmentation import keep_few, paired
-from .sources import SEED, ImageFiles, hold_out, image_files
+from .segmentation import paired
+from .sources import ImageFiles, image_files
 from .voc import read_voc, xml_files
 
 KINDS = ("COCO's instances (.json), a folder of Pascal VOC's .xml files or a list in its ImageSets/Main, or a table of "
@@ -18,27 +20,12 @@ KINDS = ("COCO's instances (.json), a folder of Pascal VOC's .xml files or a lis
 
 
 def open_objects(data: DataConfig, seed: int = 0) -> Tuple[WithObjects, Optional[WithObjects]]:
-    """(training, held-out images or None) with their objects, as `data` describes them.
-
-    The same images are held out as in pre-training; `seed` draws those that data.train_images keeps, as in
-    `open_segmented`.
+    """(training, held-out images or None) with their objects; see `open_parts`.
 
     Raises:
         ValueError: files that are not there or not what they should be, classes that differ, too few images.
     """
-    if data.val_labels and not data.val_path:
-        raise ValueError(f'data.val_labels={data.val_labels} has the boxes of data.val_path: set that, too')
-    held_out = None
-    train = _opened(data, data.path, data.labels, 'data.labels', read_classes(data.classes))
-    if data.val_path:
-        held_out = _opened(data, data.val_path, data.val_labels, 'data.val_labels', train.classes)
-        if held_out.classes != train.classes:
-            raise ValueError(f'data.val_path={data.val_path} has the classes {listed_classes(held_out.classes)}, '
-                             f'data.path={data.path} {listed_classes(train.classes)}: they need the same')
-    elif data.val_fraction:
-        kept, held = hold_out(train, data.val_fraction, SEED)
-        train, held_out = train.part(kept.indices), train.part(held.indices)
-    return train.part(keep_few(len(train), data.train_images, seed)) if data.train_images else train, held_out
+    return open_parts(data, 'boxes', functools.partial(_opened, data), seed)
 
 
 def _opened(data: DataConfig, path: str, labels: str, key: str, classes: Sequence[str]) -> WithObjects:
@@ -53,6 +40,7 @@ def _opened(data: DataConfig, path: str, labels: str, key: str, classes: Sequenc
     if not os.path.isdir(path):
         raise ValueError(f'{path} is not a folder of images, whose boxes {key}={labels} could have')
     notes: List[str] = []
+    classes = classes or read_classes(data.classes)
     kind = os.path.splitext(labels)[1].lower()
     if os.path.isdir(labels):
         images, files, notes = _beside(path, labels)

@@ -5,11 +5,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Se
 import numpy as np
 
 from ..system.text import one_line
+from .annotated import Annotated, Annotations
 from .decode import BrokenImage
 from .geometry import Size, size_of
 from .regions import Region
 from .scenes import OBJECTS, DigitScenes
-from .sources import Source, Subset
 
 
 class Objects(NamedTuple):
@@ -21,24 +21,22 @@ class Objects(NamedTuple):
     size: Optional[Size]  # of the image, if it is known
 
 
-class ObjectLists(Protocol):
+class ObjectLists(Annotations, Protocol):
     """The objects of some images, by number."""
-    classes: Tuple[str, ...]
     has_masks: bool
 
     def read(self, index: int) -> Objects:
         """What is in the image; BrokenImage if that cannot be read."""
 
-    def checksum(self) -> int:
-        """Tells these objects from others."""
 
-
-class WithObjects(Subset):
+class WithObjects(Annotated):
     """Some images of a source, each with its objects."""
+    _annotations: ObjectLists
 
-    def __init__(self, source: Source, lists: ObjectLists, indices: Optional[np.ndarray] = None):
-        super().__init__(source, np.arange(len(source)) if indices is None else indices)
-        self._lists, self.classes, self.has_masks = lists, lists.classes, lists.has_masks
+    @property
+    def has_masks(self) -> bool:
+        """Whether objects have masks."""
+        return self._annotations.has_masks
 
     def objects(self, index: int) -> Objects:
         """What is in an image.
@@ -46,15 +44,7 @@ class WithObjects(Subset):
         Raises:
             BrokenImage: some of it cannot be read.
         """
-        return self._lists.read(int(self.indices[index]))
-
-    def checksum(self) -> int:
-        """Tells these objects from those of other files."""
-        return zlib.crc32(self.indices.tobytes(), self._lists.checksum())
-
-    def part(self, indices: np.ndarray) -> 'WithObjects':
-        """Those of these images that `indices` lists."""
-        return WithObjects(self._source, self._lists, self.indices[indices])
+        return self._annotations.read(int(self.indices[index]))
 
 
 class SceneObjects:

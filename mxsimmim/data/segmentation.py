@@ -1,4 +1,5 @@
 """Images with a label map each, the class of every pixel: folders, Pascal VOC's lists, and the digit scenes."""
+import functools
 import os
 import zlib
 from typing import Dict, List, Optional, Protocol, Sequence, Tuple
@@ -7,25 +8,21 @@ import numpy as np
 
 from ..config import DataConfig
 from ..system.text import one_line
+from .annotated import Annotated, Annotations, open_parts
 from .decode import BrokenImage
 from .label_images import read_label_image
-from .labels import listed_classes, read_classes, read_lines
-from .sampling import generator
+from .labels import read_classes, read_lines
 from .scenes import CLASSES, DigitScenes, is_scenes, open_scenes
-from .sources import SEED, ImageFiles, Source, Subset, hold_out, image_files
+from .sources import ImageFiles, image_files
 
 SHOWN = 1000  # files that a checksum looks at
 
 
-class LabelMaps(Protocol):
+class LabelMaps(Annotations, Protocol):
     """The label maps of some images, by number."""
-    classes: Tuple[str, ...]
 
     def read(self, index: int) -> np.ndarray:
         """The class of each pixel, uint8 or int32 (h, w), or `ignored_number`; BrokenImage if that is unknown."""
-
-    def checksum(self) -> int:
-        """Tells label maps from others."""
 
 
 def ignored_number(classes: int) -> int:
@@ -33,12 +30,9 @@ def ignored_number(classes: int) -> int:
     return 255 if classes <= 255 else 65535
 
 
-class Segmented(Subset):
+class Segmented(Annotated):
     """Some images of a source, each with its label map."""
-
-    def __init__(self, source: Source, maps: LabelMaps, indices: Optional[np.ndarray] = None):
-        super().__init__(source, np.arange(len(source)) if indices is None else indices)
-        self._maps, self.classes = maps, maps.classes
+    _annotations: LabelMaps
 
     def label_map(self, index: int) -> np.ndarray:
         """The class number of each pixel, uint8 or int32 (h, w), `ignored_number` where it does not count.
@@ -46,52 +40,19 @@ class Segmented(Subset):
         Raises:
             BrokenImage: it cannot be read, or has a class that there is not.
         """
-        return self._maps.read(int(self.indices[index]))
-
-    def checksum(self) -> int:
-        """Tells these label maps from those of other files."""
-        return zlib.crc32(self.indices.tobytes(), self._maps.checksum())
-
-    def part(self, indices: np.ndarray) -> 'Segmented':
-        """Those of these images that `indices` lists."""
-        return Segmented(self._source, self._maps, self.indices[indices])
+        return self._annotations.read(int(self.indices[index]))
 
 
 def open_segmented(data: DataConfig, seed: int = 0) -> Tuple[Segmented, Optional[Segmented]]:
-    """(training, held-out images or None) with their label maps, as `data` describes them.
-
-    The same images are held out as in pre-training; `seed` draws those that data.train_images keeps, of which a larger
-    number keeps those of a smaller one.
+    """(training, held-out images or None) with their label maps; see `open_parts`.
 
     Raises:
         ValueError: images without a label image, no list of classes, fewer than two of them, too few images.
     """
-    if data.val_labels and not data.val_path:
-        raise ValueError(f'data.val_labels={data.val_labels} has the label images of data.val_path: set that, too')
-    train, held_out = _opened(data, data.path, data.labels, 'data.labels'), None
-    if data.val_path:
-        held_out = _opened(data, data.val_path, data.val_labels, 'data.val_labels')
-        if held_out.classes != train.classes:
-            raise ValueError(f'data.val_path={data.val_path} has the classes {listed_classes(held_out.classes)}, '
-                             f'data.path={data.path} {listed_classes(train.classes)}: they need the same')
-    elif data.val_fraction:
-        kept, held = hold_out(train, data.val_fraction, SEED)
-        train, held_out = train.part(kept.indices), train.part(held.indices)
-    return train.part(keep_few(len(train), data.train_images, seed)) if data.train_images else train, held_out
+    return open_parts(data, 'label images', functools.partial(_opened, data), seed)
 
 
-def keep_few(count: int, kept: int, seed: int) -> np.ndarray:
-    """Which `kept` of `count` images data.train_images keeps, ascending.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if kept > count:
-        raise ValueError(f'data.train_images={kept}, but there are {count}: lower it, or add images')
-    return np.sort(generator(seed, 0, 0, 1).permutation(count)[:kept])
-
-
-def _opened(data: DataConfig, path: str, labels: str, key: str) -> Segmented:
+def _opened(data: DataConfig, path: str, labels: str, key: str, classes: Sequence[str]) -> Segmented:
     if is_scenes(path):
         for setting, value in ((key, labels), ('data.classes', data.classes)):
             if value:
@@ -101,7 +62,7 @@ def _opened(data: DataConfig, path: str, labels: str, key: str) -> Segmented:
     if not labels:
         raise ValueError(f'{key} is not set: name the folder of the label images of {path or "data.path"}, or a list '
                          "in Pascal VOC's ImageSets/Segmentation")
-    classes = read_classes(data.classes)
+    classes = tuple(classes) or read_classes(data.classes)
     if len(classes) < 2:
         raise ValueError(f'data.classes={data.classes} names {len(classes)} classes, and two or more are needed: a '
                          'file of names, one a line, in the order of the numbers in label images'

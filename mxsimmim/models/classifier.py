@@ -6,7 +6,7 @@ from mxnet.gluon import HybridBlock, Parameter
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
-from ..runtime.mxnet_private import children, structural_parameters
+from ..runtime.mxnet_private import children
 from . import vit
 from .initial import begin
 from .layers import LayerNorm, Linear
@@ -14,6 +14,7 @@ from .pixels import MEAN, STD, PixelInput
 from .segments import Segment
 from .shards import WHOLE, Shard
 from .simmim import ENCODERS
+from .specs import names_without
 
 
 class Classifier(HybridBlock):
@@ -80,11 +81,7 @@ class Classifier(HybridBlock):
 
     def _collect_params_with_prefix(self, prefix: str = '') -> dict:
         """Names without `encoder.`: the reference's classifier is its encoder, with a head."""
-        found = structural_parameters(self.encoder, prefix)
-        for name, child in children(self).items():
-            if child is not self.encoder:
-                found.update(structural_parameters(child, f'{prefix}.{name}' if prefix else name))
-        return found
+        return names_without(('encoder',), children(self), prefix)
 
 
 def build_classifier(config: ModelConfig, classes: int, seed: Optional[int] = 0, backend: OpBackend = REFERENCE,

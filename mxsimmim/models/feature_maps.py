@@ -5,11 +5,12 @@ from mxnet.gluon import HybridBlock
 
 from ..config import ModelConfig
 from ..ops.reference import AUTO
-from ..runtime.mxnet_private import children, structural_parameters
+from ..runtime.mxnet_private import children
 from . import swin
 from .layers import LayerNorm
 from .pixels import PixelInput
 from .simmim import ENCODERS
+from .specs import names_without
 from .vit import VisionTransformer
 
 
@@ -64,11 +65,7 @@ class FeatureMaps(HybridBlock):
 
     def _collect_params_with_prefix(self, prefix: str = '') -> dict:
         """Names without `encoder.`, as a classifier's and a published backbone's: blocks.0.…, norm0.weight."""
-        found = structural_parameters(self.encoder, prefix)
-        for name, child in children(self).items():
-            if child is not self.encoder:
-                found.update(structural_parameters(child, f'{prefix}.{name}' if prefix else name))
-        return found
+        return names_without(('encoder',), children(self), prefix)
 
 
 def _as_map(F: Any, tokens: Any, size: Sequence[int], channels: int) -> Any:

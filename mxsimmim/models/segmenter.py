@@ -7,13 +7,14 @@ from mxnet.gluon import HybridBlock, Parameter
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
-from ..runtime.mxnet_private import children, structural_parameters
+from ..runtime.mxnet_private import children
 from .cost import multiply_adds
 from .feature_maps import FeatureMaps
 from .initial import begin
 from .layers import AUTO
 from .pixels import MEAN, STD, PixelInput
 from .shards import Shard
+from .specs import names_without
 from .upernet import FCNHead, Pyramid, Size, UperHead, head_costs, resized
 
 
@@ -83,14 +84,8 @@ class Segmenter(HybridBlock):
 
     def _collect_params_with_prefix(self, prefix: str = '') -> dict:
         """The encoder's names as the classifier's; those of the rest as mmsegmentation's, without its `backbone.`."""
-        parts = {**children(self.backbone), 'neck': self.neck, 'decode_head': self.decode_head,
-                 'auxiliary_head': self.auxiliary_head}
-        found = {}
-        for name, child in parts.items():
-            if child:
-                inner = [] if name in ('encoder', 'neck') else [name]
-                found.update(structural_parameters(child, '.'.join([*filter(None, [prefix]), *inner])))
-        return found
+        parts = {name: child for name, child in children(self).items() if child is not self.answering}
+        return names_without(('backbone', 'neck'), parts, prefix)
 
 
 class Answering(HybridBlock):

@@ -1,8 +1,8 @@
 """What the rest needs to know of a network's parameters, whatever the network."""
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Container, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from mxnet.gluon import HybridBlock, Parameter
+from mxnet.gluon import Block, HybridBlock, Parameter
 from mxnet.gluon.parameter import Constant
 
 from ..runtime.mxnet_private import structural_parameters
@@ -77,6 +77,15 @@ def joined(specs: Sequence[ParameterSpec], values: Sequence[np.ndarray]) -> Dict
     for spec, value in zip(specs, values):
         parts.setdefault(spec.name, []).append(value)
     return {name: join(name, found) for name, found in parts.items()}
+
+
+def names_without(unnamed: Container[str], blocks: Mapping[str, Block], prefix: str = '') -> Dict[str, Parameter]:
+    """Return the parameters of blocks by name, as Gluon does, but of those `unnamed` without the block's own."""
+    found: Dict[str, Parameter] = {}
+    for name, block in blocks.items():
+        path = prefix if name in unnamed else f'{prefix}.{name}' if prefix else name
+        found.update(structural_parameters(block, path))
+    return found
 
 
 def named_parameters(net: HybridBlock) -> Dict[str, Parameter]:

@@ -89,15 +89,15 @@ def mesh_of(process: ProcessInfo, parallel: ParallelConfig, devices: int) -> Mes
     needed //= devices  # workers
     if process.size == 1:
         raise ConfigError(f'{keys} needs {needed} devices a worker, or a multiple, and here is 1: name them with '
-                         f'devices=[…], or start as many workers of one device: tools/launch.py --horovod -n {needed}')
+                          f'devices=[…], or start as many workers of one device: tools/launch.py --horovod -n {needed}')
     if process.transport != 'horovod':
         have = 'one device' if devices == 1 else f'{devices} devices'
         raise ConfigError(f'{keys} with {have} a worker puts the parts of a model into several workers, and a '
-                         'parameter server waits for the same gradients of all: start the job with tools/launch.py '
-                         '--horovod, or give each worker a device a part with devices=[…]')
+                          'parameter server waits for the same gradients of all: start the job with tools/launch.py '
+                          '--horovod, or give each worker a device a part with devices=[…]')
     if process.size % needed:
         raise ConfigError(f'{keys} does not divide the {process.size} workers: start a multiple of {needed}, or change '
-                         'it')
+                          'it')
     mesh = Mesh(parallel.pipeline, process.size // needed, parallel.tensor // devices, process.rank)
     hosts = [sum(first <= rank for first in process.firsts) for rank in range(process.size)]
     return mesh._replace(seats=seated(hosts, *mesh[:3])) if process.firsts else mesh

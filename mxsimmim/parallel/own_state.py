@@ -8,6 +8,7 @@ from ..system.arrays import Arrays, Gathered
 from .communicators import Communicator, Copies, Handle
 
 PIECE = 1 << 20  # numbers that travel at once
+Shapes = Dict[str, Tuple[int, ...]]  # of arrays, by name
 
 
 class Kind(NamedTuple):
@@ -98,10 +99,6 @@ class OwnState:
                 if self._communicator.rank == 0:
                     values = [spec.parameter.list_grad()[0].asnumpy() for spec in self._specs]
                     yield from joined(self._specs, values).values()
-
-
-
-Shapes = Dict[str, Tuple[int, ...]]
 
 
 class OwnStateOfParts:

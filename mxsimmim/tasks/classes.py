@@ -1,9 +1,45 @@
-"""The classes that images or pixels are told apart by, in the order of the logits."""
+"""What tasks with classes, of images or pixels, have in common; classes are in the order of the logits."""
 from itertools import zip_longest
 from pathlib import Path
-from typing import List, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
+from ..config import Config
 from ..data.labels import read_classes
+from ..models import Network
+from ..optim import parameter_groups
+
+
+class WithClasses:
+    """The part of a task that is the same for all fine-tuning."""
+    takes_encoder = True
+    keeps_best = True
+    known: str  # what workers must know alike of the images
+    config: Config
+    classes: Tuple[str, ...]
+
+    def parameter_groups(self, net: Network) -> Dict[str, Tuple[float, float]]:
+        """Returns (lr_scale, weight_decay) of each parameter by name, with layer decay."""
+        optim = self.config.optim
+        return parameter_groups(net, optim.layer_decay, optim.weight_decay, optim.recipe)
+
+    def state(self) -> Dict[str, Any]:
+        return {'classes': list(self.classes)}
+
+    def check_state(self, state: Mapping[str, Any], where: str, remedy: str) -> None:
+        """Refuses a checkpoint of other classes, or of the same in another order."""
+        check_classes(where, state.get('classes', ()), self.classes, remedy)
+
+    def annotations(self) -> List[int]:
+        """Returns a checksum of what is known of the training images, and one of the held-out images'."""
+        raise NotImplementedError
+
+    def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
+        data, own = self.config.data, self.annotations()
+        for number, where in enumerate((f'data.labels={data.labels}, data.path={data.path}',
+                                        f'data.val_labels={data.val_labels}, data.val_path={data.val_path}')):
+            if theirs[number:number + 1] != own[number:number + 1]:
+                raise ValueError(f'{where}: some images have other {self.known} for rank {rank} than for rank 0: all '
+                                 'workers need the same')
 
 
 def names_of_outputs(count: int, file: Path, classes: str) -> List[str]:

@@ -17,12 +17,11 @@ from ..models import Classifier, Network, build_classifier, named_parameters
 from ..models.cost import multiply_adds
 from ..models.shards import WHOLE, Shard
 from ..ops import OpBackend
-from ..optim import parameter_groups
 from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import metrics, pictures
-from .classes import check_classes, names_of_outputs
+from .classes import WithClasses, names_of_outputs
 from .task import Metric, Predictor, write_evaluation
 
 SHOWN = 20  # classes in the text that is printed; the file has all
@@ -170,10 +169,9 @@ class ClassPredictor:
         return [(self.classes[number], float(probabilities[number])) for number in np.argsort(-probabilities)]
 
 
-class Classification:
+class Classification(WithClasses):
     """Labelled images; the better the more of those held out are given their class."""
-    takes_encoder = True
-    keeps_best = True
+    known = 'classes'
     predictor: Type[Predictor] = ClassPredictor
 
     def __init__(self, config: Config):
@@ -194,11 +192,6 @@ class Classification:
     def multiply_adds(self) -> int:
         return multiply_adds(self.config.model, decoder=False)
 
-    def parameter_groups(self, net: Network) -> Dict[str, Tuple[float, float]]:
-        """Returns (lr_scale, weight_decay) of each parameter by name, with layer decay."""
-        optim = self.config.optim
-        return parameter_groups(net, optim.layer_decay, optim.weight_decay, optim.recipe)
-
     def transform(self) -> ClassifyTransform:
         return ClassifyTransform(self.config.data, self.config.augment, self.config.model, self._data.train_labels,
                                  len(self.classes))
@@ -212,22 +205,7 @@ class Classification:
     def facts(self) -> List[str]:
         return [f'{len(self.classes):,} classes']
 
-    def state(self) -> Dict[str, Any]:
-        return {'classes': list(self.classes)}
-
-    def check_state(self, state: Mapping[str, Any], where: str, remedy: str) -> None:
-        """Refuses a checkpoint of other classes, or of the same in another order."""
-        check_classes(where, state.get('classes', ()), self.classes, remedy)
-
     def annotations(self) -> List[int]:
         """Returns a checksum of the training images' labels, and one of the held-out images'."""
         return [zlib.crc32(labels.tobytes()) for labels in (self._data.train_labels, self._data.held_out_labels)
                 if labels is not None]
-
-    def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
-        data, own = self.config.data, self.annotations()
-        for number, where in enumerate((f'data.labels={data.labels}, data.path={data.path}',
-                                        f'data.val_labels={data.val_labels}, data.val_path={data.val_path}')):
-            if theirs[number:number + 1] != own[number:number + 1]:
-                raise ValueError(f'{where}: some images have other classes for rank {rank} than for rank 0: all '
-                                 'workers need the same')

@@ -19,12 +19,11 @@ from ..models import Network, Segmenter, build_segmenter, named_parameters
 from ..models.segmenter import segmenter_cost
 from ..models.shards import WHOLE, Shard
 from ..ops import OpBackend
-from ..optim import parameter_groups
 from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import pictures, regions
-from .classes import check_classes, names_of_outputs
+from .classes import WithClasses, names_of_outputs
 from .metrics import log_softmax
 from .task import Metric, Predictor, write_evaluation
 
@@ -233,10 +232,9 @@ class MapPredictor:
                 for number in np.argsort(-shares, kind='stable') if shares[number]]
 
 
-class Segmentation:
+class Segmentation(WithClasses):
     """Images with a class for each pixel; the better the larger the mean overlap on those held out."""
-    takes_encoder = True
-    keeps_best = True
+    known = 'label maps'
     predictor: Type[Predictor] = MapPredictor
 
     def __init__(self, config: Config):
@@ -261,11 +259,6 @@ class Segmentation:
     def multiply_adds(self) -> int:
         return segmenter_cost(self.config.model, len(self.classes))
 
-    def parameter_groups(self, net: Network) -> Dict[str, Tuple[float, float]]:
-        """Returns (lr_scale, weight_decay) of each parameter by name, with layer decay."""
-        optim = self.config.optim
-        return parameter_groups(net, optim.layer_decay, optim.weight_decay, optim.recipe)
-
     def transform(self) -> SegmentTransform:
         return SegmentTransform(self.config.data, self.config.augment, self.config.model, self._train)
 
@@ -275,20 +268,6 @@ class Segmentation:
     def facts(self) -> List[str]:
         return [f'{len(self.classes):,} classes of pixels']
 
-    def state(self) -> Dict[str, Any]:
-        return {'classes': list(self.classes)}
-
-    def check_state(self, state: Mapping[str, Any], where: str, remedy: str) -> None:
-        """Refuses a checkpoint of other classes, or of the same in another order."""
-        check_classes(where, state.get('classes', ()), self.classes, remedy)
-
     def annotations(self) -> List[int]:
         """Returns checksums of the training images' label maps, and of the held-out images'."""
         return [data.checksum() for data in (self._train, self._held_out) if data]
-
-    def check_annotations(self, theirs: Sequence[int], rank: int) -> None:
-        data, own = self.config.data, self.annotations()
-        for number, where in enumerate((f'data.labels={data.labels}, data.path={data.path}',
-                                        f'data.val_labels={data.val_labels}, data.val_path={data.val_path}')):
-            if theirs[number:number + 1] != own[number:number + 1]:
-                raise ValueError(f'{where}: rank {rank} has other label maps than rank 0: all workers need the same')

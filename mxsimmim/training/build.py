@@ -24,6 +24,7 @@ from ..parallel.schedules import stages_of
 from ..parallel.strategies import Strategy, strategy_of
 from ..parallel.updates import SynchronousUpdate
 from ..parallel.worker_group import WorkerGroup
+from ..runtime import watchdog
 from ..runtime.memory import give_back, share_heap
 from ..runtime.process import ALONE, ProcessInfo
 from ..system.arrays import Arrays
@@ -155,7 +156,8 @@ def build_communicator(strategy: Strategy, process: ProcessInfo, control: Option
                        ) -> Communicator:
     """Build the communicator over the workers of a job."""
     make = WeightServers if strategy.store_can.updates_weights else make_communicator
-    return make(strategy.store, process, control)
+    with watchdog.doing(f'a connection to all that {strategy.store} needs', together=True):
+        return make(strategy.store, process, control)
 
 
 def build_split(config: Config, task: Task, communicator: Communicator, needed: int,

@@ -1,5 +1,6 @@
 """Saves checkpoints while training goes on: a thread that writes, and one that copies to a second place."""
 import contextlib
+import math
 import os
 import shutil
 import threading
@@ -58,9 +59,8 @@ class Saver:
             CheckpointError: it failed.
         """
         thread, self._thread = self._thread, None
-        while thread and thread.is_alive():  # that thread is under the deadline, which begins anew with each array
-            thread.join(LOOK)
-            watchdog.beat()
+        if thread:
+            outlast(thread)
         error, self._error = self._error, None
         if error:
             raise error
@@ -119,10 +119,7 @@ class SecondPlace:
         """Wait until all is copied; after so many seconds say that it is not."""
         thread = self._thread
         if thread:
-            end = time.monotonic() + seconds
-            while thread.is_alive() and time.monotonic() < end:
-                thread.join(1)
-                watchdog.beat()
+            outlast(thread, seconds)
             if thread.is_alive():
                 self._log(f'warning: {self._run} takes longer than {seconds:g} s to copy a checkpoint: it is left '
                           'without it')
@@ -143,6 +140,14 @@ class SecondPlace:
                 reason = (isinstance(error, OSError) and error.strerror) or error
                 self._log(f'warning: {path.name} is not copied to {self._run} (checkpoint.copy_to): {reason}; the '
                           'run goes on')
+
+
+def outlast(thread: threading.Thread, seconds: float = math.inf) -> None:
+    """Wait for a thread that is under the deadline itself, or needs none, so many seconds at most."""
+    end = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < end:
+        thread.join(LOOK)
+        watchdog.beat()
 
 
 def yield_cores() -> None:

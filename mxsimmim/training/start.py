@@ -102,8 +102,7 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
             from ..planner.automatic import lay_out
             config, why = lay_out(config, process, contexts, backend.is_native, control)
         control.mesh = mesh_of(process, config.parallel, len(contexts))
-        with watchdog.doing(f'a connection to all that {strategy.store} needs', together=True):
-            communicator = build_communicator(strategy, process, control)
+        communicator = build_communicator(strategy, process, control)
         checkpoint = find_checkpoint(config, task, control, notes.append, bool(process.restarts))
         logger: Union[RunLogger, Quiet] = Quiet()
         if process.rank == 0:
@@ -142,9 +141,7 @@ def joined(config: Config, strategy: Strategy, process: ProcessInfo, devices: in
         if watch:
             watch.join(control.peers, control.sign)
         control.mesh = mesh_of(process, config.parallel, devices)
-        with watchdog.doing(f'a connection to all that {strategy.store} needs', together=True):
-            communicator = build_communicator(strategy, process, control)
-        yield communicator
+        yield build_communicator(strategy, process, control)
 
 
 def connected(config: Config, strategy: Strategy, process: ProcessInfo) -> ControlPlane:

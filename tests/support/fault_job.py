@@ -267,7 +267,7 @@ def weights_of(run):
     return step, np.concatenate([arrays['weights'][name].ravel() for name in sorted(arrays['weights'])])
 
 
-def check(job, expected, tolerance):
+def check(job, expected):
     """Waits for the job's end, and asserts that nothing tells it from an undisturbed one, as `Mode.tolerance` says."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.process.wait(DEADLINE)
@@ -278,7 +278,7 @@ def check(job, expected, tolerance):
     assert step == STEPS and np.isfinite(ours).all()
     difference = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
     print(f'weights differ by {difference:.3g}, relative')
-    if tolerance:
-        assert difference <= tolerance
+    if job.mode.tolerance:
+        assert difference <= job.mode.tolerance
     else:
         np.testing.assert_array_equal(ours, expected)

@@ -149,5 +149,5 @@ def test_task():
     assert task.shapes()['decode_head.conv_seg.weight'] == (11, 16, 1, 1)
     with pytest.raises(ValueError, match='and class 0 is missing there|11'):
         task.check_state({'classes': []}, 'there', 'remedy')
-    with pytest.raises(ValueError, match='rank 1 has other label maps than rank 0'):
+    with pytest.raises(ValueError, match='other label maps for rank 1 than for rank 0'):
         task.check_annotations([1, 2], 1)
