@@ -14,6 +14,7 @@ from .run_folder import CONFIG
 
 PATIENCE = 600.0  # seconds that the end of a run waits for the second place, without which it is whole
 LOOK = 0.1  # seconds between two signs that a thread waits for another one
+STANDSTILL = 5.0  # seconds that training waits for saves, all together, before that is said
 
 
 class Saver:
@@ -26,7 +27,7 @@ class Saver:
         self._log, self._copies = log, copies
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
-        self._told = False  # that a save had to wait
+        self._waited = 0.0  # seconds that saves had to wait for the one before; infinite once that is said
 
     def run(self, publish: Callable[[], Path]) -> None:
         """Call `publish`, which writes a checkpoint and returns its path; `wait` comes before."""
@@ -66,12 +67,14 @@ class Saver:
             raise error
 
     def wait_for_turn(self) -> None:
-        """As `wait`, before another one begins; say, the first time, if that takes time."""
-        if self._thread and self._thread.is_alive() and not self._told:
-            self._told = True
-            self._log('warning: the checkpoint before is still being written, and training waits for it: '
-                      'checkpoint.every is shorter than that takes')
+        """As `wait`, before another one begins; say, once, if such waits have taken long."""
+        start = time.monotonic()
         self.wait()
+        self._waited += time.monotonic() - start
+        if STANDSTILL < self._waited < math.inf:
+            self._log(f'warning: training has waited {self._waited:.1f} s for checkpoints to be written: '
+                      'checkpoint.every is shorter than that takes')
+            self._waited = math.inf
 
     def finish(self) -> None:
         """Wait for the save and for its copy."""
