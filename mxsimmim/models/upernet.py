@@ -124,8 +124,9 @@ class Pyramid(HybridBlock):
         self.sizes = [(int(size[0] * scale), int(size[1] * scale)) for scale in (4, 2, 1, 0.5)]
         with self.name_scope():
             self.fpn1, self.fpn2 = nn.HybridSequential(), nn.HybridSequential()
-            self.fpn1.add(Doubled(channels), GroupNorm(channels, backend), nn.GELU(), Doubled(channels))
-            self.fpn2.add(Doubled(channels))
+            self.fpn1.add(Doubled(channels, channels), GroupNorm(channels, backend), nn.GELU(),
+                          Doubled(channels, channels))
+            self.fpn2.add(Doubled(channels, channels))
 
     def hybrid_forward(self, F: Any, *maps: Any) -> List[Any]:
         first, second, third, fourth = maps
@@ -134,14 +135,14 @@ class Pyramid(HybridBlock):
 
 
 class Doubled(HybridBlock):
-    """A transposed convolution: (B, C, h, w) to (B, C, 2h, 2w), each place to four of its own."""
+    """A transposed convolution: (B, inputs, h, w) to (B, outputs, 2h, 2w), each place to four of its own."""
 
-    def __init__(self, channels: int):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self._options = dict(kernel=(2, 2), stride=(2, 2), num_filter=channels, no_bias=False)
+        self._options = dict(kernel=(2, 2), stride=(2, 2), num_filter=outputs, no_bias=False)
         with self.name_scope():
-            self.weight = self.params.get('weight', shape=(channels, channels, 2, 2))
-            self.bias = self.params.get('bias', shape=(channels,))
+            self.weight = self.params.get('weight', shape=(inputs, outputs, 2, 2))
+            self.bias = self.params.get('bias', shape=(outputs,))
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
         return F.Deconvolution(x, weight, bias, **self._options)
