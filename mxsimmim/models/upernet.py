@@ -135,17 +135,23 @@ class Pyramid(HybridBlock):
 
 
 class Doubled(HybridBlock):
-    """A transposed convolution: (B, inputs, h, w) to (B, outputs, 2h, 2w), each place to four of its own."""
+    """A transposed convolution: (B, inputs, h, w) to (B, outputs, 2h, 2w), each place to four of its own.
+
+    Computed as a product at each place. MXNet's Deconvolution writes the gradient of its weight with inputs and outputs
+    exchanged where that is part of a larger array, as gradients are that workers or devices exchange (docs/LOG.md).
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self._options = dict(kernel=(2, 2), stride=(2, 2), num_filter=outputs, no_bias=False)
+        self._inputs, self._outputs = inputs, outputs
         with self.name_scope():
             self.weight = self.params.get('weight', shape=(inputs, outputs, 2, 2))
             self.bias = self.params.get('bias', shape=(outputs,))
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
-        return F.Deconvolution(x, weight, bias, **self._options)
+        kernel = F.reshape(F.transpose(weight, axes=(2, 3, 1, 0)), shape=(4 * self._outputs, self._inputs, 1, 1))
+        x = F.Convolution(x, kernel, kernel=(1, 1), num_filter=4 * self._outputs, no_bias=True)
+        return F.broadcast_add(F.depth_to_space(x, block_size=2), F.reshape(bias, shape=(1, self._outputs, 1, 1)))
 
 
 class Pool(HybridBlock):
