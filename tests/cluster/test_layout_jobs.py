@@ -23,7 +23,8 @@ IN_SOAK = [
     (4, '0', 'pretrain,finetune,sharded,fp16,2bit', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),  # of two replicas
     (4, '0', 'finetune,sharded,fp16,2bit', 'pipeline=2 micro_batches=2'),
     (4, '0', 'finetune,sharded,fp16,2bit', 'tensor=2'),
-    (6, '0,2,5', 'pretrain,finetune', 'pipeline=2 micro_batches=1'),  # a neighbour on the same host
+    # A neighbour on the same host. The reference's clipping of accumulated parts depends on how three divide a batch.
+    (6, '0,2,5', 'finetune', 'pipeline=2 micro_batches=1'),
 ]
 
 
