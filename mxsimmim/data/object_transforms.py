@@ -26,8 +26,8 @@ class ObjectsTransform(Transform):
     crowd: uint8 (M,), 1 where a box is of a crowd or difficult: such boxes come last.
     masks, if they are asked for: uint8 (M, MASK_SIDE, MASK_SIDE), 1 in the cells of the box whose middles the object
         covers.
-    priority: float32 (anchors + proposals + M,) in [0, 1): which of a detector's anchors and of the boxes that it
-        proposes or knows are sampled, those with the highest numbers first.
+    priority: float32 (anchors + M,) in [0, 1): which of a detector's anchors, of the boxes that it makes of them and of
+        the objects are sampled, those with the highest numbers first.
     uniform: as in pre-training.
 
     Boxes that the crop leaves less than a pixel wide or high are left out, and so are some at random, crowds first,
@@ -36,7 +36,7 @@ class ObjectsTransform(Transform):
 
     def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool, most: int = OBJECTS):
         """Keep what is done; with `masks`, an object without one is a broken image."""
-        self._most, self._candidates = most, sum(model.candidates) + most
+        self._most, self._candidates = most, model.candidates[0] + most
         self._data, self._model, self._source, self._masks = data, model, source, masks
         self._canvas, self._bicubic = canvas_of(model), data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)

@@ -1,5 +1,5 @@
 """An encoder with GluonCV's Faster or Mask R-CNN: boxes of objects, their classes and masks."""
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import mxnet as mx
 import numpy as np
@@ -24,8 +24,6 @@ from .specs import names_without
 
 RATIOS = 0.5, 1.0, 2.0  # height over width of the anchors at a place
 BOX_SIDE, MASK_POOLED = 7, 14  # cells a side of what is pooled for the heads of boxes, and of masks
-KEPT = 1000  # pairs of a box and a class, of an image, that are compared with each other
-SURE, SUPPRESSED = 0.05, 0.5  # score of an answer; overlap of those of one class of which only the better one is kept
 STEP = 16  # boxes that the mask head computes are a multiple, on CPUs
 
 
@@ -69,7 +67,10 @@ class Detector(HybridBlock):
             self.shared_fcs.add(Linear(width * BOX_SIDE ** 2, 4 * width, backend), nn.Activation('relu'),
                                 Linear(4 * width, 4 * width, backend), nn.Activation('relu'))
         self.counts = [len(RATIOS) * height * wide for height, wide in config.pyramid]
-        self.training, self.masking, self.answering = Training(self), Masking(self), Answering(self)
+        layers = 'backbone', 'neck', 'anchors', 'rpn_head', 'shared_fcs', 'fc_cls', 'fc_reg'
+        self.training = Graph(self, self.losses, layers)
+        self.masking = Graph(self, self.mask_loss, ['mask_head'])
+        self.answering = Graph(self, self.answered, [*layers, 'mask_head'])
 
     def forward(self, image: Any, *given: Any) -> Any:
         if not isinstance(image, mx.nd.NDArray):
@@ -84,43 +85,47 @@ class Detector(HybridBlock):
             if not keep and self.config.drop_path:
                 # A cached graph always takes the arguments it was built with, in training and out of it.
                 keep = [mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)]
-            loss, *found = self.training(image, boxes, classes, crowd, priority, *keep)
             if masks is None:
-                return loss
-            samples, maps = Samples(*found[:5]), found[5:]
-            count = self._count(samples)
-            first = Samples(*(each[:, :count] for each in samples))
-            return loss + self.masking(masks, boxes, *first, *maps)
+                return self.training(image, boxes, classes, crowd, priority, *keep)
+            loss, *found = self.training(image, boxes, classes, crowd, priority, *keep)
+            count = self._count(found[0])
+            return loss + self.masking(masks, boxes, *(each[:, :count] for each in found[:4]), *found[4:])
 
-    def _count(self, samples: Samples) -> int:
+    def _count(self, positive: mx.nd.NDArray) -> int:
         """How many of each image's samples, the positive ones first, the mask head must compute.
 
         On a CPU not many more than there are positive ones, which costs a look at what is computed; on a GPU, which
         would wait for that, all that there may be.
         """
-        most = samples.positive.shape[1]
-        if samples.positive.context.device_type != 'cpu':
+        most = positive.shape[1]
+        if positive.context.device_type != 'cpu':
             return most
-        count = int(samples.positive.sum(axis=1).max().asscalar())
+        count = int(positive.sum(axis=1).max().asscalar())
         return min(most, max(1, -(-count // STEP)) * STEP)
 
     def maps(self, F: Any, image: Any, keep: Any = None) -> List[Any]:
         """The pyramid's maps (B, C, h, w), the finest first."""
         return self.neck(*self.backbone(F, image, keep))
 
-    def proposed(self, F: Any, maps: Sequence[Any]) -> Tuple[Any, Any, Any, Any]:
-        """Boxes (B, P, 4) that may be objects, and what they come from: scores (B, N), codes (B, N, 4), anchors."""
+    def proposed(self, F: Any, maps: Sequence[Any], priority: Any = None) -> Tuple[Any, ...]:
+        """Boxes (B, P, 4) that may be objects and, of those of their anchors (B, N), their priorities (B, P), if any.
+
+        And what they come from: scores (B, N), codes (B, N, 4), and anchors (1, N, 4).
+        """
         anchors = self.anchors(maps[0])
-        scores, codes, own, first = [], [], [], 0
+        scores, codes, own, priorities, first = [], [], [], [], 0
         for each, count in zip(maps, self.counts):
             _, _, score, code = self.rpn_head(each)
             scores.append(F.reshape(score, shape=(0, AUTO)))
             codes.append(code)
             own.append(F.slice_axis(anchors, axis=1, begin=first, end=first + count))
+            if priority is not None:
+                priorities.append(F.slice_axis(priority, axis=1, begin=first, end=first + count))
             first += count
-        boxes = regions.propose(F, [F.BlockGrad(each) for each in scores], [F.BlockGrad(each) for each in codes], own,
-                                self.decode_anchors, self.config.size, self.counts, self.config.candidates[1])
-        return F.BlockGrad(boxes), F.concat(*scores, dim=1), F.concat(*codes, dim=1), anchors
+        found = regions.propose(F, [F.BlockGrad(each) for each in scores], [F.BlockGrad(each) for each in codes], own,
+                                self.decode_anchors, self.config.size, self.counts, self.config.candidates[1],
+                                priorities)
+        return (*found, F.concat(*scores, dim=1), F.concat(*codes, dim=1), anchors)
 
     def hidden(self, F: Any, maps: Sequence[Any], boxes: Any) -> Any:
         """What the heads of boxes see of each of boxes (B, k, 4): (B * k, 4 * width)."""
@@ -135,16 +140,17 @@ class Detector(HybridBlock):
         return regions.of_class(F, logits, classes)
 
     def losses(self, F: Any, image: Any, boxes: Any, classes: Any, crowd: Any, priority: Any, keep: Any = None
-               ) -> Tuple[Any, ...]:
-        """The loss (1,) without that of masks; then what that is computed of: samples and maps."""
+               ) -> Any:
+        """The loss (1,); with masks that without theirs, and then what theirs is computed of: samples and maps."""
         count = min(regions.SAMPLED_BOXES, self.config.candidates[1] + OBJECTS)
         positive = min(regions.MOST_POSITIVE, count)
         truth, maps = Truth.of(F, boxes, classes, crowd), self.maps(F, image, keep)
-        proposals, score, code, anchors = self.proposed(F, maps)
-        of_anchors, of_boxes = (F.slice_axis(priority, axis=1, begin=begin, end=end)
-                                for begin, end in ((0, self.config.candidates[0]), (self.config.candidates[0], None)))
+        of_anchors, of_objects = (F.slice_axis(priority, axis=1, begin=begin, end=end)
+                                  for begin, end in ((0, self.config.candidates[0]), (self.config.candidates[0], None)))
+        proposals, of_proposals, score, code, anchors = self.proposed(F, maps, of_anchors)
         loss = regions.proposal_loss(F, self.backend, score, code, anchors, truth, of_anchors)
-        samples = regions.sample(F, self.backend, proposals, truth, of_boxes, count)
+        samples = regions.sample(F, self.backend, F.BlockGrad(proposals), truth,
+                                 F.concat(F.BlockGrad(of_proposals), of_objects, dim=1), count)
         first = Samples(*(F.slice_axis(each, axis=1, begin=0, end=positive) for each in samples))
         hidden = self.hidden(F, maps, samples.boxes)                                          # (B*k, D)
         logits = F.reshape(self.fc_cls(hidden), shape=(AUTO, count, self.classes + 1))
@@ -154,7 +160,16 @@ class Detector(HybridBlock):
         loss = (loss + regions.class_loss(F, logits, samples, self.classes)
                 + regions.box_loss(F, code, first, truth, F.sum(samples.used, axis=1)))
         loss = F.reshape(F.mean(loss), shape=(1,))
-        return (loss, *first, *maps[:-1]) if self.config.masks else (loss,)
+        if not self.config.masks:
+            return loss
+        return (loss, first.positive, first.boxes, first.matched, first.classes, *maps[:-1])
+
+    def mask_loss(self, F: Any, masks: Any, truth: Any, positive: Any, boxes: Any, matched: Any, classes: Any,
+                  *maps: Any) -> Any:
+        """The loss (1,) of masks, of k samples of each image, those of `losses` or the first of them."""
+        samples = Samples(boxes, matched, classes, positive, positive)
+        logits = self.masks(F, maps, boxes, classes)
+        return F.reshape(F.mean(regions.mask_loss(F, logits, samples, masks, truth)), shape=(1,))
 
     def answered(self, F: Any, image: Any) -> Any:
         """The answers (B, 100, 6), or with masks (B, 100, 6 + MASK * MASK)."""
@@ -162,28 +177,14 @@ class Detector(HybridBlock):
         boxes = self.proposed(F, maps)[0]
         hidden = self.hidden(F, maps, boxes)
         scores = F.softmax(F.reshape(self.fc_cls(hidden), shape=(AUTO, proposals, self.classes + 1)), axis=2)
-        scores = F.broadcast_mul(F.slice_axis(scores, axis=2, begin=0, end=self.classes),
-                                 F.expand_dims(on_boxes.has_area(F, boxes), axis=2))
-        pairs = min(KEPT, proposals * self.classes)
-        index = on_boxes.highest(F, F.reshape(scores, shape=(0, AUTO)), pairs)               # (B, pairs)
-        number = F.floor((index + 0.5) / self.classes)
-        code = on_boxes.rows(F, F.reshape(self.fc_reg(hidden), shape=(AUTO, proposals * self.classes, 4)), index)
-        placed = regions.decoded(F, self.decode, code, on_boxes.rows(F, boxes, number), pairs)
-        placed = on_boxes.clipped(F, placed, self.config.size)
-        score = on_boxes.rows(F, F.reshape(scores, shape=(0, AUTO)), index) * on_boxes.has_area(F, placed)
-        found = F.concat(placed, F.expand_dims(score, axis=2), F.expand_dims(index - number * self.classes, axis=2),
-                         dim=2)
-        found = F.contrib.box_nms(found, overlap_thresh=SUPPRESSED, valid_thresh=SURE, coord_start=0, score_index=4,
-                                  id_index=5)
-        found = F.slice_axis(found, axis=1, begin=0, end=min(OBJECTS, pairs))
-        there, numbers = (F.slice_axis(found, axis=2, begin=begin, end=begin + 1) for begin in (4, 5))
-        there = there > 0
-        parts = [F.broadcast_mul(F.slice_axis(found, axis=2, begin=0, end=5), there), numbers]
-        if self.config.masks:
-            chosen = F.broadcast_mul(F.slice_axis(found, axis=2, begin=0, end=4), there)
-            logits = self.masks(F, maps[:-1], chosen, F.reshape(numbers, shape=(0, AUTO)))
-            parts.append(F.broadcast_mul(F.sigmoid(logits), there))
-        return F.concat(*parts, dim=2)
+        code = F.reshape(self.fc_reg(hidden), shape=(AUTO, proposals * self.classes, 4))
+        found = regions.detect(F, scores, code, boxes, self.decode, self.config.size, (proposals, self.classes))
+        if not self.config.masks:
+            return found
+        numbers = F.slice_axis(found, axis=2, begin=5, end=6)
+        logits = self.masks(F, maps[:-1], F.slice_axis(found, axis=2, begin=0, end=4),
+                            F.reshape(numbers, shape=(0, AUTO)))
+        return F.concat(found, F.broadcast_mul(F.sigmoid(logits), numbers >= 0), dim=2)
 
     def _collect_params_with_prefix(self, prefix: str = '') -> dict:
         """The encoder's names as the classifier's; those of the rest as mmdetection's, without its `backbone.`."""
@@ -214,42 +215,16 @@ class Anchors(HybridBlock):
 
 class Graph(HybridBlock):
     """A part of a detector as a graph of its own, on the detector's own layers."""
-    layers: Tuple[str, ...] = ()
 
-    def __init__(self, net: Detector):
+    def __init__(self, net: Detector, compute: Callable[..., Any], layers: Sequence[str]):
         super().__init__(prefix='')
-        self._of = [net]  # in a list, as it is no child of its parts
+        self._compute = compute
         for name, child in children(net).items():
-            if name in self.layers:
+            if name in layers:
                 self.register_child(child, name)
 
-
-class Training(Graph):
-    """`Detector.losses`."""
-    layers = 'backbone', 'neck', 'anchors', 'rpn_head', 'shared_fcs', 'fc_cls', 'fc_reg'
-
-    def hybrid_forward(self, F: Any, image: Any, boxes: Any, classes: Any, crowd: Any, priority: Any, keep: Any = None
-                       ) -> Tuple[Any, ...]:
-        return self._of[0].losses(F, image, boxes, classes, crowd, priority, keep)
-
-
-class Masking(Graph):
-    """The loss (1,) of masks."""
-    layers = 'mask_head',
-
-    def hybrid_forward(self, F: Any, masks: Any, truth: Any, boxes: Any, matched: Any, classes: Any, positive: Any,
-                       used: Any, *maps: Any) -> Any:
-        samples = Samples(boxes, matched, classes, positive, used)
-        logits = self._of[0].masks(F, maps, samples.boxes, samples.classes)
-        return F.reshape(F.mean(regions.mask_loss(F, logits, samples, masks, truth)), shape=(1,))
-
-
-class Answering(Graph):
-    """`Detector.answered`."""
-    layers = Training.layers + Masking.layers
-
-    def hybrid_forward(self, F: Any, image: Any) -> Any:
-        return self._of[0].answered(F, image)
+    def hybrid_forward(self, F: Any, x: Any, *others: Any) -> Any:
+        return self._compute(F, x, *others)
 
 
 def detector_cost(config: ModelConfig, classes: int) -> int:

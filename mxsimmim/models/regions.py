@@ -14,7 +14,9 @@ SAMPLED_ANCHORS, SAMPLED_BOXES, MOST_POSITIVE = 256, 512, 128  # of an image; bo
 POSITIVE, NEGATIVE, SAME = 0.7, 0.3, 0.5  # overlap of anchors with an object, or less; of proposals
 MASK = 28  # cells a side of a mask in its box
 IN_CROWD = 0.5  # share of a box that a crowd covers: then it is not negative
-SUPPRESSED = 0.7  # overlap of proposals of which only the better one is kept
+SUPPRESSED, SUPPRESSED_ANSWERS = 0.7, 0.5  # overlap of proposals, and of answers, of which only the better is kept
+SURE = 0.05  # score of an answer
+PAIRS = 1000  # pairs of a box and a class, of an image, that may be answers
 RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)  # of a box's coding; see `boxes.encode`
 
 
@@ -41,8 +43,11 @@ class Samples(NamedTuple):
 
 
 def propose(F: Any, scores: Sequence[Any], coded: Sequence[Any], anchors: Sequence[Any], decode: Any,
-            size: Tuple[int, int], counts: Sequence[int], most: int) -> Any:
-    """Return the boxes (B, `most`, 4) that are likeliest to be objects; zeros after the last.
+            size: Tuple[int, int], counts: Sequence[int], most: int, priority: Sequence[Any] = ()) -> Tuple[Any, Any]:
+    """Return the boxes (B, `most`, 4) that are likeliest to be objects, zeros after the last, and their priorities.
+
+    A box has that of its anchor, (B, most), if there are any: which boxes are sampled does not depend on which of two
+    almost equal scores is found to be the higher one.
 
     Args:
         scores: of the anchors on each map, (B, n).
@@ -51,23 +56,30 @@ def propose(F: Any, scores: Sequence[Any], coded: Sequence[Any], anchors: Sequen
         decode: GluonCV's decoder: (1, N, 4) and anchors (1, N, 4) to boxes.
         size: of the input.
         counts: n of each map.
+        most: boxes of an image.
+        priority: (B, n) of each map.
     """
     found = []
-    for score, code, boxes, count in zip(scores, coded, anchors, counts):
+    for score, code, boxes, count, *given in zip(scores, coded, anchors, counts, *([priority] if priority else [])):
         count = min(PROPOSALS, count)
         index = highest(F, score, count)
         own = F.take(F.reshape(boxes, shape=(AUTO, 4)), index)                                # (B, count, 4)
         placed = clipped(F, decoded(F, decode, rows(F, code, index), own, count), size)
         score = F.where(has_area(F, placed), rows(F, score, index), F.ones_like(index) * NOTHING)
-        found.append(F.contrib.box_nms(F.concat(F.expand_dims(score, axis=2), placed, dim=2), overlap_thresh=SUPPRESSED,
+        columns = [score, *(rows(F, each, index) for each in given)]                          # each (B, count)
+        first, *last = (F.expand_dims(each, axis=2) for each in columns)
+        found.append(F.contrib.box_nms(F.concat(first, placed, *last, dim=2), overlap_thresh=SUPPRESSED,
                                        valid_thresh=NOTHING / 2, coord_start=1, score_index=0, id_index=-1))
-    every = F.concat(*found, dim=1)                              # (B, all, 5), -1 where there is none
+    every = F.concat(*found, dim=1)                              # (B, all, 5 or 6), -1 where there is none
     boxes = F.slice_axis(every, axis=2, begin=1, end=5)
     there = has_area(F, boxes)
     score = F.where(there, F.reshape(F.slice_axis(every, axis=2, begin=0, end=1), shape=(0, AUTO)),
                     F.ones_like(there) * NOTHING)
     index = highest(F, score, most)
-    return F.broadcast_mul(rows(F, boxes, index), F.expand_dims(rows(F, there, index), axis=2))
+    boxes = F.broadcast_mul(rows(F, boxes, index), F.expand_dims(rows(F, there, index), axis=2))
+    if not priority:
+        return boxes, None
+    return boxes, rows(F, F.reshape(F.slice_axis(every, axis=2, begin=5, end=6), shape=(0, AUTO)), index)
 
 
 def decoded(F: Any, decode: Any, code: Any, boxes: Any, count: int) -> Any:
@@ -168,3 +180,37 @@ def masks_in(F: Any, masks: Any, samples: Samples, truth: Any) -> Any:
                                sample_ratio=2, aligned=True)                                  # (B*k, 1, MASK, MASK)
     found = F.reshape_like(found, samples.matched, lhs_begin=0, lhs_end=2, rhs_begin=0, rhs_end=2)
     return F.reshape(found >= 0.5, shape=(0, 0, AUTO))
+
+
+def detect(F: Any, scores: Any, code: Any, boxes: Any, decode: Any, size: Tuple[int, int], count: Tuple[int, int]
+           ) -> Any:
+    """Return the answers (B, 100, 6): x0, y0, x1, y1, score, class, the best first; -1 for the class after the last.
+
+    Of an image the best 1000 pairs of a box and a class are looked at, where detectron2 looks at all that are sure
+    enough: 1000 boxes seldom have more.
+
+    Args:
+        scores: (B, P, K + 1) probabilities, the last that of no object.
+        code: (B, P * K, 4), see `boxes.encode`.
+        boxes: (B, P, 4); those of no area do not count.
+        decode: as for `propose`.
+        size: of the input.
+        count: P and K.
+    """
+    proposals, classes = count
+    pairs = min(PAIRS, proposals * classes)
+    scores = F.broadcast_mul(F.slice_axis(scores, axis=2, begin=0, end=classes),
+                             F.expand_dims(has_area(F, boxes), axis=2))
+    scores = F.reshape(scores, shape=(0, AUTO))                                               # (B, P * K)
+    index = highest(F, scores, pairs)
+    number = F.floor((index + 0.5) / classes)
+    placed = decoded(F, decode, rows(F, code, index), rows(F, boxes, number), pairs)
+    placed = clipped(F, placed, size)
+    score = rows(F, scores, index) * has_area(F, placed)
+    found = F.concat(placed, F.expand_dims(score, axis=2), F.expand_dims(index - number * classes, axis=2), dim=2)
+    found = F.contrib.box_nms(found, overlap_thresh=SUPPRESSED_ANSWERS, valid_thresh=SURE, coord_start=0, score_index=4,
+                              id_index=5)
+    found = F.slice_axis(found, axis=1, begin=0, end=min(OBJECTS, pairs))
+    there = F.slice_axis(found, axis=2, begin=4, end=5) > 0
+    return F.concat(F.broadcast_mul(F.slice_axis(found, axis=2, begin=0, end=5), there),
+                    F.slice_axis(found, axis=2, begin=5, end=6), dim=2)

@@ -52,4 +52,5 @@ def match_boxes(F: Any, boxes: Any, truth: Any, kind: Any) -> Tuple[Any, Any, An
     crowd = F.max(F.broadcast_mul(F.broadcast_div(common, F.maximum(own, SMALL)), kind == CROWD), axis=2)
     largest = F.max(overlap, axis=1, keepdims=True)                                     # (B, 1, M)
     is_best = F.max(F.broadcast_equal(overlap, largest) * (overlap > 0), axis=2)
-    return F.max(overlap, axis=2), F.argmax(overlap, axis=2), is_best, crowd
+    found = F.max(overlap, axis=2), F.argmax(overlap, axis=2), is_best, crowd
+    return tuple(F.BlockGrad(each) for each in found)
