@@ -218,6 +218,16 @@ class ValidationConfig(Section):
                           'map or objects')
     flip: bool = Field(False, description='segment, detect: also look at the mirrored images, and average the '
                        'probabilities, or unite what is found')
+    scales: Tuple[float, ...] = Field(
+        (1.0,), description='segment: sizes at which each image is looked at, of which the probabilities are averaged, '
+        'e.g. [0.75, 1, 1.25]; at 1 all of it just fits into the input, of a larger one overlapping parts are shown')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'ValidationConfig':
+        scales = self.scales
+        require(len(scales) > 0 and len(set(scales)) == len(scales) and all(0.1 <= scale <= 4 for scale in scales),
+                f'scales={listed(scales)} must be different numbers from 0.1 to 4, such as [0.75, 1, 1.25]')
+        return self
 
 
 class CheckpointConfig(Section):
@@ -382,7 +392,7 @@ class Config(Section):
                 *(('data', key) for key in ('classes', 'labels_per_class', 'train_images', 'ignore_index',
                                             'reduce_zero_label', 'scale_jitter'))]
         keys += [('model', key) for key in ('head_channels', 'auxiliary', 'masks', 'anchor_scale')]
-        keys += [('validation', 'flip')]
+        keys += [('validation', 'flip'), ('validation', 'scales')]
         keys += [('augment', key) for key in AugmentConfig.model_fields]
         for section, key in keys:
             own = getattr(self, section)
