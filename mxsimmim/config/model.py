@@ -21,7 +21,7 @@ class ModelConfig(Section):
     """The network. Its keys carry the reference implementation's names."""
     type: Literal['vit', 'swin', 'swinv2'] = Field('vit', description='vit, swin or swinv2')
     img_size: Union[int, Tuple[int, int]] = Field(224, description='height and width of the input, pixels; '
-                                                  'segmentation also takes [height, width]')
+                                                  'segment and detect also take [height, width]')
     patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
     embed_dim: int = Field(768, gt=0, description='width of the tokens; of the first stage in Swin')
     depth: int = Field(12, gt=0, description='ViT: number of blocks')

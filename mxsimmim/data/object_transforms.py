@@ -58,7 +58,7 @@ class ObjectsTransform(Transform):
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         drawn, size, objects = self.draw(rng), size_of(image), self._source.objects(index)
         if objects.size:
-            check_size(self._source.name(index), image, objects.size, 'its boxes are of one of')
+            check_size(self._source.name(index), size, objects.size, 'its boxes are of one of')
         view = random_view(rng, size, self._canvas, self._data.scale_jitter, self._data.flip, covers=False)
         boxes = view.boxes(objects.boxes, size)
         left = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST)

@@ -36,9 +36,8 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
     """
     net = trained.net
     if isinstance(net, (Segmenter, Detector)):
-        kind = 'segmenter' if isinstance(net, Segmenter) else 'detector'
-        raise ValueError(f'features are of whole images, and this run is a {kind}: give the run that its encoder is '
-                         'from')
+        raise ValueError(f'features are of whole images, and this run is {trained.predictor.kind.partition(",")[0]}: '
+                         'give the run that its encoder is from')
     layers, prefix = _layers(net.encoder, net.config), net.encoder.prefix_tokens
     pooled: Dict[int, mx.nd.NDArray] = {}
 

@@ -8,7 +8,9 @@ import math
 import sys
 from typing import Any, Iterator, List, NamedTuple, Sequence
 
+from ..runtime.mxnet_private import replace_child
 from ..system.guards import unusable
+from .upernet import Doubled
 
 LARGEST = math.log(1000 / 16)
 """Of a box's width or height over its anchor's, the largest logarithm that is believed: detectron2's and
@@ -77,9 +79,10 @@ def build_heads(classes: int, width: int, strides: Sequence[float], ratios: Sequ
              rpn.loc: (4 * anchors, width, 1, 1), rcnn.class_predictor: (classes + 1, 4 * width),
              rcnn.box_predictor: (4 * classes, 4 * width)}
     if masks:
-        *convolutions, upsample = mask_layers(rcnn.mask)
+        replace_child(rcnn.mask.deconv, mask_layers(rcnn.mask)[-1], Doubled(width, width))
+        *convolutions, _ = mask_layers(rcnn.mask)
         sizes.update(dict.fromkeys(convolutions, (width, width, 3, 3)))
-        sizes.update({upsample: (width, width, 2, 2), rcnn.mask.mask: (classes, width, 1, 1)})
+        sizes[rcnn.mask.mask] = (classes, width, 1, 1)
     for layer, shape in sizes.items():
         layer.weight.shape = shape  # which GluonCV leaves open until the first image
         layer.weight.init = layer.bias.init = None  # `initial.begin` draws weights, or makes zeros

@@ -17,6 +17,7 @@ OPTIONAL = (
     'lz4', 'psutil', 'scikits', 'sksparse', 'uarray', 'pickle5',  # joblib, SciPy and NumPy
     'cffi', 'defusedxml', 'olefile',  # Pillow
     'colorama',  # numba
+    'cython_bbox', 'nvidia', 'redis',  # GluonCV and portalocker
     'aiodns',  # aiohttp
 )
 
