@@ -23,7 +23,7 @@ from mxsimmim.system import text
 from mxsimmim.system.guards import alone, name_crashes
 
 RECIPE = Path(__file__).parents[1] / 'conf' / 'segment_digits.yaml'
-MEASURES = {'segment': 'val_miou'}  # task -> the name in evaluation.json
+MEASURES = {'segment': 'val_miou', 'detect': 'val_box_ap50'}  # task -> the name in evaluation.json
 
 
 def measured(recipe: Path, overrides: Sequence[str], encoder: str, scenes: int, seed: int) -> float:

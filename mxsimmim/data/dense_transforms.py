@@ -119,13 +119,13 @@ def label_map_of(source: Segmented, index: int, image: np.ndarray) -> np.ndarray
         BrokenImage: it cannot be read, or has another size.
     """
     labels = source.label_map(index)
-    check_size(source.name(index), image, size_of(labels), 'its label image')
+    check_size(source.name(index), size_of(image), size_of(labels), 'its label image')
     return labels
 
 
-def check_size(name: str, image: np.ndarray, size: Size, what: str) -> None:
-    """See that what is known of an image (H, W, 3) is of one of this size; BrokenImage if not."""
-    (height, width), (h, w) = size_of(image), size
+def check_size(name: str, size: Size, known: Size, what: str) -> None:
+    """See that what is known of an image of this size is of one of the size `known`; BrokenImage if not."""
+    (height, width), (h, w) = size, known
     if (height, width) != (h, w):
         turned = (' (is it turned by its EXIF orientation? data.exif_orientation says whether that counts)'
                   if (height, width) == (w, h) else '')

@@ -128,8 +128,9 @@ class Pyramid(HybridBlock):
         self.sizes = [(int(size[0] * scale), int(size[1] * scale)) for scale in (4, 2, 1, 0.5)]
         with self.name_scope():
             self.fpn1, self.fpn2 = nn.HybridSequential(), nn.HybridSequential()
-            self.fpn1.add(Doubled(channels), GroupNorm(channels, backend), nn.GELU(), Doubled(channels))
-            self.fpn2.add(Doubled(channels))
+            self.fpn1.add(Doubled(channels, channels), GroupNorm(channels, backend), nn.GELU(),
+                          Doubled(channels, channels))
+            self.fpn2.add(Doubled(channels, channels))
 
     def hybrid_forward(self, F: Any, *maps: Any) -> List[Any]:
         first, second, third, fourth = maps
@@ -138,17 +139,23 @@ class Pyramid(HybridBlock):
 
 
 class Doubled(HybridBlock):
-    """A transposed convolution: (B, C, h, w) to (B, C, 2h, 2w), each place to four of its own."""
+    """A transposed convolution: (B, inputs, h, w) to (B, outputs, 2h, 2w), each place to four of its own.
 
-    def __init__(self, channels: int):
+    Computed as a product at each place. MXNet's Deconvolution writes the gradient of its weight with inputs and outputs
+    exchanged where that is part of a larger array, as gradients are that workers or devices exchange (docs/LOG.md).
+    """
+
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self._options = dict(kernel=(2, 2), stride=(2, 2), num_filter=channels, no_bias=False)
+        self._inputs, self._outputs = inputs, outputs
         with self.name_scope():
-            self.weight = self.params.get('weight', shape=(channels, channels, 2, 2))
-            self.bias = self.params.get('bias', shape=(channels,))
+            self.weight = self.params.get('weight', shape=(inputs, outputs, 2, 2))
+            self.bias = self.params.get('bias', shape=(outputs,))
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
-        return F.Deconvolution(x, weight, bias, **self._options)
+        kernel = F.reshape(F.transpose(weight, axes=(2, 3, 1, 0)), shape=(4 * self._outputs, self._inputs, 1, 1))
+        x = F.Convolution(x, kernel, kernel=(1, 1), num_filter=4 * self._outputs, no_bias=True)
+        return F.broadcast_add(F.depth_to_space(x, block_size=2), F.reshape(bias, shape=(1, self._outputs, 1, 1)))
 
 
 class Pool(HybridBlock):

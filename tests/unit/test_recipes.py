@@ -87,11 +87,15 @@ def recipe(name, *overrides):
 
 
 def recipes():
-    """One of those that have the same network when narrow, like ViT-S and ViT-Ti."""
+    """One of those that have the same network when narrow, like ViT-S and ViT-Ti.
+
+    What is done with segmenters and detectors is in test_segment_use and test_detect_use.
+    """
     found = {}
     for name in sorted(path.stem for path in CONF.glob('*.yaml') if path.stem != 'base'):
         config = recipe(name)
-        found.setdefault((config.task, config.model), name)
+        if config.task in ('pretrain', 'classify'):
+            found.setdefault((config.task, config.model), name)
     return [name for name in found.values() if name in rounds(CHOSEN, found.values())]
 
 
