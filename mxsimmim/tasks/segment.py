@@ -1,5 +1,6 @@
 """Segmentation: pixels are to be given their class, the better the larger the mean overlap on images held out."""
 import base64
+import contextlib
 import io
 import json
 import time
@@ -10,6 +11,7 @@ import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
+from ..data.decode import BrokenImage
 from ..data.dense_transforms import SegmentEvalTransform, SegmentTransform, SegmentViewsTransform
 from ..data.geometry import Size, View, padded
 from ..data.loader import Batch, every_image
@@ -32,6 +34,7 @@ from .task import Metric, Predictor, write_evaluation
 
 SHOWN = 20  # classes in the text that is printed; the file has all
 PNG = 'image/png'
+COUNTED = 64  # images of which the classes' shares are known before training
 
 
 def class_map(answers: Sequence[Answer], size: Size, canvas: Size) -> np.ndarray:
@@ -164,6 +167,15 @@ def cross_entropy(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.array([-log[np.arange(len(log)), seen[known]].sum(), len(log)])
 
 
+def class_shares(source: Segmented) -> np.ndarray:
+    """Returns the share of each class in the pixels of up to `COUNTED` images, and one more pixel of each; (K,)."""
+    counts = np.ones(len(source.classes))
+    for index in range(0, len(source), -(-len(source) // COUNTED)):
+        with contextlib.suppress(BrokenImage):  # the loader will say so
+            counts += np.bincount(source.label_map(index).ravel(), minlength=len(counts))[:len(counts)]
+    return counts / counts.sum()
+
+
 class MapPredictor:
     """Tells the class of each pixel of an image."""
     command = 'predict'
@@ -256,8 +268,11 @@ class Segmentation(WithClasses):
         """Builds the network, which is always whole."""
         assert not parts and shard == WHOLE
         config = self.config
-        return build_segmenter(config.model, len(self.classes), config.seed if initial else None, backend,
-                               config.data.mean, config.data.std)
+        net = build_segmenter(config.model, len(self.classes), config.seed if initial else None, backend,
+                              config.data.mean, config.data.std)
+        if initial:
+            net.begin_with(class_shares(self._train))
+        return net
 
     def shapes(self) -> Dict[str, Tuple[int, ...]]:
         net = Segmenter(self.config.model, len(self.classes))
