@@ -43,7 +43,8 @@ class Child:
 class Agent:
     """Obey messages: each `do` names a method, its other entries are the arguments."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes,
+                 place: str) -> None:
         self.loop, self.private, self.address = loop, private, ''
         self.children: List[Child] = []
         self.pipes: Dict[int, Callable[[], None]] = {}
@@ -58,7 +59,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self.abandon)
         loop.call_later(SILENCE, self.watch)
-        self.messages.send(event='hello', rank=int(os.environ.get('OMPI_COMM_WORLD_RANK', -1)))
+        self.messages.send(event='hello', place=os.environ.get(place, ''))
 
     def obey(self, message: Message) -> None:
         self.heard = time.monotonic()
@@ -354,9 +355,9 @@ def guard(agent: int, private: str) -> None:
 
 
 async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes,
-                address: str) -> None:
+                address: str, place: str) -> None:
     """Be the agent until it is done, and until its last messages are on their way."""
-    agent = Agent(loop, private, reader, writer, secret)
+    agent = Agent(loop, private, reader, writer, secret, place)
     agent.address = address or (os.environ.get('SSH_CONNECTION', '').split() + [''] * 4)[2]
     await agent.done
     deadline = time.monotonic() + 60  # for logs on their way through a slow network
@@ -364,8 +365,13 @@ async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writ
         await asyncio.sleep(0.02)
 
 
-def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '') -> None:
-    """Run an agent that talks through two descriptors; `address` is where others reach this host, if it is known."""
+def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '', place: str = '') -> None:
+    """Run an agent that talks through two descriptors.
+
+    Args:
+        address: where others reach this host, if it is known.
+        place: the variable that says which of many agents, all started by one command, this one is.
+    """
     guards.name_crashes()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     private = tempfile.mkdtemp(prefix='mxsimmim-')  # mode 0700
@@ -375,6 +381,6 @@ def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '
     die_with(guardian, signal.SIGTERM)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(serve(loop, private, reader, writer, secret, address))
+    loop.run_until_complete(serve(loop, private, reader, writer, secret, address, place))
     shutil.rmtree(private, ignore_errors=True)  # in case that the guardian was killed
     os._exit(0)

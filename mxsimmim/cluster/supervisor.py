@@ -62,7 +62,8 @@ class Supervisor:
     async def _attempts(self, spec: JobSpec, absence: Absence, stopped: 'asyncio.Future[int]') -> int:
         """Make attempts until there is no other; `stopped` has the signal by which the user ends them."""
         failures: List[Failure] = []
-        restarts: List[Tuple[float, str]] = []
+        before = self.backend.restarts()
+        restarts: List[Tuple[float, str]] = list(before)
         written = -1  # step of the newest checkpoint
         while True:
             job = left(absence)
@@ -74,7 +75,7 @@ class Supervisor:
                     continue
                 if isinstance(error, ConfigurationError) and await self._with_fewer(job, absence, error):
                     continue
-                if not failures and not restarts:
+                if not failures and len(restarts) == len(before):
                     raise
                 failure = _not_started(error)
                 self.terminal.say(*failure.causes)
