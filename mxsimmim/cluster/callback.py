@@ -21,6 +21,7 @@ VARIABLE = 'MXSIMMIM_LAUNCH'  # its value: the launcher's addresses with commas 
 BOOTSTRAP = """\
 import hashlib, hmac, os, socket, sys
 addresses, port, key = os.environ.pop('MXSIMMIM_LAUNCH').split()
+failed = []
 for address in addresses.split(','):
     try:
         connection = socket.create_connection((address, int(port)), 5)
@@ -29,12 +30,12 @@ for address in addresses.split(','):
         size, nonce, proof = file.readline().split()
         text = file.read(int(size))
     except (OSError, ValueError) as error:
-        print(f'{socket.gethostname()} cannot reach the launcher at {address}:{port}: {error}', file=sys.stderr)
+        failed.append(f'{socket.gethostname()} cannot reach the launcher at {address}:{port}: {error}')
         continue
     if hmac.compare_digest(proof.decode(), hmac.new(bytes.fromhex(key), nonce + text, hashlib.sha256).hexdigest()):
         secret = hmac.new(bytes.fromhex(key), nonce, hashlib.sha256).digest()
         exec(text)
-sys.exit(1)
+sys.exit('; '.join(failed) or f'{socket.gethostname()}: who answers is not the launcher')
 """
 AGENT = sys.executable, '-X', 'utf8', '-c', BOOTSTRAP  # the words of one
 CALL = 'main(connection.fileno(), connection.fileno(), secret, connection.getsockname()[0], {place!a})'

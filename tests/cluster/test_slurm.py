@@ -75,28 +75,30 @@ def reach(folder, step, name='job'):
     wait_for(reached, f'step {step}', JOB)
 
 
-def stopped_and_started_again(made, shared, undisturbed, job):
-    """Asserts that a batch job which has been told to stop goes on, and ends as if nothing had happened."""
-    wait_for(lambda: state(made, job) == 'PENDING', 'it waits to be started again', JOB)
-    said = (shared / 'said').read_text()
-    assert 'launch: stopped by SIGTERM' in said, said
+def saved_to_be_started_again(made, shared, job, times):
+    """Waits until a batch job was stopped so often, and asserts that it has saved the step at which that was."""
+    wait_for(lambda: (shared / 'said').read_text().count('launch: stopped by SIGTERM\n') == times
+             and state(made, job) == 'PENDING', 'it waits to be started again', JOB)
     at = max(steps(shared / 'runs' / 'job'))
     assert (shared / 'runs' / 'job' / 'checkpoints' / f'step-{at:08d}').exists()
-    wait_for(lambda: not state(made, job), 'it ends', JOB)
-    assert recorded(shared / 'runs' / 'job', 'loss') == undisturbed
-    [[_, why]] = json.loads((shared / 'runs' / 'job' / 'status.json').read_text())['restarts']
-    assert why == 'Slurm has requeued the job (SLURM_RESTART_COUNT=1)'
-    for n in range(2):
-        assert (shared / 'logs' / f'worker-{n}.log').read_text().count('launch: restart 1\n') == 1
-    assert made.left() == []
 
 
-def test_a_job_that_is_told_to_stop_saves_and_is_started_again(made, shared, undisturbed):
-    """Told as --signal=B:TERM does before the time limit."""
+def test_a_job_that_is_stopped_and_started_again(made, shared, undisturbed):
+    """By the signal of --signal=B:TERM, as before the time limit, and since Slurm counts a host as lost."""
     job = submit(made, shared, '-n', 2, '--horovod')
     reach(shared, 15)
     made.slurm.ask('scancel', '--batch', '--signal=TERM', job)
-    stopped_and_started_again(made, shared, undisturbed, job)
+    saved_to_be_started_again(made, shared, job, 1)
+    reach(shared, 35)
+    made.slurm.ask('scontrol', 'update', 'nodename=host1', 'state=down', 'reason=test')
+    saved_to_be_started_again(made, shared, job, 2)
+    wait_for(lambda: not state(made, job), 'it ends', JOB)
+    assert recorded(shared / 'runs' / 'job', 'loss') == undisturbed
+    [[_, why]] = json.loads((shared / 'runs' / 'job' / 'status.json').read_text())['restarts']
+    assert why == 'Slurm has requeued the job (SLURM_RESTART_COUNT=2)'
+    for n in range(2):
+        assert (shared / 'logs' / f'worker-{n}.log').read_text().count('launch: restart 1\n') == 2
+    assert made.left() == []
 
 
 @pytest.mark.soak

@@ -124,8 +124,7 @@ class SlurmCluster(Cluster):
         self.environ = self.slurm.environ
 
     def words(self, names) -> List[str]:
-        # What an allocation loses it keeps, so that a job may wait for a host.
-        return ['salloc', '--quiet', '--no-kill', f'--nodelist={",".join(names)}', *LAUNCH, '--launcher', 'slurm']
+        return ['salloc', '--quiet', f'--nodelist={",".join(names)}', *LAUNCH, '--launcher', 'slurm']
 
     def local(self) -> List[int]:
         return [pid for pid in map(int, filter(str.isdigit, os.listdir('/proc')))

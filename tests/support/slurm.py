@@ -68,7 +68,7 @@ class Slurm:
             f'SlurmdUser=root\nAuthType=auth/munge\nAuthInfo=socket={self.folder}/munge,cred_expire=5\n'
             'ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\nSelectType=select/cons_tres\n'
             'SelectTypeParameters=CR_Core\nReturnToService=2\nSlurmdParameters=config_overrides\nGresTypes=gpu\n'
-            'SlurmdTimeout=6\nKillWait=5\nMessageTimeout=5\nSchedulerParameters=sched_interval=1\n'
+            'SlurmdTimeout=60\nKillWait=5\nMessageTimeout=5\nSchedulerParameters=sched_interval=1\n'
             f'StateSaveLocation={self.folder}/state\nSlurmdSpoolDir={self.folder}/%n\n'
             f'SlurmctldPidFile={self.folder}/slurmctld.pid\nSlurmdPidFile={self.folder}/%n.pid\n'
             f'SlurmctldLogFile={self.folder}/slurmctld.log\nSlurmdLogFile={self.folder}/%n.log\n'

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from types import MappingProxyType
-from typing import Any, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from mxsimmim.cluster.backends import manifests
 from mxsimmim.cluster.backends.base import Backend
@@ -24,6 +24,7 @@ from mxsimmim.cluster.spec import JobSpec
 
 PLACE = 'JOB_COMPLETION_INDEX'
 AGAIN, GONE = 2.0, 10.0  # seconds until an agent calls again, and without an answer until its launcher has ended
+ALONE = 60.0  # seconds after which a pod that is told to end was told alone; else the launcher ends its processes
 
 
 class KubernetesBackend(Backend):
@@ -116,22 +117,19 @@ def follow() -> int:
     Returns:
         0 when the launcher has ended, which says itself how; 143 when this pod is told to end.
     """
-    children: List['subprocess.Popen[bytes]'] = []
-    told: List[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        told.append(number)
-        for child in children:
-            child.terminate()
-    signal.signal(signal.SIGTERM, stop)  # else the first process of a pod does not get it
+    told: List[float] = []  # when
+    signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))  # pods do not end by it otherwise
     heard: Optional[float] = None
     while not told:
-        children[:] = [subprocess.Popen(AGENT)]
-        if told:
-            children[0].terminate()
-        if children[0].wait() == 0:
+        agent = subprocess.Popen(AGENT)
+        while agent.poll() is None:
+            if told and time.monotonic() - told[0] > ALONE:
+                agent.terminate()
+            time.sleep(0.1)
+        if agent.returncode == 0:
             heard = time.monotonic()
         elif heard is not None and time.monotonic() - heard > GONE:
             return 0
-        time.sleep(AGAIN)
-    return 128 + told[0]
+        if not told:
+            time.sleep(AGAIN)
+    return 128 + signal.SIGTERM

@@ -44,7 +44,8 @@ class SlurmBackend(Backend):
                   {name: value for name, value in os.environ.items() if not SHAPE.fullmatch(name)})
 
     def why_none_came(self, agents: Sequence[AgentConnection]) -> List[str]:
-        return why_none_came(agents)
+        said = why_none_came(agents)
+        return [line for line in said if not line.startswith('srun: ') or 'error: ' in line] or said
 
     def copy_command(self, host: Host, directory: str) -> List[str]:
         run = ' '.join(step('"$host"', 1)) + ' --unbuffered'  # or what is no whole line would wait for the next
