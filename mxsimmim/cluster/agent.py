@@ -37,7 +37,7 @@ class Child:
     def __init__(self, role: str, index: int, process: Any, log: str, begin: int, report_file: str) -> None:
         """`begin` is the size that its log had."""
         self.role, self.index, self.process, self.log, self.begin = role, index, process, log, begin
-        self.report_file, self.ended = report_file, False
+        self.report_file, self.ended, self.told = report_file, False, False  # told: to end, by SIGTERM
 
 
 class Agent:
@@ -211,9 +211,11 @@ class Agent:
                            report=report.read(child.report_file))
 
     def do_signal(self, roles: List[str], number: int) -> None:
+        """Send a signal to the processes of some roles; SIGTERM once, as a second one would keep them from saving."""
         self.tell_stopped()
         for child in self.children:
-            if child.role in roles and not child.ended:
+            if child.role in roles and not child.ended and not (child.told and number == signal.SIGTERM):
+                child.told = child.told or number == signal.SIGTERM
                 send(os.killpg, child.process.pid, number)
 
     def tell_stopped(self) -> None:

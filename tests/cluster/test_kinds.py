@@ -196,7 +196,7 @@ def test_kill_9_of_a_remote_worker(made, options):
     wait_for(lambda: not made.left(), 'nothing is left of the job', 5 + made.slack)
 
 
-@kinds('ssh', 'slurm')
+@kinds('ssh')
 @pytest.mark.soak
 @pytest.mark.parametrize('which', [0, 1][:rounds(1, 2)])
 def test_kill_9_of_what_holds_a_host(made, which):

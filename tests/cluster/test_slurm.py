@@ -17,7 +17,7 @@ from support.tiny import TEN_STEPS
 pytestmark = pytest.mark.unmeasured
 in_soak = pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`')
 
-LENGTH = 80
+LENGTH = 60
 KEYS = [*TEN_STEPS, f'train.length={LENGTH}', 'validation.every=1000', 'checkpoint.every=10', 'log.every=1', 'name=job']
 SLOW = [sys.executable, '-W', 'ignore', PROGRAMS / 'with_fault.py', 'slow', 'pretrain', DIGITS, *KEYS]  # 50 ms a step
 
@@ -89,7 +89,7 @@ def test_a_job_that_is_stopped_and_started_again(made, shared, undisturbed):
     reach(shared, 15)
     made.slurm.ask('scancel', '--batch', '--signal=TERM', job)
     saved_to_be_started_again(made, shared, job, 1)
-    reach(shared, 35)
+    reach(shared, 30)
     made.slurm.ask('scontrol', 'update', 'nodename=host1', 'state=down', 'reason=test')
     saved_to_be_started_again(made, shared, job, 2)
     wait_for(lambda: not state(made, job), 'it ends', JOB)

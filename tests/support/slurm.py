@@ -66,7 +66,8 @@ class Slurm:
         (self.folder / 'slurm.conf').write_text(
             f'ClusterName=tests\nSlurmctldHost={machine}({address})\nSlurmctldPort={free_port()}\nSlurmUser=root\n'
             f'SlurmdUser=root\nAuthType=auth/munge\nAuthInfo=socket={self.folder}/munge,cred_expire=5\n'
-            'ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\nSelectType=select/cons_tres\n'
+            # As by proctrack/cgroup, tasks are told to end, and not what they start.
+            'ProctrackType=proctrack/pgid\nTaskPlugin=task/none\nMpiDefault=none\nSelectType=select/cons_tres\n'
             'SelectTypeParameters=CR_Core\nReturnToService=2\nSlurmdParameters=config_overrides\nGresTypes=gpu\n'
             'SlurmdTimeout=60\nKillWait=5\nMessageTimeout=5\nSchedulerParameters=sched_interval=1\n'
             f'StateSaveLocation={self.folder}/state\nSlurmdSpoolDir={self.folder}/%n\n'

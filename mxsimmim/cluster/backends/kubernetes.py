@@ -51,10 +51,12 @@ class KubernetesBackend(Backend):
     def start_agents(self, spec: JobSpec, agents: Sequence[AgentConnection]) -> None:
         _, port, key = os.environ[VARIABLE].split()
         self.listener = self.listener or listen(int(port), len(agents))
-        Callbacks(self.listener.dup(), PLACE, {str(place): agent for place, agent in enumerate(agents)},
-                  bytes.fromhex(key))
+        callbacks = Callbacks(self.listener.dup(), PLACE, {str(place): agent for place, agent in enumerate(agents)},
+                              bytes.fromhex(key))
         # Its own name stands for its address from the beginning, that in the Service later.
-        agents[0].command = Command(AGENT, {**os.environ, VARIABLE: f'{platform.node()} {port} {key}'})
+        command = Command(AGENT, {**os.environ, VARIABLE: f'{platform.node()} {port} {key}'})
+        command.silent.add_done_callback(lambda _: callbacks.close())
+        agents[0].command = command
 
     def instead(self, options: argparse.Namespace) -> Optional[int]:
         place = os.environ.get(PLACE)
