@@ -64,6 +64,7 @@ bench: $(VENV)/bench  # measures speed beside PyTorch
 	$(BIN)/python tools/bench/train.py -o step.png
 	$(BIN)/python tools/bench/product.py
 	$(BIN)/python tools/bench/breakdown.py
+	$(BIN)/python tools/bench/detect.py
 	$(BIN)/python tools/bench/data.py
 	$(BIN)/python tools/bench/startup.py
 	$(BIN)/python tools/bench/scale.py

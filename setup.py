@@ -18,6 +18,10 @@ DEPLOY = [
     'prometheus_client==0.21.1',
 ]
 
+# What `task: detect` needs. Later releases of GluonCV bring opencv-python, which writes over opencv-python-headless and
+# does not load without a display's libraries, and pandas; of what is used here they have the same.
+DETECT = ['gluoncv==0.8.0', 'portalocker==2.10.1', 'pycocotools==2.0.7']
+
 if not (3, 8) <= sys.version_info[:2] <= (3, 11):
     sys.exit('mxsimmim needs Python 3.8 to 3.11 (MXNet 1.9.1 needs numpy < 1.24, which newer Pythons do not have); '
              f'{sys.executable} is Python {sys.version.split()[0]}. `make demo` finds a fitting one.')
@@ -101,10 +105,11 @@ setup(
         # Has no wheel and must be compiled against the installed mxnet: the Makefile does.
         'horovod': ['horovod==0.28.1'],
         'deploy': DEPLOY,
+        'detect': DETECT,
         'test': ['pytest==8.3.5', 'pytest-xdist==3.6.1', 'coverage[toml]==7.6.1', 'hypothesis==6.113.0',
-                 'kubernetes-validate==1.37.0'] + DEPLOY,
+                 'kubernetes-validate==1.37.0', *DEPLOY, *DETECT],
         'lint': ['ruff==0.17.5', 'mypy==1.14.1', 'clang-format==19.1.7'],  # the last mypy for Python 3.8
-        'bench': ['torch==2.13.0; python_version >= "3.10"'],
+        'bench': ['torch==2.13.0; python_version >= "3.10"', 'torchvision==0.28.0; python_version >= "3.10"'],
         # The site: the last versions for Python 3.8, and of what they render with those that fit them.
         'docs': [
             'mkdocs==1.6.1',

@@ -23,7 +23,7 @@ PLAN_SIZES = {  # options of plan, with what they mean
     'memory': "of a device, e.g. 40GB", 'bandwidth': 'of the network, a host, e.g. 100Gb (bits) or 12GB (bytes)',
     'latency': 'of a message between hosts (20us)', 'speed': 'that a device reaches in training (100TFLOPs)',
     'local-bandwidth': 'between the devices of a host (12GB)'}
-FINE_TUNING = 'classify', 'segment'  # tasks of finetune, the first where the configuration names none of them
+FINE_TUNING = 'classify', 'segment', 'detect'  # tasks of finetune, the first where the configuration names none of them
 TRAINING = ('-h', '--help', '--check', '--check-config', '--eval')  # options of pretrain and finetune
 
 
@@ -252,14 +252,15 @@ def parser() -> argparse.ArgumentParser:
                                  "run's: data.path=…; data.labels_per_class=10 for few labels")),
             (['--block'], dict(default='', metavar='N', help='after which block, from 1 (the last), or all')),
             (['--seeds'], dict(type=int, default=5, metavar='S', help='draws of the few labels (5)')))
-    command(predict, "print the classes that a run's network gives to images or their pixels", run,
+    command(predict, "print the classes that a run's network gives to images or their pixels, or the objects in them",
+            run,
             (['images'], dict(nargs='+', metavar='IMAGES', help='files or folders')),
-            (['--top'], dict(type=int, default=5, metavar='K', help='classes an image (5)')),
-            (['-o', '--output'], dict(default='', metavar='FOLDER', help='of a segmenter: for pictures of each image '
-                                      'and its map')),
-            (['--json'], dict(action='store_true', help='all classes, as a JSON object a line')))
-    command(serve, "answer HTTP requests with a run's network: an image in; classes, a map of them, or a "
-            'reconstruction out', run,
+            (['--top'], dict(type=int, default=5, metavar='K', help='classes or objects an image (5)')),
+            (['-o', '--output'], dict(default='', metavar='FOLDER', help='for pictures of each image and its map, or '
+                                      'of the objects in it')),
+            (['--json'], dict(action='store_true', help='all of it, as a JSON object a line')))
+    command(serve, "answer HTTP requests with a run's network: an image in; classes, a map of them, objects, "
+            'or a reconstruction out', run,
             (['--host'], dict(default='127.0.0.1', help='address to listen on (127.0.0.1)')),
             (['--port'], dict(type=int, default=8080, help='port to listen on (8080); 0: a free one')),
             (['--max-batch'], dict(type=int, default=32, metavar='N', help='images computed at once at most (32)')),

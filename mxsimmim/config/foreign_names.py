@@ -44,14 +44,15 @@ RATE = 'the rate for 512 images a step; it scales with train.batch_size'
 BATCH = 'images a step over all workers and devices, not of each'
 STEPS = 'in steps'
 # Our key, how a value is converted, what differs, and what other programs call it: SimMIM's and Swin's own code, timm,
-# MAE and BEiT, mmpretrain, GluonCV, PyTorch Lightning, Hugging Face. Lower case, _ for -; a name without a section
-# holds in every section.
+# MAE and BEiT, mmpretrain, mmdetection, detectron2, GluonCV, PyTorch Lightning, Hugging Face. Lower case, _ for -; a
+# name without a section holds in every section.
 TABLE: Tuple[Tuple[str, Callable[[str], str], str, str], ...] = (
     ('optim.base_lr', _same, RATE, 'lr blr learning_rate max_lr peak_lr initial_lr init_lr lr_base lr0'),
     ('optim.warmup_lr', _same, RATE, 'warmup_lr_init warmup_start_lr warmup_init_lr'),
     ('optim.min_lr', _same, RATE, 'eta_min lr_min end_lr final_lr lr_end min_learning_rate'),
     ('train.batch_size', _same, BATCH,
-     'b bs batch batch_size_per_gpu per_device_train_batch_size samples_per_gpu batch_per_gpu imgs_per_gpu'),
+     'b bs batch batch_size_per_gpu per_device_train_batch_size samples_per_gpu batch_per_gpu imgs_per_gpu '
+     'ims_per_batch'),
     ('train.length', _epochs, '', 'epochs num_epochs epoch max_epochs n_epochs num_train_epochs nb_epochs total_epochs '
      'train_epochs'),
     ('train.length', _same, STEPS, 'max_steps steps num_steps total_steps iterations max_iters max_iter iters niter'),
@@ -70,11 +71,14 @@ TABLE: Tuple[Tuple[str, Callable[[str], str], str, str], ...] = (
     ('data.path', _same, '', 'data data_path data_dir dataset train_dir data_root root train_path rec_train '
      'dataset_dir train_data data.train'),
     ('data.val_path', _same, '', 'val_dir val_data eval_data valid_dir rec_val val_data_path eval_data_path data.val'),
+    ('data.labels', _same, '', 'ann_file ann_path annotation_file annotations json_file train_annotations'),
+    ('data.val_labels', _same, '', 'val_ann_file val_annotations'),
     ('data.val_fraction', _same, '', 'val_split validation_split val_ratio'),
     ('data.threads', _same, 'threads that decode, of each process', 'num_workers workers j nworkers num_data_workers '
      'dataloader_num_workers workers_per_gpu preprocessing_num_workers'),
     ('data.prefetch', _same, '', 'prefetch_factor prefetch_batches'),
     ('data.flip', _same, '', 'hflip horizontal_flip'), ('data.crop_scale', _list, '', 'rrc_scale'),
+    ('data.scale_jitter', _list, '', 'ratio_range scale_range resize_range'),
     ('data.crop_ratio', _list, '', 'rrc_ratio aspect_ratio'), ('data.eval_crop', _same, '', 'crop_pct crop_ratio_test'),
     ('data.interpolation', _same, '', 'train_interpolation'),
     ('output', _same, '', 'o output_dir out_dir out work_dir save_dir outdir log_dir default_root_dir logdir'),
@@ -92,6 +96,7 @@ TABLE: Tuple[Tuple[str, Callable[[str], str], str, str], ...] = (
     ('model.init_values', _same, '', 'layer_scale_init_value init_scale layerscale'),
     ('model.norm_targets', _same, '', 'norm_pix_loss norm_target norm_target.enable'),
     ('model.norm_window', _same, '', 'norm_target.patch_size'),
+    ('model.masks', str.lower, '', 'mask_on with_mask use_mask'),
     ('model.recompute', _same, '', 'use_checkpoint grad_checkpointing gradient_checkpointing activation_checkpointing'),
     ('model.depth', _same, '', 'num_layers n_layers num_hidden_layers'),
     ('model.embed_dim', _same, '', 'hidden_size dim width embed_dims'),
@@ -110,6 +115,7 @@ TABLE: Tuple[Tuple[str, Callable[[str], str], str, str], ...] = (
     ('train.store', _same, '', 'kvstore kv_store'), ('train.stop_early', _same, 'in validations', 'early_stopping'),
     ('validation.every', _epochs, '', 'val_interval eval_interval val_freq eval_freq eval_every '
      'check_val_every_n_epoch'),
+    ('validation.flip', str.lower, '', 'tta flip_test test_flip test_time_flip'),
     ('checkpoint.every', _epochs, '', 'save_freq save_interval save_frequency save_every save_ckpt_freq save_period '
      'checkpoint.interval'),
     ('checkpoint.keep', _same, '', 'max_keep_ckpts checkpoint_hist save_total_limit save_top_k'),
@@ -128,6 +134,9 @@ ELSEWHERE = {
                     'and the keys of model.*'),
     **dict.fromkeys('num_classes nb_classes n_classes'.split(), 'classes are counted in the data'),
     **dict.fromkeys('evaluate test_only validate eval_only'.split(), 'write --eval, after mxsimmim finetune'),
+    **dict.fromkeys('nms_thresh nms_threshold iou_thres iou_threshold score_thresh score_thr conf_thres max_per_img'
+                    .split(), 'objects are found from a score of 0.05 on, 100 an image, and of a class those that '
+                    'share half of their area or less'),
     **dict.fromkeys('dry_run sanity_check smoke_test'.split(), 'write --check'),
     **dict.fromkeys('momentum nesterov dropout drop drop_rate attn_drop_rate color_jitter pin_mem pin_memory '
                     'channels_last compile torchcompile throughput wandb'.split(), 'there is nothing like it here'),

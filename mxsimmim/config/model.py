@@ -1,19 +1,27 @@
 """The keys of the network, what follows from them, and which go together."""
 import math
 from functools import reduce
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Literal
 
 from .values import Place, Section, listed, require
 
+ANCHORS = 3  # of a detector at each place of a map: twice as wide as high, square, twice as high as wide
+OBJECTS = 100  # of an image that a detector is told in training, and that it finds, at most
+MASK_SIDE = 56
+"""Cells a side of an object's mask, in its box. A region of interest that shares half of its area with the box (IoU of
+0.5) has at least half its side, so that of its 28 x 28 cells each is as large as one of these or larger; the bitmaps of
+100 objects at 1024 x 1024 would be 100 MB an image, these are 0.3 MB."""
+PROPOSALS = 1000  # boxes of a map, and of an image, that are kept
+
 
 class ModelConfig(Section):
     """The network. Its keys carry the reference implementation's names."""
     type: Literal['vit', 'swin', 'swinv2'] = Field('vit', description='vit, swin or swinv2')
     img_size: Union[int, Tuple[int, int]] = Field(224, description='height and width of the input, pixels; '
-                                                  'segmentation also takes [height, width]')
+                                                  'segment and detect also take [height, width]')
     patch_size: int = Field(16, gt=0, description='side of a patch, pixels; Swin uses 4')
     embed_dim: int = Field(768, gt=0, description='width of the tokens; of the first stage in Swin')
     depth: int = Field(12, gt=0, description='ViT: number of blocks')
@@ -21,7 +29,7 @@ class ModelConfig(Section):
     num_heads: Union[int, Tuple[int, ...]] = Field(12, description='attention heads; a list, one a stage, in Swin')
     window_size: int = Field(7, gt=0, description='side of an attention window, tokens: Swin, and ViT with '
                              'global_blocks')
-    global_blocks: Tuple[int, ...] = Field((), description='ViT, segmentation: the blocks, from 0, '
+    global_blocks: Tuple[int, ...] = Field((), description='ViT, segment and detect: the blocks, from 0, '
                                            'that see the whole image, e.g. [2, 5, 8, 11]; the others see windows; '
                                            'empty: all see it')
     pretrained_window_sizes: Tuple[int, ...] = Field((), description='SwinV2: side of the windows of each stage in '
@@ -35,8 +43,14 @@ class ModelConfig(Section):
     use_shared_rpb: bool = Field(True, description='ViT: one relative position table shared by all blocks')
     use_mean_pooling: bool = Field(False, description='ViT: no final norm (fine-tuning normalises the mean token)')
     drop_path: float = Field(0.0, ge=0, lt=1, description='stochastic depth of the last block; grows linearly from 0')
-    head_channels: int = Field(512, gt=1, description="segment: channels of UperNet; its auxiliary head has half")
+    head_channels: int = Field(512, gt=1, description="segment: channels of UperNet; its auxiliary head has half; "
+                               "detect: channels of the feature pyramid and its heads; boxes' hidden layers have 4 "
+                               "times as many; the papers' networks have 256")
     auxiliary: float = Field(0.4, ge=0, description="segment: weight of the auxiliary head's loss")
+    masks: bool = Field(True, description='detect: also tell which pixels are an object (Mask R-CNN); false: boxes '
+                        'alone (Faster R-CNN)')
+    anchor_scale: float = Field(8.0, gt=0, description='detect: side of the square anchor, in places of its map: at 8, '
+                                '32 pixels on a map that has a place for 4 pixels a side')
     loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
     norm_window: int = Field(0, ge=0, description='norm_targets: normalise each pixel by the square of this odd side '
@@ -83,6 +97,20 @@ class ModelConfig(Section):
         """Tokens down and across in a stage: merging takes two to one, and rounds up."""
         down, across = self.patches
         return -(-down >> stage), -(-across >> stage)
+
+    @property
+    def pyramid(self) -> List[Tuple[int, int]]:
+        """Height and width of a detector's maps, the finest first: four of a ViT or one a stage, and one coarser."""
+        height, width = self.patches
+        maps = ([(4 * height, 4 * width), (2 * height, 2 * width), (height, width), (height // 2, width // 2)]
+                if self.type == 'vit' else [self.tokens(stage) for stage in range(self.stages)])
+        return [*maps, (-(-maps[-1][0] // 2), -(-maps[-1][1] // 2))]
+
+    @property
+    def candidates(self) -> Tuple[int, int]:
+        """How many anchors a detector has, and how many boxes at most it proposes in an image."""
+        anchors = [ANCHORS * height * width for height, width in self.pyramid]
+        return sum(anchors), min(PROPOSALS, sum(min(PROPOSALS, number) for number in anchors))
 
     @property
     def grid(self) -> int:

@@ -33,21 +33,24 @@ class DataConfig(Section):
     labels: Place = Field('', description="classify: a file of lines 'relative path,class' (tabs in a .tsv) for the "
                           "images of path, or a list: Swin's train_map.txt, Caffe's, MXNet's .lst; empty: class "
                           "folders, or a RecordIO file's own labels; segment: the folder of the label images, or a "
-                          "list of Pascal VOC's ImageSets/Segmentation")
+                          "list of Pascal VOC's ImageSets/Segmentation; detect: COCO's instances (.json), a folder of "
+                          "Pascal VOC's .xml files or a list of its ImageSets/Main, or a table of lines "
+                          "path,x0,y0,x1,y1,class (.csv)")
     val_labels: Place = Field('', description='the same for the images of val_path; numbers stand for the classes in '
                               'their order')
     classes: Place = Field('', description='a file of class names, one a line, in the order of their numbers; segment '
-                           "needs it; empty: the folders' names sorted, or numbers")
+                           "needs it; empty: the folders' names sorted, or numbers; detect: those of the annotations")
     labels_per_class: int = Field(0, ge=0, description='classify: training images kept of each class, at random; 0: '
                                   'all')
-    train_images: int = Field(0, ge=0, description='segment: training images kept, at random; 0: all')
+    train_images: int = Field(0, ge=0, description='segment, detect: training images kept, at random; 0: '
+                              'all')
     ignore_index: int = Field(255, ge=0, lt=65536, description='segment: the value of pixels in label images that '
                               'count neither in training nor in evaluation')
     reduce_zero_label: bool = Field(False, description='segment: 0 in label images is ignored, too, and class number 0 '
                                     "is written as 1, as in ADE20K's")
     scale_jitter: Tuple[float, float] = Field(
-        (0.5, 2.0), description='segment: the range of the random size at which training images are shown; at 1 they '
-        'just cover the input')
+        (0.5, 2.0), description='segment, detect: the range of the random size at which training images are shown; at '
+        '1 they just cover the input, or in detect just fit into it')
     crop_scale: Tuple[float, float] = Field((0.67, 1.0), description='share of the image area a random crop keeps')
     crop_ratio: Tuple[float, float] = Field((0.75, 1.3333333333333333), description='width over height of a crop')
     interpolation: Literal['bilinear', 'bicubic'] = Field('bilinear', description='of random crops: bilinear, bicubic')
@@ -211,13 +214,24 @@ class ValidationConfig(Section):
     every: Time = Field(Duration(1, 'epochs'), description='time between validations; the last step always validates')
     at_start: bool = Field(False, description='also before the first step')
     images: int = Field(1024, gt=0, description='held-out images used at most')
-    pictures: int = Field(8, ge=0, description='held-out images that are drawn each time, with their reconstruction '
-                          'or map')
-    flip: bool = Field(False, description='segment: also look at the mirrored images, and average the probabilities')
+    pictures: int = Field(8, ge=0, description='held-out images that are drawn each time, with their reconstruction, '
+                          'map or objects')
+    flip: bool = Field(False, description='segment, detect: also look at the mirrored images, and average the '
+                       'probabilities, or unite what is found')
+    scales: Tuple[float, ...] = Field(
+        (1.0,), description='segment: sizes at which each image is looked at, of which the probabilities are averaged, '
+        'e.g. [0.75, 1, 1.25]; at 1 all of it just fits into the input, of a larger one overlapping parts are shown')
+
+    @model_validator(mode='after')
+    def _check(self) -> 'ValidationConfig':
+        scales = self.scales
+        require(len(scales) > 0 and len(set(scales)) == len(scales) and all(0.1 <= scale <= 4 for scale in scales),
+                f'scales={listed(scales)} must be different numbers from 0.1 to 4, such as [0.75, 1, 1.25]')
+        return self
 
 
 class CheckpointConfig(Section):
-    """What survives a failing machine. A classifier's best checkpoint so far is kept besides, in RUN/best."""
+    """What survives a failing machine. The best checkpoint of fine-tuning so far is kept besides, in RUN/best."""
     every: ClockTime = Field(Duration(1, 'epochs'), description='time between checkpoints, also as 10 minutes; the '
                              'last step always saves')
     keep: int = Field(2, gt=0, description='newest checkpoints kept')
@@ -261,6 +275,7 @@ class RuntimeConfig(Section):
 
 
 SQUARE = 'pretrain', 'classify'  # tasks of square images, whose tokens windows divide without padding
+DENSE = 'segment', 'detect'  # tasks that take maps of several resolutions from the encoder
 
 
 class Config(Section):
@@ -271,8 +286,8 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2 ** 32, description='of weights, order, crops, flips, masks and stochastic depth')
     resume: GivenPlace = Field('auto', description='auto: go on from the newest whole checkpoint; none: start '
                         'anew in an empty folder; or the path of a checkpoint')
-    task: Literal['pretrain', 'classify', 'segment'] = Field('pretrain', description='pretrain, or what `mxsimmim '
-                                                             'finetune` trains: classify, segment')
+    task: Literal['pretrain', 'classify', 'segment', 'detect'] = Field(
+        'pretrain', description='pretrain, or what `mxsimmim finetune` trains: classify, segment, detect')
     devices: Union[Literal['auto'], Tuple[str, ...]] = Field(
         'auto', description='auto (every GPU, else cpu(0)), or a list: [gpu(0), gpu(1)]')
     model: ModelConfig = ModelConfig()
@@ -294,8 +309,8 @@ class Config(Section):
                  f"name='{self.name}' must consist of letters, digits and . _ + -; output= names the folder above")
         if self.task in SQUARE:
             self._check_square()
-        if self.task == 'segment':
-            self._check_segments()
+        if self.task in DENSE:
+            self._check_maps()
         if self.task == 'pretrain':
             self._check_masks()
             self._check_nothing_of_fine_tuning()
@@ -336,7 +351,7 @@ class Config(Section):
         require(isinstance(model.img_size, int), f'model.img_size={listed(model.img_size)}: {self.task} takes square '
                 'images: write one number')
         require(not model.global_blocks, f'model.global_blocks={listed(model.global_blocks)} is for '
-                f'segmentation: in {self.task} every block of a ViT sees the whole image')
+                f'segmentation and detection: in {self.task} every block of a ViT sees the whole image')
         require(model.side % model.stride == 0, f'model.img_size={model.side} is not a multiple of {model.stride}, the '
                 f'side of one final token (patch_size {model.patch_size} x 2^{model.stages - 1})')
         for stage in range(0 if model.type == 'vit' else model.stages):
@@ -345,16 +360,16 @@ class Config(Section):
                     f'{model.window_size} does not divide the {side}x{side} tokens of stage {stage}: change '
                     f'window_size or img_size={model.side}')
 
-    def _check_segments(self) -> None:
+    def _check_maps(self) -> None:
         for key in ('pipeline', 'tensor', 'auto'):
             value = getattr(self.parallel, key)
-            require(value == ParallelConfig.model_fields[key].default, f'parallel.{key}={str(value).lower()}: segment '
-                    'trains whole models: leave it out')
+            require(value == ParallelConfig.model_fields[key].default, f'parallel.{key}={str(value).lower()}: '
+                    f'{self.task} trains whole models: leave it out')
         require(self.model.type == 'vit' or self.model.stages > 1,
-                 f'model.depths={listed(self.model.depths)}: segment needs a Swin of two stages or more')
+                 f'model.depths={listed(self.model.depths)}: {self.task} needs a Swin of two stages or more')
         require(self.model.type != 'vit' or min(self.model.patches) > 1, f'model.img_size='
-                 f'{listed(self.model.img_size)}: segment halves the map of patches, so there must be two a side or '
-                 'more')
+                 f'{listed(self.model.img_size)}: {self.task} halves the map of patches, so there must be two a side '
+                 'or more')
 
     def _check_pipeline(self) -> None:
         stages, split, blocks, train = self.parallel.pipeline, self.parallel.split, self.model.blocks, self.train
@@ -376,7 +391,8 @@ class Config(Section):
         keys = [('model', 'pretrained'), ('optim', 'layer_decay'), ('data', 'labels'), ('data', 'val_labels'),
                 *(('data', key) for key in ('classes', 'labels_per_class', 'train_images', 'ignore_index',
                                             'reduce_zero_label', 'scale_jitter'))]
-        keys += [('model', 'head_channels'), ('model', 'auxiliary'), ('validation', 'flip')]
+        keys += [('model', key) for key in ('head_channels', 'auxiliary', 'masks', 'anchor_scale')]
+        keys += [('validation', 'flip'), ('validation', 'scales')]
         keys += [('augment', key) for key in AugmentConfig.model_fields]
         for section, key in keys:
             own = getattr(self, section)

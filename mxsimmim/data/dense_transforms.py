@@ -1,5 +1,5 @@
 """From images with label maps to samples: the same geometry for both, colours for the image alone."""
-from typing import Optional
+from typing import Sequence
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from .geometry import Size, padded, random_view, size_of, whole_view
 from .photometric import distort
 from .segmentation import Segmented, ignored_number
 from .transforms import Fields, Transform, draw_uniform, empty_uniform
+from .views import NUMBERS, as_numbers, most_views, views_of
 
 LARGEST_SHARE = 0.75  # of one class in a crop: others are tried
 TRIES = 10
@@ -34,7 +35,9 @@ class SegmentTransform(Transform):
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
-        return {**_empty_pair(count, self._canvas, self._ignored), **empty_uniform(count, self._model)}
+        kind = np.uint8 if self._ignored <= 255 else np.int32
+        return {'image': np.empty((count, *self._canvas, 3), np.uint8),
+                'label_map': np.empty((count, *self._canvas), kind), **empty_uniform(count, self._model)}
 
     def draw(self, rng: np.random.Generator) -> Fields:
         return draw_uniform(rng, self._model)
@@ -56,37 +59,57 @@ class SegmentTransform(Transform):
 
 
 class SegmentEvalTransform(Transform):
-    """The whole image, as large as fits, in the upper left corner of the input: fills image, label_map and extent.
+    """The whole image, as large as fits, in the upper left corner of the input: fills image and extent.
 
     extent, int32 (4,), is (h, w, H, W): the input shows the image in its first h rows and w columns, and the image has
-    H x W pixels. label_map is the image's at the size shown; that in full is `Segmented.label_map`. Without a `source`
-    there is no label_map.
+    H x W pixels.
     """
 
-    def __init__(self, data: DataConfig, model: ModelConfig, source: Optional[Segmented] = None):
-        self._data, self._canvas, self._source = data, canvas_of(model), source
+    def __init__(self, data: DataConfig, model: ModelConfig):
+        self._data, self._canvas = data, canvas_of(model)
         self._bicubic = data.interpolation == 'bicubic'
-        self._ignored = ignored_number(len(source.classes)) if source else 0
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
-        fields = _empty_pair(count, self._canvas, self._ignored)
-        fields['extent'] = np.empty((count, 4), np.int32)
-        if not self._source:
-            del fields['label_map']
-        return fields
+        return {'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32)}
 
     def draw(self, rng: np.random.Generator) -> Fields:
         return {}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         view = whole_view(size_of(image), self._canvas)
-        fields = {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
-                  'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}
-        if self._source:
-            labels = view.nearest(label_map_of(self._source, index, image))
-            fields['label_map'] = padded(labels, self._canvas, self._ignored)
-        return fields
+        return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
+                'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}
+
+
+class SegmentViewsTransform(Transform):
+    """All views of an image, see `views_of`: fills image, views and truth.
+
+    image, uint8 (V, H, W, 3), has each in the upper left corner of the input, and views, int32 (V, 7), its numbers, or
+    zeros where an image has fewer. truth is the label map as `Segmented.label_map` has it, of the image's own size.
+    """
+
+    def __init__(self, data: DataConfig, model: ModelConfig, source: Segmented, scales: Sequence[float] = (1,),
+                 flip: bool = False):
+        self._data, self._canvas, self._source, self._scales, self._flip = data, canvas_of(model), source, scales, flip
+        self.most = most_views(self._canvas, scales, flip)
+        self._bicubic = data.interpolation == 'bicubic'
+        self.upright = bool(data.exif_orientation)
+
+    def allocate(self, count: int) -> Fields:
+        return {'image': np.empty((count, self.most, *self._canvas, 3), np.uint8),
+                'views': np.empty((count, self.most, NUMBERS), np.int32), 'truth': np.empty(count, object)}
+
+    def draw(self, rng: np.random.Generator) -> Fields:
+        return {}
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
+        fields = {name: array[0] for name, array in self.allocate(1).items() if name != 'truth'}
+        fields['views'][:] = 0
+        for number, view in enumerate(views_of(size_of(image), self._canvas, self._scales, self._flip)):
+            fields['image'][number] = padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data))
+            fields['views'][number] = as_numbers(view)
+        return {**fields, 'truth': label_map_of(self._source, index, image)}
 
 
 def label_map_of(source: Segmented, index: int, image: np.ndarray) -> np.ndarray:
@@ -96,13 +119,13 @@ def label_map_of(source: Segmented, index: int, image: np.ndarray) -> np.ndarray
         BrokenImage: it cannot be read, or has another size.
     """
     labels = source.label_map(index)
-    check_size(source.name(index), image, size_of(labels), 'its label image')
+    check_size(source.name(index), size_of(image), size_of(labels), 'its label image')
     return labels
 
 
-def check_size(name: str, image: np.ndarray, size: Size, what: str) -> None:
-    """See that what is known of an image (H, W, 3) is of one of this size; BrokenImage if not."""
-    (height, width), (h, w) = size_of(image), size
+def check_size(name: str, size: Size, known: Size, what: str) -> None:
+    """See that what is known of an image of this size is of one of the size `known`; BrokenImage if not."""
+    (height, width), (h, w) = size, known
     if (height, width) != (h, w):
         turned = (' (is it turned by its EXIF orientation? data.exif_orientation says whether that counts)'
                   if (height, width) == (w, h) else '')
@@ -120,8 +143,3 @@ def largest_share(labels: np.ndarray, ignored: int) -> float:
 def fill_colour(data: DataConfig) -> np.ndarray:
     """The mean colour, uint8 (3,), that padding has."""
     return np.array([round(255 * mean) for mean in data.mean], np.uint8)
-
-
-def _empty_pair(count: int, canvas: Size, ignored: int) -> Fields:
-    kind = np.uint8 if ignored <= 255 else np.int32
-    return {'image': np.empty((count, *canvas, 3), np.uint8), 'label_map': np.empty((count, *canvas), kind)}

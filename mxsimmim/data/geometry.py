@@ -103,3 +103,11 @@ def padded(part: np.ndarray, canvas: Size, fill: Union[int, np.ndarray]) -> np.n
     result[...] = fill
     result[:part.shape[0], :part.shape[1]] = part
     return result
+
+
+def linear_weights(places: np.ndarray, count: int) -> np.ndarray:
+    """The matrix float32 (n, count) that interpolates values at 0, 1, … count-1 linearly at these places (n,).
+
+    Beyond the first and the last the value stays.
+    """
+    return np.maximum(0, 1 - np.abs(places.clip(0, count - 1)[:, None] - np.arange(count))).astype('float32')

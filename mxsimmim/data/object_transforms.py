@@ -2,6 +2,7 @@
 import numpy as np
 
 from ..config import DataConfig, ModelConfig
+from ..config.model import MASK_SIDE, OBJECTS
 from .decode import BrokenImage
 from .dense_transforms import canvas_of, check_size, fill_colour
 from .geometry import Size, View, padded, random_view, size_of, whole_view
@@ -10,10 +11,6 @@ from .regions import in_box
 from .transforms import Fields, Transform, draw_uniform, empty_uniform
 
 SMALLEST = 1.0  # pixels: boxes of which less of a side is left by the crop are left out
-MASK_SIDE = 56
-"""Cells a side of an object's mask, in its box. A region of interest that shares half of its area with the box (IoU of
-0.5) has at least half its side, so that of its 28 x 28 cells each is as large as one of these or larger; the bitmaps of
-100 objects at 1024 x 1024 would be 100 MB an image, these are 0.3 MB."""
 
 
 class ObjectsTransform(Transform):
@@ -29,15 +26,17 @@ class ObjectsTransform(Transform):
     crowd: uint8 (M,), 1 where a box is of a crowd or difficult: such boxes come last.
     masks, if they are asked for: uint8 (M, MASK_SIDE, MASK_SIDE), 1 in the cells of the box whose middles the object
         covers.
+    priority: float32 (anchors + M,) in [0, 1): which of a detector's anchors, of the boxes that it makes of them and of
+        the objects are sampled, those with the highest numbers first.
     uniform: as in pre-training.
 
     Boxes that the crop leaves less than a pixel wide or high are left out, and so are some at random, crowds first,
     where there are more than M.
     """
 
-    def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool, most: int = 100):
+    def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool, most: int = OBJECTS):
         """Keep what is done; with `masks`, an object without one is a broken image."""
-        self._most = most
+        self._most, self._candidates = most, model.candidates[0] + most
         self._data, self._model, self._source, self._masks = data, model, source, masks
         self._canvas, self._bicubic = canvas_of(model), data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)
@@ -47,18 +46,19 @@ class ObjectsTransform(Transform):
         fields: Fields = {
             'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32),
             'boxes': np.empty((count, most, 4), np.float32), 'classes': np.empty((count, most), np.int32),
-            'crowd': np.empty((count, most), np.uint8), **empty_uniform(count, self._model)}
+            'crowd': np.empty((count, most), np.uint8), 'priority': np.empty((count, self._candidates), np.float32),
+            **empty_uniform(count, self._model)}
         if self._masks:
             fields['masks'] = np.empty((count, most, MASK_SIDE, MASK_SIDE), np.uint8)
         return fields
 
     def draw(self, rng: np.random.Generator) -> Fields:
-        return draw_uniform(rng, self._model)
+        return {'priority': rng.random(self._candidates, np.float32), **draw_uniform(rng, self._model)}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
         drawn, size, objects = self.draw(rng), size_of(image), self._source.objects(index)
         if objects.size:
-            check_size(self._source.name(index), image, objects.size, 'its boxes are of one of')
+            check_size(self._source.name(index), size, objects.size, 'its boxes are of one of')
         view = random_view(rng, size, self._canvas, self._data.scale_jitter, self._data.flip, covers=False)
         boxes = view.boxes(objects.boxes, size)
         left = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST)

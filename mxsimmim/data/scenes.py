@@ -21,6 +21,7 @@ SIDE = 128  # of the canvas, pixels, where the path names no other
 SMALLEST, LARGEST = 1 / 9, 2 / 5  # side of a digit over the canvas's short side
 MOST_DIGITS, CLUTTER = 6, (8, 16)  # a scene
 VISIBLE = 0.6  # share of a digit that others leave uncovered, at least
+KEPT = 2 ** 27  # bytes of scenes that are not made again
 TRIES = 10  # places that are tried for a digit that would cover too much
 INK = 96  # of 255: from here on a pixel is the digit's
 OBJECTS = tuple(map(str, range(10)))
@@ -69,7 +70,8 @@ class DigitScenes:
         order, count = generator(SEED).permutation(len(digits)), round(len(digits) * DIGITS_HELD_OUT)
         self._own = order[:count] if held_out else order[count:]
         self._images, self._labels = np.stack([digits.read(i) for i in self._own]), digits.labels()[self._own]
-        self.scene = functools.lru_cache(maxsize=32)(self._compose)  # its image, then its labels are asked for
+        # Its image, then its labels are asked for; and those of small canvases, or of a small set, in each epoch.
+        self.scene = functools.lru_cache(maxsize=max(32, KEPT // (4 * height * width)))(self._compose)
 
     def __len__(self) -> int:
         return HELD_OUT if self._held_out else TRAINING

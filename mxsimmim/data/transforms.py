@@ -22,9 +22,10 @@ image: uint8 (S, S, 3), or float32 (3, S, S), normalised, where a classifier is 
 mask: uint8 (h, w), 1 = masked.
 label: float32 (K,), the target distribution over the classes.
 label_map, extent: see `dense_transforms`.
+boxes, classes, crowd, masks, priority: see `object_transforms`.
 uniform: float32 (U,) in [0, 1), for stochastic depth: data, so that no device or worker matters.
 """
-DRAWN = 'mask', 'uniform'  # fields that do not depend on the image
+DRAWN = 'mask', 'priority', 'uniform'  # fields that do not depend on the image
 
 
 class Transform(Protocol):

@@ -43,6 +43,8 @@ def export(run: Union[str, Path], file: Union[str, Path], format: str, int8: boo
     if format == 'onnx' and file.suffix == '.json':
         raise ValueError(f'{file}: a description of the network goes there: name the model {file.stem}.onnx')
     trained = load_run(Path(run))
+    if format == 'onnx' and trained.predictor.onnx:
+        raise ValueError(f'{run}: {trained.predictor.onnx}')
     graph = trace(trained)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from ..data.scenes import is_scenes
 from ..data.sources import ImageFiles, Source, image_files, open_source, tell
 from ..data.transforms import ClassifyEvalTransform
 from ..interop import official
-from ..models import Segmenter
+from ..models import Detector, Segmenter
 from .trained import Trained, data_in_use, load_for_inference
 
 BATCH = 64  # images at a time
@@ -35,9 +35,9 @@ def extract(trained: Trained, data: DataConfig, source: Source, blocks: Sequence
         ValueError: an image that cannot be read, or features that are not finite.
     """
     net = trained.net
-    if isinstance(net, Segmenter):
-        raise ValueError('features are of whole images, and this run is a segmenter: give the run that its encoder is '
-                         'from')
+    if isinstance(net, (Segmenter, Detector)):
+        raise ValueError(f'features are of whole images, and this run is {trained.predictor.kind.partition(",")[0]}: '
+                         'give the run that its encoder is from')
     layers, prefix = _layers(net.encoder, net.config), net.encoder.prefix_tokens
     pooled: Dict[int, mx.nd.NDArray] = {}
 

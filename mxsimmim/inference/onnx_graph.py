@@ -114,11 +114,9 @@ def _pair(value: Any, otherwise: int) -> List[int]:
     return list(value) or [otherwise] * 2
 
 
-def _convolution(op: str) -> Callable[..., str]:
-    def translate(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
-        return w.add(op, inputs, name, kernel_shape=a['kernel'], strides=_pair(a.get('stride', ()), 1),
-                     pads=2 * _pair(a.get('pad', ()), 0))
-    return translate
+def _convolution(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    return w.add('Conv', inputs, name, kernel_shape=a['kernel'], strides=_pair(a.get('stride', ()), 1),
+                 pads=2 * _pair(a.get('pad', ()), 0))
 
 
 def _pooling(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
@@ -165,7 +163,7 @@ def _means(side: int, cells: int) -> np.ndarray:
 
 TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, name, inputs, attributes) -> output
     'FullyConnected': _fully_connected,
-    'Convolution': _convolution('Conv'), 'Deconvolution': _convolution('ConvTranspose'), 'Pooling': _pooling,
+    'Convolution': _convolution, 'Pooling': _pooling,
     'GroupNorm': _group_norm, '_contrib_BilinearResize2D': _resize,
     '_contrib_AdaptiveAvgPooling2D': _adaptive_pooling,
     'LeakyReLU': _gelu,
@@ -177,6 +175,7 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     'transpose': lambda w, name, inputs, a: w.add('Transpose', inputs, name,
                                                   **({'perm': a['axes']} if a.get('axes') else {})),
     'Concat': lambda w, name, inputs, a: w.add('Concat', inputs, name, axis=a['dim']),
+    'depth_to_space': lambda w, name, inputs, a: w.add('DepthToSpace', inputs, name, blocksize=a['block_size']),
     'SliceChannel': lambda w, name, inputs, a: w.add('Split', inputs, name, a['num_outputs'], axis=a['axis']),
     'softmax': lambda w, name, inputs, a: w.add('Softmax', inputs, name, axis=a['axis']),
     'take': _take,

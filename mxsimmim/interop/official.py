@@ -77,9 +77,9 @@ def export_weights(net: HybridBlock, grad: bool = False) -> Dict[str, np.ndarray
             for name, value in joined(specs, [first.asnumpy() for first, *_ in copies]).items()}
 
 
-# What an encoder may be without; from norm0 on, what a segmenter has besides.
+# What an encoder may be without; from norm0 on, what a segmenter or a detector has besides.
 NEW = ('cls_token', 'head.', 'fc_norm.', *(f'norm{stage}.' for stage in range(4)), 'fpn1.', 'fpn2.', 'decode_head.',
-       'auxiliary_head.')
+       'auxiliary_head.', 'neck.', 'rpn_head.', 'roi_head.')
 SHARED = 'rel_pos_bias.relative_position_bias_table'  # of all blocks of a ViT in pre-training
 
 

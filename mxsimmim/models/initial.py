@@ -15,6 +15,8 @@ from .shards import WHOLE, Shard
 from .specs import ParameterSpec, parameter_specs
 
 STD = 0.02
+DEVIATIONS = {'rpn_conv': 0.01, 'rpn_cls': 0.01, 'rpn_reg': 0.01, 'fc_cls': 0.01, 'fc_reg': 0.001, 'conv_logits': 0.001}
+"""Of a detector's last layers, which begin with small answers."""
 
 
 def begin(net: Any, seed: Optional[int], parts: Sequence[slice] = (), own: int = 0, shard: Shard = WHOLE) -> None:
@@ -57,7 +59,8 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
     Truncated normal 0.02 for linear maps, tokens and positions (ViT's pre-training cuts at one deviation, everything
     else at +-2, that is hardly ever), a thousandth of it for ViT's classification head; PyTorch's default, uniform, for
     the decoder and Swin's patch convolution; He et al. 2015 (arXiv:1502.01852) by outputs for a segmenter's heads, and
-    a normal of 0.01 for their last maps. SwinV2's blocks begin as identity: their last norms with a weight of 0.
+    a normal of 0.01 for their last maps; a detector's as `_of_detector` says. SwinV2's blocks begin as identity: their
+    last norms with a weight of 0.
     """
     leaf = name.rsplit('.', 1)[-1]
     vit = config.type == 'vit'
@@ -75,6 +78,8 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
         return np.ones(shape, 'float32')
     if leaf in ('bias', 'q_bias', 'v_bias') or (vit and leaf == 'relative_position_bias_table'):
         return np.zeros(shape, 'float32')
+    if name.startswith(('neck.', 'rpn_head.', 'roi_head.')):
+        return _of_detector(name, shape, rng)
     if len(shape) == 4:  # convolutions of a segmenter's heads; transposed ones, each place to four
         std = (1 / math.sqrt(shape[0]) if name.startswith('fpn') else 0.01 if 'conv_seg' in name else
                math.sqrt(2 / (shape[0] * shape[2] * shape[3])))
@@ -85,6 +90,21 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
     if vit and block:
         value /= math.sqrt(2 * (int(block[1]) + 1))
     return value * np.float32(1e-3) if vit and name == 'head.weight' else value
+
+
+def _of_detector(name: str, shape: tuple, rng: np.random.Generator) -> np.ndarray:
+    """A weight of a detector's pyramid or heads, as detectron2 draws it."""
+    leaf = name.split('.')[-2]
+    if leaf in DEVIATIONS:
+        std = DEVIATIONS[leaf]
+    elif name.startswith('roi_head.mask_head'):  # He et al. 2015, by outputs
+        std = math.sqrt(2 / (shape[1 if leaf == 'upsample' else 0] * shape[2] * shape[3]))
+    elif name.startswith('neck.fpn1') or name.startswith('neck.fpn2'):  # each place to four
+        std = 1 / math.sqrt(shape[0])
+    else:  # uniform, of unit gain by inputs (He et al. 2015 with a slope of 1)
+        bound = math.sqrt(3 / math.prod(shape[1:]))
+        return rng.uniform(-bound, bound, shape).astype('float32')
+    return rng.standard_normal(shape, dtype='float32') * np.float32(std)
 
 
 def truncated_normal(rng: np.random.Generator, shape: tuple, std: float, cut: float) -> np.ndarray:

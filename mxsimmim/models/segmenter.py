@@ -15,21 +15,21 @@ from .layers import AUTO
 from .pixels import MEAN, STD, PixelInput
 from .shards import Shard
 from .specs import names_without
-from .upernet import FCNHead, Pyramid, Size, UperHead, head_costs, resized
+from .upernet import FCNHead, Pyramid, Resize, UperHead, head_costs
 
 
-def pixel_loss(F: Any, logits: Any, auxiliary: Any, label_map: Any, size: Size, classes: int, weight: float) -> Any:
-    """Return the loss (1,) of logits (B, classes, h, w) and, as far as `weight` says, of others, in nats.
+def pixel_loss(F: Any, logits: Any, auxiliary: Any, label_map: Any, classes: int, weight: float) -> Any:
+    """Return the loss (1,) of logits (B, classes, H, W) and, as far as `weight` says, of others, in nats.
 
-    Both are resized to the label map (B, H, W), of `size`. Its pixels that are no class, 0 to classes-1, add 0 to a sum
-    that is divided by B * H * W, as mmsegmentation's with avg_non_ignore=False.
+    Pixels of the label map (B, H, W) that are no class, 0 to classes-1, add 0 to a sum that is divided by B * H * W, as
+    mmsegmentation's with avg_non_ignore=False.
     """
     number = F.reshape(F.cast(label_map, dtype='float32'), shape=(0, AUTO))
     known = number < classes
 
     def entropy(given: Any) -> Any:
         # A pixel's logits side by side: MXNet's softmax takes twice as long over another axis.
-        rows = F.transpose(F.reshape(resized(F, given, size), shape=(0, 0, AUTO)), axes=(0, 2, 1))
+        rows = F.transpose(F.reshape(given, shape=(0, 0, AUTO)), axes=(0, 2, 1))
         return -F.mean(F.pick(F.log_softmax(rows, axis=-1), number, axis=-1) * known)
     return F.reshape(entropy(logits) + weight * entropy(auxiliary), shape=(1,))
 
@@ -56,6 +56,8 @@ class Segmenter(HybridBlock):
             self.sizes = self.neck.sizes if self.neck else [config.tokens(stage) for stage in range(config.stages)]
             self.decode_head = UperHead(channels, self.sizes, config.head_channels, classes, backend)
             self.auxiliary_head = FCNHead(channels[-2], config.head_channels // 2, classes, backend)
+            self.to_pixels = Resize(self.sizes[0], config.size)
+            self.auxiliary_to_pixels = Resize(self.sizes[-2], config.size)
         self.answering = Answering(self)
 
     def forward(self, image: Any, label_map: Any = None, keep: Any = None) -> Any:
@@ -73,8 +75,8 @@ class Segmenter(HybridBlock):
 
     def hybrid_forward(self, F: Any, image: Any, label_map: Any, keep: Any = None) -> Any:
         logits, maps = self.decoded(F, image, keep)
-        return pixel_loss(F, logits, self.auxiliary_head(maps[-2]), label_map, self.config.size, self.classes,
-                          self.config.auxiliary)
+        auxiliary = self.auxiliary_to_pixels(self.auxiliary_head(maps[-2]))
+        return pixel_loss(F, self.to_pixels(logits), auxiliary, label_map, self.classes, self.config.auxiliary)
 
     def decoded(self, F: Any, image: Any, keep: Any = None) -> Tuple[Any, List[Any]]:
         """Return the logits (B, classes, h, w), and the maps that they come from."""

@@ -4,18 +4,18 @@ Xiao et al. 2018 (arXiv:1807.10221), with mmsegmentation's parameter names and f
 normalise what convolutions compute; here each image's own do (group normalisation, Wu and He 2018, arXiv:1803.08494),
 so that the gradient of a batch does not depend on how devices, workers and micro-batches divide it.
 """
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Iterable, List, Sequence
 
+import numpy as np
 from mxnet.gluon import HybridBlock, nn
 
+from ..data.geometry import Size, linear_weights
 from ..ops import OpBackend
 from .layers import operands
 
 POOLS = 1, 2, 3, 6  # cells a side that the last map is averaged over
 GROUP = 16  # channels that are normalised together, as 32 groups of 512
 EPS = 1e-5
-
-Size = Tuple[int, int]  # height and width
 
 
 class Convolution(HybridBlock):
@@ -70,7 +70,7 @@ class UperHead(HybridBlock):
 
     def __init__(self, inputs: Sequence[int], sizes: Sequence[Size], width: int, classes: int, backend: OpBackend):
         super().__init__()
-        self._sizes, (*finer, coarsest) = list(sizes), inputs
+        *finer, coarsest = inputs
         with self.name_scope():
             self.psp_modules = nn.HybridSequential()
             self.lateral_convs, self.fpn_convs = nn.HybridSequential(), nn.HybridSequential()
@@ -84,17 +84,21 @@ class UperHead(HybridBlock):
                 self.fpn_convs.add(ConvModule(width, width, 3, backend))
             self.fpn_bottleneck = ConvModule(len(inputs) * width, width, 3, backend)
             self.conv_seg = Convolution(width, classes, 1, bias=True)
+            self.from_pools = _several(Resize((cells, cells), sizes[-1]) for cells in POOLS)
+            self.to_finer = _several(Resize(*pair) for pair in zip(sizes[1:], sizes))
+            self.to_finest = _several(Resize(size, sizes[0]) for size in sizes[1:])
 
     def hybrid_forward(self, F: Any, *maps: Any) -> Any:
         *finer, x = maps
-        x = self.bottleneck(F.concat(x, *(resized(F, pool(x), self._sizes[-1]) for pool in self.psp_modules), dim=1))
+        pools = (resize(pool(x)) for resize, pool in zip(self.from_pools, self.psp_modules))
+        x = self.bottleneck(F.concat(x, *pools, dim=1))
         fused = [x]
-        for lateral, convolve, given, size in reversed(list(zip(self.lateral_convs, self.fpn_convs, finer,
-                                                                self._sizes))):
-            x = lateral(given) + resized(F, x, size)
+        for lateral, convolve, resize, given in reversed(list(zip(self.lateral_convs, self.fpn_convs, self.to_finer,
+                                                                  finer))):
+            x = lateral(given) + resize(x)
             fused.insert(0, convolve(x))
         first, *others = fused
-        together = F.concat(first, *(resized(F, each, self._sizes[0]) for each in others), dim=1)
+        together = F.concat(first, *(resize(each) for resize, each in zip(self.to_finest, others)), dim=1)
         return self.conv_seg(self.fpn_bottleneck(together))
 
 
@@ -124,8 +128,9 @@ class Pyramid(HybridBlock):
         self.sizes = [(int(size[0] * scale), int(size[1] * scale)) for scale in (4, 2, 1, 0.5)]
         with self.name_scope():
             self.fpn1, self.fpn2 = nn.HybridSequential(), nn.HybridSequential()
-            self.fpn1.add(Doubled(channels), GroupNorm(channels, backend), nn.GELU(), Doubled(channels))
-            self.fpn2.add(Doubled(channels))
+            self.fpn1.add(Doubled(channels, channels), GroupNorm(channels, backend), nn.GELU(),
+                          Doubled(channels, channels))
+            self.fpn2.add(Doubled(channels, channels))
 
     def hybrid_forward(self, F: Any, *maps: Any) -> List[Any]:
         first, second, third, fourth = maps
@@ -134,17 +139,23 @@ class Pyramid(HybridBlock):
 
 
 class Doubled(HybridBlock):
-    """A transposed convolution: (B, C, h, w) to (B, C, 2h, 2w), each place to four of its own."""
+    """A transposed convolution: (B, inputs, h, w) to (B, outputs, 2h, 2w), each place to four of its own.
 
-    def __init__(self, channels: int):
+    Computed as a product at each place. MXNet's Deconvolution writes the gradient of its weight with inputs and outputs
+    exchanged where that is part of a larger array, as gradients are that workers or devices exchange (docs/LOG.md).
+    """
+
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self._options = dict(kernel=(2, 2), stride=(2, 2), num_filter=channels, no_bias=False)
+        self._inputs, self._outputs = inputs, outputs
         with self.name_scope():
-            self.weight = self.params.get('weight', shape=(channels, channels, 2, 2))
-            self.bias = self.params.get('bias', shape=(channels,))
+            self.weight = self.params.get('weight', shape=(inputs, outputs, 2, 2))
+            self.bias = self.params.get('bias', shape=(outputs,))
 
     def hybrid_forward(self, F: Any, x: Any, weight: Any, bias: Any) -> Any:
-        return F.Deconvolution(x, weight, bias, **self._options)
+        kernel = F.reshape(F.transpose(weight, axes=(2, 3, 1, 0)), shape=(4 * self._outputs, self._inputs, 1, 1))
+        x = F.Convolution(x, kernel, kernel=(1, 1), num_filter=4 * self._outputs, no_bias=True)
+        return F.broadcast_add(F.depth_to_space(x, block_size=2), F.reshape(bias, shape=(1, self._outputs, 1, 1)))
 
 
 class Pool(HybridBlock):
@@ -158,9 +169,33 @@ class Pool(HybridBlock):
         return F.contrib.AdaptiveAvgPooling2D(x, output_size=self._cells)
 
 
-def resized(F: Any, x: Any, size: Size) -> Any:
-    """(B, C, h, w) to (B, C, *size), bilinearly, with pixels as areas (PyTorch's align_corners=False)."""
-    return F.contrib.BilinearResize2D(x, height=size[0], width=size[1], align_corners=False)
+class Resize(HybridBlock):
+    """(B, C, h, w) to (B, C, H, W), bilinearly, with pixels as areas (PyTorch's align_corners=False).
+
+    Two products with constant matrices: MXNet's own operator takes 6 to 18 times as long with the gradient
+    (docs/LOG.md).
+    """
+
+    def __init__(self, given: Size, wanted: Size):
+        super().__init__()
+        self._wanted = wanted
+        with self.name_scope():
+            for name, old, new in zip(('rows', 'columns'), given, wanted):
+                middles = (np.arange(new) + 0.5) * old / new - 0.5
+                setattr(self, name, self.params.get_constant(name, linear_weights(middles, old)))
+
+    def hybrid_forward(self, F: Any, x: Any, rows: Any, columns: Any) -> Any:
+        for matrix, length in zip((rows, columns), self._wanted):
+            x = F.transpose(x, axes=(0, 1, 3, 2))
+            x = F.FullyConnected(x, matrix, num_hidden=length, no_bias=True, flatten=False)
+        return x
+
+
+def _several(blocks: Iterable[HybridBlock]) -> nn.HybridSequential:
+    """Blocks in a list."""
+    found = nn.HybridSequential()
+    found.add(*blocks)
+    return found
 
 
 def head_costs(inputs: Sequence[int], sizes: Sequence[Size], width: int, classes: int) -> int:

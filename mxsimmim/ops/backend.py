@@ -148,6 +148,16 @@ class OpBackend:
         """
         return FORMS[self.form].pyramid_pool(F, maps, boxes, strides=strides, side=side, samples=samples)
 
+    def match_boxes(self, F: Any, boxes: Any, truth: Any, kind: Any) -> Tuple[Any, Any, Any, Any]:
+        """Compare boxes (B, N, 4), or (1, N, 4) for all images, with those that are known: truth (B, M, 4).
+
+        kind (B, M) is 1 for an object, 2 for a crowd and 0 for nothing. Returns four arrays (B, N): the largest
+        intersection over union with an object; the number of that object, the first of several, 0 for none; whether no
+        other box has a larger one with some object than this, 1 or 0; and the largest share of the box's area that a
+        crowd covers. They have no gradient.
+        """
+        return FORMS[self.form].match_boxes(F, boxes, truth, kind)
+
 
 REFERENCE = OpBackend()
 

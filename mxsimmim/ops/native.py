@@ -106,6 +106,11 @@ def pyramid_pool(F: Any, maps: Sequence[Any], boxes: Any, *, strides: Sequence[i
                                    level=LEVEL, **_numbered('stride', strides))
 
 
+def match_boxes(F: Any, boxes: Any, truth: Any, kind: Any) -> Tuple[Any, Any, Any, Any]:
+    """Compute `OpBackend.match_boxes`."""
+    return tuple(F.mxsimmim_match_boxes(boxes, truth, kind))
+
+
 def _numbered(name: str, values: Sequence[float]) -> Dict[str, float]:
     """Attributes of a native operator are single numbers."""
     return {f'{name}{number}': value for number, value in enumerate(values)}

@@ -10,10 +10,10 @@ from typing import Any, Callable, Optional, Tuple
 
 from .layout import Windows
 from .pixels import AUTO, masked_loss, patchify, swap
-from .regions import pyramid_pool
+from .regions import match_boxes, pyramid_pool
 
-__all__ = ['attention', 'cosine_attention', 'group_norm', 'layer_norm', 'linear', 'masked_loss', 'mlp', 'patchify',
-           'pyramid_pool']
+__all__ = ['attention', 'cosine_attention', 'group_norm', 'layer_norm', 'linear', 'masked_loss', 'match_boxes', 'mlp',
+           'patchify', 'pyramid_pool']
 
 Pair = Tuple[Any, Any]
 

@@ -9,7 +9,7 @@ from mxnet.gluon import HybridBlock
 
 from ..data.loader import Batch
 from ..data.sampling import split
-from ..models import Network, Segmenter, SimMIM, parameter_specs
+from ..models import Detector, Network, Segmenter, SimMIM, parameter_specs
 from ..models.layers import keep_factors
 from ..ops import OpBackend
 from ..runtime.process import ALONE, ProcessInfo
@@ -110,7 +110,7 @@ class Replicated:
         self._compute: Union[Network, TensorParallel] = net
         graphs: Sequence[HybridBlock] = [net]
         if parts:
-            assert not isinstance(net, Segmenter)
+            assert not isinstance(net, (Segmenter, Detector))
             self._compute = TensorParallel(net, parts, groups)
             graphs = self._compute.graphs
         else:

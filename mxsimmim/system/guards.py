@@ -17,6 +17,7 @@ OPTIONAL = (
     'lz4', 'psutil', 'scikits', 'sksparse', 'uarray', 'pickle5',  # joblib, SciPy and NumPy
     'cffi', 'defusedxml', 'olefile',  # Pillow
     'colorama',  # numba
+    'cython_bbox', 'nvidia', 'redis',  # GluonCV and portalocker
     'aiodns',  # aiohttp
 )
 
@@ -57,12 +58,12 @@ def alone() -> Iterator[None]:
                 del sys.modules[name]
 
 
-def unusable(what: str, error: Exception) -> ValueError:
-    """What to raise where `what` asks for packages of the extra `deploy`, and importing them raised `error`."""
+def unusable(what: str, error: Exception, extra: str = 'deploy') -> ValueError:
+    """What to raise where `what` asks for packages of the `extra`, and importing them raised `error`."""
     if isinstance(error, ModuleNotFoundError):
-        return ValueError(f"{what} needs the package {error.name}: pip install 'mxsimmim[deploy]'")
+        return ValueError(f"{what} needs the package {error.name}: pip install 'mxsimmim[{extra}]'")
     return ValueError(f'{what} needs a package that is installed, but does not load ({type(error).__name__}: {error}): '
-                      "pip install --force-reinstall 'mxsimmim[deploy]'")
+                      f"pip install --force-reinstall 'mxsimmim[{extra}]'")
 
 
 def _distributions() -> List[Any]:

@@ -1,18 +1,20 @@
-"""Drawing: reconstructions and segmentations side by side, confused classes, embeddings."""
+"""Drawing: reconstructions, segmentations and detections side by side, confused classes, embeddings."""
 import colorsys
 import math
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 import numpy as np
 
 from ..system import drawing
+from ..system.text import one_line
 
 TITLES = ('original', 'masked', 'reconstruction')
-SEGMENTED = ('image', 'truth', 'prediction')
+ANNOTATED = ('image', 'truth', 'prediction')
 SIDE = 96  # pixels; smaller images are enlarged to at least this
 GREY, WHITE = 128, 255
 COVER = 0.7  # of a colour over the image
+TINT = 0.5  # of an object's colour over it
 FIELDS = 1500  # a side of a drawn matrix, about as many as its pixels
 
 
@@ -47,13 +49,44 @@ def grid(image: np.ndarray, mask: np.ndarray, reconstruction: np.ndarray) -> np.
 def segmented(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
     """Draws a row an image: uint8 (N, H, W, 3), its true map and the predicted one, integers (N, H, W) each."""
     maps = (overlaid(image, found, classes) for found in (truth, predicted))
-    return side_by_side(np.stack([image, *maps], 1), SEGMENTED)
+    return side_by_side(np.stack([image, *maps], 1), ANNOTATED)
 
 
 def overlaid(image: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
     """Lays the colours of classes, integers (…, H, W), over the greys of an image, uint8 (…, H, W, 3)."""
     grey = image.mean(axis=-1, keepdims=True)
     return np.rint(palette(classes)[np.minimum(found, classes)] * COVER + grey * (1 - COVER)).astype('uint8')
+
+
+def boxed(image: np.ndarray, names: Sequence[str], boxes: np.ndarray, classes: np.ndarray,
+          masks: Sequence[np.ndarray] = (), scores: Optional[np.ndarray] = None) -> np.ndarray:
+    """Draws objects on an image, uint8 (H, W, 3): their masks, boxes, class names and, if there are any, scores.
+
+    Args:
+        names: of all classes, of which each has its colour.
+        boxes: (n, 4), x0, y0, x1, y1 in pixels.
+        classes: (n,), numbers.
+        masks: bool (H, W), one an object or none at all.
+        scores: (n,), from 0 to 1.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    colours, tinted = palette(len(names))[classes], image.copy()
+    for mask, colour in zip(masks, colours):
+        tinted[mask] = np.rint(tinted[mask] * (1 - TINT) + colour * TINT).astype('uint8')
+    picture = Image.fromarray(tinted)
+    draw, size = ImageDraw.Draw(picture), max(11, min(image.shape[:2]) // 32)
+    font = ImageFont.load_default(size)
+    labels: List[str] = [one_line(names[number]) for number in classes]
+    if scores is not None:
+        labels = [f'{label} {100 * score:.0f}' for label, score in zip(labels, scores)]
+    corners = boxes.round().astype(int).tolist()
+    for (x0, y0, x1, y1), label, colour in zip(corners, labels, map(tuple, colours.tolist())):
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=max(1, size // 9))
+        place = x0, max(0, y0 - size - 2)
+        draw.rectangle(draw.textbbox(place, label, font), fill=colour)
+        draw.text(place, label, fill=0 if sum(colour) > 3 * GREY else (WHITE,) * 3, font=font)
+    return np.asarray(picture)
 
 
 def palette(classes: int) -> np.ndarray:

@@ -10,11 +10,13 @@ import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
-from ..data.dense_transforms import SegmentEvalTransform, SegmentTransform
+from ..data.dense_transforms import SegmentEvalTransform, SegmentTransform, SegmentViewsTransform
+from ..data.geometry import Size, View, padded
 from ..data.loader import Batch, every_image
-from ..data.segmentation import Segmented, open_segmented
+from ..data.segmentation import Segmented, ignored_number, open_segmented
 from ..data.sources import Source
 from ..data.transforms import Fields
+from ..data.views import as_view, returned
 from ..models import Network, Segmenter, build_segmenter, named_parameters
 from ..models.segmenter import segmenter_cost
 from ..models.shards import WHOLE, Shard
@@ -31,26 +33,35 @@ SHOWN = 20  # classes in the text that is printed; the file has all
 PNG = 'image/png'
 
 
-def class_map(views: Sequence[np.ndarray], extent: Sequence[int], canvas: Tuple[int, int]) -> np.ndarray:
-    """Returns the class of each pixel of an image, int32 (H, W); where the logits are not numbers, how many there are.
+Answer = Tuple[View, np.ndarray]  # the logits float32 (K, h, w) for all of the network's input, which shows this view
+
+
+def class_map(answers: Sequence[Answer], size: Size, canvas: Size) -> np.ndarray:
+    """Returns the class of each pixel of an image, int32 (H, W); where logits are not numbers, how many there are.
 
     Args:
-        views: logits (K, h, w) for all of the network's input, of the same image, whose probabilities are averaged.
-        extent: (h, w, H, W): the input shows the image in its first h rows and w columns, and the image has H x W.
-        canvas: height and width of the input.
+        answers: views that together show all of the image; of several the probabilities are averaged.
+        size: of the image.
+        canvas: of the network's input.
     """
-    rows, columns, height, width = (int(value) for value in extent)
-    down, across = round(canvas[0] * height / rows), round(canvas[1] * width / columns)  # the input's, in such pixels
-    found = []
-    for view in views:
-        large = mx.nd.contrib.BilinearResize2D(mx.nd.array(view[None]), height=down, width=across, align_corners=False)
-        large = large[0, :, :height, :width]
-        found.append((large if len(views) == 1 else mx.nd.softmax(large, axis=0)).asnumpy())
-    total = found[0] if len(found) == 1 else np.add.reduce(found)
+    if len(answers) == 1:
+        (view, logits), = answers
+        total = returned(logits, view, size, canvas)[1]
+    else:
+        total = np.zeros((len(answers[0][1]), *size), 'float32')
+        for view, logits in answers:
+            (rows, columns), large = returned(logits, view, size, canvas)
+            total[:, rows, columns] += softmax(large)
     likeliest = total.argmax(axis=0).astype('int32')
-    if not all(np.isfinite(view).all() for view in views):
-        likeliest[~np.isfinite(total).all(axis=0)] = len(total)
+    likeliest[~np.isfinite(total).all(axis=0)] = len(total)
     return likeliest
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns the probabilities of classes, the first axis."""
+    with np.errstate(invalid='ignore'):
+        found = np.exp(logits - logits.max(axis=0))
+        return found / found.sum(axis=0)
 
 
 class PixelEvaluator:
@@ -77,10 +88,14 @@ class PixelEvaluator:
         count = min(self._config.validation.pictures, self.images)
         if not count or self._control.rank:
             return None
-        batch = next(self._batches(count, 0, 1, placement))
-        canvas = self._config.model.size
-        predicted = [class_map(views, (*canvas, *canvas), canvas) for views in zip(*self._views(placement, batch))]
-        return pictures.segmented(batch.fields['image'], np.stack(predicted), batch.fields['label_map'],
+        transform = SegmentViewsTransform(self._config.data, self._config.model, self._source)
+        batch = next(self._batches(transform, count, 0, 1, placement))
+        canvas, ignored = self._config.model.size, ignored_number(len(self._source.classes))
+        every = self._answers(placement, batch)
+        predicted = [class_map([(View(canvas, (0, 0), canvas), logits)], canvas, canvas) for (_, logits), in every]
+        truth = [padded(view.nearest(labels), canvas, ignored)
+                 for labels, ((view, _),) in zip(batch.fields['truth'], every)]
+        return pictures.segmented(batch.fields['image'][:, 0], np.stack(predicted), np.stack(truth),
                                   len(self._source.classes))
 
     def report(self, placement: Placement, folder: Path) -> str:
@@ -108,32 +123,31 @@ class PixelEvaluator:
         return (self.report(placement, folder)
                 + f'\nbest: mIoU {best["val_miou"]:.4f} at step {best["step"]}, kept in {folder}/best')
 
-    def _batches(self, batch: int, part: int, parts: int, placement: Placement) -> Iterator[Batch]:
-        config = self._config
-        transform = SegmentEvalTransform(config.data, config.model, self._source)
-        return every_image(self._source, transform, batch, config.data.threads, part, parts, placement.inputs)
+    def _batches(self, transform: SegmentViewsTransform, batch: int, part: int, parts: int, placement: Placement
+                 ) -> Iterator[Batch]:
+        return every_image(self._source, transform, batch, self._config.data.threads, part, parts, placement.inputs)
 
-    def _views(self, placement: Placement, batch: Batch) -> List[np.ndarray]:
-        """The logits (B, K, h, w) of the images, and with validation.flip those of the mirrored ones, turned back."""
-        views = [placement.outputs(batch)]
-        if self._config.validation.flip:
-            mirrored = np.ascontiguousarray(batch.fields['image'][:, :, ::-1])
-            views.append(placement.outputs(batch._replace(fields={'image': mirrored}))[..., ::-1])
-        return views
+    def _answers(self, placement: Placement, batch: Batch) -> List[List[Answer]]:
+        """What the network says of all views of each image."""
+        views = batch.fields['views']
+        there = views.any(axis=2)                                                               # (B, V)
+        images = batch.fields['image'][there]                                                   # (all views, H, W, 3)
+        logits = iter(placement.outputs(batch._replace(fields={'image': images}, index=np.arange(len(images)))))
+        return [[(as_view(numbers), next(logits)) for numbers in rows[used]] for rows, used in zip(views, there)]
 
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
         """The values of all workers, and their counts of pixels (K, K + 1)."""
         config, control, classes = self._config, self._control, len(self._source.classes)
         counts, loss, clock = np.zeros((classes, classes + 1), 'int64'), np.zeros(2), [time.monotonic()]
         sizes: List[int] = []
-        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
-        for part in self._batches(batch, control.mesh.coordinate('data'), control.mesh.data, placement):
-            views = self._views(placement, part)
-            for index, extent, seen, *answers in zip(part.index, part.fields['extent'], part.fields['label_map'],
-                                                     *views):
-                truth = self._source.label_map(int(index))
-                counts += regions.count_pixels(truth, class_map(answers, extent, config.model.size), classes)
-                loss += cross_entropy(answers[0], seen)
+        canvas, looks = config.model.size, config.validation
+        transform = SegmentViewsTransform(config.data, config.model, self._source, looks.scales, looks.flip)
+        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
+        for part in self._batches(transform, batch, control.mesh.coordinate('data'), control.mesh.data, placement):
+            for truth, answers in zip(part.fields['truth'], self._answers(placement, part)):
+                counts += regions.count_pixels(truth, class_map(answers, truth.shape, canvas), classes)
+                for view, logits in answers:
+                    loss += cross_entropy(logits, padded(view.nearest(truth), canvas, ignored_number(classes)))
             sizes.append(len(part.index))
             clock.append(time.monotonic())
         first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
@@ -166,6 +180,7 @@ class MapPredictor:
     kind = 'a segmenter, which reconstructs nothing'
     advice = '`mxsimmim predict` shows what it has learned'
     output = 'logits'
+    onnx = ''
 
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
         self._config, self._net = config, net
@@ -224,7 +239,9 @@ class MapPredictor:
         return 'application/json; charset=utf-8', json.dumps(content).encode()
 
     def _map(self, fields: Fields, answer: np.ndarray) -> np.ndarray:
-        return class_map([answer], fields['extent'].tolist(), self._config.model.size)
+        height, width, *size = fields['extent'].tolist()
+        view = View((height, width), (0, 0), (height, width))
+        return class_map([(view, answer)], (size[0], size[1]), self._config.model.size)
 
     def _shares(self, found: np.ndarray) -> List[Dict[str, Any]]:
         shares = np.bincount(found.ravel(), minlength=len(self.classes))[:len(self.classes)] / found.size

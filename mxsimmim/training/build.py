@@ -5,7 +5,7 @@ import mxnet as mx
 
 from ..config import Config, ParallelConfig
 from ..data.batch_split import BatchSplit, split_batch
-from ..models import Network, ParameterSpec, Segmenter, parameter_specs
+from ..models import Detector, Network, ParameterSpec, Segmenter, parameter_specs
 from ..models.cost import segment_costs, token_shapes
 from ..models.segments import users
 from ..models.shards import is_copied
@@ -140,7 +140,7 @@ def build_placement(parallel: ParallelConfig, net: Network, contexts: List[mx.Co
     """
     if parallel.pipeline == 1:
         return Replicated(net, contexts, accumulate, parallel.tensor, group)
-    assert not isinstance(net, Segmenter)
+    assert not isinstance(net, (Segmenter, Detector))
     slices = parts.slices if parts else stages_of(parallel, segment_costs(net.config))
     return Pipeline(net, contexts, slices, parallel.micro_batches, parallel.schedule, accumulate, parallel.tensor,
                     parts, group)

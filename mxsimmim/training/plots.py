@@ -7,9 +7,10 @@ import numpy as np
 from ..system import drawing
 from .run_logger import read_metrics
 
-SCORES = {  # of tasks with labels, the first of which tells whose they are
-    ('val_top1', 'val_top5'): 'correct among the first 1 or 5 guesses (%)',
-    ('val_miou', 'val_pixel_accuracy'): 'mean IoU and share of pixels right'}
+SCORES = {  # of tasks with labels, the first of which tells whose they are: what they are, and what the loss is
+    ('val_top1', 'val_top5'): ('correct among the first 1 or 5 guesses (%)', 'cross entropy'),
+    ('val_miou', 'val_pixel_accuracy'): ('mean IoU and share of pixels right', 'cross entropy'),
+    ('val_box_ap', 'val_mask_ap'): ('average precision', 'loss of proposals, boxes and masks')}
 
 
 def plot(run: Path, out: Path) -> None:
@@ -28,9 +29,9 @@ def plot(run: Path, out: Path) -> None:
     losses, rate, norm, speed = figure.subplots(2, 2, sharex=True).flat
     figure.suptitle(f'{drawing.escape(Path(run).resolve().name)}: {max(record["step"] for record in records):,} steps')
     scores = next((names for names in SCORES if any(names[0] in record for record in records)), None)
-    panels = ((losses, ('loss', 'val_loss'), 'cross entropy' if scores else 'loss on masked pixels'),
+    panels = ((losses, ('loss', 'val_loss'), SCORES[scores][1] if scores else 'loss on masked pixels'),
               (rate, ('lr',), 'learning rate'),
-              (norm, scores, SCORES[scores]) if scores else
+              (norm, scores, SCORES[scores][0]) if scores else
               (norm, ('grad_norm',), 'gradient norm (L2, before clipping)'),
               (speed, ('images_per_second',), 'speed (images/s)'))
     for axes, names, label in panels:
@@ -59,9 +60,10 @@ def _points(records: List[Dict[str, Any]], name: str) -> Tuple[np.ndarray, np.nd
 def _curves(axes: Any, records: List[Dict[str, Any]], names: Sequence[str]) -> None:
     """One curve a name; losses and norms that span more than a factor of ten get a logarithmic scale."""
     labels = {'loss': 'training', 'val_loss': 'validation', 'val_top1': 'top-1', 'val_top5': 'top-5',
-              'val_miou': 'mIoU', 'val_pixel_accuracy': 'pixel accuracy'}
+              'val_miou': 'mIoU', 'val_pixel_accuracy': 'pixel accuracy', 'val_box_ap': 'boxes', 'val_mask_ap': 'masks'}
     colors = {'loss': 'C0', 'val_loss': 'C1', 'lr': 'C2', 'grad_norm': 'C3', 'images_per_second': 'C4',
-              'val_top1': 'C1', 'val_top5': 'C5', 'val_miou': 'C1', 'val_pixel_accuracy': 'C5'}
+              'val_top1': 'C1', 'val_top5': 'C5', 'val_miou': 'C1', 'val_pixel_accuracy': 'C5',
+              'val_box_ap': 'C1', 'val_mask_ap': 'C5'}
     drawn = []
     for name in names:
         steps, values = _points(records, name)

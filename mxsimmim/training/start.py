@@ -257,10 +257,12 @@ def conclude(trainer: Trainer, folder: Path, finished: bool) -> None:
     say, control = trainer.logger.message, trainer.control
     if trainer.plateau.ended:
         say(f'stopped: {trainer.config.train.stop_early} validations without a new best (train.stop_early)')
-    rows = control.broadcast_object('validations', lambda: [row for row in read_metrics(folder) if 'val_loss' in row])
-    if finished and rows and trainer.evaluator:
+    evaluator = trainer.evaluator
+    rows = control.broadcast_object('validations', lambda: [row for row in read_metrics(folder)
+                                                            if evaluator and evaluator.metric.name in row])
+    if finished and rows and evaluator:
         with trainer.consolidated_model():
-            conclusion = trainer.evaluator.conclude(rows, trainer.timetable.total, trainer.placement, folder)
+            conclusion = evaluator.conclude(rows, trainer.timetable.total, trainer.placement, folder)
         if conclusion:
             say(conclusion)
     if any((folder / 'pictures').glob('*')):

@@ -1,5 +1,6 @@
 """A job that goes on without a host, and takes it in again."""
 import json
+import re
 import subprocess
 import sys
 
@@ -23,8 +24,11 @@ CASES = [(['-s', 2], 1), (['-s', 2], 0), (['--horovod'], 1), (['--horovod'], 0)]
 PIPELINE = ['parallel.pipeline=2', 'parallel.micro_batches=2']
 
 
-def interrupted(tmp_path, lines, victim, *words):
-    """The folder of a run on the hosts of these lines, of which one is switched off and boots; what was said."""
+def interrupted(tmp_path, lines, victim, fewer, *words):
+    """The folder of a run on the hosts of these lines, and what was said.
+
+    One host is switched off, and boots when the job goes on with `fewer` workers.
+    """
     def said():
         return (tmp_path / 'said').read_text()
 
@@ -40,7 +44,8 @@ def interrupted(tmp_path, lines, victim, *words):
         try:
             wait_for(lambda: job.poll() is not None or begun(15), 'step 15', JOB)
             hosts.switch_off(victim)
-            wait_for(lambda: job.poll() is not None or 'left out' in said(), 'it is left out', JOB)
+            wait_for(lambda: job.poll() is not None or f'the job goes on with {fewer} of' in said(),
+                     f'{fewer} workers', JOB)
             hosts.switch_on(victim)
             assert job.wait(JOB) == 0, said()
         finally:
@@ -65,8 +70,8 @@ def assert_undisturbed(run, *keys):
 @pytest.mark.parametrize('options, victim', CASES[:rounds(1, len(CASES))])
 def test_three_hosts_then_two_then_three(tmp_path, options, victim):
     """A host is switched off and boots: the weights are those of one process that nothing happens to."""
-    run, said = interrupted(tmp_path, ['host0', 'host1', 'host2'], victim, '-n', 3, *options, '--min-workers', 2, '--',
-                            *SLOW, *KEYS, 'name=job', 'notify.command=cat >> heard')
+    run, said = interrupted(tmp_path, ['host0', 'host1', 'host2'], victim, 2, '-n', 3, *options, '--min-workers', 2,
+                            '--', *SLOW, *KEYS, 'name=job', 'notify.command=cat >> heard')
     name = f'host{victim}'
     assert f'launch: left out for now: host {name}; the job goes on with 2 of 3 workers\n' in said
     assert f'launch: host {name} is back: after the next checkpoint the job goes on with 3 workers\n' in said
@@ -89,14 +94,14 @@ def test_three_hosts_then_two_then_three(tmp_path, options, victim):
 @pytest.mark.parametrize('keys, refused', [(PIPELINE, 3), (['parallel=auto'], 0)], ids=['pipeline', 'auto'])
 def test_workers_that_a_layout_does_not_divide(tmp_path, keys, refused):
     """Two pipelines of two stages, on four workers; of the three that are left two make one. Or chosen anew."""
-    run, said = interrupted(tmp_path, ['host0 slots=2', 'host1', 'host2'], 1, '-n', 4, '--horovod', '--min-workers', 2,
-                            '--', *SLOW, *KEYS, *keys, 'name=job')
+    run, said = interrupted(tmp_path, ['host0 slots=2', 'host1', 'host2'], 1, 2 if refused else 3, '-n', 4, '--horovod',
+                            '--min-workers', 2, '--', *SLOW, *KEYS, *keys, 'name=job')
     assert 'launch: left out for now: host host1; the job goes on with 3 of 4 workers\n' in said
     if refused:
         assert 'launch: the command refuses 3 workers; the job goes on with 2 of 4 workers\n' in said
     assert 'launch: host host1 is back: after the next checkpoint the job goes on with 4 workers\n' in said
     assert 'restart in' in said and said.count('(not counted, as there was progress)') == said.count('restart in') == 1
     log = (run / 'logs' / 'rank-0.log').read_text()
-    parts = ('[16, 16]', '[32]') if refused else ('[8, 8, 8, 8]', '[11, 11, 10]')
-    assert [log.count(f'images a step: {each}') for each in parts] == [2, 1], log
+    # How `auto` divides them is the planner's choice, by what it measures.
+    assert re.findall(r'(\d) workers, sync over horovod', log) == ['4', '2' if refused else '3', '4'], log
     assert_undisturbed(run)

@@ -8,8 +8,8 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-from support.running import DEADLINE, ROOT, command, metrics
-from support.tiny import TINY
+from support.running import BASE, DEADLINE, ROOT, command, metrics
+from support.tiny import DETECTOR, TINY
 
 from mxsimmim.system.guards import OPTIONAL
 
@@ -31,9 +31,13 @@ NO_PACKAGES = {'__builtin__', 'winreg', 'msvcrt', 'backports_abc'}
 
 @pytest.fixture(scope='module')
 def neighbours(tmp_path_factory):
-    """An environment in which the import of each of `NEIGHBOURS` is noted in a file and kills the process."""
-    folder = tmp_path_factory.mktemp('neighbours')
-    for name in NEIGHBOURS:
+    """An environment with `NEIGHBOURS`."""
+    return environment(tmp_path_factory.mktemp('neighbours'), NEIGHBOURS)
+
+
+def environment(folder, names):
+    """Variables with which the import of each of these packages is noted in a file and kills the process."""
+    for name in names:
         package = folder.joinpath(*name.split('.'))
         package.mkdir(parents=True)
         (package / '__init__.py').write_text(
@@ -43,6 +47,7 @@ def neighbours(tmp_path_factory):
     info.mkdir()
     (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: neighbour\nVersion: 1.0\n')
     (info / 'entry_points.txt').write_text(PLUGINS)
+    (folder / 'noted').touch()
     path = os.pathsep.join(map(str, [folder, ROOT, ROOT / 'tests']))
     return {**os.environ, 'PYTHONPATH': path, 'NOTED': str(folder / 'noted')}
 
@@ -84,6 +89,14 @@ def test_commands(tmp_path, neighbours):
     run(neighbours, tmp_path, sys.executable, '-W', 'ignore', '-m', 'support.every_command')
     missed = json.loads((tmp_path / 'missed.json').read_text())
     assert {name for name, by in missed if by in PINNED} <= NO_PACKAGES, 'add it to guards.OPTIONAL'
+
+
+def test_detection(tmp_path):
+    """The only task that imports GluonCV, which looks for others."""
+    (tmp_path / 'neighbours').mkdir()
+    run(environment(tmp_path / 'neighbours', NEIGHBOURS - {'gluoncv'}), tmp_path, *command('finetune', BASE), *DETECTOR,
+        'name=tiny')
+    assert 'val_box_ap' in metrics(tmp_path / 'runs' / 'tiny')[-1]
 
 
 @pytest.mark.parametrize('words', [['-s', 1], ['--horovod']])

@@ -11,10 +11,10 @@ from support import machine
 from support.running import DATA
 
 from mxsimmim.interop import official
+from mxsimmim.models import named_parameters
 from mxsimmim.models.segmenter import pixel_loss
-from mxsimmim.models.upernet import FCNHead, GroupNorm, UperHead
+from mxsimmim.models.upernet import FCNHead, GroupNorm, Resize, UperHead
 from mxsimmim.ops import OpBackend
-from mxsimmim.runtime.mxnet_private import structural_parameters
 
 FILE = np.load(DATA / 'upernet.npz')
 CLASSES, SIDE = 5, 64
@@ -28,10 +28,12 @@ class Heads(mx.gluon.HybridBlock):
         super().__init__()
         self.decode_head = UperHead((8, 16, 24, 32), [(16, 16), (8, 8), (4, 4), (2, 2)], 16, CLASSES, backend)
         self.auxiliary_head = FCNHead(24, 8, CLASSES, backend)
+        self.to_pixels, self.auxiliary_to_pixels = (Resize((side, side), (SIDE, SIDE)) for side in (16, 4))
 
     def hybrid_forward(self, F, label, *maps):
         logits, auxiliary = self.decode_head(*maps), self.auxiliary_head(maps[2])
-        return pixel_loss(F, logits, auxiliary, label, (SIDE, SIDE), CLASSES, 0.4), logits, auxiliary
+        large = self.to_pixels(logits), self.auxiliary_to_pixels(auxiliary)
+        return pixel_loss(F, *large, label, CLASSES, 0.4), logits, auxiliary
 
 
 def group(prefix):
@@ -62,7 +64,7 @@ def test_heads(hybrid, form):
     close(auxiliary, 'auxiliary', FILE['auxiliary'])
     for number, array in enumerate(maps):
         close(array.grad, f'map {number}', FILE[f'map_grad:{number}'])
-    parameters, expected = structural_parameters(net), group('grad')
+    parameters, expected = named_parameters(net), group('grad')
     assert set(parameters) == set(expected)
     for name, theirs in expected.items():
         close(parameters[name].grad(), name, theirs)
@@ -83,3 +85,23 @@ def test_group_norm(form):
     found = {'y': y, 'x_grad': x.grad, 'weight_grad': net.weight.grad(), 'bias_grad': net.bias.grad()}
     for name, ours in found.items():
         close(ours, name, given[name])
+
+
+@pytest.mark.parametrize('given, wanted', [((2, 3), (7, 5)), ((6, 6), (4, 4)), ((1, 4), (4, 4))])
+def test_resize(given, wanted):
+    """As MXNet's own operator, which is PyTorch's with align_corners=False: larger, smaller, and with the gradient."""
+    rng = np.random.default_rng(5)
+    found = []
+    for resize in (Resize(given, wanted), lambda x: mx.nd.contrib.BilinearResize2D(
+            x, height=wanted[0], width=wanted[1], align_corners=False)):
+        if isinstance(resize, Resize):
+            resize.initialize()
+        x, head = mx.nd.array(rng.standard_normal((2, 3, *given))), mx.nd.array(rng.standard_normal((2, 3, *wanted)))
+        x.attach_grad()
+        with autograd.record():
+            y = resize(x)
+        y.backward(head)
+        found.append((y, x.grad))
+        rng = np.random.default_rng(5)
+    for ours, theirs in zip(*found):
+        assert np.abs((ours - theirs).asnumpy()).max() < 1e-6

@@ -57,7 +57,7 @@ def test_ratio_is_the_median_of_the_turns_and_sides_that_do_not_fit_together_go_
     monkeypatch.setattr(train, 'Side', lambda name, *_: started.append(name) or Turns(name, seconds[name]))
     monkeypatch.setattr(train, 'memory', lambda *_: free)
     case = train.Case('tiny', 6, 'float32')
-    found = train.measure(case, argparse.Namespace(rounds=3, steps=1))
+    found = train.measure(case, argparse.Namespace(rounds=3, steps=1, threads=1, torch_python=''))
     assert started == ['mxsimmim', 'eager', 'compiled'] and found.seconds == seconds
     assert found.rival == 'eager'
     flops = sum(product.flops for product in train.step_products(case))

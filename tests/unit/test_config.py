@@ -108,7 +108,7 @@ def test_time_by_the_clock(text, minutes):
     (['model.img_size=0'], "key 'model.img_size': input should be greater than 0"),
     (['model.global_blocks=[2]'], 'global_blocks: windows cannot share the position table of the whole image'),
     (['model.global_blocks=[12]', 'model.use_shared_rpb=false'], 'global_blocks=[12]: the blocks of this ViT are 0 to'),
-    (['model.global_blocks=[2]', 'model.use_shared_rpb=false'], 'model.global_blocks=[2] is for segmentation: in'),
+    (['model.global_blocks=[2]', 'model.use_shared_rpb=false'], 'model.global_blocks=[2] is for segmentation and '),
     (SWIN + ['model.depths=[2]', 'model.num_heads=[4]', 'model.global_blocks=[0]'], 'global_blocks=[0]: a Swin has'),
     (['mask.patch_size=50'], 'mask.patch_size=50 does not divide model.img_size=224'),
     (['mask.patch_size=8'], 'model.patch_size=16 does not divide mask.patch_size=8'),
@@ -143,7 +143,7 @@ def test_complaints(overrides, complaint):
     'model.pretrained=runs/other', 'optim.layer_decay=0.75', 'data.labels=labels.csv', 'data.val_labels=val_map.txt',
     'data.classes=names.txt', 'data.labels_per_class=10', 'augment.rand_ops=0', 'augment.rand_magnitude=5',
     'augment.rand_std=0', 'augment.erasing=0', 'augment.mixup=0', 'augment.cutmix=0', 'augment.mix_switch=1',
-    'augment.mix_prob=0.5', 'augment.smoothing=0'])
+    'augment.mix_prob=0.5', 'augment.smoothing=0', 'model.masks=false', 'model.anchor_scale=4'])
 def test_what_pre_training_has_no_use_for(override):
     key = override.partition('=')[0]
     with pytest.raises(cfg.ConfigError) as error:

@@ -6,7 +6,7 @@ import pytest
 
 from mxsimmim.config import AugmentConfig, DataConfig, ModelConfig
 from mxsimmim.data.decode import BrokenImage
-from mxsimmim.data.dense_transforms import SegmentEvalTransform, SegmentTransform, largest_share
+from mxsimmim.data.dense_transforms import SegmentEvalTransform, SegmentTransform, SegmentViewsTransform, largest_share
 from mxsimmim.data.geometry import View, padded, random_view, resized, whole_view
 from mxsimmim.data.loader import Loader, TooManyBroken, every_image
 from mxsimmim.data.object_transforms import MASK_SIDE, ObjectsEvalTransform, ObjectsTransform
@@ -121,14 +121,28 @@ def test_crops_of_one_class_are_drawn_again():
 
 
 def test_whole_images_for_evaluation():
-    transform = SegmentEvalTransform(DataConfig(), MODEL, MAPS)
-    fields = transform(SCENES.read(2), generator(0), 2)
-    assert fields['extent'].tolist() == [43, 64, 64, 96] and (fields['label_map'][43:] == 255).all()
-    assert (fields['label_map'][:43] != 255).all() and (fields['image'][43:] == [124, 116, 104]).all()
-    alone = SegmentEvalTransform(DataConfig(), MODEL)
-    assert set(alone.allocate(2)) == set(alone(SCENES.read(2), generator(0))) == {'image', 'extent'}
+    fields = SegmentEvalTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
+    assert fields['extent'].tolist() == [43, 64, 64, 96] and (fields['image'][43:] == [124, 116, 104]).all()
     boxes = ObjectsEvalTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
     assert (boxes['image'] == fields['image']).all() and (boxes['extent'] == fields['extent']).all()
+
+
+def test_views_for_evaluation():
+    """The whole image first, then three parts of twice its size, and each mirrored; what is left is empty."""
+    whole = SegmentEvalTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
+    transform = SegmentViewsTransform(DataConfig(), MODEL, MAPS, (1, 2), flip=True)
+    assert transform.most == 10
+    fields = transform(SCENES.read(2), generator(0), 2)
+    views = fields['views'].tolist()
+    assert views[:5] == [[43, 64, 0, 0, 43, 64, 0], *([85, 128, top, left, 64, 64, 0] for top in (0, 21)
+                                                      for left in (0, 64))]
+    assert views[5:] == [[*view[:6], 1] for view in views[:5]]
+    assert (fields['image'][0] == whole['image']).all()
+    assert (fields['image'][6:] == fields['image'][1:5, :, ::-1]).all()
+    assert (fields['image'][1, 21:] == fields['image'][3, :43]).all()  # rows that both show
+    assert (fields['truth'] == MAPS.label_map(2)).all()
+    small = SegmentViewsTransform(DataConfig(), MODEL, MAPS, (0.5, 2))(SCENES.read(2), generator(0), 2)
+    assert small['views'][0].tolist() == [21, 32, 0, 0, 21, 32, 0]
 
 
 def test_objects():
@@ -277,4 +291,4 @@ def test_label_maps_that_cannot_be_read_are_broken_images():
     with pytest.raises(TooManyBroken, match='2 images cannot be read, more than data.max_broken=1'):
         loaded(1, said.append)
     with pytest.raises(ValueError, match='every image counts here, so each must be readable: remove or repair labels/'):
-        list(every_image(source, SegmentEvalTransform(DataConfig(), MODEL, source), 4, 1))
+        list(every_image(source, SegmentViewsTransform(DataConfig(), MODEL, source), 4, 1))

@@ -40,6 +40,9 @@ def empty(tmp_path):
     ('data.num_workers=8', 'data.threads=8 (threads that decode, of each process)'), ('train.seed=3', 'seed=3'),
     ('gpus=0,1', "devices='[gpu(0),gpu(1)]'"), ('device=cuda:1', "devices='[gpu(1)]'"), ('AMP_ENABLE=True',
     'runtime.precision=bf16'),
+    ('MODEL.MASK_ON=False', 'model.masks=false'), ('SOLVER.IMS_PER_BATCH=16', 'train.batch_size=16' + BATCH),
+    ('train_dataloader.dataset.ann_file=a.json', 'data.labels=a.json'), ('ratio_range=(0.1,2.0)',
+    "data.scale_jitter='[0.1, 2.0]'"),
     ('AUG.REPROB=0.25', 'augment.erasing=0.25'), ('aug.aa=rand-m9-mstd0.5-inc1', 'augment.rand_magnitude=9')])
 def test_keys(typed, answer, empty):
     with pytest.raises(cfg.ConfigError) as error:
@@ -111,7 +114,8 @@ SAMPLES = {str: 'x', int: '2', float: '0.5', bool: 'true'}
 
 def test_every_answer_is_a_key_and_value_that_work(empty):
     values = {'optim.type': 'AdamW', 'optim.schedule': 'Cosine', 'optim.milestones': '3,4', 'optim.betas': '0.9 0.95',
-              'data.interpolation': 'bicubic', 'devices': '0,1', 'runtime.precision': 'True',
+              'data.interpolation': 'bicubic', 'data.scale_jitter': '0.1 2', 'devices': '0,1',
+              'runtime.precision': 'True',
               'data.crop_scale': '0.2 1',
               'data.crop_ratio': '(0.75, 1.33)', 'train.store': 'local', 'model.patch_size': '16',
               'model.img_size': '224',

@@ -10,6 +10,7 @@ from PIL import Image
 from support.workers import each
 
 from mxsimmim.config import Config, ModelConfig
+from mxsimmim.data.geometry import View
 from mxsimmim.data.sampling import generator
 from mxsimmim.data.segmentation import open_segmented
 from mxsimmim.models import build_segmenter
@@ -38,18 +39,33 @@ def test_counts_and_scores():
     assert np.isnan(regions.values(nothing)['miou'])
 
 
+def seen(logits, size, shape, corner=(0, 0), flip=False):
+    """An answer to the part of `shape` at `corner` of an image resized to `size`."""
+    return View(size, corner, shape, flip), logits
+
+
 def test_class_map():
     """Of logits for a canvas, of which the image has the upper left corner."""
     logits = np.zeros((2, 4, 4), 'float32')
     logits[1, :, 2:] = 1
     logits[0, :, :2] = 1
-    found = class_map([logits], (8, 12, 16, 24), (16, 16))  # shown at half its size: 12 of the 16 columns
+    found = class_map([seen(logits, (8, 12), (8, 12))], (16, 24), (16, 16))  # at half its size: 12 of the 16 columns
     assert found.shape == (16, 24)
     np.testing.assert_array_equal(found, np.broadcast_to(np.arange(24) >= 16, (16, 24)))
-    np.testing.assert_array_equal(class_map([logits, logits[:, :, ::-1] * 3], (16, 16, 16, 16), (16, 16))[0],
-                                  np.arange(16) < 8)
+    whole = (16, 16), (16, 16)
+    both = class_map([seen(logits, *whole), seen(logits * 3, *whole, flip=True)], (16, 16), (16, 16))
+    np.testing.assert_array_equal(both[0], np.arange(16) < 8)
     logits[0, 0, 0] = np.nan
-    assert class_map([logits], (16, 16, 16, 16), (16, 16))[0, 0] == 2
+    assert class_map([seen(logits, *whole)], (16, 16), (16, 16))[0, 0] == 2
+
+
+def test_class_map_of_parts():
+    """Three parts of an image twice as wide as the canvas: each pixel by those that show it, on average."""
+    left, right = np.zeros((2, 2, 4, 4), 'float32')
+    left[0], right[1] = 1, 2
+    parts = [seen(logits, (16, 32), (16, 16), (0, corner)) for logits, corner in ((left, 0), (right, 4), (left, 16))]
+    found = class_map(parts, (8, 16), (16, 16))  # columns 2 to 9 are in the second, 0 to 7 and 8 to 15 in the others
+    np.testing.assert_array_equal(found, np.broadcast_to((np.arange(16) >= 2) & (np.arange(16) < 10), (8, 16)))
 
 
 def test_cross_entropy():
@@ -59,12 +75,13 @@ def test_cross_entropy():
 
 
 class Colours:
-    """A placement that tells classes by the grey of an image."""
+    """A placement that takes what is bright for digits, of several classes."""
     inputs = 'image', 'label_map'
 
     def outputs(self, batch):
         grey = batch.fields['image'].astype('float32').mean(axis=3).reshape(-1, 12, 4, 16, 4).mean(axis=(2, 4))
-        return np.stack([np.cos(grey * number / 20) for number in range(11)], axis=1)
+        return np.stack([np.full_like(grey, 110)] + [grey * (1 - (number / 30 - grey / 800) ** 2)
+                                                      for number in range(10)], axis=1) / 10
 
 
 def evaluated(size, method=PixelEvaluator.evaluate, config=CONFIG):
@@ -85,8 +102,18 @@ def test_evaluation_is_exact_for_any_number_of_workers(size):
 def test_mirrored_images_count_too():
     flipped = Config(**{**CONFIG.model_dump(), 'validation': dict(flip=True)})
     (one,), (both,) = evaluated(1), evaluated(1, config=flipped)
-    # A grey is the same in the mirror; probabilities are averaged in float32.
+    # A grey is the same in the mirror, but for how 4 x 4 pixels are cut from what is not a multiple of 4.
     assert both['val_miou'] == pytest.approx(one['val_miou'], abs=1e-3)
+
+
+def test_larger_images_are_seen_better():
+    """Four parts of twice the size and the whole: the same evaluation by any number of workers, and a finer grid."""
+    config = Config(**{**CONFIG.model_dump(), 'validation': dict(scales=[1, 2])})
+    (one,), (more,) = evaluated(1), evaluated(1, config=config)
+    assert more['val_pixel_accuracy'] > one['val_pixel_accuracy'] + 0.002
+    assert more['val_miou'] > one['val_miou'] + 0.001
+    for values in evaluated(3, config=config):
+        assert values['val_miou'] == more['val_miou'] and values['val_loss'] == pytest.approx(more['val_loss'])
 
 
 def test_report(tmp_path):

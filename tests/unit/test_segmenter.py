@@ -139,7 +139,10 @@ def test_starts_from_a_pre_training(model):
 @pytest.mark.parametrize('word, told', [
     ('parallel.pipeline=2', 'parallel.pipeline=2: segment trains whole models'),
     ('parallel.tensor=2', 'parallel.tensor=2: segment trains whole models'),
-    ('parallel=auto', 'parallel.auto=true: segment trains whole models')])
+    ('parallel=auto', 'parallel.auto=true: segment trains whole models'),
+    ('validation.scales=[]', 'scales=[] must be different numbers from 0.1 to 4, such as [0.75, 1, 1.25]'),
+    ('validation.scales=[1, 0]', 'scales=[1.0, 0.0] must be different numbers from 0.1 to 4'),
+    ('validation.scales=[1, 1]', 'scales=[1.0, 1.0] must be different numbers from 0.1 to 4')])
 def test_refused(word, told):
     with pytest.raises(ConfigError) as error:
         configfile.load('conf/base.yaml', ['task=segment', word])

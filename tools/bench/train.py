@@ -14,11 +14,8 @@ else one after the other, each in turns with ours; a batch of 32 needs some 16 G
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from typing import Any, Dict, List, Optional, Sequence
 
 from common import (
@@ -29,7 +26,6 @@ from common import (
     SHAPES,
     SIDES,
     THEIRS,
-    WARM_UP,
     Case,
     Measured,
     Worker,
@@ -42,6 +38,7 @@ from common import (
     require_torch,
 )
 from product import Rates, measured_rates, step_products
+from turns import Side, serve as answer_turns
 
 NAMES = {'mxsimmim': 'mxsimmim', 'eager': 'PyTorch', 'compiled': 'PyTorch, compiled'}
 ROOM = 1.4  # of what the first of PyTorch's processes needed must be free for the second
@@ -87,18 +84,24 @@ def measure(case: Case, args: argparse.Namespace) -> Measured:
     found = Measured(case, {side: [] for side in SIDES}, {side: [] for side in THEIRS}, {}, {})
     steps = args.steps or (2 if case.batch < 16 else 1)
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(Side(OURS, case, args))
+        ours = stack.enter_context(side(OURS, case, args))
         waiting = list(THEIRS)
         while waiting:
             with contextlib.ExitStack() as some:
                 theirs: List[Side] = []
                 while waiting and (not theirs or memory('MemAvailable', '/proc/meminfo') > ROOM * theirs[0].peak):
-                    theirs.append(some.enter_context(Side(waiting.pop(0), case, args)))
+                    theirs.append(some.enter_context(side(waiting.pop(0), case, args)))
                 take_turns(found, ours, theirs, args.rounds, steps)
     return found
 
 
-def take_turns(found: Measured, ours: 'Side', theirs: Sequence['Side'], rounds: int, steps: int) -> None:
+def side(name: str, case: Case, args: argparse.Namespace) -> Side:
+    """Start a program."""
+    task = dict(case=case, masks=masks(case.model, case.batch), threads=args.threads)
+    return Side(name, sys.executable if name == OURS else args.torch_python, __file__, task, args.threads)
+
+
+def take_turns(found: Measured, ours: Side, theirs: Sequence[Side], rounds: int, steps: int) -> None:
     """Adds to `found` what each side took in each round."""
     sizes = {side.parameters for side in [ours, *theirs]}
     assert len(sizes) == 1, f'not the same model: {sizes} parameters'
@@ -112,65 +115,13 @@ def take_turns(found: Measured, ours: 'Side', theirs: Sequence['Side'], rounds: 
         found.peaks[side.name], found.versions[side.name] = side.peak, side.version
 
 
-class Side:
-    """A worker process: takes a number of steps on its standard input, answers with the seconds they took."""
-
-    def __init__(self, name: str, case: Case, args: argparse.Namespace):
-        self.name = name
-        python = sys.executable if name == OURS else args.torch_python
-        self.process = subprocess.Popen(
-            [python, __file__, '--worker', name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            universal_newlines=True, env={**os.environ, 'OMP_NUM_THREADS': str(args.threads)})
-        try:
-            self._send(json.dumps(dict(case=case, masks=masks(case.model, case.batch), threads=args.threads)))
-            about = self._answer()
-        except BaseException:
-            self.process.kill()
-            raise
-        self.parameters, self.version, self.peak = about['parameters'], about['version'], about['peak']
-
-    def __enter__(self) -> 'Side':
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def run(self, steps: int) -> float:
-        """Seconds a step."""
-        self._send(str(steps))
-        answer = self._answer()
-        self.peak = answer['peak']
-        return answer['seconds'] / steps
-
-    def _send(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `_answer` says what became of it
-            print(line, file=self.process.stdin, flush=True)
-
-    def _answer(self) -> Dict[str, Any]:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith('{'):  # what else a library prints is not for us
-                return json.loads(line)
-        sys.exit(f'{self.name}: the worker ended with status {self.process.wait()}; its last words are above')
-
-
-def serve(side: str, task: Dict[str, Any]) -> None:
+def serve(name: str, task: Dict[str, Any]) -> None:
     """The worker's loop, until the parent closes its end."""
     case = Case(*task['case'])
-    build = our_worker if side == OURS else torch_worker
+    build = our_worker if name == OURS else torch_worker
     worker = build(SHAPES[case.model], case.batch, task['masks'], case.precision, task['threads'],
-                   **({} if side == OURS else dict(compiled=side == 'compiled')))
-    for _ in range(WARM_UP):
-        worker.step()
-    worker.wait()
-    print(json.dumps(dict(parameters=worker.parameters, version=worker.version, peak=memory('VmHWM'))), flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(int(line)):
-            worker.step()
-        worker.wait()
-        print(json.dumps(dict(seconds=time.perf_counter() - began, peak=memory('VmHWM'))), flush=True)
+                   **({} if name == OURS else dict(compiled=name == 'compiled')))
+    answer_turns(worker)
 
 
 def torch_worker(keys: Dict[str, Any], batch: int, hidden: List[List[List[int]]], precision: str, threads: int,

@@ -1,0 +1,288 @@
+"""Detection: objects are to be found, with boxes and masks, the better the higher the precision on images held out."""
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
+
+import mxnet as mx
+import numpy as np
+
+from ..config import Config, DataConfig, ModelConfig
+from ..data.decode import BrokenImage
+from ..data.dense_transforms import check_size
+from ..data.detection import open_objects
+from ..data.geometry import Size, padded, whole_view
+from ..data.loader import Batch, every_image
+from ..data.object_transforms import ObjectsEvalTransform, ObjectsTransform
+from ..data.objects import Objects, WithObjects
+from ..data.regions import bitmap
+from ..data.sources import Source
+from ..data.transforms import Fields
+from ..models import Detector, Network, build_detector, named_parameters
+from ..models.detector import detector_cost
+from ..models.from_gluoncv import model_zoo
+from ..models.shards import WHOLE, Shard
+from ..ops import OpBackend
+from ..parallel.control import ControlPlane
+from ..parallel.placement import Placement
+from ..system.text import one_line
+from . import pictures
+from .classes import WithClasses, names_of_outputs
+from .detections import Found, decoded, found_in, mirrored, needed, united
+from .precision import Comparison, Precisions
+from .task import Metric, Predictor, write_evaluation
+
+SHOWN = 20  # classes in the text that is printed; the file has all
+CERTAIN = 0.5  # score from which a box is drawn
+LARGE = 256  # pixels a side that pictures of boxes have at least
+
+
+class BoxEvaluator:
+    """Compares the objects found in images with those that are there. Each image counts once, whoever measures it."""
+    metric = Metric('val_box_ap', higher_is_better=True)
+    drawn = 'prediction'
+
+    def __init__(self, config: Config, source: WithObjects, control: ControlPlane):
+        self._config, self._source, self._control = config, source, control
+        self.images = len(source)
+
+    def evaluate(self, placement: Placement) -> Dict[str, float]:
+        """Returns val_box_ap, val_box_ap50, with masks val_mask_ap, val_mask_ap50, and val_images_per_second of all.
+
+        Called by every worker at the same time.
+
+        Raises:
+            ValueError: an image that cannot be read, or whose objects cannot.
+        """
+        return self._measure(placement)[0]
+
+    def picture(self, placement: Placement) -> Optional[np.ndarray]:
+        """Draws the first images, what is there and what is found, as the network sees them; uint8 (H, W, 3)."""
+        count = min(self._config.validation.pictures, self.images)
+        if not count or self._control.rank:
+            return None
+        batch, classes = next(self._batches(count, 0, 1, placement)), self._source.classes
+        canvas = self._config.model.size
+        times = math.ceil(LARGE / min(canvas))  # or names would cover what they name
+        shown = canvas[0] * times, canvas[1] * times
+        rows = []
+        for index, image, extent, views in zip(batch.index, batch.fields['image'], batch.fields['extent'],
+                                               self._views(placement, batch)):
+            image = image.repeat(times, 0).repeat(times, 1)
+            found = found_in(united(views), np.array(canvas + shown))
+            rows.append([image, pictures.boxed(image, classes, *self._truth(int(index), extent, shown)),
+                         drawn(image, found, classes)])
+        return pictures.side_by_side(np.array(rows), pictures.ANNOTATED)
+
+    def report(self, placement: Placement, folder: Path) -> str:
+        """Evaluates, and says it in words; rank 0 writes evaluation.json and evaluation.txt to `folder`.
+
+        Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
+        """
+        values, scores = self._measure(placement)
+        classes, found = self._source.classes, scores.values()
+        text = ', '.join(f'{what} {found[name]:.4f}' for name, what in (
+            ('box_ap', 'box AP'), ('box_ap50', 'box AP50'), ('mask_ap', 'mask AP'), ('mask_ap50', 'mask AP50'),
+            ('voc_map', 'VOC mAP')) if name in found)
+        text += (f" of {self.images:,} images, {values['val_images_per_second']:,.1f} images/s\n"
+                 + scores.table(classes, SHOWN))
+        if len(classes) > SHOWN:
+            text += f'\n({SHOWN} of {len(classes):,} classes, those of least box AP)'
+        if self._control.rank == 0:
+            write_evaluation(folder, {'images': self.images, **found, **values,
+                                      'class_box_ap': dict(zip(classes, scores.box[0].tolist()))},
+                             scores.table(classes))
+            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
+        return text
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Placement, folder: Path) -> str:
+        """Writes the evaluation of the last weights, as `report`, and says which were the best."""
+        known = [row for row in rows if row[self.metric.name] is not None]  # without objects there is none
+        best = max(known, key=self.metric.score, default=None)
+        return self.report(placement, folder) + (
+            f'\nbest: box AP {best["val_box_ap"]:.4f} at step {best["step"]}, kept in {folder}/best' if best else '')
+
+    def _batches(self, batch: int, part: int, parts: int, placement: Placement) -> Iterator[Batch]:
+        config = self._config
+        transform = ObjectsEvalTransform(config.data, config.model)
+        return every_image(self._source, transform, batch, config.data.threads, part, parts, placement.inputs)
+
+    def _views(self, placement: Placement, batch: Batch) -> Iterator[Sequence[np.ndarray]]:
+        """The answers about each image, and with validation.flip that about its mirror image, turned back."""
+        answers = [placement.outputs(batch)]
+        if self._config.validation.flip:
+            images = batch.fields['image'].copy()
+            for image, (height, width, *_) in zip(images, batch.fields['extent']):  # padding stays where it was
+                image[:height, :width] = image[:height, :width][:, ::-1]
+            turned = placement.outputs(batch._replace(fields={'image': images}))
+            answers.append(np.stack([mirrored(rows, int(extent[1])) for rows, extent in
+                                     zip(turned, batch.fields['extent'])]))
+        return zip(*answers)
+
+    def _truth(self, index: int, extent: np.ndarray, canvas: Size) -> Tuple[np.ndarray, np.ndarray, List[np.ndarray]]:
+        """Boxes, class numbers and masks of an image as it lies on the canvas; crowds are left out."""
+        objects, size = self._source.objects(index), (int(extent[2]), int(extent[3]))
+        view, own = whole_view(size, canvas), np.flatnonzero(~objects.crowd)
+        masks = [objects.regions[number] for number in own]
+        return (view.boxes(objects.boxes[own], size), objects.classes[own],
+                [padded(view.nearest(bitmap(region, size)), canvas, 0) for region in masks if region is not None])
+
+    def _measure(self, placement: Placement) -> Tuple[Dict[str, float], Precisions]:
+        """The values of all workers, and the precision of each class."""
+        config, control = self._config, self._control
+        comparison, clock = Comparison(config.model.masks), [time.monotonic()]
+        sizes: List[int] = []
+        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
+        for part in self._batches(batch, control.mesh.coordinate('data'), control.mesh.data, placement):
+            for index, extent, views in zip(part.index, part.fields['extent'], self._views(placement, part)):
+                size = int(extent[2]), int(extent[3])
+                comparison.add(found_in(united(views), extent), self._objects(int(index), size), size)
+            sizes.append(len(part.index))
+            clock.append(time.monotonic())
+        first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
+        own = [comparison.state(), sum(sizes[first:]), clock[-1] - clock[first]]
+        parts = control.mesh.by_data(control.all_gather('evaluation', own))
+        states, images, seconds = zip(*(part for parts_of in parts for part in parts_of))
+        scores = comparison.precisions(states, len(self._source.classes))
+        values = {f'val_{name}': value for name, value in scores.values().items() if name != 'voc_map'}
+        return {**values, 'val_images_per_second': sum(images) / max(seconds)}, scores
+
+    def _objects(self, index: int, size: Size) -> Objects:
+        """What is in an image of this size.
+
+        Raises:
+            ValueError: it cannot be read, is of an image of another size, or has no mask where masks are to be found.
+        """
+        name = self._source.name(index)
+        try:
+            objects = self._source.objects(index)
+            if objects.size:
+                check_size(name, size, objects.size, 'its boxes are of one of')
+        except BrokenImage as error:
+            raise ValueError(f'every image counts here: {error}') from None
+        for number, (region, crowd) in enumerate(zip(objects.regions, objects.crowd)):
+            if self._config.model.masks and region is None and not crowd:
+                raise ValueError(f"every image counts here: {name}: object {number} of class '"
+                                 f"{one_line(self._source.classes[objects.classes[number]])}' has no mask: complete "
+                                 'the segmentations, or set model.masks=false')
+        return objects
+
+
+def drawn(image: np.ndarray, found: Found, classes: Sequence[str]) -> np.ndarray:
+    """Draws on an image, uint8 (H, W, 3), what was found in it for `CERTAIN`."""
+    sure = np.flatnonzero(found.scores >= CERTAIN)
+    masks = [decoded(found.masks[number]) for number in sure] if found.masks else []
+    return pictures.boxed(image, classes, found.boxes[sure], found.classes[sure], masks, found.scores[sure])
+
+
+class BoxPredictor:
+    """Finds the objects of an image: class, score, box and mask of each."""
+    command = 'predict'
+    kind = 'a detector, which reconstructs nothing'
+    advice = '`mxsimmim predict` shows what it has learned'
+    output = 'detections'
+    onnx = ('how a detector chooses boxes (topk, box_nms, ROIAlign) has no translation to ONNX here: write --format '
+            'symbol, which any MXNet 1.9 runs, or ask `mxsimmim serve` over HTTP')
+
+    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
+        self._config, self._net = config, net
+        self.classes: Tuple[str, ...] = tuple(state['classes'])
+        self.summary = f'{len(self.classes)} classes of objects'
+        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
+
+    @staticmethod
+    def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> Detector:
+        needed()
+        return build_detector(model, len(state['classes']), None, backend, data.mean, data.std)
+
+    @staticmethod
+    def state_of_weights(arrays: Mapping[str, np.ndarray], file: Path, classes: str) -> Dict[str, Any]:
+        """Returns the names in the file `classes`; without one, the numbers of the classes."""
+        return {'classes': names_of_outputs(len(arrays['roi_head.bbox_head.fc_cls.weight']) - 1, file, classes)}
+
+    def transform(self, data: DataConfig) -> ObjectsEvalTransform:
+        return ObjectsEvalTransform(data, self._config.model)
+
+    def call(self, image: Any) -> Any:
+        """Maps images (B, 3, H, W), normalised, to detections (B, 100, 6), with masks (B, 100, 6 + 28 * 28)."""
+        return self._net(image)
+
+    def answer(self, image: mx.nd.NDArray) -> np.ndarray:
+        """Returns the detections."""
+        return self.call(image).asnumpy()
+
+    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
+        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
+
+    def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
+        """Says the `top` most certain objects: class, score, box."""
+        found = self.record(fields, answer)['objects'][:top]
+        return '   '.join(f'{one_line(each["name"])} {each["score"]:.3f} '
+                          f'[{", ".join(f"{value:.0f}" for value in each["box"])}]' for each in found) or 'nothing'
+
+    def record(self, fields: Fields, answer: np.ndarray) -> Dict[str, Any]:
+        """Returns height, width and the objects, the most certain first: name, score, box, and mask if there are any.
+
+        A box is x0, y0, x1, y1 in pixels, a mask COCO's compressed run lengths.
+        """
+        found = found_in(answer, fields['extent'])
+        objects = [{'name': self.classes[number], 'score': float(score), 'box': [round(float(x), 2) for x in box],
+                    **({'mask': found.masks[place]} if found.masks else {})}
+                   for place, (box, score, number) in enumerate(zip(found.boxes, found.scores, found.classes))]
+        return {'height': int(fields['extent'][2]), 'width': int(fields['extent'][3]), 'objects': objects}
+
+    def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> np.ndarray:
+        """Draws on an image, uint8 (H, W, 3), the objects that were found for `CERTAIN`."""
+        return drawn(image, found_in(answer, fields['extent']), self.classes)
+
+    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
+        """Returns `record` in JSON."""
+        return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
+
+
+class Detection(WithClasses):
+    """Images with boxes and masks of objects; the better the higher their average precision on those held out."""
+    known = 'boxes'
+    predictor: Type[Predictor] = BoxPredictor
+
+    def __init__(self, config: Config):
+        needed()
+        model_zoo()
+        self.config = config
+        self._train, self._held_out = open_objects(config.data, config.seed)
+        for data, key in ((self._train, 'labels'), (self._held_out, 'val_labels')):
+            if config.model.masks and data and not data.has_masks:
+                raise ValueError(f'data.{key}={getattr(config.data, key) or config.data.labels} has boxes alone, and '
+                                 'model.masks=true asks for masks, too: set model.masks=false')
+        self.source: Source = self._train
+        self.held_out: Optional[Source] = self._held_out
+        self.classes = self._train.classes
+
+    def build_network(self, initial: bool, backend: OpBackend, parts: Sequence[slice] = (), own: int = 0,
+                      shard: Shard = WHOLE) -> Detector:
+        """Builds the network, which is always whole."""
+        assert not parts and shard == WHOLE
+        config = self.config
+        return build_detector(config.model, len(self.classes), config.seed if initial else None, backend,
+                              config.data.mean, config.data.std)
+
+    def shapes(self) -> Dict[str, Tuple[int, ...]]:
+        net = Detector(self.config.model, len(self.classes))
+        return {name: p.shape for name, p in named_parameters(net).items()}
+
+    def multiply_adds(self) -> int:
+        return detector_cost(self.config.model, len(self.classes))
+
+    def transform(self) -> ObjectsTransform:
+        return ObjectsTransform(self.config.data, self.config.model, self._train, self.config.model.masks)
+
+    def evaluator(self, control: ControlPlane) -> Optional[BoxEvaluator]:
+        return BoxEvaluator(self.config, self._held_out, control) if self._held_out else None
+
+    def facts(self) -> List[str]:
+        return [f'{len(self.classes):,} classes of objects']
+
+    def annotations(self) -> List[int]:
+        """Returns checksums of the training images' objects, and of the held-out images'."""
+        return [data.checksum() for data in (self._train, self._held_out) if data]

@@ -1,0 +1,136 @@
+"""What a detector finds in images: from its answers to boxes and masks in pixels. No MXNet.
+
+Masks are COCO's run lengths, which pycocotools makes, of the package's extra `detect`.
+"""
+import math
+from typing import Any, Dict, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from ..config.model import OBJECTS
+from ..data.geometry import Size
+from ..data.regions import Polygons, Region, RunLengths
+from ..system.guards import unusable
+
+NMS = 0.5  # boxes of a class that share more (IoU) are one
+CELLS = 28  # a side of a mask in its box
+BOXES = 6  # numbers of a row before its mask: x0, y0, x1, y1, score, class
+
+
+class Found(NamedTuple):
+    """What is found in an image, the most certain first."""
+    boxes: np.ndarray  # float64 (n, 4): x0, y0, x1, y1 in pixels of the image
+    scores: np.ndarray  # float32 (n,)
+    classes: np.ndarray  # int64 (n,)
+    masks: Tuple[Dict[str, Any], ...]  # COCO's compressed run lengths; empty where there are none
+
+
+def needed() -> Any:
+    """Return pycocotools' COCO and COCOeval, and its module of masks.
+
+    Raises:
+        ValueError: it is not installed, or does not load.
+    """
+    try:
+        from pycocotools import coco, cocoeval, mask
+    except Exception as error:  # a broken package raises anything
+        raise unusable('task=detect', error, 'detect') from None
+    for module in (coco, cocoeval):
+        module.print = lambda *words: None  # progress, on standard output
+    return coco.COCO, cocoeval.COCOeval, mask
+
+
+def mirrored(rows: np.ndarray, width: int) -> np.ndarray:
+    """Turn an answer about an image of this width, (n, 6 or more), into that about its mirror image."""
+    turned = rows.copy()
+    turned[:, 0], turned[:, 2] = width - rows[:, 2], width - rows[:, 0]
+    masks = turned[:, BOXES:].reshape(len(rows), -1, CELLS)
+    turned[:, BOXES:] = masks[:, :, ::-1].reshape(len(rows), -1)
+    return turned
+
+
+def united(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Return of several answers (n, 6 or more) about one image the best rows: one an object, `OBJECTS` in all.
+
+    Of boxes of a class that share more than half of their area (IoU) the best stays, with its mask.
+    """
+    rows = np.concatenate([view[view[:, 5] >= 0] for view in views])
+    rows = rows[np.argsort(-rows[:, 4], kind='stable')]
+    if len(views) > 1:
+        same = (rows[:, None, 5] == rows[:, 5]) & (overlaps(rows[:, :4], rows[:, :4]) > NMS)
+        kept = np.ones(len(rows), bool)
+        for number in range(len(rows)):
+            if kept[number]:
+                kept[number + 1:] &= ~same[number, number + 1:]
+        rows = rows[kept]
+    return rows[:OBJECTS]
+
+
+def overlaps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes (n, 4) and (m, 4), float (n, m)."""
+    sides = np.minimum(ours[:, None, 2:], theirs[:, 2:]) - np.maximum(ours[:, None, :2], theirs[:, :2])
+    shared = sides.clip(0, None).prod(axis=2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (ours, theirs)]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.nan_to_num(shared / (areas[0][:, None] + areas[1] - shared))
+
+
+def found_in(rows: np.ndarray, extent: np.ndarray) -> Found:
+    """Bring an answer (n, 6), or with masks (n, 6 + 28 * 28), to the pixels of its image; rows of no class are none.
+
+    Args:
+        rows: as the network gives them, in pixels of its input.
+        extent: int (4,), (h, w, H, W): the input shows the image in its first h rows and w columns, and the image has
+            H x W.
+    """
+    shown, size = np.array(extent[:2], float), (int(extent[2]), int(extent[3]))
+    rows = united([rows[np.isfinite(rows).all(axis=1)]])
+    whole = rows[:, :4].astype(float) * np.tile(np.array(size)[::-1] / shown[::-1], 2)
+    boxes = whole.clip(0, np.tile(size[::-1], 2))
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    rows, whole = rows[inside], whole[inside]
+    masks: Tuple[Dict[str, Any], ...] = ()
+    if rows.shape[1] > BOXES:
+        grids = rows[:, BOXES:].reshape(-1, CELLS, CELLS)
+        masks = tuple(encoded(pasted(grid, box, size)) for grid, box in zip(grids, whole))
+    return Found(boxes[inside], rows[:, 4].astype(np.float32), rows[:, 5].astype(np.int64), masks)
+
+
+def pasted(grid: np.ndarray, box: np.ndarray, size: Size) -> np.ndarray:
+    """Lay a mask's probabilities (28, 28) into its box: where they are half or more, bool (H, W).
+
+    Between the middles of cells they are interpolated, and 0 outside, as detectron2's paste_masks does.
+    """
+    result = np.zeros(size, bool, order='F')  # as `encoded` needs it
+    axes = []
+    for low, high, side in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
+        first, last = max(0, math.floor(low)), min(side, math.ceil(high))
+        places = (np.arange(first, last) + 0.5 - low) / (high - low) * CELLS - 0.5
+        axes.append((slice(first, max(first, last)), np.maximum(0, 1 - np.abs(places[:, None] - np.arange(CELLS)))))
+    (rows, down), (columns, across) = axes
+    result[rows, columns] = down @ grid @ across.T >= 0.5
+    return result
+
+
+def encoded(bitmap: np.ndarray) -> Dict[str, Any]:
+    """Compress a mask, bool (H, W), to COCO's run lengths."""
+    _, _, masks = needed()
+    found = masks.encode(np.asfortranarray(bitmap).view(np.uint8))
+    return {'size': [int(side) for side in found['size']], 'counts': found['counts'].decode('ascii')}
+
+
+def decoded(mask: Dict[str, Any]) -> np.ndarray:
+    """Return the bitmap, bool (H, W), of compressed run lengths."""
+    return needed()[2].decode(mask).astype(bool)
+
+
+def region_lengths(region: Region, size: Size) -> Dict[str, Any]:
+    """Compress an object's region in an image of this size, polygons as COCO's own tools fill them."""
+    _, _, masks = needed()
+    if isinstance(region, Polygons):
+        found = masks.merge(masks.frPyObjects([outline.ravel().tolist() for outline in region.outlines], *size))
+    elif isinstance(region, RunLengths):
+        found = masks.frPyObjects({'size': list(size), 'counts': region.lengths.tolist()}, *size)
+    else:
+        return encoded(region)
+    return {'size': list(size), 'counts': found['counts'].decode('ascii')}
