@@ -219,8 +219,9 @@ class ValidationConfig(Section):
     flip: bool = Field(False, description='segment, detect: also look at the mirrored images, and average the '
                        'probabilities, or unite what is found')
     scales: Tuple[float, ...] = Field(
-        (1.0,), description='segment: sizes at which each image is looked at, of which the probabilities are averaged, '
-        'e.g. [0.75, 1, 1.25]; at 1 all of it just fits into the input, of a larger one overlapping parts are shown')
+        (1.0,), description='segment, detect: sizes at which each image is looked at, of which the probabilities are '
+        'averaged, or what is found is united, e.g. [0.75, 1, 1.25]; at 1 all of it just fits into the input, of a '
+        'larger one overlapping parts are shown')
 
     @model_validator(mode='after')
     def _check(self) -> 'ValidationConfig':

@@ -2,6 +2,7 @@
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 import mxnet as mx
+import numpy as np
 from mxnet import autograd
 from mxnet.gluon import HybridBlock, Parameter
 
@@ -77,6 +78,16 @@ class Segmenter(HybridBlock):
         logits, maps = self.decoded(F, image, keep)
         auxiliary = self.auxiliary_to_pixels(self.auxiliary_head(maps[-2]))
         return pixel_loss(F, self.to_pixels(logits), auxiliary, label_map, self.classes, self.config.auxiliary)
+
+    def begin_with(self, shares: np.ndarray) -> None:
+        """Have both heads begin with the classes' shares (K,) of the pixels as their biases, as logarithms.
+
+        Zeros would have the first hundreds of updates learn these, by all that the heads have (Lin et al. 2017,
+        arXiv:1708.02002, of rare classes).
+        """
+        for head in (self.decode_head, self.auxiliary_head):
+            assert head.conv_seg.bias is not None
+            head.conv_seg.bias.set_data(mx.nd.array(np.log(shares)))
 
     def decoded(self, F: Any, image: Any, keep: Any = None) -> Tuple[Any, List[Any]]:
         """Return the logits (B, classes, h, w), and the maps that they come from."""

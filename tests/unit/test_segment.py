@@ -14,8 +14,16 @@ from mxsimmim.data.geometry import View
 from mxsimmim.data.sampling import generator
 from mxsimmim.data.segmentation import open_segmented
 from mxsimmim.models import build_segmenter
+from mxsimmim.ops import REFERENCE
 from mxsimmim.tasks import regions
-from mxsimmim.tasks.segment import MapPredictor, PixelEvaluator, Segmentation, class_map, cross_entropy
+from mxsimmim.tasks.segment import (
+    MapPredictor,
+    PixelEvaluator,
+    Segmentation,
+    class_map,
+    class_shares,
+    cross_entropy,
+)
 
 MODEL = ModelConfig(type='swin', img_size=(48, 64), patch_size=4, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 2),
                     window_size=4, head_channels=16)
@@ -178,3 +186,16 @@ def test_task():
         task.check_state({'classes': []}, 'there', 'remedy')
     with pytest.raises(ValueError, match='other label maps for rank 1 than for rank 0'):
         task.check_annotations([1, 2], 1)
+
+
+def test_a_network_begins_with_the_classes_shares():
+    """Of 64 label maps: whatever the image, the answer is these shares, but for what small weights add."""
+    task = Segmentation(CONFIG)
+    counts = sum(np.bincount(task.source.label_map(index).ravel(), minlength=11) for index in range(0, 5000, 79))
+    shares = class_shares(task.source)
+    assert shares[0] > 0.85 and shares == pytest.approx((counts + 1) / (counts + 1).sum())
+    net = task.build_network(True, REFERENCE)
+    for head in (net.decode_head, net.auxiliary_head):
+        assert head.conv_seg.bias.data().asnumpy() == pytest.approx(np.log(shares), abs=1e-5)
+    found = mx.nd.softmax(net(mx.nd.random.normal(shape=(1, 3, 48, 64))), axis=1).asnumpy()
+    assert np.abs(found - shares[:, None, None]).max() < 0.1
