@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import List, Sequence
 
-from few_labels import described  # type: ignore[import-not-found]
+from few_labels import described
 
 from mxsimmim.config import configfile
 from mxsimmim.runtime import environment
