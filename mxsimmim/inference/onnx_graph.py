@@ -132,15 +132,6 @@ def _group_norm(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> 
     return w.add('Reshape', [norm, w.add('Shape', [x], f'{name}.shape')], name)
 
 
-def _resize(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
-    if a.get('align_corners', True):
-        raise ValueError(f'{name}: BilinearResize2D with aligned corners has no translation to ONNX here')
-    batch = w.add('Shape', inputs, f'{name}.batch', start=0, end=2)
-    sizes = w.add('Concat', [batch, w.constant([a['height'], a['width']], 'int64')], f'{name}.sizes', axis=0)
-    return w.add('Resize', [*inputs, '', '', sizes], name, mode='linear',
-                 coordinate_transformation_mode='half_pixel')
-
-
 def _adaptive_pooling(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     """Means over a grid of cells, which may overlap, as a product with a matrix."""
     cells = a['output_size'] if isinstance(a['output_size'], int) else a['output_size'][0]
@@ -164,7 +155,7 @@ def _means(side: int, cells: int) -> np.ndarray:
 TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, name, inputs, attributes) -> output
     'FullyConnected': _fully_connected,
     'Convolution': _convolution, 'Pooling': _pooling,
-    'GroupNorm': _group_norm, '_contrib_BilinearResize2D': _resize,
+    'GroupNorm': _group_norm,
     '_contrib_AdaptiveAvgPooling2D': _adaptive_pooling,
     'LeakyReLU': _gelu,
     'Activation': _relu,
