@@ -107,6 +107,7 @@ def test_the_time_limit(made, shared, undisturbed):
     """Slurm looks every 30 s which jobs are near to it."""
     pause = ['train.length=4000', 'validation.every=100000', 'checkpoint.every=100000']
     job = submit(made, shared, '-n', 2, '--horovod', options=['--time=1 --signal=B:TERM@30'], keys=[*SLOW, *pause])
+    reach(shared, 5)
     wait_for(lambda: state(made, job) == 'PENDING', 'it waits to be started again', JOB)
     assert 'launch: stopped by SIGTERM' in (shared / 'said').read_text()
     before = max(steps(shared / 'runs' / 'job'))
