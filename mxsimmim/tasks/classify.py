@@ -1,6 +1,5 @@
 """Classification: images are to be given their class, the better the more of those held out are."""
 import json
-import time
 import zlib
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
@@ -22,6 +21,7 @@ from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import metrics, pictures
 from .classes import WithClasses, names_of_outputs
+from .pace import Pace, images_per_second
 from .task import Metric, Predictor, write_evaluation
 
 SHOWN = 20  # classes in the text that is printed; the file has all
@@ -82,7 +82,7 @@ class ClassEvaluator:
 
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
         """The values of all workers, and the predicted classes of this one's images."""
-        tally, predicted, clock = metrics.Tally(), [np.empty(0, int)], [time.monotonic()]
+        tally, predicted, pace = metrics.Tally(), [np.empty(0, int)], Pace()
         config, control = self._config, self._control
         batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
         transform = ClassifyEvalTransform(config.data, config.model)
@@ -91,12 +91,10 @@ class ClassEvaluator:
             answers = placement.outputs(part)
             if control.mesh.reports:  # or another worker has the answers about these images
                 predicted.append(tally.add(answers, self._labels[part.index]))
-            clock.append(time.monotonic())
-        first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
-        speed = [sum(map(len, predicted[1 + first:])), clock[-1] - clock[first]]
-        gathered = np.array(control.all_gather('evaluation', np.concatenate([tally.state(), speed])))
-        values = metrics.Tally(gathered[:, :-2].sum(axis=0)).values()
-        values['val_images_per_second'] = gathered[:, -2].sum() / gathered[:, -1].max()
+            pace.add(len(predicted[-1]))
+        tallies, paces = zip(*control.all_gather('evaluation', [tally.state().tolist(), pace.state()]))
+        values = metrics.Tally(np.sum(tallies, axis=0)).values()
+        values['val_images_per_second'] = images_per_second(paces)
         return values, np.concatenate(predicted)
 
     def _text(self, values: Dict[str, float], scores: np.ndarray, matrix: np.ndarray) -> str:

@@ -1,7 +1,6 @@
 """Detection: objects are to be found, with boxes and masks, the better the higher the precision on images held out."""
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
@@ -29,6 +28,7 @@ from . import pictures
 from .classes import WithClasses, names_of_outputs
 from .detections import Found, decoded, found_in, needed
 from .looks import answers_of
+from .pace import Pace, images_per_second
 from .precision import Comparison, Precisions
 from .task import Metric, Predictor, write_evaluation
 
@@ -110,24 +110,19 @@ class BoxEvaluator:
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], Precisions]:
         """The values of all workers, and the precision of each class."""
         config, control = self._config, self._control
-        comparison, clock = Comparison(config.model.masks), [time.monotonic()]
-        sizes: List[int] = []
-        looks = config.validation
+        comparison, pace, looks = Comparison(config.model.masks), Pace(), config.validation
         transform = ObjectsViewsTransform(config.data, config.model, self._source, config.model.masks, looks.scales,
                                           looks.flip)
         batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
         for part in self._batches(transform, batch, control.mesh.coordinate('data'), control.mesh.data, placement):
             for objects, found in zip(part.fields['truth'], answers_of(placement, part)):
                 comparison.add(found_in(found, objects.size), objects, objects.size)
-            sizes.append(len(part.index))
-            clock.append(time.monotonic())
-        first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
-        own = [comparison.state(), sum(sizes[first:]), clock[-1] - clock[first]]
-        parts = control.mesh.by_data(control.all_gather('evaluation', own))
-        states, images, seconds = zip(*(part for parts_of in parts for part in parts_of))
+            pace.add(len(part.index))
+        parts = control.mesh.by_data(control.all_gather('evaluation', [comparison.state(), pace.state()]))
+        states, paces = zip(*(part for parts_of in parts for part in parts_of))
         scores = comparison.precisions(states, len(self._source.classes))
         values = {f'val_{name}': value for name, value in scores.values().items() if name != 'voc_map'}
-        return {**values, 'val_images_per_second': sum(images) / max(seconds)}, scores
+        return {**values, 'val_images_per_second': images_per_second(paces)}, scores
 
 
 def present(objects: Objects, canvas: Size) -> Tuple[np.ndarray, np.ndarray, List[np.ndarray]]:

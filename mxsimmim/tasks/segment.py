@@ -3,7 +3,6 @@ import base64
 import contextlib
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
@@ -30,6 +29,7 @@ from . import pictures, regions
 from .classes import WithClasses, names_of_outputs
 from .looks import answers_of
 from .metrics import log_softmax
+from .pace import Pace, images_per_second
 from .task import Metric, Predictor, write_evaluation
 
 SHOWN = 20  # classes in the text that is printed; the file has all
@@ -131,8 +131,7 @@ class PixelEvaluator:
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
         """The values of all workers, and their counts of pixels (K, K + 1)."""
         config, control, classes = self._config, self._control, len(self._source.classes)
-        counts, loss, clock = np.zeros((classes, classes + 1), 'int64'), np.zeros(2), [time.monotonic()]
-        sizes: List[int] = []
+        counts, loss, pace = np.zeros((classes, classes + 1), 'int64'), np.zeros(2), Pace()
         canvas, looks = config.model.size, config.validation
         transform = SegmentViewsTransform(config.data, config.model, self._source, looks.scales, looks.flip)
         batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
@@ -141,16 +140,13 @@ class PixelEvaluator:
                 counts += regions.count_pixels(truth, class_map(answers, truth.shape, canvas), classes)
                 for view, logits in answers:
                     loss += cross_entropy(logits, padded(view.nearest(truth), canvas, ignored_number(classes)))
-            sizes.append(len(part.index))
-            clock.append(time.monotonic())
-        first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
-        own = [counts.tolist(), loss.tolist(), sum(sizes[first:]), clock[-1] - clock[first]]
-        every, losses, images, seconds = zip(*control.all_gather('evaluation', own))
+            pace.add(len(part.index))
+        every, losses, paces = zip(*control.all_gather('evaluation', [counts.tolist(), loss.tolist(), pace.state()]))
         counts = np.sum(every, axis=0, dtype='int64')
         entropy, pixels = np.sum(losses, axis=0)
         found = {f'val_{name}': value for name, value in regions.values(counts).items()}
-        return {**found, 'val_loss': entropy / max(1, pixels), 'val_images_per_second': sum(images) / max(seconds)
-                }, counts
+        found.update(val_loss=entropy / max(1, pixels), val_images_per_second=images_per_second(paces))
+        return found, counts
 
 
 def cross_entropy(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
