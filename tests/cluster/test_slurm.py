@@ -169,7 +169,7 @@ def test_what_cannot_start_is_told(made, shared, tmp_path):
 def test_the_batch_scripts(made, shared, name):
     """Slurm would take them, on hosts enough; in `make soak` they run."""
     words = [f'launch/slurm/{name}.sbatch', 'digits']
-    few = ['--nodes=3', '--ntasks-per-node=1']
+    few = ['--nodes=2', '--ntasks-per-node=4']
     made.slurm.ask('env', '-C', shared, 'sbatch', '--test-only', *few, *words)
     if rounds(0, 1):
         keys = [*KEYS, 'train.length=10', 'model.patch_size=4', 'train.batch_size=32']
