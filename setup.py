@@ -106,8 +106,8 @@ setup(
         'horovod': ['horovod==0.28.1'],
         'deploy': DEPLOY,
         'detect': DETECT,
-        'test': ['pytest==8.3.5', 'pytest-xdist==3.6.1', 'coverage[toml]==7.6.1', 'hypothesis==6.113.0', *DEPLOY,
-                 *DETECT],
+        'test': ['pytest==8.3.5', 'pytest-xdist==3.6.1', 'coverage[toml]==7.6.1', 'hypothesis==6.113.0',
+                 'kubernetes-validate==1.37.0', *DEPLOY, *DETECT],
         'lint': ['ruff==0.17.5', 'mypy==1.14.1', 'clang-format==19.1.7'],  # the last mypy for Python 3.8
         'bench': ['torch==2.13.0; python_version >= "3.10"', 'torchvision==0.28.0; python_version >= "3.10"'],
         # The site: the last versions for Python 3.8, and of what they render with those that fit them.

@@ -37,13 +37,14 @@ class Child:
     def __init__(self, role: str, index: int, process: Any, log: str, begin: int, report_file: str) -> None:
         """`begin` is the size that its log had."""
         self.role, self.index, self.process, self.log, self.begin = role, index, process, log, begin
-        self.report_file, self.ended = report_file, False
+        self.report_file, self.ended, self.told = report_file, False, False  # told: to end, by SIGTERM
 
 
 class Agent:
     """Obey messages: each `do` names a method, its other entries are the arguments."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes,
+                 place: str) -> None:
         self.loop, self.private, self.address = loop, private, ''
         self.children: List[Child] = []
         self.pipes: Dict[int, Callable[[], None]] = {}
@@ -58,7 +59,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self.abandon)
         loop.call_later(SILENCE, self.watch)
-        self.messages.send(event='hello', rank=int(os.environ.get('OMPI_COMM_WORLD_RANK', -1)))
+        self.messages.send(event='hello', place=os.environ.get(place, ''))
 
     def obey(self, message: Message) -> None:
         self.heard = time.monotonic()
@@ -210,9 +211,11 @@ class Agent:
                            report=report.read(child.report_file))
 
     def do_signal(self, roles: List[str], number: int) -> None:
+        """Send a signal to the processes of some roles; SIGTERM once, as a second one would keep them from saving."""
         self.tell_stopped()
         for child in self.children:
-            if child.role in roles and not child.ended:
+            if child.role in roles and not child.ended and not (child.told and number == signal.SIGTERM):
+                child.told = child.told or number == signal.SIGTERM
                 send(os.killpg, child.process.pid, number)
 
     def tell_stopped(self) -> None:
@@ -354,9 +357,9 @@ def guard(agent: int, private: str) -> None:
 
 
 async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writer: int, secret: bytes,
-                address: str) -> None:
+                address: str, place: str) -> None:
     """Be the agent until it is done, and until its last messages are on their way."""
-    agent = Agent(loop, private, reader, writer, secret)
+    agent = Agent(loop, private, reader, writer, secret, place)
     agent.address = address or (os.environ.get('SSH_CONNECTION', '').split() + [''] * 4)[2]
     await agent.done
     deadline = time.monotonic() + 60  # for logs on their way through a slow network
@@ -364,8 +367,13 @@ async def serve(loop: asyncio.AbstractEventLoop, private: str, reader: int, writ
         await asyncio.sleep(0.02)
 
 
-def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '') -> None:
-    """Run an agent that talks through two descriptors; `address` is where others reach this host, if it is known."""
+def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '', place: str = '') -> None:
+    """Run an agent that talks through two descriptors.
+
+    Args:
+        address: where others reach this host, if it is known.
+        place: the variable that says which of many agents, all started by one command, this one is.
+    """
     guards.name_crashes()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     private = tempfile.mkdtemp(prefix='mxsimmim-')  # mode 0700
@@ -375,6 +383,6 @@ def main(reader: int = 0, writer: int = 1, secret: bytes = b'', address: str = '
     die_with(guardian, signal.SIGTERM)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(serve(loop, private, reader, writer, secret, address))
+    loop.run_until_complete(serve(loop, private, reader, writer, secret, address, place))
     shutil.rmtree(private, ignore_errors=True)  # in case that the guardian was killed
     os._exit(0)

@@ -14,7 +14,7 @@ from mxsimmim.cluster.spec import JobSpec, Process
 from mxsimmim.cluster.terminal import Terminal
 
 SETTLE = 0.5  # seconds after the first failure in which others may turn out to be earlier
-CHECKPOINT, HURRIED, REST = 6.0, 2.0, 1.0  # seconds: workers told to stop; after a failure; servers after them
+HURRIED, REST = 2.0, 1.0  # seconds: workers told to stop after a failure; servers after them
 CLOSING = 5.0  # seconds that servers may take to end by themselves after the last worker
 PING, SILENCE = 2.0, 10.0  # seconds between signs of life of agents, which are always idle, and until a host is lost
 STOPPED = 128 + signal.SIGTERM, -signal.SIGTERM  # exit codes of workers that were told to stop
@@ -153,7 +153,7 @@ class Attempt:
         """End the processes: workers first, who need the servers to save a checkpoint."""
         if self.left('worker'):
             self._signal(['worker'], signal.SIGTERM)
-            await self._until(lambda: not self.left('worker'), CHECKPOINT if self.signal else HURRIED)
+            await self._until(lambda: not self.left('worker'), self.backend.grace if self.signal else HURRIED)
         elif not self.failed:
             await self._until(lambda: not self.left(), CLOSING)
         self._signal(['server', 'scheduler'], signal.SIGTERM)
@@ -170,8 +170,8 @@ class Attempt:
                          and time.monotonic() - agent.heard < SILENCE]
         await asyncio.gather(*[agent.end(3 if agent.facts else 0.5) for agent in self.agents])
         self.logs.close()
-        commands = [agent.command for agent in self.lost if agent.command]
-        await asyncio.gather(*[command.wait_for_last_words() for command in commands])
+        commands = [agent.command or agent.starter for agent in self.lost]
+        await asyncio.gather(*[command.wait_for_last_words() for command in commands if command])
         for agent in self.agents:
             agent.release()
         if self.pinger:

@@ -18,6 +18,7 @@ SENT = ('system.guards', 'system.paths', 'runtime.environment', 'runtime.fault',
 # What an agent's Python runs: it reads the agent's program from its standard input.
 BOOTSTRAP = 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'
 LINES = 100  # of a command's standard error that are kept
+ENDING = 2.0  # seconds that a command may take to end by SIGTERM
 LAST_WORDS = 1.0  # seconds for what a command that ended still has to say
 
 
@@ -104,11 +105,16 @@ class Command:
         await asyncio.wait([self.silent], timeout=LAST_WORDS)
 
     async def end(self, seconds: float) -> None:
-        """Wait for its end, then enforce it. What it said last may still be on its way."""
-        limit = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < limit:
-            await asyncio.sleep(0.02)
-        self.process.kill()
+        """Wait for its end, then enforce it: first by SIGTERM, since srun and mpirun then end what they started.
+
+        What it said last may still be on its way.
+        """
+        for end in (self.process.terminate, self.process.kill):
+            limit = time.monotonic() + seconds
+            while self.process.poll() is None and time.monotonic() < limit:
+                await asyncio.sleep(0.02)
+            end()
+            seconds = ENDING
         self.process.wait()
 
     def close(self) -> None:
@@ -129,6 +135,7 @@ class AgentConnection:
         self.loop = asyncio.get_running_loop()
         self.host, self.processes, self.on_event = host, list(processes), on_event
         self.command: Optional[Command] = None  # that leads to the agent, where there is one for this agent
+        self.starter: Optional[Command] = None  # that has started it together with others
         self.messages: Optional[MessageStream] = None
         self.facts: Dict[str, Any] = {}  # what the agent found on its host
         self.offset = 0.0  # seconds that the host's clock is ahead of ours
@@ -189,14 +196,17 @@ class AgentConnection:
     def give_up(self, reason: str) -> None:
         """Close the connection to an agent that is silent; `reason` is its last line, should nothing follow."""
         self.reason = reason
-        if self.command:
+        if self.command and not self.starter:
             self.command.lines += [reason, '']
         if self.messages:
             self.messages.close()
 
     def last_words(self) -> str:
         """Return what the command that leads to the agent said last, or why the agent was given up."""
-        return (self.command.last_line() if self.command else '') or self.reason
+        if not self.starter:
+            return (self.command.last_line() if self.command else '') or self.reason
+        about = (line.strip() for line in reversed(self.starter.lines) if self.host.name in line)
+        return self.reason or next(about, '') or self.starter.last_line()
 
     async def request(self, event: str, seconds: float, **message: Any) -> Message:
         """Send a message (if any) and wait for the event that answers it.
@@ -218,8 +228,9 @@ class AgentConnection:
             self.awaited.pop(event, None)
             raise Lost(f'no answer within {seconds:.0f} s') from None
         if answer is None:
-            if self.command:
-                await self.command.wait_for_last_words()
+            command = self.command or self.starter
+            if command:
+                await command.wait_for_last_words()
             raise Lost(self.last_words() or 'it ended without a word')
         return answer
 

@@ -14,7 +14,7 @@ import stat
 import struct
 import subprocess
 import sys
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from mxsimmim.runtime import environment
 from mxsimmim.system import paths
@@ -49,7 +49,7 @@ def collect_facts(needs: Dict[str, Any], environ: Dict[str, str]) -> Dict[str, A
         problems.append(str(error))
     return {'host': platform.node(), 'python': '{}.{}'.format(*sys.version_info), 'executable': sys.executable,
             'packages': {name: version(name) for name in ('mxnet', 'mxsimmim', 'horovod')},
-            'mpi': needs['horovod'] and horovod_has_mpi(), 'cores': environment.cores(),
+            'mpi': needs['horovod'] and horovod_has_mpi(), 'cores': cores(os.environ),
             'gpus': gpus(environ) if needs['gpus'] else [], 'interface': interface, 'address': address,
             'named': named_address() if needs['horovod'] else '', 'problems': problems, 'refusal': refusal()}
 
@@ -85,6 +85,12 @@ def start_trial(words: List[str], changes: Dict[str, Optional[str]], environ: Di
         known = not any('--check-config' in line for line in lines)  # else it is of another version
         return lines if child.returncode in (1, 2) and known else []
     return finish
+
+
+def cores(environ: Mapping[str, str]) -> int:
+    """Count the cores of this host that are the job's: within what Slurm says, which not every cluster enforces."""
+    given = environ.get('SLURM_CPUS_ON_NODE', '')
+    return min(environment.cores(), int(given)) if given.isdigit() else environment.cores()
 
 
 def unreadable(path: str) -> str:

@@ -17,7 +17,9 @@ def main(argv: Sequence[str]) -> int:
     terminal = Terminal()
     try:
         given = options.parse(argv)
-        return Supervisor(BACKENDS[given.launcher], terminal).run(options.job_spec(given))
+        backend = BACKENDS[given.launcher]
+        status = backend.instead(given)
+        return Supervisor(backend, terminal).run(options.job_spec(given)) if status is None else status
     except ConfigurationError as error:
         terminal.put(1, f'{error}\n'.encode(errors='replace'))
         return 2
@@ -29,3 +31,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         terminal.flush()
         sys.stdout.flush()
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

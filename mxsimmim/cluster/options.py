@@ -26,6 +26,8 @@ examples:
     tools/launch.py -n 4 -s 2 -H hosts -- mxsimmim pretrain conf/vit_base.yaml data.path=/images
   the same as 4 ranks of Horovod:
     tools/launch.py -n 4 -H hosts --horovod -- mxsimmim pretrain conf/vit_base.yaml data.path=/images
+  the same in an allocation of Slurm, 3 hosts with 2 tasks each:
+    salloc -N 3 --ntasks-per-node=2 tools/launch.py --launcher slurm -n 6 --horovod -- mxsimmim pretrain …
 
 exit status: 0 if all workers ended well, 2 if nothing was started, else that of the process that failed first
 (128 + N if signal N killed it, or stopped the launcher)."""
@@ -34,7 +36,8 @@ OPTIONS: Tuple = (
     (('-n', '--num-workers'), dict(type=int, metavar='N', help='workers, or ranks with --horovod')),
     (('-s', '--num-servers'), dict(type=int, metavar='N', help='parameter servers (default: as many as workers)')),
     (('-H', '--hostfile'), dict(metavar='FILE', help='hosts, one a line: host[:port] [slots=N]; default: this one')),
-    (('--launcher',), dict(choices=tuple(BACKENDS), help='default: ssh with a hostfile, else local')),
+    (('--launcher',), dict(choices=tuple(BACKENDS), help='default: ssh with a hostfile, else local; slurm '
+                            'inside an allocation; kubernetes with --image')),
     (('--horovod',), dict(action='store_true', help='start Horovod ranks instead of parameter servers')),
     (('--devices',), dict(choices=('cpu', 'gpu'), default='cpu', help="divide each host's cores (cpu, the default) or "
                           'GPUs as well (gpu) among its workers')),
@@ -49,6 +52,9 @@ OPTIONS: Tuple = (
                                'up to N times without a newer one in between (default: 0; 3 with --min-workers)')),
     (('--min-workers',), dict(type=int, metavar='M', help='over ssh: go on without hosts that are away, as long as '
                               'there is place for M workers, and with them again once they are back')),
+    (('--image',), dict(metavar='IMAGE', help='of the pods, for --launcher kubernetes')),
+    (('--namespace',), dict(metavar='N', help='of Kubernetes (default: default)')),
+    (('--dry-run',), dict(action='store_true', help='print what Kubernetes is to make, and make nothing')),
     (('--p3',), dict(action='store_true', help='parameter servers: send what is needed first, first (P3)')),
 )
 RESTARTS = 3  # without progress, that --min-workers allows by default
@@ -76,7 +82,7 @@ FOREIGN = {
     **dict.fromkeys(('--max-np', '--max_np', '--max-num-proc'), 'write -n N: no more workers than these are started'),
     **dict.fromkeys(('--host-discovery-script', '--blacklist-cooldown-range', '--elastic-timeout'),
                     'write all hosts into the hostfile; with --min-workers M those that are away are left out'),
-    **dict.fromkeys(('--cluster',), 'write --launcher local, ssh or mpi'),
+    **dict.fromkeys(('--cluster',), 'write --launcher local, ssh, mpi, slurm or kubernetes'),
     **dict.fromkeys(('--gloo', '--mpi'), 'write --horovod; what its ranks speak is chosen by what is there'),
     **dict.fromkeys(('--network-interface', '--network-interfaces', '--nics', '--nic'), 'write --interface NAME'),
     **dict.fromkeys(('--output-filename', '--log-dir', '--log_dir', '--redirects', '--tee'),
@@ -105,7 +111,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words, command = split(argv)
     options = parser.parse_args(words)
     options.hostfile = options.hostfile and paths.home(options.hostfile)  # -H=~/hosts: no shell replaces this ~
-    options.command = command
+    options.command, options.words = command, words
     check(options)
     options.given = {'worker': variables(options.env + options.env_worker, os.environ),
                      'server': variables(options.env + options.env_server, os.environ)}
@@ -123,10 +129,12 @@ def job_spec(options: argparse.Namespace) -> JobSpec:
     if options.launcher == 'local' and 'OMP_NUM_THREADS' in os.environ:
         given = {role: {'OMP_NUM_THREADS': os.environ['OMP_NUM_THREADS'], **given[role]} for role in given}
     directory = options.sync_dst_dir or os.getcwd()
+    if directory.startswith('~/'):
+        at_home = BACKENDS[options.launcher].copies_by_ssh  # where ssh begins
+        directory = (directory[2:] or '.') if at_home else os.path.expanduser(directory)
     return JobSpec(
         command=tuple(options.command), workers=options.num_workers, servers=options.num_servers, hosts=tuple(hosts),
-        # ssh begins in the home directory
-        directory=directory[2:] or '.' if directory.startswith('~/') else directory, copy=bool(options.sync_dst_dir),
+        directory=directory, copy=bool(options.sync_dst_dir),
         horovod=options.horovod, gpus=options.devices == 'gpu', interface=options.interface, p3=options.p3,
         max_restarts=options.max_restarts, min_workers=options.min_workers or 0,
         worker_variables=MappingProxyType(given['worker']), server_variables=MappingProxyType(given['server']))
@@ -175,15 +183,19 @@ def check(options: argparse.Namespace) -> None:
          'that fails without progress is started again')
     need(options.command, 'no command: write it after the options, as in: tools/launch.py -n 2 -- mxsimmim pretrain …')
     options.launcher = options.launcher or ('ssh' if options.hostfile else 'local')
-    need(options.hostfile or options.launcher != 'ssh', '--launcher ssh needs the hosts: give -H FILE')
-    need(not options.hostfile or options.launcher != 'local', '--launcher local starts everything on this machine: '
-         'leave out -H, or use --launcher ssh')
     need(least is None or 0 < least <= options.num_workers, f'--min-workers {least} cannot be: write a number from 1 '
          f'to the {options.num_workers} workers of -n')
-    need(least is None or options.launcher == 'ssh', '--min-workers leaves out hosts that do not answer, which only '
-         '--launcher ssh can: give the hosts with -H FILE')
-    need(not options.sync_dst_dir or options.launcher != 'local', '--sync-dst-dir copies to other hosts: it needs -H')
-    need(not options.sync_dst_dir or options.hostfile, '--sync-dst-dir copies to other hosts: it needs -H')
+    backend = BACKENDS[options.launcher]
+    need(options.hostfile or not backend.needs_hostfile, f'--launcher {options.launcher} needs the hosts: give -H FILE')
+    need(options.image or not backend.needs_image, f'--launcher {options.launcher} needs the image of its pods: give '
+         '--image IMAGE')
+    for name in ('image', 'namespace', 'dry_run'):
+        need(not getattr(options, name) or backend.needs_image, f'--{name.replace("_", "-")} is for --launcher '
+             'kubernetes: leave it out, or choose that')
+    for name, why in backend.refuses.items():
+        need(not getattr(options, name), why)
+    need(not options.sync_dst_dir or options.hostfile or not backend.copies_by_ssh,
+         '--sync-dst-dir copies to other hosts: it needs -H')
     if options.horovod:
         need(not options.num_servers, f'--horovod has no parameter servers: leave out -s {options.num_servers}')
         need(not options.p3, '--p3 is a way to speak to parameter servers: leave it out with --horovod')

@@ -23,7 +23,7 @@ from mxsimmim.cluster.spec import (
 )
 from mxsimmim.runtime.process import RESTARTS, WRITTEN
 
-CONNECT, INSPECT, START = 30.0, 30.0, 15.0  # seconds for each step; agents and ssh take them, not the job's command
+INSPECT, START = 30.0, 15.0  # seconds for each step; agents take them, not the job's command
 
 
 class ConfigurationError(ValueError):
@@ -143,7 +143,7 @@ async def inspect_host(agent: AgentConnection, spec: JobSpec, backend: Backend, 
         ValueError: the job cannot run there.
     """
     try:
-        await agent.request('hello', CONNECT)
+        await agent.request('hello', backend.patience)
     except Lost as error:
         raise Lost(backend.explain(agent.host, str(error))) from None
     environ = {name: value for name, value in spec.worker_variables.items() if name == 'PATH'}

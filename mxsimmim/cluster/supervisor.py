@@ -18,6 +18,7 @@ from mxsimmim.cluster.spec import JobSpec
 from mxsimmim.cluster.terminal import Terminal
 from mxsimmim.system.notify import send
 
+TOGETHER = 1.0  # seconds in which a scheduler may send SIGTERM to a script and to the launcher in it
 TOLD = 50  # latest restarts that a job's processes are told of
 
 
@@ -44,9 +45,15 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         stopped: 'asyncio.Future[int]' = loop.create_future()
 
+        begun = 0.0
+
         def stop(number: int) -> None:
+            nonlocal begun
             if not stopped.done():
                 stopped.set_result(number)
+                begun = time.monotonic()
+            elif number == signal.SIGTERM and time.monotonic() - begun < TOGETHER:
+                return
             if self.attempt:
                 self.attempt.stop(number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -62,7 +69,8 @@ class Supervisor:
     async def _attempts(self, spec: JobSpec, absence: Absence, stopped: 'asyncio.Future[int]') -> int:
         """Make attempts until there is no other; `stopped` has the signal by which the user ends them."""
         failures: List[Failure] = []
-        restarts: List[Tuple[float, str]] = []
+        before = self.backend.restarts()
+        restarts: List[Tuple[float, str]] = list(before)
         written = -1  # step of the newest checkpoint
         while True:
             job = left(absence)
@@ -74,7 +82,7 @@ class Supervisor:
                     continue
                 if isinstance(error, ConfigurationError) and await self._with_fewer(job, absence, error):
                     continue
-                if not failures and not restarts:
+                if not failures and len(restarts) == len(before):
                     raise
                 failure = _not_started(error)
                 self.terminal.say(*failure.causes)

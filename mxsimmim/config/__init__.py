@@ -1,17 +1,17 @@
 """The configuration: its keys, and reading it from files and words of the command."""
 from .model import ModelConfig
-from .schema import (
-                     AugmentConfig,
-                     CheckpointConfig,
-                     Config,
-                     DataConfig,
-                     LogConfig,
-                     MaskConfig,
-                     OptimConfig,
-                     ParallelConfig,
-                     RuntimeConfig,
-                     TrainConfig,
-                     ValidationConfig,
+from .schema import Config
+from .sections import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    MaskConfig,
+    OptimConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    TrainConfig,
+    ValidationConfig,
 )
 from .values import PATH, ConfigError, Duration, Section, parse_duration
 

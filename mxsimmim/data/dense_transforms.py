@@ -1,5 +1,6 @@
 """From images with label maps to samples: the same geometry for both, colours for the image alone."""
-from typing import Sequence
+import functools
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
@@ -82,16 +83,17 @@ class SegmentEvalTransform(Transform):
                 'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}
 
 
-class SegmentViewsTransform(Transform):
+class ViewsTransform(Transform):
     """All views of an image, see `views_of`: fills image, views and truth.
 
     image, uint8 (V, H, W, 3), has each in the upper left corner of the input, and views, int32 (V, 7), its numbers, or
-    zeros where an image has fewer. truth is the label map as `Segmented.label_map` has it, of the image's own size.
+    zeros where an image has fewer. truth is what is known of the image.
     """
 
-    def __init__(self, data: DataConfig, model: ModelConfig, source: Segmented, scales: Sequence[float] = (1,),
-                 flip: bool = False):
-        self._data, self._canvas, self._source, self._scales, self._flip = data, canvas_of(model), source, scales, flip
+    def __init__(self, data: DataConfig, model: ModelConfig, truth: Callable[[int, np.ndarray], Any],
+                 scales: Sequence[float] = (1,), flip: bool = False):
+        """Keep what is done; `truth` is asked about an image by its number and its pixels."""
+        self._data, self._canvas, self._truth, self._scales, self._flip = data, canvas_of(model), truth, scales, flip
         self.most = most_views(self._canvas, scales, flip)
         self._bicubic = data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)
@@ -109,7 +111,15 @@ class SegmentViewsTransform(Transform):
         for number, view in enumerate(views_of(size_of(image), self._canvas, self._scales, self._flip)):
             fields['image'][number] = padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data))
             fields['views'][number] = as_numbers(view)
-        return {**fields, 'truth': label_map_of(self._source, index, image)}
+        return {**fields, 'truth': self._truth(index, image)}
+
+
+class SegmentViewsTransform(ViewsTransform):
+    """Views of images whose truth is the label map as `Segmented.label_map` has it, of the image's own size."""
+
+    def __init__(self, data: DataConfig, model: ModelConfig, source: Segmented, scales: Sequence[float] = (1,),
+                 flip: bool = False):
+        super().__init__(data, model, functools.partial(label_map_of, source), scales, flip)
 
 
 def label_map_of(source: Segmented, index: int, image: np.ndarray) -> np.ndarray:

@@ -1,10 +1,13 @@
 """From images with objects to samples: image, boxes, classes and masks, in arrays of one shape for all images."""
+import functools
+from typing import Sequence
+
 import numpy as np
 
 from ..config import DataConfig, ModelConfig
 from ..config.model import MASK_SIDE, OBJECTS
 from .decode import BrokenImage
-from .dense_transforms import canvas_of, check_size, fill_colour
+from .dense_transforms import ViewsTransform, canvas_of, check_size, fill_colour
 from .geometry import Size, View, padded, random_view, size_of, whole_view
 from .objects import Objects, WithObjects
 from .regions import in_box
@@ -56,9 +59,7 @@ class ObjectsTransform(Transform):
         return {'priority': rng.random(self._candidates, np.float32), **draw_uniform(rng, self._model)}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        drawn, size, objects = self.draw(rng), size_of(image), self._source.objects(index)
-        if objects.size:
-            check_size(self._source.name(index), size, objects.size, 'its boxes are of one of')
+        drawn, size, objects = self.draw(rng), size_of(image), objects_of(self._source, False, index, image)
         view = random_view(rng, size, self._canvas, self._data.scale_jitter, self._data.flip, covers=False)
         boxes = view.boxes(objects.boxes, size)
         left = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST)
@@ -83,10 +84,37 @@ class ObjectsTransform(Transform):
                 if region is not None:
                     fields['masks'][place] = in_box(region, size, view, boxes[number], MASK_SIDE)
                 elif not objects.crowd[number]:
-                    raise BrokenImage(f'{self._source.name(index)}: object {number} of class '
-                                      f"'{self._source.classes[objects.classes[number]]}' has no mask, which the task "
-                                      'needs: complete the segmentations, or train boxes alone')
+                    raise without_mask(self._source, index, objects, number)
         return fields
+
+
+def objects_of(source: WithObjects, masks: bool, index: int, image: np.ndarray) -> Objects:
+    """What is in an image (H, W, 3), with its size.
+
+    Raises:
+        BrokenImage: it cannot be read, is of an image of another size, or, with `masks`, lacks one.
+    """
+    objects, size = source.objects(index), size_of(image)
+    if objects.size:
+        check_size(source.name(index), size, objects.size, 'its boxes are of one of')
+    for number, region in enumerate(objects.regions):
+        if masks and region is None and not objects.crowd[number]:
+            raise without_mask(source, index, objects, number)
+    return objects._replace(size=size)
+
+
+def without_mask(source: WithObjects, index: int, objects: Objects, number: int) -> BrokenImage:
+    """What is wrong with an image of which this object has no mask."""
+    return BrokenImage(f"{source.name(index)}: object {number} of class '{source.classes[objects.classes[number]]}' "
+                       'has no mask, which the task needs: complete the segmentations, or set model.masks=false')
+
+
+class ObjectsViewsTransform(ViewsTransform):
+    """Views of images whose truth is `objects_of` them."""
+
+    def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool,
+                 scales: Sequence[float] = (1,), flip: bool = False):
+        super().__init__(data, model, functools.partial(objects_of, source, masks), scales, flip)
 
 
 class ObjectsEvalTransform(Transform):

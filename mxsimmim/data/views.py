@@ -10,6 +10,7 @@ import numpy as np
 from .geometry import Size, View, linear_weights, resized
 
 NUMBERS = 7  # that a view is written as
+Answer = Tuple[View, np.ndarray]  # a view, and what a network says where its input shows that
 
 
 def views_of(size: Size, canvas: Size, scales: Sequence[float] = (1,), flip: bool = False) -> List[View]:

@@ -104,8 +104,9 @@ class OwnState:
 class OwnStateOfParts:
     """As `OwnState`, where several workers hold a model together: each has arrays of its own parts' shapes.
 
-    By `NUMBER.KIND.KEY`, with the key of the part; for a job of the same mesh. Since gradients of different workers
-    have different shapes, the arrays of a worker travel one after another, in pieces of `PIECE` numbers.
+    By `NUMBER.KIND.KEY`, with the key of the part; for a job of the same mesh. The number is that of the worker's place
+    there, which has the same parts on whatever hosts workers are. Since gradients of different workers have different
+    shapes, the arrays of a worker travel one after another, in pieces of `PIECE` numbers.
     """
 
     def __init__(self, communicator: Communicator, piece: Handle, specs: Sequence[ParameterSpec],
@@ -115,16 +116,17 @@ class OwnStateOfParts:
         All workers make this at once.
         """
         self._communicator, self._control, self._handle = communicator, communicator.control, piece
-        self._specs, self._kinds = [spec for spec in specs if spec.trainable], kinds
-        told = self._control.all_gather('shapes of the parts', {spec.key: spec.parameter.shape for spec in self._specs})
+        self._specs, self._kinds, self._place = [spec for spec in specs if spec.trainable], kinds, communicator.rank
+        told = dict(self._control.all_gather('shapes of the parts', (
+            self._place, {spec.key: spec.parameter.shape for spec in self._specs})))
         self._shapes: List[Shapes] = [  # of the arrays of each worker, by their names
-            {f'{worker}.{kind}.{key}': tuple(shape) for kind in kinds for key, shape in shapes.items()}
-            for worker, shapes in enumerate(told)]
+            {f'{place}.{kind}.{key}': tuple(shape) for kind in kinds for key, shape in told[place].items()}
+            for place in sorted(told)]
 
     def gathered(self) -> Gathered:
         """Return the arrays of all workers, in the first one; in the others none. All of them call this."""
         values = self._values()
-        if self._control.rank:
+        if self._place:
             for _ in values:  # there are none, but this worker takes part
                 pass
         return Gathered({name: ('float32', shape) for named in self._shapes for name, shape in named.items()}, values)
@@ -135,33 +137,33 @@ class OwnStateOfParts:
                 arrays is not None and {name: value.shape for name, value in arrays.items()}
                 == {name: shape for named in self._shapes for name, shape in named.items()})):
             return False
-        for worker, named in enumerate(self._shapes):
-            flat = np.zeros(size_of(named), 'float32') if self._control.rank in (0, worker) else None
+        for place, named in enumerate(self._shapes):
+            flat = np.zeros(size_of(named), 'float32') if self._place in (0, place) else None
             if flat is not None and arrays is not None:
                 np.concatenate([arrays[name].ravel() for name in named], out=flat)
             self._send(flat, size_of(named), 0)
-            if flat is not None and self._control.rank == worker:
+            if flat is not None and self._place == place:
                 found = split(flat, named)
                 for kind, how in self._kinds.items():
                     for spec in self._specs:
-                        spec.parameter.list_grad()[0][:] = found[f'{worker}.{kind}.{spec.key}']
+                        spec.parameter.list_grad()[0][:] = found[f'{place}.{kind}.{spec.key}']
                     how.take()
         return True
 
     def _values(self) -> Iterator[np.ndarray]:
         """Yield the arrays in the order of their names in the first worker; all of them run this."""
-        for worker, named in enumerate(self._shapes):
-            flat = np.zeros(size_of(named), 'float32') if self._control.rank in (0, worker) else None
-            if flat is not None and self._control.rank == worker:
+        for place, named in enumerate(self._shapes):
+            flat = np.zeros(size_of(named), 'float32') if self._place in (0, place) else None
+            if flat is not None and self._place == place:
                 for how, own in zip(self._kinds.values(), np.split(flat, len(self._kinds))):
                     how.put()
                     np.concatenate([spec.parameter.list_grad()[0].asnumpy().ravel() for spec in self._specs], out=own)
-            self._send(flat, size_of(named), worker)
-            if flat is not None and self._control.rank == 0:
+            self._send(flat, size_of(named), place)
+            if flat is not None and self._place == 0:
                 yield from split(flat, named).values()
 
     def _send(self, flat: Optional[np.ndarray], size: int, root: int) -> None:
-        """Overwrite `flat` (size,) in all workers that have one with that of worker `root`."""
+        """Overwrite `flat` (size,) in all workers that have one with that of the worker at place `root`."""
         (piece, *_), = self._handle.arrays
         for first in range(0, size, PIECE):
             part = slice(first, min(first + PIECE, size))

@@ -9,12 +9,10 @@ import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
-from ..data.decode import BrokenImage
-from ..data.dense_transforms import check_size
 from ..data.detection import open_objects
-from ..data.geometry import Size, padded, whole_view
+from ..data.geometry import Size, View, padded, whole_view
 from ..data.loader import Batch, every_image
-from ..data.object_transforms import ObjectsEvalTransform, ObjectsTransform
+from ..data.object_transforms import ObjectsEvalTransform, ObjectsTransform, ObjectsViewsTransform
 from ..data.objects import Objects, WithObjects
 from ..data.regions import bitmap
 from ..data.sources import Source
@@ -29,7 +27,8 @@ from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import pictures
 from .classes import WithClasses, names_of_outputs
-from .detections import Found, decoded, found_in, mirrored, needed, united
+from .detections import Found, decoded, found_in, needed
+from .looks import answers_of
 from .precision import Comparison, Precisions
 from .task import Metric, Predictor, write_evaluation
 
@@ -62,16 +61,17 @@ class BoxEvaluator:
         count = min(self._config.validation.pictures, self.images)
         if not count or self._control.rank:
             return None
-        batch, classes = next(self._batches(count, 0, 1, placement)), self._source.classes
-        canvas = self._config.model.size
+        config, classes, canvas = self._config, self._source.classes, self._config.model.size
+        transform = ObjectsViewsTransform(config.data, config.model, self._source, config.model.masks)
+        batch = next(self._batches(transform, count, 0, 1, placement))
         times = math.ceil(LARGE / min(canvas))  # or names would cover what they name
-        shown = canvas[0] * times, canvas[1] * times
+        large = canvas[0] * times, canvas[1] * times
         rows = []
-        for index, image, extent, views in zip(batch.index, batch.fields['image'], batch.fields['extent'],
-                                               self._views(placement, batch)):
+        for image, objects, ((_, answer),) in zip(batch.fields['image'][:, 0], batch.fields['truth'],
+                                                  answers_of(placement, batch)):
             image = image.repeat(times, 0).repeat(times, 1)
-            found = found_in(united(views), np.array(canvas + shown))
-            rows.append([image, pictures.boxed(image, classes, *self._truth(int(index), extent, shown)),
+            found = found_in([(whole_view(canvas, canvas), answer)], large)
+            rows.append([image, pictures.boxed(image, classes, *present(objects, large)),
                          drawn(image, found, classes)])
         return pictures.side_by_side(np.array(rows), pictures.ANNOTATED)
 
@@ -103,41 +103,22 @@ class BoxEvaluator:
         return self.report(placement, folder) + (
             f'\nbest: box AP {best["val_box_ap"]:.4f} at step {best["step"]}, kept in {folder}/best' if best else '')
 
-    def _batches(self, batch: int, part: int, parts: int, placement: Placement) -> Iterator[Batch]:
-        config = self._config
-        transform = ObjectsEvalTransform(config.data, config.model)
-        return every_image(self._source, transform, batch, config.data.threads, part, parts, placement.inputs)
-
-    def _views(self, placement: Placement, batch: Batch) -> Iterator[Sequence[np.ndarray]]:
-        """The answers about each image, and with validation.flip that about its mirror image, turned back."""
-        answers = [placement.outputs(batch)]
-        if self._config.validation.flip:
-            images = batch.fields['image'].copy()
-            for image, (height, width, *_) in zip(images, batch.fields['extent']):  # padding stays where it was
-                image[:height, :width] = image[:height, :width][:, ::-1]
-            turned = placement.outputs(batch._replace(fields={'image': images}))
-            answers.append(np.stack([mirrored(rows, int(extent[1])) for rows, extent in
-                                     zip(turned, batch.fields['extent'])]))
-        return zip(*answers)
-
-    def _truth(self, index: int, extent: np.ndarray, canvas: Size) -> Tuple[np.ndarray, np.ndarray, List[np.ndarray]]:
-        """Boxes, class numbers and masks of an image as it lies on the canvas; crowds are left out."""
-        objects, size = self._source.objects(index), (int(extent[2]), int(extent[3]))
-        view, own = whole_view(size, canvas), np.flatnonzero(~objects.crowd)
-        masks = [objects.regions[number] for number in own]
-        return (view.boxes(objects.boxes[own], size), objects.classes[own],
-                [padded(view.nearest(bitmap(region, size)), canvas, 0) for region in masks if region is not None])
+    def _batches(self, transform: ObjectsViewsTransform, batch: int, part: int, parts: int, placement: Placement
+                 ) -> Iterator[Batch]:
+        return every_image(self._source, transform, batch, self._config.data.threads, part, parts, placement.inputs)
 
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], Precisions]:
         """The values of all workers, and the precision of each class."""
         config, control = self._config, self._control
         comparison, clock = Comparison(config.model.masks), [time.monotonic()]
         sizes: List[int] = []
-        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
-        for part in self._batches(batch, control.mesh.coordinate('data'), control.mesh.data, placement):
-            for index, extent, views in zip(part.index, part.fields['extent'], self._views(placement, part)):
-                size = int(extent[2]), int(extent[3])
-                comparison.add(found_in(united(views), extent), self._objects(int(index), size), size)
+        looks = config.validation
+        transform = ObjectsViewsTransform(config.data, config.model, self._source, config.model.masks, looks.scales,
+                                          looks.flip)
+        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
+        for part in self._batches(transform, batch, control.mesh.coordinate('data'), control.mesh.data, placement):
+            for objects, found in zip(part.fields['truth'], answers_of(placement, part)):
+                comparison.add(found_in(found, objects.size), objects, objects.size)
             sizes.append(len(part.index))
             clock.append(time.monotonic())
         first = int(len(clock) > 2)  # is not timed if others are: it waits for files and for MXNet's preparations
@@ -148,25 +129,16 @@ class BoxEvaluator:
         values = {f'val_{name}': value for name, value in scores.values().items() if name != 'voc_map'}
         return {**values, 'val_images_per_second': sum(images) / max(seconds)}, scores
 
-    def _objects(self, index: int, size: Size) -> Objects:
-        """What is in an image of this size.
 
-        Raises:
-            ValueError: it cannot be read, is of an image of another size, or has no mask where masks are to be found.
-        """
-        name = self._source.name(index)
-        try:
-            objects = self._source.objects(index)
-            if objects.size:
-                check_size(name, size, objects.size, 'its boxes are of one of')
-        except BrokenImage as error:
-            raise ValueError(f'every image counts here: {error}') from None
-        for number, (region, crowd) in enumerate(zip(objects.regions, objects.crowd)):
-            if self._config.model.masks and region is None and not crowd:
-                raise ValueError(f"every image counts here: {name}: object {number} of class '"
-                                 f"{one_line(self._source.classes[objects.classes[number]])}' has no mask: complete "
-                                 'the segmentations, or set model.masks=false')
-        return objects
+def present(objects: Objects, canvas: Size) -> Tuple[np.ndarray, np.ndarray, List[np.ndarray]]:
+    """Returns boxes, class numbers and masks, if all have one, of an image's objects on a canvas; without crowds."""
+    assert objects.size
+    view, own = whole_view(objects.size, canvas), np.flatnonzero(~objects.crowd)
+    regions = [objects.regions[number] for number in own]
+    masks = [bitmap(region, objects.size) for region in regions if region is not None]
+    masks = masks if len(masks) == len(own) else []
+    return (view.boxes(objects.boxes[own], objects.size), objects.classes[own],
+            [padded(view.nearest(mask), canvas, 0) for mask in masks])
 
 
 def drawn(image: np.ndarray, found: Found, classes: Sequence[str]) -> np.ndarray:
@@ -226,7 +198,7 @@ class BoxPredictor:
 
         A box is x0, y0, x1, y1 in pixels, a mask COCO's compressed run lengths.
         """
-        found = found_in(answer, fields['extent'])
+        found = self._found(fields, answer)
         objects = [{'name': self.classes[number], 'score': float(score), 'box': [round(float(x), 2) for x in box],
                     **({'mask': found.masks[place]} if found.masks else {})}
                    for place, (box, score, number) in enumerate(zip(found.boxes, found.scores, found.classes))]
@@ -234,11 +206,15 @@ class BoxPredictor:
 
     def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> np.ndarray:
         """Draws on an image, uint8 (H, W, 3), the objects that were found for `CERTAIN`."""
-        return drawn(image, found_in(answer, fields['extent']), self.classes)
+        return drawn(image, self._found(fields, answer), self.classes)
 
     def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
         """Returns `record` in JSON."""
         return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
+
+    def _found(self, fields: Fields, answer: np.ndarray) -> Found:
+        height, width, *size = (int(side) for side in fields['extent'])
+        return found_in([(View((height, width), (0, 0), (height, width)), answer)], (size[0], size[1]))
 
 
 class Detection(WithClasses):

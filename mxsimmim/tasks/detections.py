@@ -10,8 +10,10 @@ import numpy as np
 from ..config.model import OBJECTS
 from ..data.geometry import Size
 from ..data.regions import Polygons, Region, RunLengths
+from ..data.views import Answer
 from ..system.guards import unusable
 
+NEAR = 1.0  # pixels of the input, from the border of a view
 NMS = 0.5  # boxes of a class that share more (IoU) are one
 CELLS = 28  # a side of a mask in its box
 BOXES = 6  # numbers of a row before its mask: x0, y0, x1, y1, score, class
@@ -40,23 +42,35 @@ def needed() -> Any:
     return coco.COCO, cocoeval.COCOeval, mask
 
 
-def mirrored(rows: np.ndarray, width: int) -> np.ndarray:
-    """Turn an answer about an image of this width, (n, 6 or more), into that about its mirror image."""
-    turned = rows.copy()
-    turned[:, 0], turned[:, 2] = width - rows[:, 2], width - rows[:, 0]
-    masks = turned[:, BOXES:].reshape(len(rows), -1, CELLS)
-    turned[:, BOXES:] = masks[:, :, ::-1].reshape(len(rows), -1)
-    return turned
+def returned(answer: Answer, size: Size) -> np.ndarray:
+    """Bring an answer, rows (n, 6), or with masks (n, 6 + 28 * 28), to the pixels of an image of this size: float64.
+
+    Rows of no class are left out, and so are boxes that end where the view of a part of the image ends: there may be
+    more of the objects beyond.
+    """
+    view, rows = answer
+    rows = rows[(rows[:, 5] >= 0) & np.isfinite(rows).all(axis=1)].astype(float)
+    ends = np.array([view.corner[1] > 0, view.corner[0] > 0, view.corner[1] + view.shape[1] < view.whole[1],
+                     view.corner[0] + view.shape[0] < view.whole[0]])
+    if view.flip:
+        ends = ends[[2, 1, 0, 3]]
+    near = np.abs(rows[:, :4] - [0, 0, view.shape[1], view.shape[0]]) < NEAR
+    rows = rows[~(near & ends).any(axis=1)]
+    first, second = view.origin(rows[:, :2], size), view.origin(rows[:, 2:4], size)
+    masks = rows[:, BOXES:]
+    if view.flip:
+        masks = masks.reshape(len(rows), masks.shape[1] // CELLS, CELLS)[:, :, ::-1].reshape(masks.shape)
+    return np.concatenate([np.minimum(first, second), np.maximum(first, second), rows[:, 4:BOXES], masks], axis=1)
 
 
-def united(views: Sequence[np.ndarray]) -> np.ndarray:
+def united(answers: Sequence[np.ndarray]) -> np.ndarray:
     """Return of several answers (n, 6 or more) about one image the best rows: one an object, `OBJECTS` in all.
 
     Of boxes of a class that share more than half of their area (IoU) the best stays, with its mask.
     """
-    rows = np.concatenate([view[view[:, 5] >= 0] for view in views])
+    rows = np.concatenate(answers)
     rows = rows[np.argsort(-rows[:, 4], kind='stable')]
-    if len(views) > 1:
+    if len(answers) > 1:
         same = (rows[:, None, 5] == rows[:, 5]) & (overlaps(rows[:, :4], rows[:, :4]) > NMS)
         kept = np.ones(len(rows), bool)
         for number in range(len(rows)):
@@ -75,17 +89,10 @@ def overlaps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         return np.nan_to_num(shared / (areas[0][:, None] + areas[1] - shared))
 
 
-def found_in(rows: np.ndarray, extent: np.ndarray) -> Found:
-    """Bring an answer (n, 6), or with masks (n, 6 + 28 * 28), to the pixels of its image; rows of no class are none.
-
-    Args:
-        rows: as the network gives them, in pixels of its input.
-        extent: int (4,), (h, w, H, W): the input shows the image in its first h rows and w columns, and the image has
-            H x W.
-    """
-    shown, size = np.array(extent[:2], float), (int(extent[2]), int(extent[3]))
-    rows = united([rows[np.isfinite(rows).all(axis=1)]])
-    whole = rows[:, :4].astype(float) * np.tile(np.array(size)[::-1] / shown[::-1], 2)
+def found_in(answers: Sequence[Answer], size: Size) -> Found:
+    """Return what answers about views of an image of this size have found in it."""
+    rows = united([returned(answer, size) for answer in answers])
+    whole = rows[:, :4]
     boxes = whole.clip(0, np.tile(size[::-1], 2))
     inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     rows, whole = rows[inside], whole[inside]

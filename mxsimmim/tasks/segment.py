@@ -18,7 +18,7 @@ from ..data.loader import Batch, every_image
 from ..data.segmentation import Segmented, ignored_number, open_segmented
 from ..data.sources import Source
 from ..data.transforms import Fields
-from ..data.views import as_view, returned
+from ..data.views import Answer, returned
 from ..models import Network, Segmenter, build_segmenter, named_parameters
 from ..models.segmenter import segmenter_cost
 from ..models.shards import WHOLE, Shard
@@ -28,15 +28,13 @@ from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import pictures, regions
 from .classes import WithClasses, names_of_outputs
+from .looks import answers_of
 from .metrics import log_softmax
 from .task import Metric, Predictor, write_evaluation
 
 SHOWN = 20  # classes in the text that is printed; the file has all
 PNG = 'image/png'
 COUNTED = 64  # images of which the classes' shares are known before training
-
-
-Answer = Tuple[View, np.ndarray]  # the logits float32 (K, h, w) for all of the network's input, which shows this view
 
 
 def class_map(answers: Sequence[Answer], size: Size, canvas: Size) -> np.ndarray:
@@ -94,7 +92,7 @@ class PixelEvaluator:
         transform = SegmentViewsTransform(self._config.data, self._config.model, self._source)
         batch = next(self._batches(transform, count, 0, 1, placement))
         canvas, ignored = self._config.model.size, ignored_number(len(self._source.classes))
-        every = self._answers(placement, batch)
+        every = answers_of(placement, batch)
         predicted = [class_map([(View(canvas, (0, 0), canvas), logits)], canvas, canvas) for (_, logits), in every]
         truth = [padded(view.nearest(labels), canvas, ignored)
                  for labels, ((view, _),) in zip(batch.fields['truth'], every)]
@@ -130,14 +128,6 @@ class PixelEvaluator:
                  ) -> Iterator[Batch]:
         return every_image(self._source, transform, batch, self._config.data.threads, part, parts, placement.inputs)
 
-    def _answers(self, placement: Placement, batch: Batch) -> List[List[Answer]]:
-        """What the network says of all views of each image."""
-        views = batch.fields['views']
-        there = views.any(axis=2)                                                               # (B, V)
-        images = batch.fields['image'][there]                                                   # (all views, H, W, 3)
-        logits = iter(placement.outputs(batch._replace(fields={'image': images}, index=np.arange(len(images)))))
-        return [[(as_view(numbers), next(logits)) for numbers in rows[used]] for rows, used in zip(views, there)]
-
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
         """The values of all workers, and their counts of pixels (K, K + 1)."""
         config, control, classes = self._config, self._control, len(self._source.classes)
@@ -147,7 +137,7 @@ class PixelEvaluator:
         transform = SegmentViewsTransform(config.data, config.model, self._source, looks.scales, looks.flip)
         batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
         for part in self._batches(transform, batch, control.mesh.coordinate('data'), control.mesh.data, placement):
-            for truth, answers in zip(part.fields['truth'], self._answers(placement, part)):
+            for truth, answers in zip(part.fields['truth'], answers_of(placement, part)):
                 counts += regions.count_pixels(truth, class_map(answers, truth.shape, canvas), classes)
                 for view, logits in answers:
                     loss += cross_entropy(logits, padded(view.nearest(truth), canvas, ignored_number(classes)))

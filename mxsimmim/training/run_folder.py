@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 CONFIG, HOLDER = 'config.yaml', '.holder'
+TOGETHER = 1.0  # seconds
 BEAT = 3.0  # seconds between two signs of life in the folder of a run
 # Seconds until nobody holds a folder any more for a host that was lost: its processes end by themselves within 40, and
 # NFS forgets the locks of one that is switched off after 90.
@@ -142,18 +143,24 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 class Stop:
-    """While entered, the first SIGTERM or Ctrl-C is remembered in `signal` for the loop to see; a second one acts."""
+    """While entered, the first SIGTERM or Ctrl-C is remembered in `signal` for the loop to see; a second one acts.
+
+    What comes within `TOGETHER` is the first still: a scheduler may signal each process of a job, and its launcher too.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.first: Dict[int, float] = {}  # when each came first
 
     def __enter__(self) -> 'Stop':
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, self._previous[signal.Signals(number)])
+        self.signal, now = number, time.monotonic()
+        if now - self.first.setdefault(number, now) > TOGETHER:
+            signal.signal(number, self._previous[signal.Signals(number)])
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():

@@ -200,6 +200,9 @@ time.sleep(600)""")
     launcher.until(lambda: all(Path(launcher.folder, 'logs', f'{name}.log').exists() and 'ready' in launcher.log(name)
                                for name in ROLES), 20, 'all are ready')
     process.send_signal(number)
+    if number == signal.SIGTERM:
+        time.sleep(0.2)
+        process.send_signal(number)  # from a scheduler that tells a script, and the launcher in it
     assert process.wait(10) == 128 + number
     assert launcher.left() == []
     assert f'launch: stopped by {number.name}' in launcher.text('err')

@@ -87,33 +87,23 @@ def test_the_schedulers_port_stays_ours_until_it_is_bound(launcher):
     process.wait(10)
 
 
-def test_parameter_servers_sum(launcher):
-    out, _ = launcher.run('-n', 3, '-s', 2, *script(SUM))
-    assert out == launcher.log('worker-1') == launcher.log('worker-2') == 'sum [6.0, 6.0, 6.0] of 3\n'
-
-
-def test_horovod_sums(launcher):
-    pytest.importorskip('horovod')
-    out, _ = launcher.run('-n', 2, '--horovod', *script(ALLREDUCE))
-    assert out == 'sum [3.0, 3.0, 3.0] 0 2 0 2\n' * 2
-    assert launcher.log('worker-1') == 'sum [3.0, 3.0, 3.0] 1 2 1 2\n' * 2
-
-
 needs_mpi = pytest.mark.skipif(not shutil.which('mpirun') and os.environ.get('CI') != 'true',
                                reason='needs mpirun (Debian: openmpi-bin)')
+here = pytest.mark.parametrize('kind', ['local', pytest.param('mpi', marks=needs_mpi)])  # of launchers, on this machine
 
 
-@needs_mpi
-def test_mpirun_starts_parameter_servers(launcher):
-    out, err = launcher.run('--launcher', 'mpi', '-n', 2, '-s', 1, *script(SUM))
+@here
+def test_parameter_servers_sum(launcher, kind):
+    out, err = launcher.run('--launcher', kind, '-n', 2, '-s', 2, *script(SUM))
     assert out == launcher.log('worker-1') == 'sum [3.0, 3.0, 3.0] of 2\n' and 'network: lo' in err
 
 
-@needs_mpi
-def test_mpirun_starts_horovod(launcher):
+@here
+def test_horovod_sums(launcher, kind):
     pytest.importorskip('horovod')
-    out, _ = launcher.run('--launcher', 'mpi', '-n', 2, '--horovod', *script(ALLREDUCE))
+    out, _ = launcher.run('--launcher', kind, '-n', 2, '--horovod', *script(ALLREDUCE))
     assert out == 'sum [3.0, 3.0, 3.0] 0 2 0 2\n' * 2
+    assert launcher.log('worker-1') == 'sum [3.0, 3.0, 3.0] 1 2 1 2\n' * 2
 
 
 @needs_mpi

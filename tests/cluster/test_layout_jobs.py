@@ -12,18 +12,19 @@ pytestmark = [pytest.mark.unmeasured, machine.natively]
 LAYOUTS = ['--', sys.executable, '-W', 'ignore', PROGRAMS / 'layouts.py']
 CASES = [  # workers, the first rank of each host, cases, keys
     (4, '0,1', 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2'),  # ranks 0 and 3, 1 and 2 are together
-    (4, '0', 'finetune,sharded,2bit', 'tensor=2'),
+    (4, '0,1', 'finetune,sharded,2bit', 'tensor=2'),  # rank 3 is with 0
     (3, '0', 'pretrain', 'pipeline=3 micro_batches=4'),
 ]
 IN_SOAK = [
     (2, '0', 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),
-    (4, '0', 'finetune,sharded,fp16', 'tensor=2'),
+    (4, '0,1', 'finetune,sharded,fp16', 'tensor=2'),
     (4, '0', 'pretrain,finetune', 'pipeline=2 tensor=2 micro_batches=2'),
     (4, '0', 'pretrain,finetune', 'pipeline=4 micro_batches=4'),
     (4, '0', 'pretrain,finetune,sharded,fp16,2bit', 'pipeline=2 tensor=2 micro_batches=2 devices=2'),  # of two replicas
     (4, '0', 'finetune,sharded,fp16,2bit', 'pipeline=2 micro_batches=2'),
-    (4, '0,1', 'finetune,sharded,fp16,2bit', 'tensor=2'),
-    (6, '0,2,5', 'pretrain,finetune', 'pipeline=2 micro_batches=2'),  # a neighbour on the same host
+    (4, '0', 'finetune,sharded,fp16,2bit', 'tensor=2'),
+    # A neighbour on the same host. The reference's clipping of accumulated parts depends on how three divide a batch.
+    (6, '0,2,5', 'finetune', 'pipeline=2 micro_batches=1'),
 ]
 
 

@@ -67,7 +67,7 @@ def test_commands(folder):
                 parsed += 1
             continue
         if '-H' in words:
-            continue  # tests/cluster/test_ssh.py has the hosts
+            continue  # tests/cluster/test_kinds.py has the hosts
         if words[0] in ('mxsimmim', 'tools/launch.py'):
             command = words.index('mxsimmim')
             words[command:command + 1] = [sys.executable, '-W', 'ignore', '-m', 'mxsimmim']

@@ -198,9 +198,9 @@ class Hosts:
         return ''
 
     def processes(self, n: int, all: bool = False) -> List[int]:
-        """Processes of a host, as this machine numbers them; without those of its sshd, unless `all`."""
+        """Processes of a host, as this machine numbers them; without those of its sshd or Slurm, unless `all`."""
         pids = [int(pid) for pid in run('ip', 'netns', 'pids', f'{self.prefix}{n}').split()]
-        return pids if all else [pid for pid in pids if not re.match('sshd|unshare$|$', self._name(pid))]
+        return pids if all else [pid for pid in pids if not re.match('sshd|slurm|unshare$|nsenter$|$', self._name(pid))]
 
     def inside(self, n: int) -> List[str]:
         """The words before a command that run it on a host, without ssh."""

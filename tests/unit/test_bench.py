@@ -247,3 +247,15 @@ def test_slow_link_tells_the_medians_and_the_ratio_of_each_turn():
     lines = slow_link.table(found)
     assert lines[2] == '| pipeline of 2 | 2.00 | 2.0 | 1.0 | 3.00 |'
     assert lines[-1] == 'Data parallelism over the pipeline, seconds: 1.00 (2.00, 1.00, 0.50)'
+
+
+def test_detection_is_measured_in_turns(monkeypatch):
+    """The ratio is the median of the turns': 2, 4 and 1; bf16 is in the table where it is asked for."""
+    detect = load('detect')
+    seconds = {'torchvision': [4.0, 4.0, 4.0], 'mxsimmim': [2.0, 1.0, 4.0]}
+    monkeypatch.setattr(detect, 'Side', lambda name, *_: Turns(name, seconds[name]))
+    arguments = argparse.Namespace(side=64, batch=2, threads=1, torch_python='', precision=['float32'], rounds=3)
+    assert detect.measure(arguments) == ['| v, float32 | 4.00 | | 1.5 |',
+                                         '| mxsimmim (v), float32 | 2.00 | 2.00 times as fast | 1.5 |']
+    boxes = np.array(detect.objects(2, 64))
+    assert boxes.shape == (2, detect.OBJECTS, 5) and (boxes[..., 2:4] > boxes[..., :2]).all() and boxes.max() < 80

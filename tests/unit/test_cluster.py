@@ -11,7 +11,7 @@ import pytest
 
 from mxsimmim.cluster import connections, inspection, options, preflight
 from mxsimmim.cluster.backends import mpi, ssh
-from mxsimmim.cluster.callback import BOOTSTRAP
+from mxsimmim.cluster.callback import AGENT
 from mxsimmim.cluster.connections import Command
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.messages import MessageStream
@@ -56,6 +56,7 @@ def test_the_command_is_cut_off_untouched(argv, own, command):
     ('-n 2 --env NOT_SET_ANYWHERE x', 'not set here'), ('-n 2 --horovod=1 x', '--horovod=1'),
     ('-n 2 --max-restarts -1 x', '--max-restarts -1 cannot be'), ('-n 2 --min-workers 1 x', '-H FILE'),
     ('-n 2 -H h --launcher mpi --min-workers 1 x', 'only --launcher ssh can'),
+    ('-n 2 -H h --launcher slurm x', 'leave out -H'), ('-n 2 --launcher slurm --min-workers 1 x', 'one srun starts'),
     ('-n 2 -H h --min-workers 0 x', 'from 1 to the 2 workers of -n'),
     ('-n 2 -H h --min-workers 3 x', '--min-workers 3 cannot be'),
     ('-n 2 --min-np 1 x', 'write --min-workers M')])
@@ -83,6 +84,7 @@ HOSTS = (Host('a'), Host('b', 22))
     ('-n 2 -H hosts --sync-dst-dir ~/x x', dict(servers=2, hosts=HOSTS, directory='x', copy=True)),
     ('-n 2 -H hosts --sync-dst-dir ~/ x', dict(servers=2, hosts=HOSTS, directory='.', copy=True)),
     ('-n 2 -H hosts --sync-dst-dir /x x', dict(servers=2, hosts=HOSTS, directory='/x', copy=True)),
+    ('-n 2 --launcher slurm --sync-dst-dir ~/x x', dict(servers=2, directory=os.path.expanduser('~/x'), copy=True)),
     ('-n 2 -H hosts --max-restarts 5 x', dict(servers=2, hosts=HOSTS, max_restarts=5)),
     ('-n 2 -H hosts --min-workers 2 x', dict(servers=2, hosts=HOSTS, min_workers=2, max_restarts=3)),
     ('-n 2 -H hosts --min-workers 1 --max-restarts 0 x', dict(servers=2, hosts=HOSTS, min_workers=1))])
@@ -144,16 +146,16 @@ def test_what_ssh_says_and_what_to_do(said, part):
 
 
 def test_the_mpirun_command_holds_no_secret():
-    agent = ['-x', 'MXSIMMIM_LAUNCH', 'py', '-X', 'utf8', '-c', BOOTSTRAP]
+    agent = ['-x', 'MXSIMMIM_LAUNCH', *AGENT]
     start = ['mpirun', '--oversubscribe', '--bind-to', 'none']
-    assert mpi.mpirun(place_processes(job(2, 1), [Host('')]), [], 'py', '') == start + ['-np', '4'] + agent
+    assert mpi.mpirun(place_processes(job(2, 1), [Host('')]), [], '') == start + ['-np', '4'] + agent
     network = ['--mca', 'btl_tcp_if_include', 'ib0']
     processes = place_processes(job(3, 1), [Host('a'), Host('b', None, 2)])  # a b b, a, a
-    assert mpi.mpirun(processes, [Host('a'), Host('b')], 'py', 'ib0') == (
+    assert mpi.mpirun(processes, [Host('a'), Host('b')], 'ib0') == (
         start + network + ['--host', 'a:1', '-np', '1'] + agent + [':', '--host', 'b:2', '-np', '2'] + agent
         + [':', '--host', 'a:2', '-np', '2'] + agent)
     with pytest.raises(ValueError, match="host 'b': mpirun takes neither"):
-        mpi.mpirun(processes, [Host('a'), Host('b', 2222)], 'py', '')
+        mpi.mpirun(processes, [Host('a'), Host('b', 2222)], '')
 
 
 def fact(**changes):

@@ -8,9 +8,20 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from mxsimmim.data.geometry import View, whole_view
 from mxsimmim.data.objects import Objects, box_of
 from mxsimmim.data.regions import Polygons, RunLengths
-from mxsimmim.tasks.detections import CELLS, Found, decoded, encoded, found_in, mirrored, pasted, region_lengths, united
+from mxsimmim.tasks.detections import (
+    CELLS,
+    Found,
+    decoded,
+    encoded,
+    found_in,
+    pasted,
+    region_lengths,
+    returned,
+    united,
+)
 from mxsimmim.tasks.precision import Comparison, mean, voc_precisions
 
 SEED = 3
@@ -28,8 +39,11 @@ def rows_of(*rows, mask=None):
     return answer
 
 
+WHOLE = View(SIZE, (0, 0), SIZE)
+
+
 def found_of(*rows):
-    return found_in(rows_of(*rows), (*SIZE, *SIZE))
+    return found_in([(WHOLE, rows_of(*rows))], SIZE)
 
 
 def objects_of(*rows, crowd=()):
@@ -48,12 +62,12 @@ def scores(*images, classes=2):
 
 def test_boxes_come_to_the_image():
     """Of an image of 80 x 120 that the input shows in 40 x 60: twice as large, cut, without those outside."""
-    found = found_in(rows_of((0, 0, 10, 10, 0.5, 1), (50, 30, 70, 50, 0.9, 0), (61, 5, 70, 9, 0.8, 0),
-                             (np.nan, 0, 1, 1, 0.7, 0)), (40, 60, 80, 120))
+    rows = rows_of((0, 0, 10, 10, 0.5, 1), (50, 30, 70, 50, 0.9, 0), (61, 5, 70, 9, 0.8, 0), (np.nan, 0, 1, 1, 0.7, 0))
+    found = found_in([(WHOLE, rows)], (80, 120))
     np.testing.assert_array_equal(found.boxes, [[100, 60, 120, 80], [0, 0, 20, 20]])
     np.testing.assert_array_equal(found.classes, [0, 1])
     np.testing.assert_allclose(found.scores, [0.9, 0.5])
-    assert found.masks == () and len(found_in(rows_of(), (40, 60, 80, 120)).boxes) == 0
+    assert found.masks == () and len(found_in([(WHOLE, rows_of())], (80, 120)).boxes) == 0
 
 
 def test_masks_are_pasted():
@@ -66,7 +80,7 @@ def test_masks_are_pasted():
     assert pasted(np.ones((CELLS, CELLS)), np.array([-9, -9, -1, -1]), SIZE).sum() == 0
     assert pasted(np.ones((CELLS, CELLS)), np.array([10.2, 10, 10.4, 40]), SIZE).sum() == 0  # no centre is inside
     np.testing.assert_array_equal(pasted(np.full((CELLS, CELLS), 0.49), np.array([0, 0, 28, 28]), SIZE), False)
-    found = found_in(rows_of((2, 3, 2 + CELLS, 3 + CELLS, 0.9, 0), mask=grid), (*SIZE, *SIZE))
+    found = found_in([(WHOLE, rows_of((2, 3, 2 + CELLS, 3 + CELLS, 0.9, 0), mask=grid))], SIZE)
     np.testing.assert_array_equal(decoded(found.masks[0]), mask)
 
 
@@ -99,23 +113,32 @@ def test_masks_are_encoded_as_coco_does():
     assert region_lengths(RunLengths(lengths), SIZE) == region_lengths(bitmap, SIZE) == encoded(bitmap)
 
 
-def test_the_mirror_image_of_an_answer():
+def test_an_answer_about_the_mirror_image():
     mask = np.arange(CELLS ** 2, dtype='float32').reshape(CELLS, CELLS)
-    answer = rows_of((10, 5, 20, 15, 0.9, 1), mask=mask)
-    turned = mirrored(answer, 60)
-    np.testing.assert_array_equal(turned[0, :6], np.array([40, 5, 50, 15, 0.9, 1], 'float32'))
+    answer = rows_of((10, 5, 20, 15, 0.75, 1), mask=mask)
+    turned = returned((whole_view((80, 120), SIZE)._replace(flip=True), answer), (80, 120))
+    np.testing.assert_array_equal(turned[:, :6], [[80, 10, 100, 30, 0.75, 1]])
     np.testing.assert_array_equal(turned[0, 6:].reshape(CELLS, CELLS), mask[:, ::-1])
-    np.testing.assert_array_equal(mirrored(turned, 60)[0], answer[0])
+
+
+@pytest.mark.parametrize('flip', [False, True])
+def test_an_answer_about_a_part(flip):
+    """Of 40 x 60 pixels from row 10 and column 30 of 50 x 90: what ends at an inner border may go on."""
+    rows = [(0.5, 5, 20, 15, 0.9, 1), (3, 0, 9, 9, 0.8, 1), (50, 20, 60, 40, 0.75, 1)]
+    if flip:
+        rows = [(60 - x1, y0, 60 - x0, y1, *rest) for x0, y0, x1, y1, *rest in rows]
+    found = returned((View((50, 90), (10, 30), SIZE, flip), rows_of(*rows)), (100, 180))
+    np.testing.assert_allclose(found, [[160, 60, 180, 100, 0.75, 1]])
 
 
 def test_two_answers_are_united():
     """Of boxes of one class that share more than half the better one stays; others, also of another class, all do."""
     one = rows_of((0, 0, 10, 10, 0.6, 0), (30, 30, 40, 40, 0.5, 1))
     other = rows_of((0, 0, 10, 11, 0.7, 0), (0, 0, 10, 10, 0.4, 1), (0, 0, 10, 5, 0.3, 0))
-    rows = united([one, other])
+    rows = united([one[:2], other[:3]])
     np.testing.assert_allclose(rows[:, 4], [0.7, 0.5, 0.4, 0.3])
     np.testing.assert_array_equal(rows[0, :4], [0, 0, 10, 11])
-    np.testing.assert_array_equal(united([one]), one[:2])
+    np.testing.assert_array_equal(united([one[:2]]), one[:2])
     many = rows_of(*((index, 0, index + 1, 1, 0.9, 0) for index in range(70)))
     assert len(united([many, many + np.array([0, 5, 0, 5, 0, 0], 'float32')])) == 100
 
@@ -178,7 +201,7 @@ def noisy():
         number = np.r_[np.where(rng.random(count) < 0.9, classes, 0), 0, 3]
         answer = np.concatenate([near, score[:, None], number[:, None]], axis=1)
         grids = (rng.random((len(near), 4, 4)) < 0.95).repeat(7, 1).repeat(7, 2).reshape(len(near), -1)
-        found = found_in(np.concatenate([answer, grids], axis=1).astype('float32'), (*SIZE, *SIZE))
+        found = found_in([(WHOLE, np.concatenate([answer, grids], axis=1).astype('float32'))], SIZE)
         images.append((found, objects))
     return images
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unmeasured
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
-PAGES = sorted([*ROOT.glob('*.md'), *DOCS.glob('*.md'), *ROOT.glob('launch/*/*.md')])
+PAGES = sorted([*ROOT.glob('*.md'), *DOCS.glob('*.md'), *ROOT.glob('launch/**/*.md')])
 
 
 def load_hooks():

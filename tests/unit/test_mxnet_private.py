@@ -25,7 +25,7 @@ PRIVATE = {  # names of MXNet's that start with an underscore, wherever this pac
     '_init_grad', '_make_ndarray_function', '_make_symbol_function', '_notify_shutdown', '_reg_params',
     '_send_command_to_servers', '_set_updater', '_updater'}
 OVERRIDES = {(f'models/{file}.py', '_collect_params_with_prefix')  # Gluon's own saving and loading call it
-             for file in ('classifier', 'feature_maps', 'segmenter')}
+             for file in ('classifier', 'detector', 'feature_maps', 'segmenter')}
 SECONDS = 60
 
 

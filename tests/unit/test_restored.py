@@ -133,9 +133,10 @@ def test_devices_of_workers(tmp_path, mode, keys):
     together(2, work, 'horovod' if keys == SHARDED else 'ps')
 
 
+@pytest.mark.parametrize('seats', [(0, 1, 2, 3), (0, 3, 1, 2)])
 @pytest.mark.parametrize('piece', [7, own_state.PIECE])
-def test_workers_that_hold_a_model_together(monkeypatch, piece):
-    """Each gets its own back, whatever the shapes of the others'; not where it held other parts."""
+def test_workers_that_hold_a_model_together(monkeypatch, piece, seats):
+    """Each gets its own back, whatever the shapes of the others', and its rank; not where it held other parts."""
     monkeypatch.setattr(own_state, 'PIECE', piece)
     mesh, meeting = Mesh(pipeline=2, data=2), Meeting(4)
     shapes = [{'a': (3, 5), 'b': (2,)}, {'c': (4,)}]  # of the stages
@@ -153,9 +154,10 @@ def test_workers_that_hold_a_model_together(monkeypatch, piece):
             gradients = [spec.parameter.list_grad() for spec in specs]
             return own_state.OwnStateOfParts(everybody, handle, specs, {
                 kind: own_state.residuals_in(gradients, residuals) for kind, residuals in held.items()})
-        everybody = Together(ProcessInfo(rank=control.rank, size=4, servers=1, transport='ps'), control, meeting)
+        place = seats.index(control.rank)
+        everybody = Together(ProcessInfo(rank=place, size=4, servers=1, transport='ps'), control, meeting)
         handle = everybody.register([[mx.nd.zeros((piece,))]])
-        own, rng = shapes[control.rank // 2], np.random.default_rng(SEED + control.rank)
+        own, rng = shapes[place // 2], np.random.default_rng(SEED + control.rank)
         held = {kind: [rng.normal(size=int(np.prod(shape))).astype('float32') for shape in own.values()]
                 for kind in ('residual', 'other')}
         expected = {kind: [each.copy() for each in arrays] for kind, arrays in held.items()}

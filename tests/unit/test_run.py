@@ -1,4 +1,7 @@
 """What makes two workers, or a checkpoint and a run, the same job."""
+import os
+import signal
+import time
 import zlib
 
 import numpy as np
@@ -14,8 +17,8 @@ from mxsimmim.tasks.classes import check_classes
 from mxsimmim.tasks.classify import Classification
 from mxsimmim.tasks.pretrain import Pretraining
 from mxsimmim.tasks.task import check_same_job
-from mxsimmim.training import checkpoint
-from mxsimmim.training.run_folder import check_shared, check_written, checkpoint_to_resume, newest_here
+from mxsimmim.training import checkpoint, run_folder
+from mxsimmim.training.run_folder import Stop, check_shared, check_written, checkpoint_to_resume, newest_here
 
 
 class Images:
@@ -204,3 +207,15 @@ def test_hosts_that_do_not_share_the_folder(tmp_path):
         check_shared(config, [20, -1, 30], ['a', 'b', 'c'])
     checkpoint.save(tmp_path / 'shared' / 'run' / 'checkpoints', 30, {}, {}, 9)  # the copy will do
     check_shared(config, [20, -1, 30], ['a', 'b', 'c'])
+
+
+def test_signals_that_come_together_are_one(monkeypatch):
+    """A scheduler signals each process of a job, and its launcher, which signals them too; later ones act."""
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        monkeypatch.setattr(run_folder, 'TOGETHER', -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)

@@ -117,6 +117,7 @@ def torch_worker(task: Dict[str, Any]) -> Worker:
     import torch
     import torchvision
     from torchvision.models.detection import MaskRCNN
+    from torchvision.models.swin_transformer import SwinTransformer
     from torchvision.ops import FeaturePyramidNetwork
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -129,7 +130,8 @@ def torch_worker(task: Dict[str, Any]) -> Worker:
 
         def __init__(self) -> None:
             super().__init__()
-            self.body = torchvision.models.swin_t(stochastic_depth_prob=0.0).features
+            shape = [SWIN_TINY[key] for key in ('embed_dim', 'depths', 'num_heads')]
+            self.body = SwinTransformer([4, 4], *shape, [7, 7], stochastic_depth_prob=0.0).features
             self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for width in widths)
             self.fpn = FeaturePyramidNetwork(widths, WIDTH, extra_blocks=LastLevelMaxPool())
 

@@ -1,9 +1,14 @@
 """Say what the launcher needs to know of a kind of cluster."""
-from typing import List, Protocol, Sequence
+import argparse
+from types import MappingProxyType
+from typing import List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from mxsimmim.cluster.connections import AgentConnection
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.spec import JobSpec
+
+REACHED_BY_SSH = ('--min-workers leaves out hosts that do not answer, which only --launcher ssh can: give the hosts '
+                  'with -H FILE')
 
 
 class Backend(Protocol):
@@ -15,6 +20,12 @@ class Backend(Protocol):
     fetches_logs: bool = True  # hosts write logs of their own, which are brought here at the end
     speaks_mpi: bool = False  # processes find themselves in MPI's world, which Horovod can use
     agent_address: str = ''  # where other hosts reach an agent's; empty: the agent knows from the way it was started
+    patience: float = 30.0  # seconds in which an agent must come
+    grace: float = 6.0  # seconds that workers may take for a checkpoint, when the launcher is told to stop
+    needs_hostfile: bool = False
+    needs_image: bool = False  # --image, and takes --namespace and --dry-run
+    copies_by_ssh: bool = False  # the working directory to the hosts of the hostfile, which needs one
+    refuses: Mapping[str, str] = MappingProxyType({})  # options that cannot be here: why, and the way out
     other_python: str = 'put first into --env PATH=... the folder of'  # how to name another Python
 
     def hosts(self, spec: JobSpec) -> Sequence[Host]:
@@ -37,4 +48,16 @@ class Backend(Protocol):
 
     def copy_command(self, host: Host, directory: str) -> List[str]:
         """Build the command that copies the working directory to a host; none where the host sees this one."""
+        return []
+
+    def instead(self, options: argparse.Namespace) -> Optional[int]:
+        """Do what is to be done where the job does not run from here, and return the exit status; None: it does.
+
+        Raises:
+            ValueError: it cannot be done.
+        """
+        return None
+
+    def restarts(self) -> Sequence[Tuple[float, str]]:
+        """Say when and why this job, launcher and all, was started again by the cluster; empty the first time."""
         return []

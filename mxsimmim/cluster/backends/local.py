@@ -1,8 +1,9 @@
 """Run a job on this machine."""
 import sys
+from types import MappingProxyType
 from typing import Sequence
 
-from mxsimmim.cluster.backends.base import Backend
+from mxsimmim.cluster.backends.base import REACHED_BY_SSH, Backend
 from mxsimmim.cluster.connections import BOOTSTRAP, AgentConnection
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.spec import JobSpec
@@ -13,6 +14,9 @@ class LocalBackend(Backend):
     fetches_logs = False
     agent_address = '127.0.0.1'
     other_python = 'start this launcher with'
+    refuses = MappingProxyType({
+        'hostfile': '--launcher local starts everything on this machine: leave out -H, or use --launcher ssh',
+        'min_workers': REACHED_BY_SSH, 'sync_dst_dir': '--sync-dst-dir copies to other hosts: it needs -H'})
 
     def hosts(self, spec: JobSpec) -> Sequence[Host]:
         return [Host('')]

@@ -3,14 +3,13 @@
 ``mpirun -x NAME`` takes the variable's value from the environment, so that the key is on no command line.
 """
 import os
-import sys
+from types import MappingProxyType
 from typing import List, Sequence
 
-from mxsimmim.cluster import inspection
-from mxsimmim.cluster.backends.base import Backend
+from mxsimmim.cluster.backends.base import REACHED_BY_SSH, Backend
 from mxsimmim.cluster.backends.ssh import copy_command, explain
-from mxsimmim.cluster.callback import BOOTSTRAP, VARIABLE, Callbacks
-from mxsimmim.cluster.connections import AgentConnection, Command
+from mxsimmim.cluster.callback import AGENT, VARIABLE, own_addresses, start_all, why_none_came
+from mxsimmim.cluster.connections import AgentConnection
 from mxsimmim.cluster.hostfile import Host
 from mxsimmim.cluster.spec import JobSpec, Process
 
@@ -21,26 +20,21 @@ class MpiBackend(Backend):
     """Have mpirun start an agent for each process, on the hosts of the hostfile or wherever it chooses."""
     agent_per_process = True
     speaks_mpi = True
+    copies_by_ssh = True
+    other_python = 'start this launcher with'
+    refuses = MappingProxyType({'min_workers': REACHED_BY_SSH})
 
     def hosts(self, spec: JobSpec) -> Sequence[Host]:
         return spec.hosts or [Host('')]
 
     def start_agents(self, spec: JobSpec, agents: Sequence[AgentConnection]) -> None:
         processes = [process for agent in agents for process in agent.processes]
-        command = mpirun(processes, spec.hosts, sys.executable, spec.interface)
-        callbacks = Callbacks(addresses(spec), agents)
-        try:
-            agents[0].command = Command(command, {**os.environ, VARIABLE: callbacks.variable})
-        except ValueError:
-            callbacks.close()
-            raise
-        agents[0].command.silent.add_done_callback(lambda _: callbacks.close())
+        elsewhere = bool(spec.hosts) or any(os.environ.get(name) for name in ALLOCATIONS)
+        start_all(mpirun(processes, spec.hosts, spec.interface), own_addresses(spec.interface, elsewhere),
+                  'OMPI_COMM_WORLD_RANK', {str(rank): agent for rank, agent in enumerate(agents)})
 
     def why_none_came(self, agents: Sequence[AgentConnection]) -> List[str]:
-        command = agents[0].command
-        if not command or not command.silent.done():
-            return []
-        return [f'mpirun: {line}' for line in command.lines if line.strip(' -')]
+        return [f'mpirun: {line}' for line in why_none_came(agents)]
 
     def explain(self, host: Host, said: str) -> str:
         return explain(host, said)
@@ -49,17 +43,7 @@ class MpiBackend(Backend):
         return copy_command(host, directory)
 
 
-def addresses(spec: JobSpec) -> List[str]:
-    """List the addresses of this machine at which agents may reach it, the likely ones first."""
-    known = inspection.interfaces()
-    if spec.interface in known:
-        return [known[spec.interface]]
-    if spec.hosts or any(os.environ.get(name) for name in ALLOCATIONS):
-        return sorted(known.values(), key=lambda address: address.startswith('127.'))
-    return ['127.0.0.1']
-
-
-def mpirun(processes: Sequence[Process], hosts: Sequence[Host], python: str, interface: str) -> List[str]:
+def mpirun(processes: Sequence[Process], hosts: Sequence[Host], interface: str) -> List[str]:
     """Build the mpirun command that starts one agent a process, rank by rank in the order of `processes`.
 
     Without hosts, mpirun chooses: those of a resource manager's allocation, or this machine.
@@ -67,7 +51,7 @@ def mpirun(processes: Sequence[Process], hosts: Sequence[Host], python: str, int
     Raises:
         ValueError: a host that cannot be told to mpirun.
     """
-    agent = ['-x', VARIABLE, python, '-X', 'utf8', '-c', BOOTSTRAP]
+    agent = ['-x', VARIABLE, *AGENT]
     start = ['mpirun', '--oversubscribe', '--bind-to', 'none']
     start += ['--mca', 'btl_tcp_if_include', interface] if interface else []
     for host in hosts[:1 + max(process.host for process in processes)]:

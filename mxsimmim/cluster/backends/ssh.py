@@ -22,6 +22,8 @@ REMEDIES = (('not resolve', 'correct the name in the hostfile, or give it a Host
 
 class SshBackend(Backend):
     """Start an agent on each host of the hostfile, through a connection of ssh that lasts as long as the job."""
+    needs_hostfile = True
+    copies_by_ssh = True
 
     def hosts(self, spec: JobSpec) -> Sequence[Host]:
         return spec.hosts
@@ -67,9 +69,17 @@ def explain(host: Host, said: str) -> str:
 
 
 def copy_command(host: Host, directory: str) -> List[str]:
-    """Build the rsync that copies the working directory to a host, but for runs, logs and what is made anew."""
-    words: Sequence[str] = ['ssh', *OPTIONS, *(['-p', str(host.port)] if host.port else [])]
+    """Build the rsync that copies the working directory to a host over ssh."""
+    words = ['ssh', *OPTIONS, *(['-p', str(host.port)] if host.port else [])]
     user, at, name = host.name.rpartition('@')
-    name = f'[{name}]' if ':' in name else name
-    return ['rsync', '-azs', '--timeout=30', *(f'--exclude={pattern}' for pattern in LEFT_OUT), '-e', ' '.join(words),
-            f'--rsync-path=mkdir -p {shlex.quote(directory)} && rsync', './', f'{user}{at}{name}:{directory}/']
+    return rsync(words, f'{user}{at}[{name}]' if ':' in name else host.name, directory)
+
+
+def rsync(shell: Sequence[str], host: str, directory: str) -> List[str]:
+    """Build the rsync that copies the working directory to a host, but for runs, logs and what is made anew.
+
+    Args:
+        shell: the words to which rsync adds the host and a command, to have it run there.
+    """
+    return ['rsync', '-azs', '--timeout=30', *(f'--exclude={pattern}' for pattern in LEFT_OUT), '-e', ' '.join(shell),
+            f'--rsync-path=mkdir -p {shlex.quote(directory)} && rsync', './', f'{host}:{directory}/']
