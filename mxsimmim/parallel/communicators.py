@@ -6,6 +6,7 @@ sets. The workers of a host reduce what lies in memory that all of them see, see
 through the control plane, and the weights of train.store=dist_async through `WeightServers`, which reduce nothing.
 """
 import copy
+import os
 import sys
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -170,6 +171,8 @@ class HorovodCommunicator(Communicator):
             raise ValueError(f'train.store=horovod: Horovod does not load here ({error}): `make test` in a checkout '
                              'builds it for the installed mxnet; or use servers: tools/launch.py -s 1') from None
         sets = {ranks: hvd.ProcessSet(ranks) for ranks in groups}
+        if sets:
+            os.environ.update(by_itself(process))
         hvd.init(process_sets=list(sets.values()))
         self._horovod = hvd
         if (hvd.rank(), hvd.size()) != (process.rank, process.size):
@@ -230,6 +233,18 @@ class HorovodCommunicator(Communicator):
         if self.size > 1:
             self._horovod.allreduce_(array, op=self._horovod.Sum, name=f'{self._prefix}{key}', priority=-key,
                                      **({'process_set': among} if among else {}))
+
+
+def by_itself(process: ProcessInfo) -> Dict[str, str]:
+    """Return what tells Horovod that each process has a host to itself, before it makes process sets.
+
+    Of the ranks of a set it connects those that have one local rank in the job, under the local rank that each has in
+    the set. Where hosts have unequal numbers of a set's ranks these differ, and they wait for each other for ever.
+    Nothing here uses these connections.
+    """
+    rank, size = str(process.rank), str(process.size)
+    return {'HOROVOD_LOCAL_RANK': '0', 'HOROVOD_LOCAL_SIZE': '1', 'HOROVOD_CROSS_RANK': rank,
+            'HOROVOD_CROSS_SIZE': size, 'HOROVOD_HOSTNAME': f'rank-{rank}'}
 
 
 class _Hosts:

@@ -26,6 +26,14 @@ IN_SOAK = [
     # A neighbour on the same host. The reference's clipping of accumulated parts depends on how three divide a batch.
     (6, '0,2,5', 'finetune', 'pipeline=2 micro_batches=1'),
 ]
+HOSTS = [  # slots of each, cases, keys
+    ((2, 2, 2), 'finetune', 'pipeline=2 micro_batches=1'),  # of a stage's workers two are on one host, one on another
+    ((3, 3, 2), 'pretrain', 'pipeline=2 micro_batches=1'),
+    ((1, 1), 'pretrain', 'tensor=2'),
+    ((1, 3), 'pretrain', 'pipeline=2 micro_batches=2'),
+    ((1, 3), 'pretrain', 'pipeline=2 tensor=2 micro_batches=2'),
+    ((1, 3), 'pretrain', 'pipeline=4 micro_batches=4'),
+]
 
 
 @pytest.mark.soak
@@ -37,12 +45,9 @@ def test_weights_are_those_of_one_process(launcher, workers, firsts, cases, keys
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`; test_transparency.py has one of them')
-@pytest.mark.parametrize('workers, keys', [
-    (2, 'tensor=2'), (4, 'pipeline=2 micro_batches=2'), (4, 'pipeline=2 tensor=2 micro_batches=2'),
-    (4, 'pipeline=4 micro_batches=4')])
-def test_layouts_over_two_hosts(launcher, tmp_path, workers, keys):
+@pytest.mark.parametrize('slots, cases, keys', HOSTS[:rounds(1, len(HOSTS))])
+def test_layouts_over_hosts(launcher, tmp_path, slots, cases, keys):
     with three_hosts(tmp_path / 'hosts') as hosts:
-        (tmp_path / 'hostfile').write_text(f'host0\nhost1 slots={workers - 1}\n')
-        launcher.run('-n', workers, '-H', tmp_path / 'hostfile', '--horovod', *LAYOUTS, 'pretrain', *keys.split(),
+        (tmp_path / 'hostfile').write_text('\n'.join(f'host{i} slots={count}' for i, count in enumerate(slots)))
+        launcher.run('-n', sum(slots), '-H', tmp_path / 'hostfile', '--horovod', *LAYOUTS, cases, *keys.split(),
                      env=hosts.environ, seconds=DEADLINE)
