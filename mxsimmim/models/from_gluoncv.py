@@ -8,6 +8,8 @@ import math
 import sys
 from typing import Any, Iterator, List, NamedTuple, Sequence
 
+from PIL import ImageFile
+
 from ..runtime.mxnet_private import replace_child
 from ..system.guards import unusable
 from .upernet import Doubled
@@ -32,6 +34,16 @@ def without_torch() -> Iterator[None]:
             sys.modules['torch'] = kept  # type: ignore[assignment]
 
 
+@contextlib.contextmanager
+def refusing_truncated_images() -> Iterator[None]:
+    """Undo what GluonCV's import does to Pillow: images that end too early would be grey below, and nobody told."""
+    kept = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = kept
+
+
 def model_zoo() -> Any:
     """Return GluonCV's module of networks.
 
@@ -39,7 +51,7 @@ def model_zoo() -> Any:
         ValueError: it is not installed, or does not load; says what to type.
     """
     try:
-        with without_torch():
+        with without_torch(), refusing_truncated_images():
             from gluoncv import model_zoo
     except (ImportError, RuntimeError) as error:
         raise unusable('task=detect', error, 'detect') from None

@@ -162,7 +162,8 @@ def test_what_cannot_start_is_told(made, shared, tmp_path):
         status, said = made.launch('-n', 2, 'true')
     finally:
         made.hosts.run(1, f'umount {Path(sys.executable).parent}')
-    assert status == 2 and re.search('launch: error: .*host1.*No such file or directory', said), said
+    # "No such file or directory" as well, if srun has it from the host before it ends the step.
+    assert status == 2 and re.search('launch: error: .*host1', said), said
 
 
 @pytest.mark.parametrize('name', ['servers', 'horovod', 'hybrid'])
