@@ -10,7 +10,7 @@ from ..config import ModelConfig
 from ..config.model import OBJECTS
 from ..ops import REFERENCE, OpBackend
 from ..runtime.mxnet_private import children
-from . import boxes as on_boxes, regions
+from . import boxes as on_boxes, rcnn
 from .cost import multiply_adds
 from .feature_maps import FeatureMaps
 from .from_gluoncv import build_heads, mask_layers
@@ -18,7 +18,7 @@ from .initial import begin
 from .layers import AUTO, Linear
 from .pixels import MEAN, STD, PixelInput
 from .pyramid import FeaturePyramid, SimplePyramid
-from .regions import Samples, Truth
+from .rcnn import Samples, Truth
 from .shards import Shard
 from .specs import names_without
 
@@ -122,7 +122,7 @@ class Detector(HybridBlock):
             if priority is not None:
                 priorities.append(F.slice_axis(priority, axis=1, begin=first, end=first + count))
             first += count
-        found = regions.propose(F, [F.BlockGrad(each) for each in scores], [F.BlockGrad(each) for each in codes], own,
+        found = rcnn.propose(F, [F.BlockGrad(each) for each in scores], [F.BlockGrad(each) for each in codes], own,
                                 self.decode_anchors, self.config.size, self.counts, self.config.candidates[1],
                                 priorities)
         return (*found, F.concat(*scores, dim=1), F.concat(*codes, dim=1), anchors)
@@ -137,28 +137,28 @@ class Detector(HybridBlock):
         pooled = self.backend.pyramid_pool(F, maps, boxes, strides=self.strides[:-1], side=MASK_POOLED)
         logits = self.mask_head(F.reshape(pooled, shape=(-3, 0, 0, 0)))                       # (1, B*k, K, 28, 28)
         logits = F.reshape(logits, shape=(-3, 0, AUTO))                                       # (B*k, K, 28*28)
-        return regions.of_class(F, logits, classes)
+        return rcnn.of_class(F, logits, classes)
 
     def losses(self, F: Any, image: Any, boxes: Any, classes: Any, crowd: Any, priority: Any, keep: Any = None
                ) -> Any:
         """The loss (1,); with masks that without theirs, and then what theirs is computed of: samples and maps."""
-        count = min(regions.SAMPLED_BOXES, self.config.candidates[1] + OBJECTS)
-        positive = min(regions.MOST_POSITIVE, count)
+        count = min(rcnn.SAMPLED_BOXES, self.config.candidates[1] + OBJECTS)
+        positive = min(rcnn.MOST_POSITIVE, count)
         truth, maps = Truth.of(F, boxes, classes, crowd), self.maps(F, image, keep)
         of_anchors, of_objects = (F.slice_axis(priority, axis=1, begin=begin, end=end)
                                   for begin, end in ((0, self.config.candidates[0]), (self.config.candidates[0], None)))
         proposals, of_proposals, score, code, anchors = self.proposed(F, maps, of_anchors)
-        loss = regions.proposal_loss(F, self.backend, score, code, anchors, truth, of_anchors)
-        samples = regions.sample(F, self.backend, F.BlockGrad(proposals), truth,
-                                 F.concat(F.BlockGrad(of_proposals), of_objects, dim=1), count)
+        loss = rcnn.proposal_loss(F, self.backend, score, code, anchors, truth, of_anchors)
+        samples = rcnn.sample(F, self.backend, F.BlockGrad(proposals), truth,
+                              F.concat(F.BlockGrad(of_proposals), of_objects, dim=1), count)
         first = Samples(*(F.slice_axis(each, axis=1, begin=0, end=positive) for each in samples))
         hidden = self.hidden(F, maps, samples.boxes)                                          # (B*k, D)
         logits = F.reshape(self.fc_cls(hidden), shape=(AUTO, count, self.classes + 1))
         hidden = F.reshape(hidden, shape=(-4, AUTO, count, 0))
         hidden = F.reshape(F.slice_axis(hidden, axis=1, begin=0, end=positive), shape=(-3, 0))
         code = F.reshape(self.fc_reg(hidden), shape=(AUTO, positive, self.classes, 4))
-        loss = (loss + regions.class_loss(F, logits, samples, self.classes)
-                + regions.box_loss(F, code, first, truth, F.sum(samples.used, axis=1)))
+        loss = (loss + rcnn.class_loss(F, logits, samples, self.classes)
+                + rcnn.box_loss(F, code, first, truth, F.sum(samples.used, axis=1)))
         loss = F.reshape(F.mean(loss), shape=(1,))
         if not self.config.masks:
             return loss
@@ -169,7 +169,7 @@ class Detector(HybridBlock):
         """The loss (1,) of masks, of k samples of each image, those of `losses` or the first of them."""
         samples = Samples(boxes, matched, classes, positive, positive)
         logits = self.masks(F, maps, boxes, classes)
-        return F.reshape(F.mean(regions.mask_loss(F, logits, samples, masks, truth)), shape=(1,))
+        return F.reshape(F.mean(rcnn.mask_loss(F, logits, samples, masks, truth)), shape=(1,))
 
     def answered(self, F: Any, image: Any) -> Any:
         """The answers (B, 100, 6), or with masks (B, 100, 6 + MASK * MASK)."""
@@ -178,7 +178,7 @@ class Detector(HybridBlock):
         hidden = self.hidden(F, maps, boxes)
         scores = F.softmax(F.reshape(self.fc_cls(hidden), shape=(AUTO, proposals, self.classes + 1)), axis=2)
         code = F.reshape(self.fc_reg(hidden), shape=(AUTO, proposals * self.classes, 4))
-        found = regions.detect(F, scores, code, boxes, self.decode, self.config.size, (proposals, self.classes))
+        found = rcnn.detect(F, scores, code, boxes, self.decode, self.config.size, (proposals, self.classes))
         if not self.config.masks:
             return found
         numbers = F.slice_axis(found, axis=2, begin=5, end=6)
@@ -238,10 +238,10 @@ def detector_cost(config: ModelConfig, classes: int) -> int:
     else:
         inputs = [config.embed_dim << stage for stage in range(config.stages)]
     cost += sum(area * (channels + 9 * width) * width for area, channels in zip(places, inputs))
-    count = min(regions.SAMPLED_BOXES, config.candidates[1] + OBJECTS)
+    count = min(rcnn.SAMPLED_BOXES, config.candidates[1] + OBJECTS)
     cost += count * 4 * width * (width * BOX_SIDE ** 2 + 4 * width + 5 * classes + 1)
     if config.masks:
-        cost += min(regions.MOST_POSITIVE, count) * MASK_POOLED ** 2 * width * (36 * width + 4 * width + 4 * classes)
+        cost += min(rcnn.MOST_POSITIVE, count) * MASK_POOLED ** 2 * width * (36 * width + 4 * width + 4 * classes)
     return cost
 
 

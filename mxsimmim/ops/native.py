@@ -8,8 +8,8 @@ shared bias, which must be given to them in smaller groups (models/vit.py).
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import reference
+from .boxes import CANONICAL, LEVEL
 from .layout import Windows
-from .regions import CANONICAL, LEVEL
 
 Pair = Tuple[Any, Any]
 KINDS = {'l1': 0, 'mse': 1}

@@ -8,9 +8,9 @@ Shapes: B images, L tokens, C channels, H heads of D channels, N tokens that att
 import math
 from typing import Any, Callable, Optional, Tuple
 
+from .boxes import match_boxes, pyramid_pool
 from .layout import Windows
 from .pixels import AUTO, masked_loss, patchify, swap
-from .regions import match_boxes, pyramid_pool
 
 __all__ = ['attention', 'cosine_attention', 'group_norm', 'layer_norm', 'linear', 'masked_loss', 'match_boxes', 'mlp',
            'patchify', 'pyramid_pool']

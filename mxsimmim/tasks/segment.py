@@ -25,7 +25,7 @@ from ..ops import OpBackend
 from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
-from . import pictures, regions
+from . import overlap, pictures
 from .classes import WithClasses, names_of_outputs
 from .looks import answers_of
 from .metrics import log_softmax
@@ -108,13 +108,13 @@ class PixelEvaluator:
         classes = self._source.classes
         text = (f"mIoU {values['val_miou']:.4f}, pixel accuracy {values['val_pixel_accuracy']:.4f} of {self.images:,} "
                 f"images, loss {values['val_loss']:.4f}, {values['val_images_per_second']:,.1f} images/s\n"
-                + regions.class_table(counts, classes, SHOWN))
+                + overlap.class_table(counts, classes, SHOWN))
         if len(classes) > SHOWN:
             text += f'\n({SHOWN} of {len(classes):,} classes, those of least IoU)'
         if self._control.rank == 0:
-            overlap = dict(zip(classes, regions.intersection_over_union(counts).tolist()))
-            write_evaluation(folder, {'images': self.images, **regions.values(counts), **values, 'iou': overlap},
-                             regions.class_table(counts, classes))
+            of_classes = dict(zip(classes, overlap.intersection_over_union(counts).tolist()))
+            write_evaluation(folder, {'images': self.images, **overlap.values(counts), **values, 'iou': of_classes},
+                             overlap.class_table(counts, classes))
             text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
         return text
 
@@ -137,14 +137,14 @@ class PixelEvaluator:
         batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
         for part in self._batches(transform, batch, control.mesh.coordinate('data'), control.mesh.data, placement):
             for truth, answers in zip(part.fields['truth'], answers_of(placement, part)):
-                counts += regions.count_pixels(truth, class_map(answers, truth.shape, canvas), classes)
+                counts += overlap.count_pixels(truth, class_map(answers, truth.shape, canvas), classes)
                 for view, logits in answers:
                     loss += cross_entropy(logits, padded(view.nearest(truth), canvas, ignored_number(classes)))
             pace.add(len(part.index))
         every, losses, paces = zip(*control.all_gather('evaluation', [counts.tolist(), loss.tolist(), pace.state()]))
         counts = np.sum(every, axis=0, dtype='int64')
         entropy, pixels = np.sum(losses, axis=0)
-        found = {f'val_{name}': value for name, value in regions.values(counts).items()}
+        found = {f'val_{name}': value for name, value in overlap.values(counts).items()}
         found.update(val_loss=entropy / max(1, pixels), val_images_per_second=images_per_second(paces))
         return found, counts
 

@@ -10,8 +10,8 @@ from mxnet import autograd
 from support import machine
 from support.running import DATA
 
-from mxsimmim.models import boxes, from_gluoncv, regions
-from mxsimmim.models.regions import Samples, Truth
+from mxsimmim.models import boxes, from_gluoncv, rcnn
+from mxsimmim.models.rcnn import Samples, Truth
 from mxsimmim.ops import OpBackend
 
 FILE = np.load(DATA / 'detector.npz')
@@ -53,12 +53,12 @@ def test_anchors():
     close(boxes.anchors(SIZES, STRIDES, 4, (0.5, 1, 2)), FILE['anchors'], 1e-7)
 
 
-@pytest.mark.parametrize('kind, weights, decode', [('rpn', regions.RPN_WEIGHTS, HEADS.decode_anchors),
-                                                   ('box', regions.BOX_WEIGHTS, HEADS.decode)])
+@pytest.mark.parametrize('kind, weights, decode', [('rpn', rcnn.RPN_WEIGHTS, HEADS.decode_anchors),
+                                                   ('box', rcnn.BOX_WEIGHTS, HEADS.decode)])
 def test_coding(kind, weights, decode):
     close(boxes.encode(mx.nd, array(f'{kind}:from'), array(f'{kind}:to'), weights), FILE[f'{kind}:code'])
     given, placed = (array(f'{kind}:{name}').expand_dims(0) for name in ('given', 'from'))
-    close(regions.decoded(mx.nd, decode, given, placed, 20)[0], FILE[f'{kind}:decoded'])
+    close(rcnn.decoded(mx.nd, decode, given, placed, 20)[0], FILE[f'{kind}:decoded'])
 
 
 @forms
@@ -67,7 +67,7 @@ def test_assignment(form):
     known, anchors = truth(), array('anchors').expand_dims(0)
     overlap, matched, is_best, crowd = (each.asnumpy() for each in OpBackend(form).match_boxes(
         mx.nd, anchors, known.boxes, known.kind))
-    label = np.where((overlap >= regions.POSITIVE) | (is_best > 0), 1, np.where(overlap < regions.NEGATIVE, 0, -1))
+    label = np.where((overlap >= rcnn.POSITIVE) | (is_best > 0), 1, np.where(overlap < rcnn.NEGATIVE, 0, -1))
     for image in (0, 1):
         expected = FILE[f'rpn_label{image}']
         np.testing.assert_array_equal(label[image], expected)
@@ -76,7 +76,7 @@ def test_assignment(form):
     chosen = samples()
     overlap, matched = (each.asnumpy() for each in OpBackend(form).match_boxes(mx.nd, chosen.boxes, known.boxes,
                                                                                known.kind)[:2])
-    np.testing.assert_array_equal(overlap >= regions.SAME, chosen.positive.asnumpy() > 0)
+    np.testing.assert_array_equal(overlap >= rcnn.SAME, chosen.positive.asnumpy() > 0)
     positive = chosen.positive.asnumpy() > 0
     np.testing.assert_array_equal(matched[positive], chosen.matched.asnumpy()[positive])
 
@@ -88,7 +88,7 @@ def by_map(name):
 
 def test_proposals():
     anchors = np.split(FILE['anchors'], np.cumsum(COUNTS)[:-1])
-    found = regions.propose(mx.nd, [mx.nd.array(each) for each in by_map('logits')],
+    found = rcnn.propose(mx.nd, [mx.nd.array(each) for each in by_map('logits')],
                             [mx.nd.array(each) for each in by_map('codes')],
                             [mx.nd.array(each[None]) for each in anchors], HEADS.decode_anchors, SIZE, COUNTS, 200,
                             [mx.nd.array(each) for each in by_map('priority')])
@@ -105,7 +105,7 @@ def test_loss_of_anchors(form):
     score.attach_grad()
     code.attach_grad()
     with autograd.record():
-        loss = regions.proposal_loss(mx.nd, OpBackend(form), score, code, array('anchors').expand_dims(0), truth(),
+        loss = rcnn.proposal_loss(mx.nd, OpBackend(form), score, code, array('anchors').expand_dims(0), truth(),
                                      array('priority')).mean()
     loss.backward()
     assert abs(loss.asscalar() - FILE['rpn_losses'].sum()) < 1e-5
@@ -120,8 +120,8 @@ def test_losses_of_boxes():
     score.attach_grad()
     code.attach_grad()
     with autograd.record():
-        of_classes = regions.class_loss(mx.nd, score, chosen, CLASSES).mean()
-        of_boxes = regions.box_loss(mx.nd, code, chosen, known, mx.nd.full((2,), 16)).mean()
+        of_classes = rcnn.class_loss(mx.nd, score, chosen, CLASSES).mean()
+        of_boxes = rcnn.box_loss(mx.nd, code, chosen, known, mx.nd.full((2,), 16)).mean()
     autograd.backward([of_classes, of_boxes])
     close(mx.nd.concat(of_classes, of_boxes, dim=0), FILE['head_losses'])
     close(score.grad.reshape((32, 4)), FILE['head_score_grad'])
@@ -135,8 +135,8 @@ def test_loss_of_masks():
     logits = mx.nd.array(FILE['mask_logits'].astype('float32')).reshape((8, CLASSES, -1))
     logits.attach_grad()
     with autograd.record():
-        own = regions.of_class(mx.nd, logits, chosen.classes)
-        loss = regions.mask_loss(mx.nd, own, chosen, mx.nd.ones((1, MOST, 56, 56), dtype='uint8'), known.boxes[:1])
+        own = rcnn.of_class(mx.nd, logits, chosen.classes)
+        loss = rcnn.mask_loss(mx.nd, own, chosen, mx.nd.ones((1, MOST, 56, 56), dtype='uint8'), known.boxes[:1])
     loss.backward()
     assert abs(loss.asscalar() - FILE['mask_loss']) < 1e-5
     close(logits.grad.reshape((8, CLASSES, 28, 28)), FILE['mask_grad'])
@@ -147,7 +147,7 @@ def test_targets_of_masks():
     chosen, known = samples(8), truth()
     y, x = (np.mgrid[:56, :56] + 0.5) / 28 - 1
     masks = mx.nd.array(np.tile(x * x + y * y <= 1, (1, MOST, 1, 1)).astype('uint8'))
-    found = regions.masks_in(mx.nd, masks, Samples(*(each[:1] for each in chosen)), known.boxes[:1]).asnumpy()
+    found = rcnn.masks_in(mx.nd, masks, Samples(*(each[:1] for each in chosen)), known.boxes[:1]).asnumpy()
     other = (found.reshape(8, 28, 28) > 0) != FILE['mask_targets']
     print(other.mean())
     assert other.mean() < 0.02
@@ -156,6 +156,6 @@ def test_targets_of_masks():
 def test_answers():
     """Boxes, scores and classes, the best first."""
     count = 150
-    found = regions.detect(mx.nd, array('answer_scores').expand_dims(0), array('answer_codes').reshape((1, -1, 4)),
+    found = rcnn.detect(mx.nd, array('answer_scores').expand_dims(0), array('answer_codes').reshape((1, -1, 4)),
                            array('answer_proposals').expand_dims(0), HEADS.decode, SIZE, (count, CLASSES))
     close(found[0], FILE['answers'])

@@ -14,7 +14,7 @@ from mxsimmim.data.loader import Batch
 from mxsimmim.interop import official
 from mxsimmim.models import build_detector, build_simmim, named_parameters, parameter_specs
 from mxsimmim.models.detector import detector_cost
-from mxsimmim.models.regions import MASK
+from mxsimmim.models.rcnn import MASK
 from mxsimmim.ops import REFERENCE, OpBackend
 from mxsimmim.optim import OPTIMIZERS, parameter_groups
 from mxsimmim.parallel.placement import Replicated

@@ -15,7 +15,7 @@ from mxsimmim.data.sampling import generator
 from mxsimmim.data.segmentation import open_segmented
 from mxsimmim.models import build_segmenter
 from mxsimmim.ops import REFERENCE
-from mxsimmim.tasks import regions
+from mxsimmim.tasks import overlap
 from mxsimmim.tasks.segment import (
     MapPredictor,
     PixelEvaluator,
@@ -34,17 +34,17 @@ CONFIG = Config(task='segment', model=MODEL, data=dict(path='digit-scenes-60x70'
 def test_counts_and_scores():
     truth = np.array([[0, 0, 1, 1], [2, 255, 1, 0]], 'uint8')
     predicted = np.array([[0, 1, 1, 4], [2, 2, 1, 0]])  # 4: no class
-    counts = regions.count_pixels(truth, predicted, 4)
+    counts = overlap.count_pixels(truth, predicted, 4)
     np.testing.assert_array_equal(counts, [[2, 1, 0, 0, 0], [0, 2, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(regions.intersection_over_union(counts), [2 / 3, 2 / 4, 1, np.nan])
-    assert regions.values(counts) == {'miou': pytest.approx((2 / 3 + 1 / 2 + 1) / 3), 'pixel_accuracy': 5 / 7}
-    lines = regions.class_table(counts, ['a', 'b', 'c', 'd']).splitlines()
+    np.testing.assert_array_equal(overlap.intersection_over_union(counts), [2 / 3, 2 / 4, 1, np.nan])
+    assert overlap.values(counts) == {'miou': pytest.approx((2 / 3 + 1 / 2 + 1) / 3), 'pixel_accuracy': 5 / 7}
+    lines = overlap.class_table(counts, ['a', 'b', 'c', 'd']).splitlines()
     assert lines[2].split() == ['b', '42.9', '%', '50.0', '%', '66.7', '%']
     assert lines[4].split() == ['d', '0.0', '%', '-', '-']
-    assert [line.split()[0] for line in regions.class_table(counts, ['a', 'b', 'c', 'd'], 2).splitlines()[1:]] == [
+    assert [line.split()[0] for line in overlap.class_table(counts, ['a', 'b', 'c', 'd'], 2).splitlines()[1:]] == [
         'b', 'a']
-    nothing = regions.count_pixels(np.full((2, 2), 255), np.zeros((2, 2), int), 2)
-    assert np.isnan(regions.values(nothing)['miou'])
+    nothing = overlap.count_pixels(np.full((2, 2), 255), np.zeros((2, 2), int), 2)
+    assert np.isnan(overlap.values(nothing)['miou'])
 
 
 def seen(logits, size, shape, corner=(0, 0), flip=False):

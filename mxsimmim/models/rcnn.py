@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Sequence, Tuple
 
 from ..config.model import MASK_SIDE, OBJECTS, PROPOSALS
 from ..ops import OpBackend
+from ..ops.boxes import CROWD, OBJECT
 from ..ops.reference import AUTO
-from ..ops.regions import CROWD, OBJECT
 from .boxes import NOTHING, clipped, encode, has_area, highest, rows, sampled, sides
 
 SAMPLED_ANCHORS, SAMPLED_BOXES, MOST_POSITIVE = 256, 512, 128  # of an image; both have at most so many positive ones
