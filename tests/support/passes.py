@@ -89,7 +89,7 @@ def compute_together(config, backend, control, group, plan):
                     for key, (spec, value) in found.items()}
 
 
-def assert_same(results, expected):
+def assert_same(results, expected, tolerance=1e-5):
     """That all workers have the same losses, bit by bit, and each the gradients of what it has."""
     losses, whole = expected
     for own, gradients in results:
@@ -98,7 +98,6 @@ def assert_same(results, expected):
         for key, (spec, gradient) in gradients.items():
             value = part_of(spec.name, whole[spec.name][1], spec.shard)
             error = np.linalg.norm(gradient - value)
-            # What is rounded differs from CPU to CPU: SwinV2's first norms have reached 1.1e-5.
-            assert error <= 2e-5 * max(np.linalg.norm(value), 1e-2), (key, error)
+            assert error <= tolerance * max(np.linalg.norm(value), 1e-2), (key, error)
             if spec.shard.count == 1 and key in results[0][1]:  # what all compute, or the sum of their terms
                 np.testing.assert_array_equal(gradient, results[0][1][key][1])

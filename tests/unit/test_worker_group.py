@@ -97,4 +97,5 @@ def test_gradients_are_those_of_one_worker(network, workers, plan):
     def work(control):
         group = Shaken(mx.cpu(), [size // 4, size // 2, size], InMemory(control), backend).shake(control.rank)
         return compute_together(config, backend, control, group, plan)
-    assert_same(each(workers, work), compute_whole(config, backend, plan))
+    # Norms after the branches enlarge what is rounded, which differs from CPU to CPU: 1.1e-5 on one, for one bias.
+    assert_same(each(workers, work), compute_whole(config, backend, plan), 2e-5 if network == 'swinv2' else 1e-5)
