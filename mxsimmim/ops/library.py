@@ -5,6 +5,7 @@ Without it everything is computed all the same, by MXNet's own operators.
 import ctypes
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -18,6 +19,7 @@ BF16 = ('avx512_core_bf16', 'avx512_core_amx')  # instructions that multiply bf1
 EMULATED = ('avx512_core',)  # where oneDNN can multiply bf16, more slowly
 
 _isa: Optional[str] = None  # of the library that MXNet has loaded
+_loading = threading.Lock()  # MXNet refuses operators that it has: of two threads the second would find none, for good
 _told = False
 
 
@@ -108,16 +110,17 @@ def load() -> str:
         NotBuilt: as `open_library`, or MXNet refuses the library.
     """
     global _isa
-    if _isa is None:
-        opened = open_library()
-        import mxnet
-        try:
-            mxnet_private.load_operators(str(opened.path), PREFIX)
-        except mxnet.MXNetError as error:
-            raise NotBuilt(f'MXNet {mxnet.__version__} does not load {opened.path}: '
-                           + str(error).strip().splitlines()[-1]) from None
-        _isa = opened.isa
-    return _isa
+    with _loading:
+        if _isa is None:
+            opened = open_library()
+            import mxnet
+            try:
+                mxnet_private.load_operators(str(opened.path), PREFIX)
+            except mxnet.MXNetError as error:
+                raise NotBuilt(f'MXNet {mxnet.__version__} does not load {opened.path}: '
+                               + str(error).strip().splitlines()[-1]) from None
+            _isa = opened.isa
+        return _isa
 
 
 def admit(precision: str) -> str:
