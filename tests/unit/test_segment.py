@@ -132,6 +132,15 @@ def test_report(tmp_path):
     assert len((tmp_path / 'evaluation.txt').read_text().splitlines()) == 12
 
 
+def test_the_best_weights_are_named_where_there_are_any(tmp_path):
+    """Records have null for an evaluation of images without a labelled pixel."""
+    rows = [dict(step=1, val_miou=None), dict(step=2, val_miou=0.5), dict(step=3, val_miou=0.25)]
+    told, = evaluated(1, lambda evaluator, placement: evaluator.conclude(rows, 3, placement, tmp_path))
+    assert told.endswith(f'\nbest: mIoU 0.5000 at step 2, kept in {tmp_path}/best')
+    told, = evaluated(1, lambda evaluator, placement: evaluator.conclude(rows[:1], 3, placement, tmp_path))
+    assert '\nbest:' not in told and told.startswith('mIoU ')
+
+
 def test_picture():
     picture, = evaluated(1, PixelEvaluator.picture)
     assert picture.dtype == np.uint8 and picture.shape[2] == 3 and picture.std() > 10
