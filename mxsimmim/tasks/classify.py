@@ -1,5 +1,4 @@
 """Classification: images are to be given their class, the better the more of those held out are."""
-import json
 import zlib
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
@@ -19,7 +18,7 @@ from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import metrics, pictures
-from .classes import WithClasses, names_of_outputs
+from .classes import PredictorOfClasses, WithClasses, names_of_outputs
 from .evaluator import SHOWN, LabelledEvaluator, left_out
 from .pace import Pace, images_per_second
 from .task import Metric, Predictor
@@ -77,19 +76,14 @@ class ClassEvaluator(LabelledEvaluator[Source, np.ndarray]):
         return '\n'.join(lines + ([f'most confused: {"; ".join(confusions)}'] if confusions else []))
 
 
-class ClassPredictor:
+class ClassPredictor(PredictorOfClasses):
     """Gives images the probabilities of their classes: (B, K)."""
-    command = 'predict'
     kind = 'a classifier, which reconstructs nothing'
-    advice = '`mxsimmim predict` shows what it has learned'
     output = 'logits'
-    onnx = ''
+    told = 'classes'
 
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
-        self._config, self._net = config, net
-        self.classes: Tuple[str, ...] = tuple(state['classes'])
-        self.summary = f'{len(self.classes)} classes'
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
+        super().__init__(config, net, state)
         self._width = max(len(one_line(name)) for name in self.classes)
 
     @staticmethod
@@ -105,16 +99,9 @@ class ClassPredictor:
     def transform(self, data: DataConfig) -> ClassifyEvalTransform:
         return ClassifyEvalTransform(data, self._config.model)
 
-    def call(self, image: Any) -> Any:
-        """Maps images (B, 3, S, S), normalised, to logits (B, K)."""
-        return self._net(image)
-
     def answer(self, image: mx.nd.NDArray) -> np.ndarray:
         """Returns the probabilities (B, K)."""
         return mx.nd.softmax(self.call(image), axis=1).asnumpy()
-
-    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
-        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` most probable classes, each with its probability."""
@@ -127,10 +114,6 @@ class ClassPredictor:
     def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> Optional[np.ndarray]:
         """Draws nothing."""
         return None
-
-    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
-        """Returns `record` in JSON."""
-        return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
 
     def ranked(self, probabilities: np.ndarray) -> List[Tuple[str, float]]:
         """Returns (class name, probability) of one image, the most probable first."""

@@ -1,10 +1,8 @@
 """Detection: objects are to be found, with boxes and masks, the better the higher the precision on images held out."""
-import json
 import math
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
-import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
@@ -15,7 +13,7 @@ from ..data.objects import Objects, WithObjects
 from ..data.regions import bitmap
 from ..data.sources import Source
 from ..data.transforms import Fields
-from ..models import Detector, Network, build_detector, named_parameters
+from ..models import Detector, build_detector, named_parameters
 from ..models.detector import detector_cost
 from ..models.from_gluoncv import model_zoo
 from ..models.shards import WHOLE, Shard
@@ -24,7 +22,7 @@ from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import pictures
-from .classes import WithClasses, names_of_outputs
+from .classes import PredictorOfClasses, WithClasses, names_of_outputs
 from .detections import Found, decoded, found_in, needed
 from .evaluator import SHOWN, LabelledEvaluator, left_out
 from .looks import answers_of
@@ -108,20 +106,13 @@ def drawn(image: np.ndarray, found: Found, classes: Sequence[str]) -> np.ndarray
     return pictures.boxed(image, classes, found.boxes[sure], found.classes[sure], masks, found.scores[sure])
 
 
-class BoxPredictor:
-    """Finds the objects of an image: class, score, box and mask of each."""
-    command = 'predict'
+class BoxPredictor(PredictorOfClasses):
+    """Finds the objects of an image, class, score, box and mask, by detections as `Detector` has them."""
     kind = 'a detector, which reconstructs nothing'
-    advice = '`mxsimmim predict` shows what it has learned'
     output = 'detections'
+    told = 'classes of objects'
     onnx = ('how a detector chooses boxes (topk, box_nms, ROIAlign) has no translation to ONNX here: write --format '
             'symbol, which any MXNet 1.9 runs, or ask `mxsimmim serve` over HTTP')
-
-    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
-        self._config, self._net = config, net
-        self.classes: Tuple[str, ...] = tuple(state['classes'])
-        self.summary = f'{len(self.classes)} classes of objects'
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> Detector:
@@ -135,17 +126,6 @@ class BoxPredictor:
 
     def transform(self, data: DataConfig) -> ObjectsEvalTransform:
         return ObjectsEvalTransform(data, self._config.model)
-
-    def call(self, image: Any) -> Any:
-        """Maps images (B, 3, H, W), normalised, to detections (B, 100, 6), with masks (B, 100, 6 + 28 * 28)."""
-        return self._net(image)
-
-    def answer(self, image: mx.nd.NDArray) -> np.ndarray:
-        """Returns the detections."""
-        return self.call(image).asnumpy()
-
-    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
-        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` most certain objects: class, score, box."""
@@ -167,10 +147,6 @@ class BoxPredictor:
     def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> np.ndarray:
         """Draws on an image, uint8 (H, W, 3), the objects that were found for `CERTAIN`."""
         return drawn(image, self._found(fields, answer), self.classes)
-
-    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
-        """Returns `record` in JSON."""
-        return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
 
     def _found(self, fields: Fields, answer: np.ndarray) -> Found:
         height, width, *size = (int(side) for side in fields['extent'])

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
-import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
@@ -17,7 +16,7 @@ from ..data.segmentation import Segmented, ignored_number, open_segmented
 from ..data.sources import Source
 from ..data.transforms import Fields
 from ..data.views import Answer, returned
-from ..models import Network, Segmenter, build_segmenter, named_parameters
+from ..models import Segmenter, build_segmenter, named_parameters
 from ..models.segmenter import segmenter_cost
 from ..models.shards import WHOLE, Shard
 from ..ops import OpBackend
@@ -25,7 +24,7 @@ from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import overlap, pictures
-from .classes import WithClasses, names_of_outputs
+from .classes import PredictorOfClasses, WithClasses, names_of_outputs
 from .evaluator import SHOWN, LabelledEvaluator, left_out
 from .looks import answers_of
 from .metrics import log_softmax
@@ -136,19 +135,11 @@ def class_shares(source: Segmented) -> np.ndarray:
     return counts / counts.sum()
 
 
-class MapPredictor:
-    """Tells the class of each pixel of an image."""
-    command = 'predict'
+class MapPredictor(PredictorOfClasses):
+    """Tells the class of each pixel of an image, by logits (B, K, h, w)."""
     kind = 'a segmenter, which reconstructs nothing'
-    advice = '`mxsimmim predict` shows what it has learned'
     output = 'logits'
-    onnx = ''
-
-    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
-        self._config, self._net = config, net
-        self.classes: Tuple[str, ...] = tuple(state['classes'])
-        self.summary = f'{len(self.classes)} classes of pixels'
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
+    told = 'classes of pixels'
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> Segmenter:
@@ -161,17 +152,6 @@ class MapPredictor:
 
     def transform(self, data: DataConfig) -> SegmentEvalTransform:
         return SegmentEvalTransform(data, self._config.model)
-
-    def call(self, image: Any) -> Any:
-        """Maps images (B, 3, H, W), normalised, to logits (B, K, h, w)."""
-        return self._net(image)
-
-    def answer(self, image: mx.nd.NDArray) -> np.ndarray:
-        """Returns the logits (B, K, h, w)."""
-        return self.call(image).asnumpy()
-
-    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
-        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` largest classes, each with its share of the pixels."""
