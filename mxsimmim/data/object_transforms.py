@@ -7,8 +7,8 @@ import numpy as np
 from ..config import DataConfig, ModelConfig
 from ..config.model import MASK_SIDE, OBJECTS
 from .decode import BrokenImage
-from .dense_transforms import ViewsTransform, canvas_of, check_size, fill_colour
-from .geometry import Size, View, padded, random_view, size_of, whole_view
+from .dense_transforms import ViewsTransform, check_size, fill_colour
+from .geometry import Size, View, padded, random_view, size_of
 from .objects import Objects, WithObjects
 from .regions import in_box
 from .transforms import Fields, Transform, draw_uniform, empty_uniform
@@ -41,7 +41,7 @@ class ObjectsTransform(Transform):
         """Keep what is done; with `masks`, an object without one is a broken image."""
         self._most, self._candidates = most, model.candidates[0] + most
         self._data, self._model, self._source, self._masks = data, model, source, masks
-        self._canvas, self._bicubic = canvas_of(model), data.interpolation == 'bicubic'
+        self._canvas, self._bicubic = model.size, data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
@@ -115,26 +115,3 @@ class ObjectsViewsTransform(ViewsTransform):
     def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool,
                  scales: Sequence[float] = (1,), flip: bool = False):
         super().__init__(data, model, functools.partial(objects_of, source, masks), scales, flip)
-
-
-class ObjectsEvalTransform(Transform):
-    """The whole image, as large as fits, in the upper left corner of the input: fills image and extent.
-
-    A point (x, y) of the input is (x W' / w, y H' / h) of the image, by the numbers of extent. What is to be found is
-    asked of `WithObjects.objects`.
-    """
-
-    def __init__(self, data: DataConfig, model: ModelConfig):
-        self._data, self._canvas, self._bicubic = data, canvas_of(model), data.interpolation == 'bicubic'
-        self.upright = bool(data.exif_orientation)
-
-    def allocate(self, count: int) -> Fields:
-        return {'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32)}
-
-    def draw(self, rng: np.random.Generator) -> Fields:
-        return {}
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        view = whole_view(size_of(image), self._canvas)
-        return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
-                'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}

@@ -6,9 +6,10 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
+from ..data.dense_transforms import WholeTransform
 from ..data.detection import open_objects
 from ..data.geometry import Size, View, padded, whole_view
-from ..data.object_transforms import ObjectsEvalTransform, ObjectsTransform, ObjectsViewsTransform
+from ..data.object_transforms import ObjectsTransform, ObjectsViewsTransform
 from ..data.objects import Objects, WithObjects
 from ..data.regions import bitmap
 from ..data.sources import Source
@@ -124,8 +125,8 @@ class BoxPredictor(PredictorOfClasses):
         """Returns the names in the file `classes`; without one, the numbers of the classes."""
         return {'classes': names_of_outputs(len(arrays['roi_head.bbox_head.fc_cls.weight']) - 1, file, classes)}
 
-    def transform(self, data: DataConfig) -> ObjectsEvalTransform:
-        return ObjectsEvalTransform(data, self._config.model)
+    def transform(self, data: DataConfig) -> WholeTransform:
+        return WholeTransform(data, self._config.model)
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` most certain objects: class, score, box."""

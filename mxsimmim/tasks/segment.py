@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
 from ..data.decode import BrokenImage
-from ..data.dense_transforms import SegmentEvalTransform, SegmentTransform, SegmentViewsTransform
+from ..data.dense_transforms import SegmentTransform, SegmentViewsTransform, WholeTransform
 from ..data.geometry import Size, View, padded
 from ..data.segmentation import Segmented, ignored_number, open_segmented
 from ..data.sources import Source
@@ -150,8 +150,8 @@ class MapPredictor(PredictorOfClasses):
         """Returns the names in the file `classes`; without one, the numbers of the classes."""
         return {'classes': names_of_outputs(len(arrays['decode_head.conv_seg.weight']), file, classes)}
 
-    def transform(self, data: DataConfig) -> SegmentEvalTransform:
-        return SegmentEvalTransform(data, self._config.model)
+    def transform(self, data: DataConfig) -> WholeTransform:
+        return WholeTransform(data, self._config.model)
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` largest classes, each with its share of the pixels."""
