@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim.config import DataConfig
+from mxsimmim.config import DataConfig, ModelConfig
 from mxsimmim.data.decode import BrokenImage
 from mxsimmim.data.detection import open_objects
 from mxsimmim.data.geometry import View
+from mxsimmim.data.object_transforms import ObjectsTransform, ObjectsViewsTransform
 from mxsimmim.data.regions import Polygons, RunLengths, bitmap, in_box, region_of, unpacked
+from mxsimmim.data.sampling import generator
 
 # Written by pycocotools 2.0.11 for these bitmaps.
 ROWS = '00000000100000000100000010101001010'
@@ -196,6 +198,18 @@ def test_bad_annotations_break_their_image_alone(coco, values, message):
         source.objects(2)
     assert f'{folder}/instances.json, line ' in str(error.value) and '\n' not in str(error.value)
     assert len(source.objects(0).boxes) == 1
+
+
+def test_masks_that_are_not_asked_for_are_not_read(coco):
+    """Other programs write polygons of two points into files of boxes."""
+    folder, content = coco
+    source = opened(folder, changed('annotations', 0, segmentation=[[1, 2, 3, 4]])(content).encode())
+    assert source.objects(2, masks=False).regions == (None, None)
+    model = ModelConfig(type='vit', img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1)
+    for transform in (ObjectsTransform, ObjectsViewsTransform):
+        transform(DataConfig(), model, source, masks=False)(np.zeros((30, 40, 3), np.uint8), generator(0), 2)
+        with pytest.raises(BrokenImage, match='a polygon has an even number of numbers'):
+            transform(DataConfig(), model, source, masks=True)(np.zeros((30, 40, 3), np.uint8), generator(0), 2)
 
 
 def test_boxes_without_area_and_images_that_are_not_listed(coco):
