@@ -9,7 +9,7 @@ from ..config.model import MASK_SIDE, OBJECTS
 from .decode import BrokenImage
 from .dense_transforms import ViewsTransform, check_size, fill_colour
 from .geometry import Size, View, padded, random_view, size_of
-from .objects import Objects, WithObjects
+from .objects import Objects, WithObjects, within
 from .regions import in_box
 from .transforms import Fields, Transform, draw_uniform, empty_uniform
 
@@ -86,7 +86,7 @@ class ObjectsTransform(Transform):
 
 
 def objects_of(source: WithObjects, masks: bool, index: int, image: np.ndarray) -> Objects:
-    """What is in an image (H, W, 3), with its size, and with its masks if they are asked for.
+    """What is in an image (H, W, 3), inside of it, with its size, and with its masks if they are asked for.
 
     Raises:
         BrokenImage: it cannot be read, is of an image of another size, or, with `masks`, lacks one.
@@ -99,7 +99,7 @@ def objects_of(source: WithObjects, masks: bool, index: int, image: np.ndarray) 
             raise BrokenImage(f"{source.name(index)}: object {number} of class '"
                               f"{source.classes[objects.classes[number]]}' has no mask, which the task needs: complete "
                               'the segmentations, or set model.masks=false')
-    return objects._replace(size=size)
+    return objects if objects.size else within(objects, size)
 
 
 class ObjectsViewsTransform(ViewsTransform):

@@ -21,6 +21,14 @@ class Objects(NamedTuple):
     size: Optional[Size]  # of the image, if it is known
 
 
+def within(objects: Objects, size: Size) -> Objects:
+    """Cut boxes at the borders of their image, which has this size; those without an area in it are left out."""
+    boxes = objects.boxes.clip(0, np.array(size[::-1] * 2, np.float32))
+    kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    return Objects(boxes[kept], objects.classes[kept], objects.crowd[kept],
+                   tuple(objects.regions[number] for number in kept), size)
+
+
 class ObjectLists(Annotations, Protocol):
     """The objects of some images, by number."""
     has_masks: bool
