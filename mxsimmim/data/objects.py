@@ -102,7 +102,7 @@ class ObjectTable:
             where: what messages call the object of this place in `columns`.
             regions: its mask; BrokenImage if it is none. None: there are no masks.
         """
-        self.classes, self.has_masks, self._sizes, self._broken = classes, regions is not None, sizes, broken
+        self.classes, self.has_masks, self._sizes, self.broken = classes, regions is not None, sizes, broken
         self._regions = regions
         image, boxes = np.array(columns.image, np.int64), np.array(columns.box, np.float32).reshape(-1, 4)
         limits = np.where(sizes > 0, sizes, np.inf).astype(np.float32)[image][:, [1, 0, 1, 0]]
@@ -118,9 +118,12 @@ class ObjectTable:
         self._boxes, self._kinds = cut[self._order], np.array(columns.kind, np.int32)[self._order]
         self._crowd = np.array(columns.crowd, bool)[self._order]
 
+    def __len__(self) -> int:
+        return len(self._boxes)
+
     def read(self, index: int, masks: bool) -> Objects:
-        if index in self._broken:
-            raise BrokenImage(self._broken[index])
+        if index in self.broken:
+            raise BrokenImage(self.broken[index])
         own = slice(self._starts[index], self._starts[index + 1])
         size = (int(self._sizes[index, 0]), int(self._sizes[index, 1])) if self._sizes[index].all() else None
         regions = tuple(self._regions(int(place), size) if masks and self._regions and size else None
