@@ -113,6 +113,12 @@ def test_masks_are_encoded_as_coco_does():
     assert region_lengths(RunLengths(lengths), SIZE) == region_lengths(bitmap, SIZE) == encoded(bitmap)
 
 
+def test_polygons_that_lead_far_away():
+    """A number too many in a file, on which COCO's own tools end the process."""
+    mask = decoded(region_lengths(Polygons((np.array([[0, 0], [1e9, 0], [1e9, 1e9]]),)), SIZE))
+    np.testing.assert_array_equal(mask, np.arange(SIZE[1]) >= np.arange(SIZE[0])[:, None])
+
+
 def test_an_answer_about_the_mirror_image():
     mask = np.arange(CELLS ** 2, dtype='float32').reshape(CELLS, CELLS)
     answer = rows_of((10, 5, 20, 15, 0.75, 1), mask=mask)
