@@ -62,7 +62,7 @@ def test_the_schemas_of_kubernetes(version):
 
 def test_the_job(monkeypatch):
     monkeypatch.setenv('TOKEN', 'secret $x')
-    words = ['-n', '3', '--devices', 'gpu', '--env', 'TOKEN', '--env-server', 'A=1', '--', 'x', 'a b', '$(HOME) $$', '']
+    words = ['-n', '3', '--devices', 'gpu', '--env', 'TOKEN', '--env-server', 'A=1', '--', 'x', 'ä 🖼', '$(HOME) $$', '']
     text = manifests.text(made(*words), 'team')
     secret, service, job = yaml.safe_load_all(text)
     assert secret['stringData'] == {'MXSIMMIM_LAUNCH': f'job-0.job 41000 {KEY}', 'TOKEN': 'secret $x'}
@@ -74,7 +74,7 @@ def test_the_job(monkeypatch):
                                                                                                        0)
     assert container['command'] == [
         'python3', '-m', 'mxsimmim.cluster.launch', *argv('-n', '3', '--devices', 'gpu', '--env', 'TOKEN',
-                                                          '--env-server', 'A=1'), '--', 'x', 'a b', '$$(HOME) $$$$', '']
+                                                          '--env-server', 'A=1'), '--', 'x', 'ä 🖼', '$$(HOME) $$$$', '']
     assert 'secret $x' not in text.partition('kind: "Job"')[2] and KEY not in str(job)
     assert container['resources'] == {'limits': {'nvidia.com/gpu': 1}} and container['workingDir'] == '/runs'
     assert pod['securityContext']['runAsNonRoot'] and container['securityContext']['readOnlyRootFilesystem']
