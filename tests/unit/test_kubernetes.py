@@ -112,10 +112,11 @@ def test_it_prints_or_applies(tmp_path, monkeypatch, capfd):
 
 def test_pods_know_their_place(monkeypatch):
     monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
-    monkeypatch.delenv('MXSIMMIM_LAUNCH', raising=False)
     given = options.parse(argv('-n', '2', 'x'))
-    with pytest.raises(ValueError, match='without MXSIMMIM_LAUNCH: make its Secret'):
-        KubernetesBackend().instead(given)
+    for value in ('', 'job-0.job 41000', f'job-0 41000 {KEY}', f'job-0.job 41000 {KEY[2:]}'):  # as without openssl
+        monkeypatch.setenv('MXSIMMIM_LAUNCH', value)
+        with pytest.raises(ValueError, match='without MXSIMMIM_LAUNCH, a name, a port and a key .* make its Secret'):
+            KubernetesBackend().instead(given)
     monkeypatch.setenv('MXSIMMIM_LAUNCH', f'job-0.job 41000 {KEY}')
     assert KubernetesBackend().instead(given) is None
     assert KubernetesBackend().hosts(JobSpec(('x',), 2)) == [Host('job-0'), Host('job-1')]
