@@ -17,6 +17,7 @@ NEAR = 1.0  # pixels of the input, from the border of a view
 NMS = 0.5  # boxes of a class that share more (IoU) are one
 CELLS = 28  # a side of a mask in its box
 FAR = 4  # sides of an image, from which a polygon is far away from it
+STRIP = 1 << 22  # probabilities of a mask's pixels at a time
 BOXES = 6  # numbers of a row before its mask: x0, y0, x1, y1, score, class
 
 
@@ -116,7 +117,9 @@ def pasted(grid: np.ndarray, box: np.ndarray, size: Size) -> np.ndarray:
         places = (np.arange(first, last) + 0.5 - low) / (high - low) * CELLS - 0.5
         axes.append((slice(first, max(first, last)), np.maximum(0, 1 - np.abs(places[:, None] - np.arange(CELLS)))))
     (rows, down), (columns, across) = axes
-    result[rows, columns] = down @ grid @ across.T >= 0.5
+    down, step = down @ grid, max(1, STRIP // max(1, len(across)))
+    for top in range(0, len(down), step):
+        result[rows, columns][top:top + step] = down[top:top + step] @ across.T >= 0.5
     return result
 
 

@@ -31,6 +31,7 @@ from .metrics import log_softmax
 from .pace import Pace, images_per_second
 from .task import Metric, Predictor
 
+STRIP = 1 << 26  # logits of an image's pixels at a time
 PNG = 'image/png'
 COUNTED = 64  # images of which the classes' shares are known before training
 
@@ -43,16 +44,19 @@ def class_map(answers: Sequence[Answer], size: Size, canvas: Size) -> np.ndarray
         size: of the image.
         canvas: of the network's input.
     """
-    if len(answers) == 1:
-        (view, logits), = answers
-        total = returned(logits, view, size, canvas)[1]
-    else:
-        total = np.zeros((len(answers[0][1]), *size), 'float32')
-        for view, logits in answers:
-            (rows, columns), large = returned(logits, view, size, canvas)
-            total[:, rows, columns] += softmax(large)
-    likeliest = total.argmax(axis=0).astype('int32')
-    likeliest[~np.isfinite(total).all(axis=0)] = len(total)
+    likeliest, classes = np.empty(size, 'int32'), len(answers[0][1])
+    step = max(1, STRIP // (classes * size[1]))
+    for top in range(0, size[0], step):
+        strip = slice(top, min(top + step, size[0]))
+        if len(answers) == 1:
+            (view, logits), = answers
+            total = returned(logits, view, size, canvas, strip)[1]
+        else:
+            total = np.zeros((classes, strip.stop - top, size[1]), 'float32')
+            for view, logits in answers:
+                (rows, columns), large = returned(logits, view, size, canvas, strip)
+                total[:, rows, columns] += softmax(large)
+        likeliest[strip] = np.where(np.isfinite(total).all(axis=0), total.argmax(axis=0), classes)
     return likeliest
 
 

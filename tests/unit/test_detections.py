@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from mxsimmim.data.geometry import View, whole_view
 from mxsimmim.data.objects import Objects, box_of
 from mxsimmim.data.regions import Polygons, RunLengths
+from mxsimmim.tasks import detections
 from mxsimmim.tasks.detections import (
     CELLS,
     Found,
@@ -84,7 +85,7 @@ def test_masks_are_pasted():
     np.testing.assert_array_equal(decoded(found.masks[0]), mask)
 
 
-def test_pasting_interpolates():
+def test_pasting_interpolates(monkeypatch):
     """As bilinear sampling at the centres of pixels does, written out."""
     rng, box = np.random.default_rng(SEED), np.array([3.3, 2.1, 44.9, 37.4])
     grid = rng.random((CELLS, CELLS))
@@ -97,6 +98,8 @@ def test_pasting_interpolates():
                 i, j = int(v), int(u)
                 near = padded[i:i + 2, j:j + 2]
                 expected[y, x] = np.array([i + 1 - v, v - i]) @ near @ np.array([j + 1 - u, u - j]) >= 0.5
+    np.testing.assert_array_equal(pasted(grid, box, SIZE), expected)
+    monkeypatch.setattr(detections, 'STRIP', 300)  # as of a large image
     np.testing.assert_array_equal(pasted(grid, box, SIZE), expected)
     assert 100 < expected.sum() < expected.size - 100
 

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import tracemalloc
 
 import mxnet as mx
 import numpy as np
@@ -15,7 +16,7 @@ from mxsimmim.data.sampling import generator
 from mxsimmim.data.segmentation import open_segmented
 from mxsimmim.models import build_segmenter
 from mxsimmim.ops import REFERENCE
-from mxsimmim.tasks import overlap
+from mxsimmim.tasks import overlap, segment
 from mxsimmim.tasks.segment import (
     MapPredictor,
     PixelEvaluator,
@@ -74,6 +75,20 @@ def test_class_map_of_parts():
     parts = [seen(logits, (16, 32), (16, 16), (0, corner)) for logits, corner in ((left, 0), (right, 4), (left, 16))]
     found = class_map(parts, (8, 16), (16, 16))  # columns 2 to 9 are in the second, 0 to 7 and 8 to 15 in the others
     np.testing.assert_array_equal(found, np.broadcast_to((np.arange(16) >= 2) & (np.arange(16) < 10), (8, 16)))
+
+
+def test_class_map_of_large_images(monkeypatch):
+    """Row by row it is the same, and takes no memory for the logits of all pixels: 32 MB here."""
+    rng, size, canvas = generator(5), (400, 1000), (16, 40)
+    views = [(View(whole, (0, 0), whole), rng.standard_normal((20, 8, 20)).astype('float32'))
+             for whole in (canvas, (9, 22))]
+    whole = [class_map(answers, size, canvas) for answers in (views[:1], views)]
+    monkeypatch.setattr(segment, 'STRIP', 20 * 1000 * 7)
+    tracemalloc.start()
+    parts = [class_map(answers, size, canvas) for answers in (views[:1], views)]
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
+    np.testing.assert_array_equal(parts, whole)
 
 
 def test_cross_entropy():
