@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from support.programs import free_port, needed
+from support.programs import needed
+from support.prometheus import MONITORING, config_for, prometheus
 from support.running import DATA, ROOT, rounds
 
 from mxsimmim.cluster import options
 from mxsimmim.cluster.backends import kubernetes
 from mxsimmim.training import checkpoint, exporter
 
-MONITORING = ROOT / 'launch' / 'monitoring'
 TOLD = {'state': 'training', 'step': 40, 'total': 100, 'started': 1000.0, 'time': 2000.5, 'pause': 4.0, 'loss': 0.25,
         'val_loss': None, 'lr': 1e-4, 'grad_norm': 1.5, 'images_per_second': 64.0, 'data_seconds': 0.25,
         'compute_seconds': 0.5, 'communication_seconds': 0.125, 'skipped': 3, 'broken_images': 1,
@@ -165,7 +165,7 @@ def in_pods():
     return config, scrape
 
 
-def pods(run, host, port):
+def pods(host, port):
     """What Prometheus makes of the pods of two jobs, in the labels of its discovery; of one all have ended."""
     words = ['--launcher', 'kubernetes', '--image', 'x', '-n', '2', '--', 'mxsimmim', 'pretrain', 'x.yaml',
              f'log.prometheus_port={port}', 'log.prometheus_host=0.0.0.0']
@@ -223,68 +223,32 @@ def test_prometheus_finds_runs_and_fires(run, tmp_path):
 
     It finds two runs by their files, and one as a pod. Of a third the file is left, with the address of another.
     """
-    program, port = needed('prometheus', 'prometheus'), free_port()
     told = {**TOLD, 'val_loss': 0.5, 'skipped': 0, 'time': time.time()}
     runs, other = [run, tmp_path / 'other'], {**told, 'step': 50}
     for one in runs:
         checkpoint.save(one / 'checkpoints', 20, {'weights': {'a': np.zeros(5, 'float32')}}, {}, keep=1)
-    config = yaml.safe_load((MONITORING / 'prometheus.yml').read_text())
-    config['global'] = dict.fromkeys(('scrape_interval', 'scrape_timeout', 'evaluation_interval'), '250ms')
-    config['rule_files'] = [str(MONITORING / 'alerts.yml')]
-    config['scrape_configs'][0]['file_sd_configs'][0]['files'] = [f'{tmp_path}/*.prometheus.json']
+    config = config_for(f'{tmp_path}/*.prometheus.json')
     _, scrape = in_pods()
-    scrape.update(job_name='pods', file_sd_configs=[{'files': [f'{tmp_path}/pods.json']}])
-    config['scrape_configs'].append(scrape)
-    (tmp_path / 'prometheus.yml').write_text(yaml.safe_dump(config))
-
-    def ask(path):
-        with urlopen(f'http://127.0.0.1:{port}/api/v1/{path}', timeout=10) as answer:
-            return json.load(answer)['data']
-
-    def query(expression):
-        return ask('query?query=' + quote(expression))['result']
-
-    def until(condition):
-        end = time.monotonic() + 60
-        while True:
-            try:
-                if condition():
-                    return
-            except OSError:  # it starts
-                pass
-            assert process.poll() is None and time.monotonic() < end, (tmp_path / 'log').read_text()[-2000:]
-            time.sleep(0.1)
-
-    def up():
-        return {(row['metric']['job'], row['metric']['instance']): row['value'][1] for row in query('up')}
-
-    def firing():
-        return {alert['labels']['alertname']: alert['annotations']['summary'] for alert in ask('alerts')['alerts']
-                if alert['state'] == 'firing' and alert['labels']['job'] == 'mxsimmim'}
+    config['scrape_configs'].append({**scrape, 'job_name': 'pods',
+                                     'file_sd_configs': [{'files': [f'{tmp_path}/pods.json']}]})
     with serving(run, lambda: told) as server, serving(runs[1], lambda: other):
         stale = (tmp_path / 'digits.prometheus.json').read_text().replace(str(run), f'{tmp_path}/killed')
         (tmp_path / 'killed.prometheus.json').write_text(stale)
-        (tmp_path / 'pods.json').write_text(json.dumps(list(pods(run, '127.0.0.1', server.server_port))))
-        with open(tmp_path / 'log', 'wb') as log:
-            process = subprocess.Popen([program, f'--config.file={tmp_path}/prometheus.yml', '--web.listen-address='
-                                        f'127.0.0.1:{port}', f'--storage.tsdb.path={tmp_path}/data'],
-                                       stdout=log, stderr=log, cwd=tmp_path)
-        try:
+        (tmp_path / 'pods.json').write_text(json.dumps(list(pods('127.0.0.1', server.server_port))))
+        with prometheus(tmp_path / 'prometheus', config) as one:
             counted = 'count_over_time(mxsimmim_nonfinite_steps_total{run="digits", job="mxsimmim"}[1m]) >= 3'
-            until(lambda: query(counted) and len(up()) == 4)
-            assert up() == {('mxsimmim', str(run)): '1', ('mxsimmim', str(runs[1])): '1', ('pods', 'default/job'): '1',
-                            ('mxsimmim', f'{tmp_path}/killed'): '0'}
+            one.until(lambda: one.query(counted) and len(one.up()) == 4)
+            assert one.up() == {('mxsimmim', str(run)): '1', ('mxsimmim', str(runs[1])): '1',
+                                ('pods', 'default/job'): '1', ('mxsimmim', f'{tmp_path}/killed'): '0'}
             for title, expression, _ in panels():
-                found = {row['metric']['run'] for row in query(expression.replace('$run', 'digits|other'))}
-                assert found == {'digits', 'other'}, title
-                assert {row['metric']['run'] for row in query(expression.replace('$run', 'other'))} == {'other'}, title
-            assert firing() == {}
+                for chosen in ('digits|other', 'other'):
+                    found = {row['metric']['run'] for row in one.query(expression.replace('$run', chosen))}
+                    assert found == set(chosen.split('|')), title
+            assert one.firing() == {}
             told['skipped'] = 2
-            until(firing)
-            assert firing() == {'MxsimmimNonFiniteSteps': 'digits skips updates whose loss or gradient is not finite'}
+            one.until(one.firing)
+            assert one.firing() == {
+                'MxsimmimNonFiniteSteps': 'digits skips updates whose loss or gradient is not finite'}
             if rounds(0, 1):  # Prometheus looks every five seconds
                 exporter.withdraw(run)
-                until(lambda: ('mxsimmim', str(run)) not in up())
-        finally:
-            process.terminate()
-            process.wait(30)
+                one.until(lambda: ('mxsimmim', str(run)) not in one.up())
