@@ -112,6 +112,7 @@ def serve(run: Path, told: Callable[[], Mapping[str, Any]], host: str, port: int
         from prometheus_client import CollectorRegistry, start_http_server
     except Exception as error:  # a broken package raises anything
         raise unusable('log.prometheus_port', error) from None
+    run = run.absolute()
     registry = CollectorRegistry()
     registry.register(Collector(run, told))
     server, _ = start_http_server(port, host, registry)
@@ -119,7 +120,7 @@ def serve(run: Path, told: Callable[[], Mapping[str, Any]], host: str, port: int
     run_status.write(discovery_file(run), [{
         'targets': [target(host, server.server_port)],
         # Its name in all figures, wherever it runs after a restart; the second becomes ?run= of the address.
-        'labels': {'instance': str(run.absolute()), '__param_run': str(run.absolute())}}])
+        'labels': {'instance': str(run), '__param_run': str(run)}}])
     return server
 
 
@@ -149,7 +150,7 @@ def refuse_others(app: Callable[..., Any], run: Path) -> Callable[..., Any]:
     """Have a WSGI application answer 404 where the query asks for another run, as one that was killed left its file."""
     def answer(environ: Mapping[str, Any], start_response: Callable[..., Any]) -> Any:
         asked = parse_qs(environ.get('QUERY_STRING', '')).get('run')
-        if asked in (None, [str(run.absolute())]):
+        if asked in (None, [str(run)]):
             return app(environ, start_response)
         start_response('404 Not Found', [('Content-Type', 'text/plain')])
         return [b'another run answers here\n']
