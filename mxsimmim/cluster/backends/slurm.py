@@ -52,7 +52,7 @@ class SlurmBackend(Backend):
         lines = [line for line in said if not line.startswith('srun: ') or 'error: ' in line] or said
         if any('execve()' in line for line in lines):
             return lines
-        # srun, once it knows of an end, hands on no more of what was said before.
+        # srun may drop what tasks said, when it ends the step.
         return [UNSTARTED.sub(lambda found: f'{found[0]} ({sys.executable}: {os.strerror(int(found[1]))})', line)
                 for line in lines]
 
