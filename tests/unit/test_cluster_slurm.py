@@ -1,6 +1,7 @@
 """What the launcher reads of Slurm's environment and gives to srun; tests/cluster/test_slurm.py has the real one."""
 import os
 import subprocess
+import sys
 
 import pytest
 from support.screen import Screen
@@ -90,6 +91,20 @@ def test_what_srun_says_stands_for_all_hosts(folder, monkeypatch):
     monkeypatch.setenv('SLURM_RESTART_COUNT', '1')  # the first start of this launcher all the same
     with pytest.raises(ValueError, match='Unable to create step'):
         Supervisor(SlurmBackend(), screen).run(job('true', 2))
+
+
+@pytest.mark.parametrize('heard, code, told', [
+    ('slurmstepd-a2: error: execve(): /x: No such file or directory', 2, ''),
+    ('', 2, f' ({sys.executable}: No such file or directory)'), ('', 13, f' ({sys.executable}: Permission denied)'),
+    ('', 1, '')])
+def test_a_host_without_python(folder, monkeypatch, heard, code, told):
+    """srun may end before it hands on what the host has said of it."""
+    monkeypatch.setattr(slurm, 'own_addresses', lambda *_: ['127.0.0.1'])
+    end = f'srun: error: a2: task 1: Exited with exit code {code}'
+    program(folder, 'srun', f'#!/bin/sh\nprintf "{heard}\n{end}\nsrun: Force Terminated StepId=1.0\n" >&2\nexit 1\n')
+    with pytest.raises(ValueError) as error:
+        Supervisor(SlurmBackend(), Screen()).run(job('true', 2))
+    assert str(error.value).splitlines() == [*filter(None, [heard]), end + told]
 
 
 def test_a_requeued_job_is_a_restarted_one(monkeypatch):

@@ -34,7 +34,7 @@ CONF = '/opt/mxsimmim/conf'
 READY = {
     'two_workers': ['-n', '2', '--horovod', '--', 'mxsimmim', 'pretrain', f'{CONF}/digits.yaml'],
     'eight_gpus': ['-n', '8', '-s', '4', '--devices', 'gpu', '--', 'mxsimmim', 'pretrain', f'{CONF}/vit_base.yaml',
-                   'data.path=/data', 'devices=[gpu(0)]']}
+                   'data.path=/data', 'devices=[gpu(0)]', 'log.prometheus_port=9400', 'log.prometheus_host=0.0.0.0']}
 
 
 def ready(name):
@@ -77,7 +77,16 @@ def test_the_job(monkeypatch):
                                                           '--env-server', 'A=1'), '--', 'x', 'ä 🖼', '$$(HOME) $$$$', '']
     assert 'secret $x' not in text.partition('kind: "Job"')[2] and KEY not in str(job)
     assert container['resources'] == {'limits': {'nvidia.com/gpu': 1}} and container['workingDir'] == '/runs'
+    assert spec['template']['metadata'] == {'labels': {'app.kubernetes.io/name': 'mxsimmim'}}
     assert pod['securityContext']['runAsNonRoot'] and container['securityContext']['readOnlyRootFilesystem']
+
+
+@pytest.mark.parametrize('words, port', [
+    ([], None), (['log.prometheus_port=9400'], 9400), (['log.prometheus_port=9400', 'log.prometheus_port=9500'], 9500),
+    (['log.prometheus_port=9400', 'log.prometheus_port=0'], None), (['xlog.prometheus_port=9400'], None)])
+def test_the_port_of_the_metrics_is_declared(words, port):
+    [container] = made('-n', '1', '--', 'x', *words)[2]['spec']['template']['spec']['containers']
+    assert container.get('ports') == (port and [{'name': 'metrics', 'containerPort': port}])
 
 
 @pytest.mark.parametrize('words, part', [

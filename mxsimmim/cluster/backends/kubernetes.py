@@ -129,7 +129,7 @@ def follow() -> int:
             if told and time.monotonic() - told[0] > ALONE:
                 agent.terminate()
             time.sleep(0.1)
-        if agent.returncode == 0:
+        if agent.returncode != 1:  # else it did not reach the launcher; one that was killed may have
             heard = time.monotonic()
         elif heard is not None and time.monotonic() - heard > GONE:
             return 0

@@ -2,9 +2,11 @@
 
 srun hands its environment on, so that the key is on no command line.
 """
+import errno
 import os
 import re
 import subprocess
+import sys
 import time
 from types import MappingProxyType
 from typing import List, Mapping, Sequence, Tuple
@@ -21,6 +23,8 @@ STEP = ('--overlap', '--ntasks-per-node=1', '--mpi=none', '--export=ALL')
 SHAPE = re.compile('S(LURM|RUN)_(CPUS_PER_TASK|EXACT|EXCLUSIVE|GPU_BIND|GPUS_PER_TASK|MEM_PER_\\w+|NTASKS_PER_\\w+|'
                    'THREADS_PER_CORE|TRES_PER_TASK)')  # what else srun would take from a batch script's environment
 PLACE = 'SLURMD_NODENAME'
+# How a task ends whose program cannot be started, by the number of the error: no agent that runs ends so.
+UNSTARTED = re.compile(f'srun: error: .*: Exited with exit code ({errno.ENOENT}|{errno.EACCES})')
 
 
 class SlurmBackend(Backend):
@@ -45,7 +49,12 @@ class SlurmBackend(Backend):
 
     def why_none_came(self, agents: Sequence[AgentConnection]) -> List[str]:
         said = why_none_came(agents)
-        return [line for line in said if not line.startswith('srun: ') or 'error: ' in line] or said
+        lines = [line for line in said if not line.startswith('srun: ') or 'error: ' in line] or said
+        if any('execve()' in line for line in lines):
+            return lines
+        # srun may drop what tasks said, when it ends the step.
+        return [UNSTARTED.sub(lambda found: f'{found[0]} ({sys.executable}: {os.strerror(int(found[1]))})', line)
+                for line in lines]
 
     def copy_command(self, host: Host, directory: str) -> List[str]:
         run = ' '.join(step('"$host"', 1)) + ' --unbuffered'  # or what is no whole line would wait for the next
