@@ -114,7 +114,7 @@ class ClassPredictor:
     kind = 'a classifier, which reconstructs nothing'
     advice = '`mxsimmim predict` shows what it has learned'
     output = 'logits'
-    onnx = ''
+    score: Optional[int] = None
 
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
         self._config, self._net = config, net

@@ -149,8 +149,7 @@ class BoxPredictor:
     kind = 'a detector, which reconstructs nothing'
     advice = '`mxsimmim predict` shows what it has learned'
     output = 'detections'
-    onnx = ('how a detector chooses boxes (topk, box_nms, ROIAlign) has no translation to ONNX here: write --format '
-            'symbol, which any MXNet 1.9 runs, or ask `mxsimmim serve` over HTTP')
+    score: Optional[int] = 4
 
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
         self._config, self._net = config, net
