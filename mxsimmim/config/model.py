@@ -15,6 +15,7 @@ MASK_SIDE = 56
 0.5) has at least half its side, so that of its 28 x 28 cells each is as large as one of these or larger; the bitmaps of
 100 objects at 1024 x 1024 would be 100 MB an image, these are 0.3 MB."""
 PROPOSALS = 1000  # boxes of a map, and of an image, that are kept
+SAMPLED_ANCHORS = 256  # of an image, that a detector learns from
 
 
 class ModelConfig(Section):

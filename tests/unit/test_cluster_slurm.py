@@ -53,6 +53,14 @@ def test_hosts_are_those_of_the_allocation(folder, monkeypatch):
         slurm.allocated_hosts({})
 
 
+@pytest.mark.parametrize('counts', [{}, {'SLURM_TASKS_PER_NODE': '2'}])
+def test_a_step_that_has_not_all_hosts(counts):
+    """As `srun --nodes=1 tools/launch.py` would be: without a word the job would leave out hosts."""
+    with pytest.raises(ValueError, match=r'the allocation has 3 hosts \(a\[1-2\],b\), and SLURM_TASKS_PER_NODE=2? is '
+                       'of [01]: start the launcher from'):
+        slurm.allocated_hosts({'SLURM_JOB_NODELIST': NODES['SLURM_JOB_NODELIST'], **counts})
+
+
 def job(script, workers):
     return JobSpec(('sh', '-c', script), workers, 1, directory=os.getcwd())
 

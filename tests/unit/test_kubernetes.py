@@ -62,7 +62,7 @@ def test_the_schemas_of_kubernetes(version):
 
 def test_the_job(monkeypatch):
     monkeypatch.setenv('TOKEN', 'secret $x')
-    words = ['-n', '3', '--devices', 'gpu', '--env', 'TOKEN', '--env-server', 'A=1', '--', 'x', 'a b', '$(HOME) $$', '']
+    words = ['-n', '3', '--devices', 'gpu', '--env', 'TOKEN', '--env-server', 'A=1', '--', 'x', 'ä 🖼', '$(HOME) $$', '']
     text = manifests.text(made(*words), 'team')
     secret, service, job = yaml.safe_load_all(text)
     assert secret['stringData'] == {'MXSIMMIM_LAUNCH': f'job-0.job 41000 {KEY}', 'TOKEN': 'secret $x'}
@@ -74,7 +74,7 @@ def test_the_job(monkeypatch):
                                                                                                        0)
     assert container['command'] == [
         'python3', '-m', 'mxsimmim.cluster.launch', *argv('-n', '3', '--devices', 'gpu', '--env', 'TOKEN',
-                                                          '--env-server', 'A=1'), '--', 'x', 'a b', '$$(HOME) $$$$', '']
+                                                          '--env-server', 'A=1'), '--', 'x', 'ä 🖼', '$$(HOME) $$$$', '']
     assert 'secret $x' not in text.partition('kind: "Job"')[2] and KEY not in str(job)
     assert container['resources'] == {'limits': {'nvidia.com/gpu': 1}} and container['workingDir'] == '/runs'
     assert pod['securityContext']['runAsNonRoot'] and container['securityContext']['readOnlyRootFilesystem']
@@ -112,10 +112,11 @@ def test_it_prints_or_applies(tmp_path, monkeypatch, capfd):
 
 def test_pods_know_their_place(monkeypatch):
     monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
-    monkeypatch.delenv('MXSIMMIM_LAUNCH', raising=False)
     given = options.parse(argv('-n', '2', 'x'))
-    with pytest.raises(ValueError, match='without MXSIMMIM_LAUNCH: make its Secret'):
-        KubernetesBackend().instead(given)
+    for value in ('', 'job-0.job 41000', f'job-0 41000 {KEY}', f'job-0.job 41000 {KEY[2:]}'):  # as without openssl
+        monkeypatch.setenv('MXSIMMIM_LAUNCH', value)
+        with pytest.raises(ValueError, match='without MXSIMMIM_LAUNCH, a name, a port and a key .* make its Secret'):
+            KubernetesBackend().instead(given)
     monkeypatch.setenv('MXSIMMIM_LAUNCH', f'job-0.job 41000 {KEY}')
     assert KubernetesBackend().instead(given) is None
     assert KubernetesBackend().hosts(JobSpec(('x',), 2)) == [Host('job-0'), Host('job-1')]

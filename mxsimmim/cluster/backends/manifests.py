@@ -56,12 +56,15 @@ def text(made: Sequence[Manifest], namespace: str) -> str:
 
 
 def lines(value: Any) -> List[str]:
-    """Write a value as lines of YAML: mappings and lists as blocks, all else as JSON, which YAML contains."""
+    """Write a value as lines of YAML: mappings and lists as blocks, all else as JSON, which YAML contains.
+
+    But for its pairs of surrogates, which YAML has one escape for.
+    """
     if isinstance(value, dict) and value:
         return [line for key, part in value.items() for line in _under(f'{key}:', part)]
     if isinstance(value, list) and value:
         return [('  ' if number else '- ') + line for part in value for number, line in enumerate(lines(part))]
-    return [json.dumps(value)]
+    return [json.dumps(value, ensure_ascii=False).encode('ascii', 'backslashreplace').decode('ascii')]
 
 
 def _under(head: str, part: Any) -> List[str]:

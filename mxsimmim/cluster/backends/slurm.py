@@ -60,7 +60,7 @@ def allocated_hosts(environ: Mapping[str, str]) -> List[Host]:
     """List the hosts of the allocation that this process runs in, in Slurm's order, with its tasks a host as slots.
 
     Raises:
-        ValueError: there is no allocation, or no Slurm.
+        ValueError: there is no allocation, or no Slurm, or a step of srun that has not all hosts.
     """
     nodes = environ.get('SLURM_JOB_NODELIST')
     if not nodes:
@@ -72,7 +72,12 @@ def allocated_hosts(environ: Mapping[str, str]) -> List[Host]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"'scontrol show hostnames {nodes}' does not say the hosts of the allocation ({error}): "
                          'install the commands of Slurm on this machine') from None
-    return [Host(name, slots=slots) for name, slots in zip(names, read_counts(environ['SLURM_TASKS_PER_NODE']))]
+    counts = read_counts(environ.get('SLURM_TASKS_PER_NODE', ''))
+    if len(counts) != len(names):
+        raise ValueError(f'the allocation has {len(names)} hosts ({nodes}), and SLURM_TASKS_PER_NODE='
+                         f'{environ.get("SLURM_TASKS_PER_NODE", "")} is of {len(counts)}: start the launcher from the '
+                         'script of sbatch or the shell of salloc, not by srun')
+    return [Host(name, slots=slots) for name, slots in zip(names, counts)]
 
 
 def read_counts(text: str) -> List[int]:
