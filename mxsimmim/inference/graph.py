@@ -14,6 +14,7 @@ from .trained import Trained
 
 BATCH = 3  # images a written model is compared on
 SEED = 0
+CLOSE_CALLS = 0.02  # share of rows chosen by their scores that may be others: rounding decides between close ones
 
 
 class Graph(NamedTuple):
@@ -39,11 +40,13 @@ def trace(trained: Trained) -> Graph:
     parameters = structural_parameters(trained.net)
     names = {p.name: name for name, p in parameters.items()}
     content = json.loads(symbol.tojson())
-    for node in content['nodes']:
+    for number, node in enumerate(content['nodes']):
         # Copies are for gradients; oneDNN's partitioning for int8 loses the input of the third copy of one array.
         node['inputs'] = [_uncopied(content['nodes'], source) for source in node['inputs']]
         if node['op'] == 'null':
             node['name'] = names.get(node['name'], node['name'])
+        else:
+            node['name'] += f'_{number}'  # a layer that is used several times gives each use the same name
     content['nodes'][content['heads'][0][0]]['name'] = predictor.output
     symbol = mx.sym.load_json(json.dumps(content))
     used = set(symbol.list_inputs())
@@ -67,12 +70,39 @@ def answer(trained: Trained, inputs: List[np.ndarray]) -> np.ndarray:
 
 
 def compare(expected: np.ndarray, found: np.ndarray, tolerance: float, what: str) -> None:
-    """Raises ValueError if they differ by more than `tolerance` of the largest value, or of 1."""
+    """Compares answers.
+
+    Raises:
+        ValueError: they differ by more than `tolerance` of the largest value, or of 1.
+    """
     difference = float(np.abs(expected - found).max())
     limit = tolerance * max(1.0, float(np.abs(expected).max()))
     if not difference <= limit:
         raise ValueError(f'{what} differs from the network by {difference:.2g} on random images, more than '
                          f'{limit:.2g}: nothing was written; `mxsimmim doctor` shows what to put into a bug report')
+
+
+def compare_chosen(expected: np.ndarray, found: np.ndarray, score: int, tolerance: float, what: str) -> int:
+    """Compares answers (B, n, columns) of rows chosen by their score, in whatever order: 0 in column `score` is none.
+
+    Returns how many rows there are.
+
+    Raises:
+        ValueError: of too many rows the others have none that differs in each column by at most `tolerance` of its
+            largest value, or of 1.
+    """
+    limits = tolerance * np.maximum(1.0, np.abs(expected).max(axis=(0, 1)))
+    other = rows = 0
+    for ours, theirs in zip(expected / limits, found / limits):
+        ours, theirs = (each[each[:, score] > 0] for each in (ours, theirs))
+        same = np.array([(np.abs(theirs - row) <= 1).all(axis=1) for row in ours]).reshape(len(ours), len(theirs))
+        other += int((~same.any(axis=1)).sum() + (~same.any(axis=0)).sum())
+        rows += len(ours) + len(theirs)
+    if other > CLOSE_CALLS * rows:
+        raise ValueError(f'{what} differs from the network in {other / rows:.0%} of what both find in random images, '
+                         f'by more than {tolerance:g}: nothing was written; `mxsimmim doctor` shows what to put into a '
+                         'bug report')
+    return rows
 
 
 def save_symbol(graph: Graph, prefix: Path) -> List[Path]:

@@ -5,43 +5,21 @@ MXNet's own exporter has no rsqrt and wants the batch size; of the two hundred o
 import ast
 import json
 import math
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from . import onnx_boxes
 from .graph import Graph
+from .onnx_writer import END, OF_BATCH, Writer, shapes_of
 
 OPSET, IR_VERSION = 17, 8
-END = np.iinfo(np.int64).max  # of a slice that goes to the end
 
 
-class _Writer:
-    """Nodes and constants of the ONNX graph under construction."""
-
-    def __init__(self) -> None:
-        self.nodes: List[Any] = []
-        self.constants: Dict[str, Any] = {}
-        self.ranks: Dict[str, int] = {}  # of the parameters
-        self.shapes: Dict[str, Tuple[int, ...]] = {}  # of what nodes with one output compute of one image
-
-    def add(self, op: str, inputs: Sequence[str], name: str, outputs: int = 1, **attributes: Any) -> str:
-        """Appends an operator called `name`; returns its first output, which is called the same."""
-        names = [name] + [f'{name}.{number}' for number in range(1, outputs)]
-        self.nodes.append(helper.make_node(op, list(inputs), names, name=name, **attributes))
-        return name
-
-    def constant(self, value: Any, dtype: str = 'float32') -> str:
-        """Returns the name of a constant, shared by all who use the same."""
-        array = np.asarray(value, dtype)
-        name = f'constant.{dtype}.{"x".join(map(str, array.shape))}.{array.reshape(-1).tolist()}'
-        self.constants.setdefault(name, numpy_helper.from_array(array, name))
-        return name
-
-
-def _fully_connected(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
-    if a.get('flatten', True):
+def _fully_connected(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    if a.get('flatten', True) and len(w.shapes[inputs[0]]) > 2:
         raise ValueError(f'{name}: FullyConnected with flatten=True has no translation to ONNX here')
     rows = w.add('Transpose', inputs[1:2], f'{name}.transposed', perm=[1, 0])
     if len(inputs) == 2:
@@ -49,7 +27,7 @@ def _fully_connected(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]
     return w.add('Add', [w.add('MatMul', [inputs[0], rows], f'{name}.product'), inputs[2]], name)
 
 
-def _gelu(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _gelu(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     if a['act_type'] != 'gelu':
         raise ValueError(f"{name}: LeakyReLU of type {a['act_type']} has no translation to ONNX here")
     x, = inputs
@@ -58,32 +36,40 @@ def _gelu(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     return w.add('Mul', [half, w.add('Add', [erf, w.constant(1)], f'{name}.gate')], name)
 
 
-def _relu(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _relu(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     if a['act_type'] != 'relu':
         raise ValueError(f"{name}: Activation of type {a['act_type']} has no translation to ONNX here")
     return w.add('Relu', inputs, name)
 
 
-def _batch_dot(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _batch_dot(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     sides = [w.add('Transpose', [x], f'{name}.{key}', perm=[0, 2, 1]) if a.get(key) else x
              for x, key in zip(inputs, ('transpose_a', 'transpose_b'))]
     return w.add('MatMul', sides, name)
 
 
-def _slice(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _reshape(w: Writer, name: str, inputs: List[str], _: Dict[str, Any]) -> str:
+    return w.reshaped(inputs[0], name, w.shapes[name])
+
+
+def _slice(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     end = END if a['end'] is None else a['end']
     return w.add('Slice', inputs + [w.constant([v], 'int64') for v in (a['begin'], end, a['axis'])], name)
 
 
-def _broadcast_like(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
-    """A parameter (1, …) repeated for each image of the second input."""
-    assert a['lhs_axes'] == a['rhs_axes'] == (0,), name
+def _broadcast_like(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+    """A parameter (1, …) repeated for each image of the second input; or what each image has, along other axes."""
+    assert a['lhs_axes'] == a['rhs_axes'], name
+    given, wanted = w.shapes[inputs[0]], w.shapes[name]
+    if a['lhs_axes'] != (0,):
+        sides = [1 if side == OF_BATCH else side for side in wanted]  # 1: as it is
+        return w.add('Expand', [inputs[0], w.constant(sides, 'int64')], name)
     batch = w.add('Shape', inputs[1:], f'{name}.batch', start=0, end=1)
-    ones = w.constant([1] * (w.ranks[inputs[0]] - 1), 'int64')
+    ones = w.constant([1] * (len(given) - 1), 'int64')
     return w.add('Expand', [inputs[0], w.add('Concat', [batch, ones], f'{name}.shape', axis=0)], name)
 
 
-def _take(w: _Writer, name: str, inputs: List[str], _: Dict[str, Any]) -> str:
+def _take(w: Writer, name: str, inputs: List[str], _: Dict[str, Any]) -> str:
     index = w.add('Cast', inputs[1:], f'{name}.index', to=TensorProto.INT64)  # Gluon keeps constants as floats
     return w.add('Gather', [inputs[0], index], name, axis=0)
 
@@ -102,37 +88,39 @@ def _scalar(op: str) -> Callable[..., str]:
     return lambda w, name, inputs, a: w.add(op, inputs + [w.constant(a['scalar'])], name)
 
 
-def _reduction(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any], mean: bool) -> str:
-    axes = a['axis'] if isinstance(a['axis'], tuple) else (a['axis'],)
-    keep = int(a.get('keepdims', False))
-    if mean:
-        return w.add('ReduceMean', inputs, name, axes=axes, keepdims=keep)
-    return w.add('ReduceSum', inputs + [w.constant(axes, 'int64')], name, keepdims=keep)
+def _reduction(op: str) -> Callable[..., str]:
+    def write(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+        axes = a['axis'] if isinstance(a['axis'], tuple) else (a['axis'],)
+        keep = int(a.get('keepdims', False))
+        if op == 'ReduceSum':  # of these alone operator set 17 has the axes as an input
+            return w.add(op, inputs + [w.constant(axes, 'int64')], name, keepdims=keep)
+        return w.add(op, inputs, name, axes=axes, keepdims=keep)
+    return write
 
 
 def _pair(value: Any, otherwise: int) -> List[int]:
     return list(value) or [otherwise] * 2
 
 
-def _convolution(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _convolution(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     return w.add('Conv', inputs, name, kernel_shape=a['kernel'], strides=_pair(a.get('stride', ()), 1),
                  pads=2 * _pair(a.get('pad', ()), 0))
 
 
-def _pooling(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _pooling(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     if a.get('pool_type', 'max') != 'max':
         raise ValueError(f"{name}: Pooling of type {a['pool_type']} has no translation to ONNX here")
     return w.add('MaxPool', inputs, name, kernel_shape=a['kernel'], strides=_pair(a.get('stride', ()), 1))
 
 
-def _group_norm(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _group_norm(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     x, gamma, beta = inputs  # a number a group
     groups = w.add('Reshape', [x, w.constant([0, a['num_groups'], -1], 'int64')], f'{name}.groups')
     norm = w.add('InstanceNormalization', [groups, gamma, beta], f'{name}.norm', epsilon=float(a['eps']))
     return w.add('Reshape', [norm, w.add('Shape', [x], f'{name}.shape')], name)
 
 
-def _adaptive_pooling(w: _Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
+def _adaptive_pooling(w: Writer, name: str, inputs: List[str], a: Dict[str, Any]) -> str:
     """Means over a grid of cells, which may overlap, as a product with a matrix."""
     cells = a['output_size'] if isinstance(a['output_size'], int) else a['output_size'][0]
     down, across = (_means(side, cells) for side in w.shapes[inputs[0]][2:])
@@ -162,7 +150,7 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     'batch_dot': _batch_dot,
     'slice_axis': _slice,
     'broadcast_like': _broadcast_like,
-    'Reshape': lambda w, name, inputs, a: w.add('Reshape', inputs + [w.constant(a['shape'], 'int64')], name),
+    'Reshape': _reshape, 'reshape_like': _reshape,
     'transpose': lambda w, name, inputs, a: w.add('Transpose', inputs, name,
                                                   **({'perm': a['axes']} if a.get('axes') else {})),
     'Concat': lambda w, name, inputs, a: w.add('Concat', inputs, name, axis=a['dim']),
@@ -171,8 +159,8 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
     'softmax': lambda w, name, inputs, a: w.add('Softmax', inputs, name, axis=a['axis']),
     'take': _take,
     'Cast': lambda w, name, inputs, a: w.add('Cast', inputs, name, to=TensorProto.FLOAT),
-    'mean': lambda w, name, inputs, a: _reduction(w, name, inputs, a, mean=True),
-    'sum': lambda w, name, inputs, a: _reduction(w, name, inputs, a, mean=False),
+    'mean': _reduction('ReduceMean'), 'sum': _reduction('ReduceSum'),
+    'min': _reduction('ReduceMin'), 'prod': _reduction('ReduceProd'),
     'rsqrt': lambda w, name, inputs, a: w.add('Reciprocal', [w.add('Sqrt', inputs, f'{name}.root')], name),
     'square': lambda w, name, inputs, a: w.add('Mul', inputs * 2, name),
     '_rminus_scalar': lambda w, name, inputs, a: w.add('Sub', [w.constant(a['scalar'])] + inputs, name),
@@ -184,6 +172,7 @@ TRANSLATIONS: Dict[str, Callable[..., str]] = {  # MXNet's operator -> (writer, 
        for end, op in (('add', 'Add'), ('sub', 'Sub'), ('mul', 'Mul'), ('div', 'Div'))},
     '_plus_scalar': _scalar('Add'), '_minus_scalar': _scalar('Sub'), '_mul_scalar': _scalar('Mul'),
     '_div_scalar': _scalar('Div'), '_minimum_scalar': _scalar('Min'), '_maximum_scalar': _scalar('Max'),
+    **onnx_boxes.TRANSLATIONS,
 }
 
 
@@ -194,12 +183,7 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
         ValueError: an operator that has no translation here.
     """
     content = json.loads(graph.symbol.tojson())
-    writer = _Writer()
-    writer.ranks = {name: len(array.shape) for name, array in graph.arrays.items()}
-    inside = graph.symbol.get_internals()
-    _, shapes, _ = inside.infer_shape(**{name: (1, *shape) for name, shape in graph.inputs.items()})
-    writer.shapes = {name[:-len('_output')]: shape for name, shape in zip(inside.list_outputs(), shapes)
-                     if name.endswith('_output')}
+    writer = Writer(shapes_of(graph.symbol, graph.inputs))
     for node in content['nodes']:
         if node['op'] == 'null':
             continue
@@ -212,8 +196,8 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
     weights = [numpy_helper.from_array(array.asnumpy(), name) for name, array in graph.arrays.items()]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ['batch', *shape])
               for name, shape in graph.inputs.items()]
-    shape = graph.symbol.infer_shape(**{name: (1, *shape) for name, shape in graph.inputs.items()})[1][0]
-    output = helper.make_tensor_value_info(graph.output, TensorProto.FLOAT, ['batch', *shape[1:]])
+    output = helper.make_tensor_value_info(graph.output, TensorProto.FLOAT,
+                                           ['batch', *writer.shapes[graph.output][1:]])
     built = helper.make_graph(writer.nodes, 'mxsimmim', inputs, [output], weights + list(writer.constants.values()))
     return helper.make_model(built, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=IR_VERSION,
                              producer_name='mxsimmim')

@@ -2,7 +2,7 @@
 import json
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class PredictorOfClasses:
     """The part of a predictor that is the same for all networks that tell classes, of an image and nothing else."""
     command = 'predict'
     advice = '`mxsimmim predict` shows what it has learned'
-    onnx = ''
+    score: Optional[int] = None
     told: str  # what the summary says it has a number of
 
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):

@@ -112,8 +112,7 @@ class BoxPredictor(PredictorOfClasses):
     kind = 'a detector, which reconstructs nothing'
     output = 'detections'
     told = 'classes of objects'
-    onnx = ('how a detector chooses boxes (topk, box_nms, ROIAlign) has no translation to ONNX here: write --format '
-            'symbol, which any MXNet 1.9 runs, or ask `mxsimmim serve` over HTTP')
+    score: Optional[int] = 4
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> Detector:

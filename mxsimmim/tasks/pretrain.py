@@ -124,7 +124,7 @@ class Reconstructor:
     summary = 'pre-trained'
     classes: Tuple[str, ...] = ()
     output = 'reconstruction'
-    onnx = ''
+    score: Optional[int] = None
 
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
         assert isinstance(net, SimMIM)

@@ -79,7 +79,7 @@ class Predictor(Protocol):
     classes: Tuple[str, ...]  # names of what the network tells apart, in the order of its answer
     inputs: Dict[str, Tuple[int, ...]]  # the fields that `call` takes, float32: name -> shape of one image's
     output: str  # what `call` returns, in a word
-    onnx: str  # why the network has no form in ONNX, and what to do instead; '': it has one
+    score: Optional[int]  # where `call` returns rows that were chosen by a score, its column
 
     def __init__(self, config: Config, net: 'Network', state: Mapping[str, Any]):
         """Takes the network; `state` is what the run's checkpoint records."""

@@ -1,6 +1,7 @@
 """Every command in one process, so that MXNet is imported once; for the folder it starts in.
 
-Leaves missed.json: the names of modules that nobody has, with the package that looked for each.
+With the argument `detect` those that a detector has, as that alone imports GluonCV. Leaves missed.json: the names of
+modules that nobody has, with the package that looked for each.
 """
 import json
 import os
@@ -13,8 +14,8 @@ import time
 from http.client import HTTPConnection
 from pathlib import Path
 
-from support.running import ROOT
-from support.tiny import TINY
+from support.running import BASE, ROOT
+from support.tiny import DETECTOR, SEGMENTER, TINY
 
 missed = set()
 
@@ -37,12 +38,12 @@ def free_port():
         return one.getsockname()[1]
 
 
-def ask_and_end(port):
+def ask_and_end(port, pictures):
     """Sends a picture as soon as the service is there, and then ends it."""
     while True:
         try:
             connection = HTTPConnection('127.0.0.1', port, timeout=60)
-            connection.request('POST', '/predict', next(Path('runs/pre/pictures').iterdir()).read_bytes())
+            connection.request('POST', '/predict', next(Path(pictures).iterdir()).read_bytes())
             break
         except (OSError, StopIteration):
             time.sleep(0.1)
@@ -57,12 +58,17 @@ def copies():
         shutil.copy(next(Path('runs/pre/pictures').iterdir()), f'copies/{number}.png')
 
 
-def main():
-    from mxsimmim.__main__ import main as mxsimmim
-    port = free_port()
+def commands_of_maps(kind, keys):
+    """Those of a run that is called as its network, a segmenter or a detector."""
+    finetune = ['finetune', BASE, *keys, f'name={kind}']
+    return [finetune, [*finetune, '--eval'], ['predict', f'runs/{kind}', f'runs/{kind}/pictures', '-o', 'found'],
+            ['export', f'runs/{kind}', f'{kind}.onnx', '--format', 'onnx']]
+
+
+def commands_of_encoders():
     tiny = [*TINY, 'train.length=4', 'optim.warmup=1', 'optim.milestones=[2]', 'validation.every=4', 'log.every=2']
     tuning = [text for text in tiny if not text.startswith(('mask.', 'validation.images', 'validation.pictures'))]
-    commands = [
+    return [
         ['config'], ['pretrain', ROOT / 'conf/digits.yaml', *tiny, 'name=pre'],
         ['finetune', ROOT / 'conf/finetune_digits.yaml', *tuning, 'name=fine', 'model.pretrained=runs/pre'],
         ['finetune', ROOT / 'conf/finetune_digits.yaml', *tuning, 'name=fine', 'model.pretrained=runs/pre', '--eval'],
@@ -73,9 +79,19 @@ def main():
         ['export', 'runs/fine', 'fine', '--format', 'symbol'],
         ['export', 'runs/fine', 'fine8', '--format', 'symbol', '--int8', '--max-drop', '100'],
         ['export', 'runs/fine', 'fine.onnx', '--format', 'onnx'], ['plot', 'runs/pre'], ['doctor'],
-        ['plan', ROOT / 'conf/vit_tiny.yaml', '--memory', '16GB'],
-        ['serve', 'runs/fine', '--port', port]]
-    threading.Thread(target=ask_and_end, args=[port], daemon=True).start()
+        ['plan', ROOT / 'conf/vit_tiny.yaml', '--memory', '16GB']]
+
+
+def main():
+    from mxsimmim.__main__ import main as mxsimmim
+    port = free_port()
+    if sys.argv[1:] == ['detect']:
+        run, pictures, commands = 'runs/detector', 'runs/detector/pictures', commands_of_maps('detector', DETECTOR)
+    else:
+        run, pictures = 'runs/fine', 'runs/pre/pictures'
+        commands = [*commands_of_encoders(), *commands_of_maps('segmenter', SEGMENTER)]
+    commands.append(['serve', run, '--port', port])
+    threading.Thread(target=ask_and_end, args=[port, pictures], daemon=True).start()
     sys.meta_path.append(Last)
     for words in commands:
         if words[0] == 'features':

@@ -10,13 +10,15 @@ TINY = [*NETWORK, 'mask.patch_size=4', 'data.path=digits', 'data.val_fraction=0.
 TEN_STEPS = [*TINY, 'train.length=10', 'optim.schedule=constant', 'optim.warmup=0', 'optim.base_lr=1e-2',
              'optim.clip_grad=0.5', 'validation.every=10', 'validation.images=51', 'checkpoint.every=10',
              'train.check_replicas=2', 'data.threads=1']
-# A detector over conf/base.yaml, with all that is random: scale, crop, flip, which boxes count, stochastic depth. Rates
-# are low, as what is proposed depends on the order of scores, where rounding sometimes decides.
-DETECTOR = ['task=detect', 'model.type=swin', 'model.img_size=48', 'model.patch_size=4', 'model.embed_dim=8',
-            'model.depths=[1,1,1]', 'model.num_heads=[1,1,2]', 'model.window_size=4', 'model.drop_path=0.2',
-            'model.head_channels=16', 'model.anchor_scale=4', 'data.path=digit-scenes-60x70',
-            'data.val_fraction=0.002', 'data.train_images=40', 'train.length=4', 'train.batch_size=12',
-            'optim.recipe=fixed', 'optim.base_lr=5e-3', 'optim.warmup=0', 'optim.schedule=constant',
-            'optim.clip_grad=0.5', 'optim.eps=1e-5',
-            'validation.every=4', 'validation.pictures=2', 'checkpoint.every=2', 'log.every=2',
-            'train.check_replicas=2', 'runtime.threads=1', 'data.threads=1']
+# Networks with maps over conf/base.yaml, with all that is random: scale, crop, flip, stochastic depth.
+MAPS = ['model.type=swin', 'model.img_size=48', 'model.patch_size=4', 'model.embed_dim=8', 'model.depths=[1,1,1]',
+        'model.num_heads=[1,1,2]', 'model.window_size=4', 'model.drop_path=0.2', 'model.head_channels=16',
+        'data.path=digit-scenes-60x70', 'data.train_images=40', 'train.batch_size=12', 'optim.recipe=fixed',
+        'optim.warmup=0', 'optim.schedule=constant', 'optim.clip_grad=0.5', 'validation.pictures=2', 'log.every=2',
+        'train.check_replicas=2', 'runtime.threads=1', 'data.threads=1']
+SEGMENTER = ['task=segment', *MAPS, 'data.val_fraction=0.01', 'train.length=8', 'optim.base_lr=2e-2',
+             'validation.every=8', 'checkpoint.every=4']
+# Also which boxes count is random. Rates are low, as what is proposed depends on the order of scores, where rounding
+# sometimes decides.
+DETECTOR = ['task=detect', *MAPS, 'model.anchor_scale=4', 'data.val_fraction=0.002', 'train.length=4',
+            'optim.base_lr=5e-3', 'optim.eps=1e-5', 'validation.every=4', 'checkpoint.every=2']

@@ -4,10 +4,12 @@ import itertools
 import mxnet as mx
 import numpy as np
 import pytest
+from support.tiny import DETECTOR, SEGMENTER
 from support.together import Meeting, Together, together
 from support.trainer import random_batches, take, tiny_config
 from support.workers import each
 
+from mxsimmim.config import configfile
 from mxsimmim.interop import official
 from mxsimmim.models import ParameterSpec
 from mxsimmim.parallel import own_state, protocol
@@ -30,14 +32,24 @@ STAGES, PARTS = dict(parallel=dict(pipeline=2, micro_batches=3)), dict(parallel=
 SHARDED = dict(parallel=dict(shard_optimizer=True))
 
 
-def config(folder, name, train, **keys):
+OTHER_TASKS = {'segment': SEGMENTER, 'detect': DETECTOR}
+
+
+def config(folder, name, train, task='pretrain', **keys):
+    if task != 'pretrain':
+        return configfile.load('conf/base.yaml', [*OTHER_TASKS[task], 'train.batch_size=4', f'output={folder}',
+                                                  f'name={name}', *(f'train.{key}={value}'
+                                                                    for key, value in train.items())])
     return tiny_config(output=str(folder), name=name, data=dict(path='digits', val_fraction=0, threads=1,
                                                                 worker_weights=keys.pop('worker_weights', 'equal')),
                        train=dict(batch_size=IMAGES, length=STEPS, **train), seed=SEED, **keys)
 
 
 def steps(trainer, first, last):
-    """Updates number `first` up to `last` on random batches."""
+    """Updates number `first` up to `last`, on random batches or, of other tasks, on those that are next."""
+    if trainer.config.task != 'pretrain':
+        return [trainer.train_step(batch).asnumpy()
+                for batch in itertools.islice(trainer._batches(), last - first)]
     batches = random_batches(trainer.config.model, last, IMAGES, SEED)
     return [trainer.train_step(take(batch, trainer.split.part)).asnumpy()
             for batch in itertools.islice(batches, first, None)]
@@ -62,24 +74,26 @@ def assert_same(ours, expected):
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize('train, groups, workers', MODES,
-                         ids=lambda value: ' '.join(map(str, value.values())) or '-' if isinstance(value, dict) else '')
-def test_workers_go_on(tmp_path, train, groups, workers):
-    """6 steps, saved, and 6 more of new processes: in each worker the bits of 12 steps in one go."""
+@pytest.mark.parametrize('task, train, groups, workers', [('pretrain', *mode) for mode in MODES] + [
+    ('segment', *OWN_MOMENTS), ('detect', *EMA)],
+    ids=lambda value: ' '.join(map(str, value.values())) or '-' if isinstance(value, dict) else str(value))
+def test_workers_go_on(tmp_path, task, train, groups, workers):
+    """So many steps, saved, and as many more of new processes: in each worker the bits of all steps in one go."""
     print('seed', SEED)
     transport = 'horovod' if train.get('compression') == 'fp16' else 'ps'
+    half = 6 if task == 'pretrain' else 3  # where workers that average have just done so
 
     def work(build):
-        whole = build(config(tmp_path, 'whole', train))
-        steps(whole, 0, 6)
+        whole = build(config(tmp_path, 'whole', train, task))
+        steps(whole, 0, half)
         halfway = held(whole)
         whole.save()  # which changes nothing
         assert_same(held(whole), halfway)
-        expected = steps(whole, 6, STEPS)
-        ours = build(config(tmp_path, 'whole', train), folder=tmp_path / 'whole' / 'checkpoints')
-        assert ours.step == 6
+        expected = steps(whole, half, 2 * half)
+        ours = build(config(tmp_path, 'whole', train, task), folder=tmp_path / 'whole' / 'checkpoints')
+        assert ours.step == half
         assert_same(held(ours), halfway)
-        np.testing.assert_array_equal(steps(ours, 6, STEPS), expected)
+        np.testing.assert_array_equal(steps(ours, half, 2 * half), expected)
         assert_same(held(ours), held(whole))
         return held(ours)
     first, *others = together(workers, work, transport)
