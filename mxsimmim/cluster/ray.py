@@ -9,11 +9,11 @@ from typing import List, Sequence, Union
 
 from mxsimmim.cluster.backends.ray import driver_environ
 from mxsimmim.cluster.backends.ray_driver import ends_with
-from mxsimmim.cluster.launch import USAGE
+from mxsimmim.cluster.restarts import USAGE
 from mxsimmim.config import configfile
 
 LAUNCH = 'from mxsimmim.cluster.launch import main\nsys.exit(main(sys.argv[1:]))\n'
-KEPT = 40  # last lines of the launcher's own
+KEPT = 40  # last lines that the launcher says itself, or its command against its configuration
 
 
 def run(config: Union[str, Path], *overrides: str, workers: int = 1, servers: int = 0, command: str = 'pretrain',
@@ -50,7 +50,7 @@ def run(config: Union[str, Path], *overrides: str, workers: int = 1, servers: in
             try:
                 for line in job.stdout:
                     print(line, end='', flush=True)
-                    said = [*said, line][-KEPT:] if line.startswith('launch: ') else said
+                    said = [*said, line][-KEPT:] if line.startswith(('launch: ', 'mxsimmim ')) else said
                 break
             except KeyboardInterrupt:
                 job.send_signal(signal.SIGINT)

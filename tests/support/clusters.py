@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Callable, Dict, Iterator, List
 
 import pytest
 import yaml
 
 from . import rays, slurm, tiny
 from .hosts import Hosts, three_hosts, wait_for, words_of
+from .jobs import SLOW, reach, recorded
 from .running import BASE, ROOT, command
 
 LAUNCH = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
@@ -249,6 +250,20 @@ def on_hosts(kind: str, hosts: Hosts, folder: Path) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
+
+
+def survives(made: Cluster, losses: List[float], kill: Callable[[], None], lose: Callable[[], None]) -> None:
+    """Asserts that a job to which one happens and then the other is started again each time, and keeps its losses."""
+    job = made.start('-n', 2, '--horovod', '--max-restarts', 9, '--', *SLOW)
+    reach(made.job, 15)
+    kill()
+    wait_for(lambda: 'restart in' in made.said(), 'a restart', JOB)
+    reach(made.job, 30)
+    lose()
+    assert job.wait(JOB) == 0, made.said()
+    assert made.said().count('restart in') > 1
+    assert 'launch: host host1 was lost: ' in made.said()
+    assert recorded(made.job / 'runs' / 'job', 'loss') == losses
 
 
 def environment(pid: int) -> Dict[str, str]:

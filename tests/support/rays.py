@@ -1,5 +1,6 @@
 """A real Ray on the hosts that the tests make: a node on each, the head on host0, all its files in /tmp/ray there."""
 import contextlib
+import json
 import os
 import re
 import signal
@@ -9,7 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import List
 
+from mxsimmim.cluster.backends.ray import DRIVER
+
 from .hosts import Hosts, run, wait_for, words_of
+from .running import ROOT
 
 CORES, GPUS = 4, 2  # that Ray believes each host to have
 PORT = 6379
@@ -44,12 +48,13 @@ class Ray:
     def boot(self, n: int, *words: str) -> subprocess.Popen:
         """Starts the node of a host; the process that is returned ends when the node is there."""
         self.hosts.hide(n, '/tmp/ray')
-        where = ['--head', f'--port={PORT}', '--include-dashboard=false'] if n == 0 else [f'--address={self.address}']
+        where = [f'--address={self.address}'] if n else ['--head', f'--port={PORT}', '--include-dashboard=false',
+                                                         '--no-monitor']
         return subprocess.Popen(
             [*self.hosts.inside(n), 'ray', 'start', *where, f'--node-ip-address={self.hosts.address(n)}',
              f'--num-cpus={CORES}', f'--num-gpus={GPUS}', f'--object-store-memory={STORE}', '--disable-usage-stats',
-             *words], env=self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            universal_newlines=True)
+             '--include-log-monitor=false', *words], env=self.environ, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
 
     def processes(self, n: int) -> List[int]:
         """What Ray itself runs on a host."""
@@ -66,6 +71,6 @@ class Ray:
         for n in reversed(range(self.hosts.count)):
             self.remove(n)
 
-    def ask(self, *words: object) -> str:
-        """Output of a command of Ray's, on host0."""
-        return run('env', f'PATH={self.environ["PATH"]}', *self.hosts.inside(0), 'ray', *words).strip()
+    def nodes(self) -> int:
+        """How many nodes can take a job."""
+        return len(json.loads(run('env', '-C', ROOT, *self.hosts.inside(0), *DRIVER, 'nodes', 'auto')))
