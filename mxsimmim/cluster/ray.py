@@ -50,7 +50,7 @@ def run(config: Union[str, Path], *overrides: str, workers: int = 1, servers: in
             try:
                 for line in job.stdout:
                     print(line, end='', flush=True)
-                    said = [*said, line][-KEPT:] if line.startswith(('launch: ', 'mxsimmim ')) else said
+                    said = [*said, line][-KEPT:] if line.startswith(('launch: ', 'mxsimmim')) else said
                 break
             except KeyboardInterrupt:
                 job.send_signal(signal.SIGINT)

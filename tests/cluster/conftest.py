@@ -11,7 +11,7 @@ def launcher(tmp_path):
     made.close()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def undisturbed(tmp_path_factory):
     """The losses of two ranks of `jobs.SLOW` to which nothing happens."""
     return jobs.undisturbed(tmp_path_factory.mktemp('undisturbed'))

@@ -173,9 +173,9 @@ def wait(ray: Any, calls: Dict[Any, Any]) -> None:
             try:
                 said = ray.get(call)
             except ray.exceptions.RayActorError as error:
-                said = f'its actor has ended: {reason(str(error))}'
+                said = f'the actor on {name} has ended: {reason(str(error))}'
             if said and not sys.stderr.closed:
-                print(f'{name}: {said}', file=sys.stderr, flush=True)
+                print(said if name in said else f'{name}: {said}', file=sys.stderr, flush=True)
                 os.close(2)
                 sys.stderr.close()
         if limit is None and launcher_is_gone():
@@ -189,8 +189,10 @@ def launcher_is_gone() -> bool:
 
 def reason(text: str) -> str:
     """Shorten to a line what Ray says of an actor that has died."""
-    found = re.search(r'(?:dead because|Worker exit detail:)\s*(.*)', text, re.DOTALL)
-    return ' '.join((found[1] if found else text).split())[:300]
+    said = ' '.join(text.split())
+    for begin in ('Worker exit detail: ', 'dead because ', 'is unavailable: '):
+        said = said.partition(begin)[2] or said
+    return re.split(r'\.? (?:There are some|Some common|rpc_code|This may be)', said)[0][:300]
 
 
 def _sum(bundles: List[Dict[str, float]]) -> str:
