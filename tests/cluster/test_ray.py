@@ -1,4 +1,5 @@
 """What Ray alone does to jobs: actors that end, nodes that leave, what it gives of each, drivers and its own jobs."""
+import contextlib
 import json
 import os
 import signal
@@ -96,15 +97,18 @@ def test_an_actor_that_is_killed_and_a_node_that_is_removed(made, shared, undist
 @pytest.mark.soak
 @in_soak
 def test_a_job_of_rays(made, shared):
-    """As its supervisor starts and stops one: with its variables, by SIGTERM, and SIGKILL three seconds later."""
+    """As Ray starts and stops one: with its variables; by SIGTERM to all below it, and SIGKILL three seconds later."""
     given = {'runtime_env': {'env_vars': {'MINE': 'of the job'}}, 'metadata': {'job_submission_id': 'raysubmit_1'}}
     job = inside(made, *LAUNCH, '--launcher', 'ray', '-n', 2, '-s', 1, '--', *PRETRAIN, *ENDLESS,
                  RAY_ADDRESS=made.ray.address, RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(given))
     reach(shared, 5, 'tiny')
     assert environment(made.worker(1))['MINE'] == 'of the job'
-    os.kill(made.launcher(job), signal.SIGTERM)
-    time.sleep(3)
-    job.kill()
+    [driver] = made.local()
+    for number in signal.SIGTERM, signal.SIGKILL:
+        for pid in made.launcher(job), driver:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(3)
     wait_for(lambda: not made.left(), 'nothing is left of it', 15)
     [checkpoint] = (shared / 'runs' / 'tiny' / 'checkpoints').iterdir()
     assert checkpoint.name > 'step-00000005'

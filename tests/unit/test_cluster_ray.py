@@ -93,11 +93,11 @@ class State:
 
 @pytest.mark.parametrize('text, line', [
     ('The actor died unexpectedly before finishing this task.\n\tclass_name: Place\nThe actor is dead because its '
-     'worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection '
-     'error code 2. End of file. Some common causes include: (1) …',
+     'worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a '
+     'connection error code 2. End of file. Some common causes include: (1) …',
      'Worker unexpectedly exits with a connection error code 2. End of file'),
-    ('The actor 4f24 is unavailable: The actor is temporarily unavailable: RpcError: RPC error: Socket closed rpc_code: '
-     '1',
+    ('The actor 4f24 is unavailable: The actor is temporarily unavailable: RpcError: RPC error: Socket closed '
+     'rpc_code: 1',
      'The actor is temporarily unavailable: RpcError: RPC error: Socket closed')])
 def test_what_ray_says_of_an_actor_is_a_line(text, line):
     assert ray_driver.reason(text) == line
