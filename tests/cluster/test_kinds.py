@@ -143,7 +143,7 @@ def test_horovod_in_the_network_of_the_interface(made):
     assert min(sent) > 20 * GRADIENT, sent
 
 
-@kinds('ssh', 'slurm')
+@kinds('ssh', 'slurm', never=['ray'])  # whose agents then cannot call, and say so
 def test_an_interface_that_hosts_lack(made):
     made.hosts.run(1, 'ip link del eth1')
     status, said = made.launch('-n', 3, '--interface', 'eth1', '--', *PRETRAIN, *TINY)
