@@ -6,11 +6,12 @@
 set -eu
 usage='usage: ssh_tunnel.sh up|down HOST [HOST ...]'
 action=${1:?$usage}; shift; : "${1:?$usage}"
+case $action in up|down) ;; *) echo "$usage" >&2; exit 2;; esac
 if [ "$action" = down ]; then
-    n=1
-    for host; do n=$((n + 1)); ssh -S "/run/mxjob-$n" -O exit "$host"; done
+    n=1 status=0
+    for host; do n=$((n + 1)); ssh -S "/run/mxjob-$n" -O exit "$host" || status=1; done
     ip link del mxjob
-    exit
+    exit $status
 fi
 ip link add mxjob type bridge
 ip addr add 10.99.0.1/24 dev mxjob

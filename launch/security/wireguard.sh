@@ -6,9 +6,11 @@
 set -eu
 usage='usage: wireguard.sh up|down HOST [HOST ...]'
 action=${1:?$usage}; shift; : "${1:?$usage}"
+case $action in up|down) ;; *) echo "$usage" >&2; exit 2;; esac
 if [ "$action" = down ]; then
-    for host; do ssh "$host" wg-quick down mxjob; done
-    exit
+    status=0
+    for host; do ssh "$host" wg-quick down mxjob || status=1; done
+    exit $status
 fi
 peers='' n=0
 for host; do

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 from mxsimmim.cluster.restarts import Failure
 
@@ -13,8 +13,8 @@ FILE = 'status.json'  # `training.status` says what it holds
 PATIENCE = 2.0  # seconds for the disk
 
 
-def write(path: Path, told: Mapping[str, Any]) -> None:
-    """Replace a status file in one go; OSError where the disk does not take it."""
+def write(path: Path, told: Any) -> None:
+    """Replace a file of JSON in one go; OSError where the disk does not take it."""
     beside = path.with_name(f'.{path.name}.tmp')
     beside.write_text(json.dumps(told), encoding='utf-8')
     os.replace(beside, path)

@@ -94,6 +94,7 @@ TABLE: Tuple[Tuple[str, Callable[[str], str], str, str], ...] = (
     ('model.patch_size', _same, '', 'vit.patch_size swin.patch_size swinv2.patch_size'),
     ('model.drop_path', _same, '', 'drop_path_rate stochastic_depth'),
     ('model.init_values', _same, '', 'layer_scale_init_value init_scale layerscale'),
+    ('model.init_std', _same, '', 'initializer_range'),
     ('model.norm_targets', _same, '', 'norm_pix_loss norm_target norm_target.enable'),
     ('model.norm_window', _same, '', 'norm_target.patch_size'),
     ('model.masks', str.lower, '', 'mask_on with_mask use_mask'),

@@ -15,6 +15,7 @@ MASK_SIDE = 56
 0.5) has at least half its side, so that of its 28 x 28 cells each is as large as one of these or larger; the bitmaps of
 100 objects at 1024 x 1024 would be 100 MB an image, these are 0.3 MB."""
 PROPOSALS = 1000  # boxes of a map, and of an image, that are kept
+SAMPLED_ANCHORS = 256  # of an image, that a detector learns from
 
 
 class ModelConfig(Section):
@@ -37,6 +38,8 @@ class ModelConfig(Section):
                                                      '[12, 12, 12, 6]; empty or 0: those of this network')
     mlp_ratio: float = Field(4.0, gt=0, description='hidden width of the MLP over embed_dim')
     init_values: Optional[float] = Field(0.1, description='ViT: initial layer scale; null for none')
+    init_std: float = Field(0.02, gt=0, description='deviation of the initial linear maps, tokens and positions; 0.02 '
+                            "is for the papers' widths: narrow networks learn far sooner with about 1/sqrt(embed_dim)")
     use_ape: bool = Field(False, validation_alias=AliasChoices('use_ape', 'ape'),
                           description='learned absolute positions (also spelt ape)')
     use_rpb: bool = Field(False, description='ViT: a relative position table in each block')

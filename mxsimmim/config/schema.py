@@ -11,7 +11,7 @@ from typing import Tuple, Union
 from pydantic import Field, model_validator
 from typing_extensions import Literal
 
-from .model import ModelConfig
+from .model import SAMPLED_ANCHORS, ModelConfig
 from .sections import (
     AugmentConfig,
     CheckpointConfig,
@@ -123,6 +123,9 @@ class Config(Section):
         require(self.model.type != 'vit' or min(self.model.patches) > 1, f'model.img_size='
                  f'{listed(self.model.img_size)}: {self.task} halves the map of patches, so there must be two a side '
                  'or more')
+        anchors = self.model.candidates[0]
+        require(self.task != 'detect' or anchors >= SAMPLED_ANCHORS, f'model.img_size={listed(self.model.img_size)} '
+                f'has {anchors} anchors, and a detector learns from {SAMPLED_ANCHORS} of an image: raise it')
 
     def _check_pipeline(self) -> None:
         stages, split, blocks, train = self.parallel.pipeline, self.parallel.split, self.model.blocks, self.train

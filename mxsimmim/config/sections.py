@@ -246,8 +246,8 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """What is written down."""
     every: int = Field(10, gt=0, description='steps between two records')
-    prometheus_port: int = Field(0, ge=0, lt=65536, description='port at which rank 0 answers Prometheus; 0: it does '
-                                 'not')
+    prometheus_port: int = Field(0, ge=0, lt=65536, description='port at which rank 0 answers Prometheus, which '
+                                 'finds it by OUTPUT/NAME.prometheus.json; 0: it does not')
     prometheus_host: str = Field('127.0.0.1', description='prometheus_port: address to listen on; 0.0.0.0: all of the '
                                  'host, without password or encryption')
 

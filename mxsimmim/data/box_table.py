@@ -8,6 +8,7 @@ import numpy as np
 from ..system.text import one_line
 from .labels import read_lines
 from .objects import Columns, ObjectTable, class_numbers
+from .regions import LARGEST
 
 FORM = 'path,x0,y0,x1,y1,class'
 
@@ -50,7 +51,7 @@ def read_table(file: str, classes: Sequence[str], key: str) -> Tuple[List[str], 
             if not any(fields[1:]):
                 continue
             if not all(map(_is_number, fields[1:5])) or not fields[5]:
-                broken.setdefault(image, f'{where}: not {FORM} with finite numbers: found {found}')
+                broken.setdefault(image, f'{where}: not {FORM} with numbers in pixels: found {found}')
                 continue
             places.append(where)
             names.append(fields[5])
@@ -69,6 +70,6 @@ def read_table(file: str, classes: Sequence[str], key: str) -> Tuple[List[str], 
 
 def _is_number(text: str) -> bool:
     try:
-        return bool(np.isfinite(float(text)))
+        return abs(float(text)) < LARGEST
     except ValueError:
         return False

@@ -11,9 +11,8 @@ from ..system.text import one_line
 from .decode import BrokenImage
 from .geometry import Size
 from .objects import Columns, ObjectTable, class_numbers
-from .regions import Region, region_of
+from .regions import LARGEST, Region, region_of
 
-LARGEST = 2 ** 31  # of numbers in pixels
 KEYS = 'id', 'file_name', 'height', 'width', 'name'  # of images and categories
 _blanks = re.compile(r'[ \t\r\n]*')
 
@@ -117,6 +116,8 @@ def elements(text: str, file: str) -> Iterator[Element]:
                          'categories') from None
     except RecursionError:
         raise ValueError(f'{file}: not an instances file: nested too deeply') from None
+    except ValueError:  # thousands of digits
+        raise ValueError(f'{file}: not an instances file: a number is too long') from None
 
 
 def utf8(text: str) -> str:

@@ -16,11 +16,6 @@ LARGEST_SHARE = 0.75  # of one class in a crop: others are tried
 TRIES = 10
 
 
-def canvas_of(model: ModelConfig) -> Size:
-    """(height, width) of the network's input."""
-    return model.size
-
-
 class SegmentTransform(Transform):
     """Random scale, crop and flip of image and label map, then random colours.
 
@@ -31,7 +26,7 @@ class SegmentTransform(Transform):
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, model: ModelConfig, source: Segmented):
         self._data, self._augment, self._model, self._source = data, augment, model, source
-        self._canvas, self._bicubic = canvas_of(model), data.interpolation == 'bicubic'
+        self._canvas, self._bicubic = model.size, data.interpolation == 'bicubic'
         self._ignored = ignored_number(len(source.classes))
         self.upright = bool(data.exif_orientation)
 
@@ -59,16 +54,15 @@ class SegmentTransform(Transform):
                 'label_map': padded(shown, self._canvas, self._ignored), **drawn}
 
 
-class SegmentEvalTransform(Transform):
+class WholeTransform(Transform):
     """The whole image, as large as fits, in the upper left corner of the input: fills image and extent.
 
     extent, int32 (4,), is (h, w, H, W): the input shows the image in its first h rows and w columns, and the image has
-    H x W pixels.
+    H x W pixels. A point (x, y) of the input is (x W / w, y H / h) of the image.
     """
 
     def __init__(self, data: DataConfig, model: ModelConfig):
-        self._data, self._canvas = data, canvas_of(model)
-        self._bicubic = data.interpolation == 'bicubic'
+        self._data, self._canvas, self._bicubic = data, model.size, data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
@@ -93,7 +87,7 @@ class ViewsTransform(Transform):
     def __init__(self, data: DataConfig, model: ModelConfig, truth: Callable[[int, np.ndarray], Any],
                  scales: Sequence[float] = (1,), flip: bool = False):
         """Keep what is done; `truth` is asked about an image by its number and its pixels."""
-        self._data, self._canvas, self._truth, self._scales, self._flip = data, canvas_of(model), truth, scales, flip
+        self._data, self._canvas, self._truth, self._scales, self._flip = data, model.size, truth, scales, flip
         self.most = most_views(self._canvas, scales, flip)
         self._bicubic = data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)

@@ -54,6 +54,9 @@ def _opened(data: DataConfig, path: str, labels: str, key: str, classes: Sequenc
     else:
         images, files = _of_list(path, labels, key)
         lists = read_voc(files, classes, 'data.classes')
+    if not len(lists):
+        why = [f'{key}={labels} has no box that can be used', *lists.notes, *list(lists.broken.values())[:1]]
+        raise ValueError('; '.join(why))
     return WithObjects(ImageFiles(images, [*notes, *lists.notes]), lists)
 
 
@@ -87,13 +90,18 @@ def _beside(path: str, labels: str) -> Tuple[List[str], List[str], List[str]]:
     """Images of `path` with an XML file of the same name in `labels`, these files, and notes about others."""
     notes: List[str] = []
     files = xml_files(labels)
-    images = {os.path.splitext(os.path.basename(image))[0]: image for image in image_files([path], notes)}
+    images: Dict[str, str] = {}
+    every = image_files([path], notes)
+    for image in every:
+        name = os.path.splitext(os.path.basename(image))[0]
+        if images.setdefault(name, image) != image and name in files:
+            raise ValueError(f'{image} and {images[name]}: {files[name]} is of one of them: rename the other')
     missing = sorted(set(files) - set(images))
     if missing:
         raise ValueError(f'{files[missing[0]]}: {path} has no image of that name, nor of {len(missing) - 1:,} others '
                          f'of the {len(files):,} .xml files: add the images, or name a list in ImageSets/Main')
-    if len(images) > len(files):
-        notes.append(f'{path}: {len(images) - len(files):,} images left out that have no .xml file in {labels}')
+    if len(every) > len(files):
+        notes.append(f'{path}: {len(every) - len(files):,} images left out that have no .xml file in {labels}')
     return [images[name] for name in files], list(files.values()), notes
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from ..config import DataConfig, ModelConfig
 from ..config.model import MASK_SIDE, OBJECTS
 from .decode import BrokenImage
-from .dense_transforms import ViewsTransform, canvas_of, check_size, fill_colour
-from .geometry import Size, View, padded, random_view, size_of, whole_view
-from .objects import Objects, WithObjects
+from .dense_transforms import ViewsTransform, check_size, fill_colour
+from .geometry import Size, View, padded, random_view, size_of
+from .objects import Objects, WithObjects, within
 from .regions import in_box
 from .transforms import Fields, Transform, draw_uniform, empty_uniform
 
@@ -41,7 +41,7 @@ class ObjectsTransform(Transform):
         """Keep what is done; with `masks`, an object without one is a broken image."""
         self._most, self._candidates = most, model.candidates[0] + most
         self._data, self._model, self._source, self._masks = data, model, source, masks
-        self._canvas, self._bicubic = canvas_of(model), data.interpolation == 'bicubic'
+        self._canvas, self._bicubic = model.size, data.interpolation == 'bicubic'
         self.upright = bool(data.exif_orientation)
 
     def allocate(self, count: int) -> Fields:
@@ -59,7 +59,7 @@ class ObjectsTransform(Transform):
         return {'priority': rng.random(self._candidates, np.float32), **draw_uniform(rng, self._model)}
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        drawn, size, objects = self.draw(rng), size_of(image), objects_of(self._source, False, index, image)
+        drawn, size, objects = self.draw(rng), size_of(image), objects_of(self._source, self._masks, index, image)
         view = random_view(rng, size, self._canvas, self._data.scale_jitter, self._data.flip, covers=False)
         boxes = view.boxes(objects.boxes, size)
         left = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST)
@@ -68,10 +68,9 @@ class ObjectsTransform(Transform):
         chosen = chosen[np.lexsort((chosen, objects.crowd[chosen]))]
         return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
                 'extent': np.array([*view.shape, *size], np.int32), **drawn,
-                **self._arrays(objects, boxes, chosen, view, size, index)}
+                **self._arrays(objects, boxes, chosen, view, size)}
 
-    def _arrays(self, objects: Objects, boxes: np.ndarray, chosen: np.ndarray, view: View, size: Size, index: int
-                ) -> Fields:
+    def _arrays(self, objects: Objects, boxes: np.ndarray, chosen: np.ndarray, view: View, size: Size) -> Fields:
         most, count = self._most, len(chosen)
         fields: Fields = {'boxes': np.zeros((most, 4), np.float32), 'classes': np.full(most, -1, np.int32),
                           'crowd': np.zeros(most, np.uint8)}
@@ -83,30 +82,24 @@ class ObjectsTransform(Transform):
                 region = objects.regions[number]
                 if region is not None:
                     fields['masks'][place] = in_box(region, size, view, boxes[number], MASK_SIDE)
-                elif not objects.crowd[number]:
-                    raise without_mask(self._source, index, objects, number)
         return fields
 
 
 def objects_of(source: WithObjects, masks: bool, index: int, image: np.ndarray) -> Objects:
-    """What is in an image (H, W, 3), with its size.
+    """What is in an image (H, W, 3), inside of it, with its size, and with its masks if they are asked for.
 
     Raises:
         BrokenImage: it cannot be read, is of an image of another size, or, with `masks`, lacks one.
     """
-    objects, size = source.objects(index), size_of(image)
+    objects, size = source.objects(index, masks), size_of(image)
     if objects.size:
         check_size(source.name(index), size, objects.size, 'its boxes are of one of')
     for number, region in enumerate(objects.regions):
         if masks and region is None and not objects.crowd[number]:
-            raise without_mask(source, index, objects, number)
-    return objects._replace(size=size)
-
-
-def without_mask(source: WithObjects, index: int, objects: Objects, number: int) -> BrokenImage:
-    """What is wrong with an image of which this object has no mask."""
-    return BrokenImage(f"{source.name(index)}: object {number} of class '{source.classes[objects.classes[number]]}' "
-                       'has no mask, which the task needs: complete the segmentations, or set model.masks=false')
+            raise BrokenImage(f"{source.name(index)}: object {number} of class '"
+                              f"{source.classes[objects.classes[number]]}' has no mask, which the task needs: complete "
+                              'the segmentations, or set model.masks=false')
+    return objects if objects.size else within(objects, size)
 
 
 class ObjectsViewsTransform(ViewsTransform):
@@ -115,26 +108,3 @@ class ObjectsViewsTransform(ViewsTransform):
     def __init__(self, data: DataConfig, model: ModelConfig, source: WithObjects, masks: bool,
                  scales: Sequence[float] = (1,), flip: bool = False):
         super().__init__(data, model, functools.partial(objects_of, source, masks), scales, flip)
-
-
-class ObjectsEvalTransform(Transform):
-    """The whole image, as large as fits, in the upper left corner of the input: fills image and extent.
-
-    A point (x, y) of the input is (x W' / w, y H' / h) of the image, by the numbers of extent. What is to be found is
-    asked of `WithObjects.objects`.
-    """
-
-    def __init__(self, data: DataConfig, model: ModelConfig):
-        self._data, self._canvas, self._bicubic = data, canvas_of(model), data.interpolation == 'bicubic'
-        self.upright = bool(data.exif_orientation)
-
-    def allocate(self, count: int) -> Fields:
-        return {'image': np.empty((count, *self._canvas, 3), np.uint8), 'extent': np.empty((count, 4), np.int32)}
-
-    def draw(self, rng: np.random.Generator) -> Fields:
-        return {}
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator, index: int = 0) -> Fields:
-        view = whole_view(size_of(image), self._canvas)
-        return {'image': padded(view.pixels(image, self._bicubic), self._canvas, fill_colour(self._data)),
-                'extent': np.array([*view.shape, *image.shape[:2]], np.int32)}

@@ -21,12 +21,20 @@ class Objects(NamedTuple):
     size: Optional[Size]  # of the image, if it is known
 
 
+def within(objects: Objects, size: Size) -> Objects:
+    """Cut boxes at the borders of their image, which has this size; those without an area in it are left out."""
+    boxes = objects.boxes.clip(0, np.array(size[::-1] * 2, np.float32))
+    kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    return Objects(boxes[kept], objects.classes[kept], objects.crowd[kept],
+                   tuple(objects.regions[number] for number in kept), size)
+
+
 class ObjectLists(Annotations, Protocol):
     """The objects of some images, by number."""
     has_masks: bool
 
-    def read(self, index: int) -> Objects:
-        """What is in the image; BrokenImage if that cannot be read."""
+    def read(self, index: int, masks: bool) -> Objects:
+        """What is in the image, without its masks if they are not asked for; BrokenImage if that cannot be read."""
 
 
 class WithObjects(Annotated):
@@ -38,13 +46,13 @@ class WithObjects(Annotated):
         """Whether objects have masks."""
         return self._annotations.has_masks
 
-    def objects(self, index: int) -> Objects:
-        """What is in an image.
+    def objects(self, index: int, masks: bool = True) -> Objects:
+        """What is in an image; without `masks` none are read.
 
         Raises:
             BrokenImage: some of it cannot be read.
         """
-        return self._annotations.read(int(self.indices[index]))
+        return self._annotations.read(int(self.indices[index]), masks)
 
 
 class SceneObjects:
@@ -54,11 +62,12 @@ class SceneObjects:
     def __init__(self, scenes: DigitScenes):
         self._scenes = scenes
 
-    def read(self, index: int) -> Objects:
+    def read(self, index: int, masks: bool) -> Objects:
         scene = self._scenes.scene(index)
-        masks = [scene.owner == number for number in range(len(scene.digits))]
-        boxes = np.array([box_of(mask) for mask in masks], np.float32)
-        return Objects(boxes, scene.digits, np.zeros(len(boxes), bool), tuple(masks), size_of(scene.owner))
+        found = [scene.owner == number for number in range(len(scene.digits))]
+        boxes = np.array([box_of(mask) for mask in found], np.float32)
+        return Objects(boxes, scene.digits, np.zeros(len(boxes), bool),
+                       tuple(found) if masks else (None,) * len(boxes), size_of(scene.owner))
 
     def checksum(self) -> int:
         return 0
@@ -93,7 +102,7 @@ class ObjectTable:
             where: what messages call the object of this place in `columns`.
             regions: its mask; BrokenImage if it is none. None: there are no masks.
         """
-        self.classes, self.has_masks, self._sizes, self._broken = classes, regions is not None, sizes, broken
+        self.classes, self.has_masks, self._sizes, self.broken = classes, regions is not None, sizes, broken
         self._regions = regions
         image, boxes = np.array(columns.image, np.int64), np.array(columns.box, np.float32).reshape(-1, 4)
         limits = np.where(sizes > 0, sizes, np.inf).astype(np.float32)[image][:, [1, 0, 1, 0]]
@@ -109,12 +118,15 @@ class ObjectTable:
         self._boxes, self._kinds = cut[self._order], np.array(columns.kind, np.int32)[self._order]
         self._crowd = np.array(columns.crowd, bool)[self._order]
 
-    def read(self, index: int) -> Objects:
-        if index in self._broken:
-            raise BrokenImage(self._broken[index])
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def read(self, index: int, masks: bool) -> Objects:
+        if index in self.broken:
+            raise BrokenImage(self.broken[index])
         own = slice(self._starts[index], self._starts[index + 1])
         size = (int(self._sizes[index, 0]), int(self._sizes[index, 1])) if self._sizes[index].all() else None
-        regions = tuple(self._regions(int(place), size) if self._regions and size else None
+        regions = tuple(self._regions(int(place), size) if masks and self._regions and size else None
                         for place in self._order[own])  # readers with masks know all sizes
         return Objects(self._boxes[own], self._kinds[own].astype(np.int64), self._crowd[own], regions, size)
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from .geometry import Size, View
 
+LARGEST = 2 ** 31  # of numbers in pixels
+
 
 class Polygons(NamedTuple):
     """The outlines of an object, float (n, 2) each: x and y in pixels."""
@@ -55,7 +57,7 @@ def _outline(numbers: Any) -> np.ndarray:
         outline = np.array(numbers, np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError):
         raise ValueError('a polygon has something else than numbers') from None
-    if not (np.abs(outline) < 2 ** 31).all():
+    if not (np.abs(outline) < LARGEST).all():
         raise ValueError('a polygon has numbers that are no pixels')
     return outline
 
@@ -78,6 +80,8 @@ def unpacked(text: str) -> List[int]:
         value |= (group & 31) << shift
         shift += 5
         if group & 32:
+            if shift > 60:  # an endless one would take the time of its square
+                raise ValueError("its 'counts' have a number of more than 60 bits")
             continue
         if group & 16:
             value -= 1 << shift

@@ -1,7 +1,7 @@
 """Scenes composed of scikit-learn's digits, whose boxes, masks and label maps are known; made when they are asked for.
 
-A scene is a canvas with a smooth background, clutter (small pieces of digits) and one to six digits of any size and
-brightness, the later ones over the earlier ones. Scene number i is the same at all times and on every machine.
+A scene is a dark canvas of smooth colours with clutter (pieces of digits) and one to three bright digits of any size
+and colour, the later ones over the earlier ones. Scene number i is the same at all times and on every machine.
 """
 import functools
 import math
@@ -18,8 +18,9 @@ SEED = 0
 TRAINING, HELD_OUT = 5000, 500  # scenes
 DIGITS_HELD_OUT = 0.2  # share of the digits of which the held-out scenes are made, and no others
 SIDE = 128  # of the canvas, pixels, where the path names no other
-SMALLEST, LARGEST = 1 / 9, 2 / 5  # side of a digit over the canvas's short side
-MOST_DIGITS, CLUTTER = 6, (8, 16)  # a scene
+SMALLEST, LARGEST = 1 / 4, 1 / 2  # side of a digit over the canvas's short side
+MOST_DIGITS, CLUTTER = 3, (4, 8)  # a scene
+DARK, BRIGHT = 90, 170  # of 255: the background's colours are below, the digits' from there on
 VISIBLE = 0.6  # share of a digit that others leave uncovered, at least
 KEPT = 2 ** 27  # bytes of scenes that are not made again
 TRIES = 10  # places that are tried for a digit that would cover too much
@@ -122,12 +123,12 @@ class DigitScenes:
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A smooth change between dark colours, float32 (height, width, 3)."""
-    coarse = Image.fromarray(rng.integers(0, 120, (4, 4, 3), np.uint8))
+    coarse = Image.fromarray(rng.integers(0, DARK, (4, 4, 3), np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32)
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(120, 256, 3).astype(np.float32)
+    return rng.integers(BRIGHT, 256, 3).astype(np.float32)
 
 
 def _place(rng: np.random.Generator, size: Tuple[int, int], ink: np.ndarray) -> Tuple[int, int]:

@@ -49,17 +49,19 @@ def as_view(numbers: Sequence[int]) -> View:
     return View((height, width), (top, left), (h, w), bool(flip))
 
 
-def returned(answer: np.ndarray, view: View, size: Size, canvas: Size) -> Tuple[Tuple[slice, slice], np.ndarray]:
+def returned(answer: np.ndarray, view: View, size: Size, canvas: Size, strip: slice = slice(None)
+             ) -> Tuple[Tuple[slice, slice], np.ndarray]:
     """Bring an answer float32 (K, h, w) for all of the canvas back to the image of `size` that the view shows.
 
     Returns:
-        The rows and columns of the image whose pixels have their middles in the view, and their values (K, rows,
-        columns), interpolated bilinearly between the middles of what the places of the answer stand for.
+        Which of the rows in `strip` and of the columns have the middles of their pixels in the view, and their values
+        (K, rows, columns), interpolated bilinearly between the middles of what the places of the answer stand for.
     """
     parts, matrices = [], []
-    for own, whole, corner, shape, mirrored, side, places in zip(
-            size, view.whole, view.corner, view.shape, (False, view.flip), canvas, answer.shape[1:]):
-        middles = (np.arange(own) + 0.5) * (whole / own) - corner  # on the canvas
+    for own, wanted, whole, corner, shape, mirrored, side, places in zip(
+            size, (strip, slice(None)), view.whole, view.corner, view.shape, (False, view.flip), canvas,
+            answer.shape[1:]):
+        middles = (np.arange(own)[wanted] + 0.5) * (whole / own) - corner  # on the canvas
         first, last = np.searchsorted(middles, [0, shape])
         middles = middles[first:last]
         middles = (shape - middles if mirrored else middles) * (places / side) - 0.5

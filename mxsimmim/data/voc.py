@@ -7,8 +7,10 @@ import numpy as np
 
 from ..system.text import one_line
 from .objects import Columns, ObjectTable, class_numbers
+from .regions import LARGEST
 
 CORNERS = 'xmin', 'ymin', 'xmax', 'ymax'
+DEPTH = 4  # of what is read: annotation/object/bndbox/xmin
 
 
 class Boxed(NamedTuple):
@@ -78,6 +80,8 @@ def read_file(file: str) -> Tuple[Tuple[int, int], List[Boxed]]:
         raise ValueError(f'{file}: cannot be read: {error.strerror}') from error
     except expat.ExpatError as error:
         raise ValueError(f'{file}, line {error.lineno}: not XML: {expat.ErrorString(error.code)}') from None
+    except LookupError as error:
+        raise ValueError(f'{file}, line 1: {error}: save it as UTF-8') from None
     except ValueError as error:
         raise ValueError(f'{file}, line {parser.CurrentLineNumber}: {error}') from None
     return reader.size, reader.found
@@ -103,17 +107,20 @@ class _Reader:
             raise ValueError(f"begins with <{one_line(tag)[:40]}>, and Pascal VOC's files with <annotation>")
         if len(self._path) == 2:
             self._texts, self._line = {}, self.parser.CurrentLineNumber
-        self._texts['/'.join(self._path[2:])] = ''
+        if len(self._path) <= DEPTH:
+            self._texts['/'.join(self._path[2:])] = ''
 
     def text(self, text: str) -> None:
-        self._texts['/'.join(self._path[2:])] += text
+        if len(self._path) <= DEPTH:
+            self._texts['/'.join(self._path[2:])] += text
 
     def end(self, tag: str) -> None:
         if len(self._path) == 2 and tag == 'object':
             self.found.append(self._boxed())
         elif len(self._path) == 2 and tag == 'size':
             sides = [self._texts.get(side, '').strip() for side in ('height', 'width')]
-            self.size = (int(sides[0]), int(sides[1])) if all(side.isdecimal() for side in sides) else (0, 0)
+            if all(side.isdecimal() and int(side) < LARGEST for side in sides):
+                self.size = int(sides[0]), int(sides[1])
         self._path.pop()
 
     def _boxed(self) -> Boxed:
@@ -127,8 +134,8 @@ class _Reader:
             box = tuple(float(texts[f'bndbox/{corner}']) for corner in CORNERS)
         except ValueError as error:
             raise ValueError(f'{what} from line {self._line}: bndbox: {error}') from None
-        if not np.isfinite(box).all():
-            raise ValueError(f'{what} from line {self._line}: bndbox has numbers that are not finite')
+        if not all(abs(side) < LARGEST for side in box):
+            raise ValueError(f'{what} from line {self._line}: bndbox has numbers that are no pixels')
         return Boxed(self._line, name, box, texts.get('difficult', '0') not in ('', '0'))
 
 

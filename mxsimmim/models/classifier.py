@@ -1,8 +1,7 @@
 """An encoder with a classification head: what pre-training is for."""
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import mxnet as mx
-from mxnet.gluon import HybridBlock, Parameter
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
@@ -10,14 +9,15 @@ from ..runtime.mxnet_private import children
 from . import vit
 from .initial import begin
 from .layers import LayerNorm, Linear
-from .pixels import MEAN, STD, PixelInput
+from .network import TaskNetwork
+from .pixels import MEAN, STD
 from .segments import Segment
 from .shards import WHOLE, Shard
 from .simmim import ENCODERS
 from .specs import names_without
 
 
-class Classifier(HybridBlock):
+class Classifier(TaskNetwork):
     """Classes of whole images.
 
     ``net(image (B, 3, H, W)) -> logits (B, classes)``; ``net(image, target (B, classes)[, keep (B, 2 * blocks)]) ->
@@ -27,11 +27,8 @@ class Classifier(HybridBlock):
 
     def __init__(self, config: ModelConfig, classes: int, backend: OpBackend = REFERENCE,
                  mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD):
-        super().__init__()
-        self.config, self.classes = config, classes
-        self.backend, self.pixels = backend, PixelInput(mean, std, backend)
-        self.elsewhere: Set[str] = set()  # as SimMIM's
-        self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}  # of parameters that `division.divide` has cut
+        super().__init__(config, backend, mean, std)
+        self.classes = classes
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, False, self.pixels)
             pooling = config.type == 'vit' and config.use_mean_pooling
@@ -39,13 +36,9 @@ class Classifier(HybridBlock):
             self.head = Linear(config.embed_dim * 2 ** (config.stages - 1), classes, backend)
 
     def forward(self, image: Any, target: Any = None, keep: Any = None) -> Any:
-        F = mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym
         if target is None:
-            return self.head(self.pooled(F, image))
-        if keep is None and self.config.drop_path and F is mx.nd:
-            # A cached graph always takes the arguments it was built with, in training and out of it.
-            keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
-        return super().forward(image, target, *([] if keep is None else [keep]))
+            return self.head(self.pooled(mx.nd if isinstance(image, mx.nd.NDArray) else mx.sym, image))
+        return super().forward(image, target, *self.kept(image, keep))
 
     def hybrid_forward(self, F: Any, image: Any, target: Any, keep: Any = None) -> Any:
         return self._entropy(F, self.head(self.pooled(F, image, keep)), target)

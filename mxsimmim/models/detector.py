@@ -1,10 +1,10 @@
 """An encoder with GluonCV's Faster or Mask R-CNN: boxes of objects, their classes and masks."""
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import HybridBlock, Parameter, nn
+from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
 from ..config.model import OBJECTS
@@ -16,10 +16,10 @@ from .feature_maps import FeatureMaps
 from .from_gluoncv import build_heads, mask_layers
 from .initial import begin
 from .layers import AUTO, Linear
-from .pixels import MEAN, STD, PixelInput
+from .network import TaskNetwork
+from .pixels import MEAN, STD
 from .pyramid import FeaturePyramid, SimplePyramid
 from .rcnn import Samples, Truth
-from .shards import Shard
 from .specs import names_without
 
 RATIOS = 0.5, 1.0, 2.0  # height over width of the anchors at a place
@@ -27,7 +27,7 @@ BOX_SIDE, MASK_POOLED = 7, 14  # cells a side of what is pooled for the heads of
 STEP = 16  # boxes that the mask head computes are a multiple, on CPUs
 
 
-class Detector(HybridBlock):
+class Detector(TaskNetwork):
     """Boxes, classes and masks of objects: Faster and Mask R-CNN (arXiv:1506.01497, 1703.06870) on a feature pyramid.
 
     ``net(image (B, 3, H, W)) -> (B, 100, 6)``: x0, y0, x1, y1 in pixels of the input, score, and class number, -1 after
@@ -41,11 +41,8 @@ class Detector(HybridBlock):
 
     def __init__(self, config: ModelConfig, classes: int, backend: OpBackend = REFERENCE,
                  mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD):
-        super().__init__()
-        self.config, self.classes = config, classes
-        self.backend, self.pixels = backend, PixelInput(mean, std, backend)
-        self.elsewhere: Set[str] = set()  # as SimMIM's
-        self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}
+        super().__init__(config, backend, mean, std)
+        self.classes = classes
         self.inputs = ('image', 'boxes', 'classes', 'crowd', *(('masks',) if config.masks else ()), 'priority',
                        'uniform')
         width = config.head_channels
@@ -82,9 +79,7 @@ class Detector(HybridBlock):
             boxes, classes, crowd, *others = given
             masks = others.pop(0) if self.config.masks else None
             priority, *keep = others
-            if not keep and self.config.drop_path:
-                # A cached graph always takes the arguments it was built with, in training and out of it.
-                keep = [mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)]
+            keep = self.kept(image, *keep)
             if masks is None:
                 return self.training(image, boxes, classes, crowd, priority, *keep)
             loss, *found = self.training(image, boxes, classes, crowd, priority, *keep)
@@ -123,8 +118,7 @@ class Detector(HybridBlock):
                 priorities.append(F.slice_axis(priority, axis=1, begin=first, end=first + count))
             first += count
         found = rcnn.propose(F, [F.BlockGrad(each) for each in scores], [F.BlockGrad(each) for each in codes], own,
-                                self.decode_anchors, self.config.size, self.counts, self.config.candidates[1],
-                                priorities)
+                             self.decode_anchors, self.config.size, self.counts, self.config.candidates[1], priorities)
         return (*found, F.concat(*scores, dim=1), F.concat(*codes, dim=1), anchors)
 
     def hidden(self, F: Any, maps: Sequence[Any], boxes: Any) -> Any:

@@ -14,7 +14,6 @@ from .segments import users
 from .shards import WHOLE, Shard
 from .specs import ParameterSpec, parameter_specs
 
-STD = 0.02
 DEVIATIONS = {'rpn_conv': 0.01, 'rpn_cls': 0.01, 'rpn_reg': 0.01, 'fc_cls': 0.01, 'fc_reg': 0.001, 'conv_logits': 0.001}
 """Of a detector's last layers, which begin with small answers."""
 
@@ -56,11 +55,11 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
                   rng: np.random.Generator) -> np.ndarray:
     """One parameter's initial value, float32.
 
-    Truncated normal 0.02 for linear maps, tokens and positions (ViT's pre-training cuts at one deviation, everything
-    else at +-2, that is hardly ever), a thousandth of it for ViT's classification head; PyTorch's default, uniform, for
-    the decoder and Swin's patch convolution; He et al. 2015 (arXiv:1502.01852) by outputs for a segmenter's heads, and
-    a normal of 0.01 for their last maps; a detector's as `_of_detector` says. SwinV2's blocks begin as identity: their
-    last norms with a weight of 0.
+    Truncated normal of `model.init_std`, the reference's 0.02, for linear maps, tokens and positions (ViT's
+    pre-training cuts at one deviation, everything else at +-2, that is hardly ever), a thousandth of it for ViT's
+    classification head; PyTorch's default, uniform, for the decoder and Swin's patch convolution; He et al. 2015
+    (arXiv:1502.01852) by outputs for a segmenter's heads, and a normal of 0.01 for their last maps; a detector's as
+    `_of_detector` says. SwinV2's blocks begin as identity: their last norms with a weight of 0.
     """
     leaf = name.rsplit('.', 1)[-1]
     vit = config.type == 'vit'
@@ -85,7 +84,8 @@ def initial_value(name: str, shape: tuple, config: ModelConfig,
                math.sqrt(2 / (shape[0] * shape[2] * shape[3])))
         return rng.standard_normal(shape, dtype='float32') * np.float32(std)
     pretraining = name.startswith('encoder.')
-    value = truncated_normal(rng, shape, STD, STD if vit and pretraining else 2.0)
+    std = config.init_std
+    value = truncated_normal(rng, shape, std, std if vit and pretraining else 2.0)
     block = re.search(r'blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight$', name)
     if vit and block:
         value /= math.sqrt(2 * (int(block[1]) + 1))

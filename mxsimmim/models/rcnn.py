@@ -4,13 +4,13 @@ Every loss is an image's own, so that a batch has the same gradient however it i
 """
 from typing import Any, NamedTuple, Sequence, Tuple
 
-from ..config.model import MASK_SIDE, OBJECTS, PROPOSALS
+from ..config.model import MASK_SIDE, OBJECTS, PROPOSALS, SAMPLED_ANCHORS
 from ..ops import OpBackend
 from ..ops.boxes import CROWD, OBJECT
 from ..ops.reference import AUTO
 from .boxes import NOTHING, clipped, encode, has_area, highest, rows, sampled, sides
 
-SAMPLED_ANCHORS, SAMPLED_BOXES, MOST_POSITIVE = 256, 512, 128  # of an image; both have at most so many positive ones
+SAMPLED_BOXES, MOST_POSITIVE = 512, 128  # of an image; of anchors and of boxes so many are positive at most
 POSITIVE, NEGATIVE, SAME = 0.7, 0.3, 0.5  # overlap of anchors with an object, or less; of proposals
 MASK = 28  # cells a side of a mask in its box
 IN_CROWD = 0.5  # share of a box that a crowd covers: then it is not negative

@@ -1,10 +1,10 @@
 """An encoder with heads that tell the class of each pixel."""
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, List, Optional, Tuple
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
-from mxnet.gluon import HybridBlock, Parameter
+from mxnet.gluon import HybridBlock
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
@@ -13,8 +13,8 @@ from .cost import multiply_adds
 from .feature_maps import FeatureMaps
 from .initial import begin
 from .layers import AUTO
-from .pixels import MEAN, STD, PixelInput
-from .shards import Shard
+from .network import TaskNetwork
+from .pixels import MEAN, STD
 from .specs import names_without
 from .upernet import FCNHead, Pyramid, Resize, UperHead, head_costs
 
@@ -35,7 +35,7 @@ def pixel_loss(F: Any, logits: Any, auxiliary: Any, label_map: Any, classes: int
     return F.reshape(entropy(logits) + weight * entropy(auxiliary), shape=(1,))
 
 
-class Segmenter(HybridBlock):
+class Segmenter(TaskNetwork):
     """Classes of pixels: UperNet on a Swin's stages, or on four depths of a ViT brought to four resolutions.
 
     ``net(image (B, 3, H, W)) -> logits (B, classes, h, w)`` on the grid of the finest map; ``net(image, label_map
@@ -45,11 +45,8 @@ class Segmenter(HybridBlock):
 
     def __init__(self, config: ModelConfig, classes: int, backend: OpBackend = REFERENCE,
                  mean: Tuple[float, ...] = MEAN, std: Tuple[float, ...] = STD):
-        super().__init__()
-        self.config, self.classes = config, classes
-        self.backend, self.pixels = backend, PixelInput(mean, std, backend)
-        self.elsewhere: Set[str] = set()  # as SimMIM's
-        self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}
+        super().__init__(config, backend, mean, std)
+        self.classes = classes
         with self.name_scope():
             self.backbone = FeatureMaps(config, self.pixels)
             channels = self.backbone.channels
@@ -69,10 +66,7 @@ class Segmenter(HybridBlock):
         with autograd.train_mode():
             if label_map is None:
                 return self.answering(image)
-            if keep is None and self.config.drop_path:
-                # A cached graph always takes the arguments it was built with, in training and out of it.
-                keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
-            return super().forward(image, label_map, *([] if keep is None else [keep]))
+            return super().forward(image, label_map, *self.kept(image, keep))
 
     def hybrid_forward(self, F: Any, image: Any, label_map: Any, keep: Any = None) -> Any:
         logits, maps = self.decoded(F, image, keep)

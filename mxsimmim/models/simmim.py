@@ -3,18 +3,19 @@
 Xie et al. 2022 (arXiv:2111.09886).
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import mxnet as mx
 import numpy as np
-from mxnet.gluon import HybridBlock, Parameter, nn
+from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
 from ..ops import REFERENCE, OpBackend
 from ..ops.pixels import AUTO, from_cells, to_cells
 from .initial import begin
 from .layers import Linear, pair
-from .pixels import MEAN, STD, PixelInput
+from .network import TaskNetwork
+from .pixels import MEAN, STD
 from .segments import Segment, own
 from .shards import WHOLE, Shard
 from .swin import SwinTransformer
@@ -26,24 +27,21 @@ ENCODERS: Dict[str, Type[Encoder]] = {'vit': VisionTransformer, 'swin': SwinTran
                                      'swinv2': SwinTransformerV2}
 
 
-class SimMIM(HybridBlock):
+class SimMIM(TaskNetwork):
     """Predicts the pixels of masked patches.
 
     ``net(image (B, 3, H, W), mask (B, h, w)[, keep (B, 2 * blocks)]) -> loss (1,)``, the mean over masked pixels;
     image is as `pixels` prepares it: normalised or, with native operators, also uint8 (B, H, W, 3); mask is on the grid
     of patches with 1 for masked, of any type; keep as in the encoders. A cell is what one final token decodes to:
-    stride x stride pixels. The network computes with `backend` for good.
+    stride x stride pixels.
     """
     inputs = ('image', 'mask', 'uniform')  # fields of a batch that it is called with; uniform becomes keep
 
     def __init__(self, config: ModelConfig, backend: OpBackend = REFERENCE, mean: Tuple[float, ...] = MEAN,
                  std: Tuple[float, ...] = STD):
-        super().__init__()
-        self.config, self.backend, self.pixels = config, backend, PixelInput(mean, std, backend)
-        self.elsewhere: Set[str] = set()  # `Parameter.name` of those that this worker does not hold
+        super().__init__(config, backend, mean, std)
         self._side, self._cell, self._norm_targets = config.side, config.stride, config.norm_targets
         self._spares = backend.is_native and config.type != 'swinv2'  # the last block what the loss does not need
-        self.shards: Dict[str, List[Tuple[Shard, Parameter]]] = {}  # of parameters that `division.divide` has cut
         with self.name_scope():
             self.encoder = ENCODERS[config.type](config, True, self.pixels)
             self.norm_band = self.norm_unbiased = None
@@ -55,10 +53,7 @@ class SimMIM(HybridBlock):
             self.decoder.add(Linear(config.embed_dim * 2 ** (config.stages - 1), 3 * config.stride ** 2, backend))
 
     def forward(self, image: Any, mask: Any, keep: Any = None) -> Any:
-        if keep is None and self.config.drop_path and isinstance(image, mx.nd.NDArray):
-            # A cached graph always takes the arguments it was built with, in training and out of it.
-            keep = mx.nd.ones((image.shape[0], 2 * self.config.blocks), ctx=image.context)
-        return super().forward(image, mask, *([] if keep is None else [keep]))
+        return super().forward(image, mask, *self.kept(image, keep))
 
     def hybrid_forward(self, F: Any, image: Any, mask: Any, keep: Any = None, norm_band: Any = None,
                        norm_unbiased: Any = None) -> Any:

@@ -1,10 +1,14 @@
-"""What tasks with classes, of images or pixels, have in common; classes are in the order of the logits."""
+"""What tasks with classes, of images, pixels or objects, have in common; classes are in the order of the logits."""
+import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
+import numpy as np
+
 from ..config import Config
 from ..data.labels import read_classes
+from ..data.transforms import Fields
 from ..models import Network
 from ..optim import parameter_groups
 
@@ -40,6 +44,38 @@ class WithClasses:
             if theirs[number:number + 1] != own[number:number + 1]:
                 raise ValueError(f'{where}: some images have other {self.known} for rank {rank} than for rank 0: all '
                                  'workers need the same')
+
+
+class PredictorOfClasses:
+    """The part of a predictor that is the same for all networks that tell classes, of an image and nothing else."""
+    command = 'predict'
+    advice = '`mxsimmim predict` shows what it has learned'
+    onnx = ''
+    told: str  # what the summary says it has a number of
+
+    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
+        self._config, self._net = config, net
+        self.classes: Tuple[str, ...] = tuple(state['classes'])
+        self.summary = f'{len(self.classes)} {self.told}'
+        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
+
+    def call(self, image: Any) -> Any:
+        """Maps images (B, 3, H, W), normalised, to what the network says of them."""
+        return self._net(image)
+
+    def answer(self, image: Any) -> np.ndarray:
+        """Returns what `call` does."""
+        return self.call(image).asnumpy()
+
+    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
+        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
+
+    def record(self, fields: Fields, answer: np.ndarray) -> Dict[str, Any]:
+        raise NotImplementedError
+
+    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
+        """Returns `record` in JSON."""
+        return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
 
 
 def names_of_outputs(count: int, file: Path, classes: str) -> List[str]:

@@ -1,5 +1,4 @@
 """Classification: images are to be given their class, the better the more of those held out are."""
-import json
 import zlib
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
@@ -9,7 +8,6 @@ import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
 from ..data.labels import open_labelled
-from ..data.loader import every_image
 from ..data.sources import Source
 from ..data.transforms import ClassifyEvalTransform, ClassifyTransform, Fields
 from ..models import Classifier, Network, build_classifier, named_parameters
@@ -20,53 +18,35 @@ from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import metrics, pictures
-from .classes import WithClasses, names_of_outputs
+from .classes import PredictorOfClasses, WithClasses, names_of_outputs
+from .evaluator import SHOWN, LabelledEvaluator, left_out
 from .pace import Pace, images_per_second
-from .task import Metric, Predictor, write_evaluation
-
-SHOWN = 20  # classes in the text that is printed; the file has all
+from .task import Metric, Predictor
 
 
-class ClassEvaluator:
-    """Tells how many labelled images get their class. Each counts once, whichever worker measures it."""
+class ClassEvaluator(LabelledEvaluator[Source, np.ndarray]):
+    """Tells how many images get their class: val_top1, val_top5, val_ece in percent, val_loss.
+
+    Besides the predicted classes of this worker's images are measured. The confusion matrix is drawn at the end.
+    """
     metric = Metric('val_top1', higher_is_better=True)
-    drawn = ''
+    best = '{val_top1:.2f} %'
 
     def __init__(self, config: Config, source: Source, labels: np.ndarray, classes: Sequence[str],
                  control: ControlPlane):
         """Keeps what is measured; `labels` are the numbers (n,) of the images' `classes`."""
-        self._config, self._source, self._labels, self._classes = config, source, labels, classes
-        self._control = control
-        self.images = len(source)
-
-    def evaluate(self, placement: Placement) -> Dict[str, float]:
-        """Returns val_top1, val_top5, val_ece in percent, val_loss, and val_images_per_second of all workers together.
-
-        Called by every worker at the same time.
-
-        Raises:
-            ValueError: an image that cannot be read; another in its place would count under a wrong label.
-        """
-        return self._measure(placement)[0]
-
-    def picture(self, placement: Placement) -> Optional[np.ndarray]:
-        """Draws nothing: the confusion matrix is drawn at the end."""
-        return None
+        super().__init__(config, source, control)
+        self._labels, self._classes = labels, classes
 
     def report(self, placement: Placement, folder: Path) -> str:
-        """Evaluates, and says it in words; rank 0 writes evaluation.json, evaluation.txt and confusion.png to `folder`.
-
-        Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
-        """
         values, own = self._measure(placement)
         everybody = self._control.mesh.by_data(self._control.all_gather('predictions', own))
         predicted = np.concatenate([np.array(part, int) for parts in everybody for part in parts])
         matrix = metrics.confusion_matrix(self._labels, predicted, len(self._classes))
         scores = metrics.class_scores(self._labels, predicted, len(self._classes))
-        text = self._text(values, scores, matrix)
+        text = (self._text(values, scores, matrix)
+                + self._written(folder, values, metrics.class_table(scores, self._classes)))
         if self._control.rank == 0:
-            write_evaluation(folder, {'images': self.images, **values}, metrics.class_table(scores, self._classes))
-            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
             try:
                 pictures.confusion(matrix, self._classes, folder / 'confusion.png')
                 text += ', confusion.png'
@@ -74,20 +54,10 @@ class ClassEvaluator:
                 text += f'\nwarning: confusion.png could not be drawn: {" ".join(str(error).split())}'
         return text
 
-    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Placement, folder: Path) -> str:
-        """Writes the evaluation of the last weights, as `report`, and says which were the best."""
-        best = max(rows, key=self.metric.score)
-        return (self.report(placement, folder)
-                + f'\nbest: {best["val_top1"]:.2f} % at step {best["step"]}, kept in {folder}/best')
-
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
-        """The values of all workers, and the predicted classes of this one's images."""
-        tally, predicted, pace = metrics.Tally(), [np.empty(0, int)], Pace()
-        config, control = self._config, self._control
-        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data))
-        transform = ClassifyEvalTransform(config.data, config.model)
-        for part in every_image(self._source, transform, batch, config.data.threads, control.mesh.coordinate('data'),
-                                control.mesh.data, placement.inputs):
+        tally, predicted, pace, control = metrics.Tally(), [np.empty(0, int)], Pace(), self._control
+        transform = ClassifyEvalTransform(self._config.data, self._config.model)
+        for part in self._own_batches(transform, placement):
             answers = placement.outputs(part)
             if control.mesh.reports:  # or another worker has the answers about these images
                 predicted.append(tally.add(answers, self._labels[part.index]))
@@ -101,26 +71,19 @@ class ClassEvaluator:
         lines = [f"top-1 {values['val_top1']:.2f} %, top-5 {values['val_top5']:.2f} % of {self.images:,} images, "
                  f"loss {values['val_loss']:.4f}, calibration error {values['val_ece']:.2f} %, "
                  f"{values['val_images_per_second']:,.0f} images/s",
-                 metrics.class_table(scores, self._classes, SHOWN)]
-        if len(self._classes) > SHOWN:
-            lines.append(f'({SHOWN} of {len(self._classes):,} classes, those of least F1)')
+                 metrics.class_table(scores, self._classes, SHOWN) + left_out(self._classes, 'F1')]
         confusions = metrics.worst_confusions(matrix, self._classes, 3)
         return '\n'.join(lines + ([f'most confused: {"; ".join(confusions)}'] if confusions else []))
 
 
-class ClassPredictor:
+class ClassPredictor(PredictorOfClasses):
     """Gives images the probabilities of their classes: (B, K)."""
-    command = 'predict'
     kind = 'a classifier, which reconstructs nothing'
-    advice = '`mxsimmim predict` shows what it has learned'
     output = 'logits'
-    onnx = ''
+    told = 'classes'
 
     def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
-        self._config, self._net = config, net
-        self.classes: Tuple[str, ...] = tuple(state['classes'])
-        self.summary = f'{len(self.classes)} classes'
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
+        super().__init__(config, net, state)
         self._width = max(len(one_line(name)) for name in self.classes)
 
     @staticmethod
@@ -136,16 +99,9 @@ class ClassPredictor:
     def transform(self, data: DataConfig) -> ClassifyEvalTransform:
         return ClassifyEvalTransform(data, self._config.model)
 
-    def call(self, image: Any) -> Any:
-        """Maps images (B, 3, S, S), normalised, to logits (B, K)."""
-        return self._net(image)
-
     def answer(self, image: mx.nd.NDArray) -> np.ndarray:
         """Returns the probabilities (B, K)."""
         return mx.nd.softmax(self.call(image), axis=1).asnumpy()
-
-    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
-        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` most probable classes, each with its probability."""
@@ -158,10 +114,6 @@ class ClassPredictor:
     def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> Optional[np.ndarray]:
         """Draws nothing."""
         return None
-
-    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
-        """Returns `record` in JSON."""
-        return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
 
     def ranked(self, probabilities: np.ndarray) -> List[Tuple[str, float]]:
         """Returns (class name, probability) of one image, the most probable first."""

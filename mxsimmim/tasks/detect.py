@@ -1,22 +1,20 @@
 """Detection: objects are to be found, with boxes and masks, the better the higher the precision on images held out."""
-import json
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
-import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
+from ..data.dense_transforms import WholeTransform
 from ..data.detection import open_objects
 from ..data.geometry import Size, View, padded, whole_view
-from ..data.loader import Batch, every_image
-from ..data.object_transforms import ObjectsEvalTransform, ObjectsTransform, ObjectsViewsTransform
+from ..data.object_transforms import ObjectsTransform, ObjectsViewsTransform
 from ..data.objects import Objects, WithObjects
 from ..data.regions import bitmap
 from ..data.sources import Source
 from ..data.transforms import Fields
-from ..models import Detector, Network, build_detector, named_parameters
+from ..models import Detector, build_detector, named_parameters
 from ..models.detector import detector_cost
 from ..models.from_gluoncv import model_zoo
 from ..models.shards import WHOLE, Shard
@@ -25,45 +23,34 @@ from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import pictures
-from .classes import WithClasses, names_of_outputs
+from .classes import PredictorOfClasses, WithClasses, names_of_outputs
 from .detections import Found, decoded, found_in, needed
+from .evaluator import SHOWN, LabelledEvaluator, left_out
 from .looks import answers_of
 from .pace import Pace, images_per_second
 from .precision import Comparison, Precisions
-from .task import Metric, Predictor, write_evaluation
+from .task import Metric, Predictor
 
-SHOWN = 20  # classes in the text that is printed; the file has all
 CERTAIN = 0.5  # score from which a box is drawn
 LARGE = 256  # pixels a side that pictures of boxes have at least
 
 
-class BoxEvaluator:
-    """Compares the objects found in images with those that are there. Each image counts once, whoever measures it."""
+class BoxEvaluator(LabelledEvaluator[WithObjects, Precisions]):
+    """Compares the objects found with those that are there: val_box_ap, val_box_ap50, val_mask_ap, val_mask_ap50.
+
+    The last two with masks alone; besides the precision of each class is measured.
+    """
     metric = Metric('val_box_ap', higher_is_better=True)
+    best = 'box AP {val_box_ap:.4f}'
     drawn = 'prediction'
-
-    def __init__(self, config: Config, source: WithObjects, control: ControlPlane):
-        self._config, self._source, self._control = config, source, control
-        self.images = len(source)
-
-    def evaluate(self, placement: Placement) -> Dict[str, float]:
-        """Returns val_box_ap, val_box_ap50, with masks val_mask_ap, val_mask_ap50, and val_images_per_second of all.
-
-        Called by every worker at the same time.
-
-        Raises:
-            ValueError: an image that cannot be read, or whose objects cannot.
-        """
-        return self._measure(placement)[0]
 
     def picture(self, placement: Placement) -> Optional[np.ndarray]:
         """Draws the first images, what is there and what is found, as the network sees them; uint8 (H, W, 3)."""
-        count = min(self._config.validation.pictures, self.images)
-        if not count or self._control.rank:
-            return None
         config, classes, canvas = self._config, self._source.classes, self._config.model.size
         transform = ObjectsViewsTransform(config.data, config.model, self._source, config.model.masks)
-        batch = next(self._batches(transform, count, 0, 1, placement))
+        batch = self._first_batch(transform, placement)
+        if batch is None:
+            return None
         times = math.ceil(LARGE / min(canvas))  # or names would cover what they name
         large = canvas[0] * times, canvas[1] * times
         rows = []
@@ -76,45 +63,22 @@ class BoxEvaluator:
         return pictures.side_by_side(np.array(rows), pictures.ANNOTATED)
 
     def report(self, placement: Placement, folder: Path) -> str:
-        """Evaluates, and says it in words; rank 0 writes evaluation.json and evaluation.txt to `folder`.
-
-        Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
-        """
         values, scores = self._measure(placement)
         classes, found = self._source.classes, scores.values()
         text = ', '.join(f'{what} {found[name]:.4f}' for name, what in (
             ('box_ap', 'box AP'), ('box_ap50', 'box AP50'), ('mask_ap', 'mask AP'), ('mask_ap50', 'mask AP50'),
             ('voc_map', 'VOC mAP')) if name in found)
-        text += (f" of {self.images:,} images, {values['val_images_per_second']:,.1f} images/s\n"
-                 + scores.table(classes, SHOWN))
-        if len(classes) > SHOWN:
-            text += f'\n({SHOWN} of {len(classes):,} classes, those of least box AP)'
-        if self._control.rank == 0:
-            write_evaluation(folder, {'images': self.images, **found, **values,
-                                      'class_box_ap': dict(zip(classes, scores.box[0].tolist()))},
-                             scores.table(classes))
-            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
-        return text
-
-    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Placement, folder: Path) -> str:
-        """Writes the evaluation of the last weights, as `report`, and says which were the best."""
-        known = [row for row in rows if row[self.metric.name] is not None]  # without objects there is none
-        best = max(known, key=self.metric.score, default=None)
-        return self.report(placement, folder) + (
-            f'\nbest: box AP {best["val_box_ap"]:.4f} at step {best["step"]}, kept in {folder}/best' if best else '')
-
-    def _batches(self, transform: ObjectsViewsTransform, batch: int, part: int, parts: int, placement: Placement
-                 ) -> Iterator[Batch]:
-        return every_image(self._source, transform, batch, self._config.data.threads, part, parts, placement.inputs)
+        of_classes = dict(zip(classes, scores.box[0].tolist()))
+        return (text + f" of {self.images:,} images, {values['val_images_per_second']:,.1f} images/s\n"
+                + scores.table(classes, SHOWN) + left_out(classes, 'box AP')
+                + self._written(folder, {**found, **values, 'class_box_ap': of_classes}, scores.table(classes)))
 
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], Precisions]:
-        """The values of all workers, and the precision of each class."""
         config, control = self._config, self._control
         comparison, pace, looks = Comparison(config.model.masks), Pace(), config.validation
         transform = ObjectsViewsTransform(config.data, config.model, self._source, config.model.masks, looks.scales,
                                           looks.flip)
-        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
-        for part in self._batches(transform, batch, control.mesh.coordinate('data'), control.mesh.data, placement):
+        for part in self._own_batches(transform, placement, transform.most):
             for objects, found in zip(part.fields['truth'], answers_of(placement, part)):
                 comparison.add(found_in(found, objects.size), objects, objects.size)
             pace.add(len(part.index))
@@ -143,20 +107,13 @@ def drawn(image: np.ndarray, found: Found, classes: Sequence[str]) -> np.ndarray
     return pictures.boxed(image, classes, found.boxes[sure], found.classes[sure], masks, found.scores[sure])
 
 
-class BoxPredictor:
-    """Finds the objects of an image: class, score, box and mask of each."""
-    command = 'predict'
+class BoxPredictor(PredictorOfClasses):
+    """Finds the objects of an image, class, score, box and mask, by detections as `Detector` has them."""
     kind = 'a detector, which reconstructs nothing'
-    advice = '`mxsimmim predict` shows what it has learned'
     output = 'detections'
+    told = 'classes of objects'
     onnx = ('how a detector chooses boxes (topk, box_nms, ROIAlign) has no translation to ONNX here: write --format '
             'symbol, which any MXNet 1.9 runs, or ask `mxsimmim serve` over HTTP')
-
-    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
-        self._config, self._net = config, net
-        self.classes: Tuple[str, ...] = tuple(state['classes'])
-        self.summary = f'{len(self.classes)} classes of objects'
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> Detector:
@@ -168,19 +125,8 @@ class BoxPredictor:
         """Returns the names in the file `classes`; without one, the numbers of the classes."""
         return {'classes': names_of_outputs(len(arrays['roi_head.bbox_head.fc_cls.weight']) - 1, file, classes)}
 
-    def transform(self, data: DataConfig) -> ObjectsEvalTransform:
-        return ObjectsEvalTransform(data, self._config.model)
-
-    def call(self, image: Any) -> Any:
-        """Maps images (B, 3, H, W), normalised, to detections (B, 100, 6), with masks (B, 100, 6 + 28 * 28)."""
-        return self._net(image)
-
-    def answer(self, image: mx.nd.NDArray) -> np.ndarray:
-        """Returns the detections."""
-        return self.call(image).asnumpy()
-
-    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
-        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
+    def transform(self, data: DataConfig) -> WholeTransform:
+        return WholeTransform(data, self._config.model)
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` most certain objects: class, score, box."""
@@ -202,10 +148,6 @@ class BoxPredictor:
     def drawing(self, image: np.ndarray, fields: Fields, answer: np.ndarray) -> np.ndarray:
         """Draws on an image, uint8 (H, W, 3), the objects that were found for `CERTAIN`."""
         return drawn(image, self._found(fields, answer), self.classes)
-
-    def body(self, fields: Fields, answer: np.ndarray, accepted: str) -> Tuple[str, bytes]:
-        """Returns `record` in JSON."""
-        return 'application/json; charset=utf-8', json.dumps(self.record(fields, answer)).encode()
 
     def _found(self, fields: Fields, answer: np.ndarray) -> Found:
         height, width, *size = (int(side) for side in fields['extent'])

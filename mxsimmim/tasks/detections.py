@@ -9,13 +9,15 @@ import numpy as np
 
 from ..config.model import OBJECTS
 from ..data.geometry import Size
-from ..data.regions import Polygons, Region, RunLengths
+from ..data.regions import Polygons, Region, RunLengths, bitmap
 from ..data.views import Answer
 from ..system.guards import unusable
 
 NEAR = 1.0  # pixels of the input, from the border of a view
 NMS = 0.5  # boxes of a class that share more (IoU) are one
 CELLS = 28  # a side of a mask in its box
+FAR = 4  # sides of an image, from which a polygon is far away from it
+STRIP = 1 << 22  # probabilities of a mask's pixels at a time
 BOXES = 6  # numbers of a row before its mask: x0, y0, x1, y1, score, class
 
 
@@ -115,7 +117,9 @@ def pasted(grid: np.ndarray, box: np.ndarray, size: Size) -> np.ndarray:
         places = (np.arange(first, last) + 0.5 - low) / (high - low) * CELLS - 0.5
         axes.append((slice(first, max(first, last)), np.maximum(0, 1 - np.abs(places[:, None] - np.arange(CELLS)))))
     (rows, down), (columns, across) = axes
-    result[rows, columns] = down @ grid @ across.T >= 0.5
+    down, step = down @ grid, max(1, STRIP // max(1, len(across)))
+    for top in range(0, len(down), step):
+        result[rows, columns][top:top + step] = down[top:top + step] @ across.T >= 0.5
     return result
 
 
@@ -132,8 +136,14 @@ def decoded(mask: Dict[str, Any]) -> np.ndarray:
 
 
 def region_lengths(region: Region, size: Size) -> Dict[str, Any]:
-    """Compress an object's region in an image of this size, polygons as COCO's own tools fill them."""
+    """Compress an object's region in an image of this size, polygons as COCO's own tools fill them.
+
+    These need memory for each pixel along an outline, and end the process where that is not there: polygons that lead
+    far away from the image are filled here.
+    """
     _, _, masks = needed()
+    if isinstance(region, Polygons) and max(np.abs(outline).max() for outline in region.outlines) > FAR * max(size):
+        return encoded(bitmap(region, size))
     if isinstance(region, Polygons):
         found = masks.merge(masks.frPyObjects([outline.ravel().tolist() for outline in region.outlines], *size))
     elif isinstance(region, RunLengths):

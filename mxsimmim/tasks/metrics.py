@@ -4,11 +4,11 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 
 from ..system.text import one_line
+from .class_table import by_class, percent
 
 TOP = 5
 BINS = 15  # of confidence; Guo et al. 2017 (arXiv:1706.04599)
 NONE = -1  # the predicted class of an image whose logits are not numbers
-LONGEST = 32  # characters of a class name in a table
 
 
 class Tally:
@@ -77,19 +77,12 @@ def class_scores(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.
         return np.stack([images, 100 * hits / images, 100 * hits / taken, 200 * hits / (images + taken)], axis=1)
 
 
-def class_table(scores: np.ndarray, names: Sequence[str], limit: Optional[int] = None) -> str:
+def class_table(scores: np.ndarray, names: Sequence[str], limit: int = 0) -> str:
     """Formats `class_scores` as aligned lines; of more than `limit` classes the ones of least F1, those first."""
-    rows = list(range(len(names)))
-    if limit is not None and len(rows) > limit:
-        rows = sorted(rows, key=lambda k: (np.nan_to_num(scores[k, 3], nan=np.inf), k))[:limit]
-    shown = {k: one_line(names[k] if len(names[k]) <= LONGEST else names[k][:LONGEST - 1] + '…') for k in rows}
-    width = max(len('class'), *map(len, shown.values()))
-    lines = [f"{'class':<{width}}   images   recall   precision       F1"]
-    for k in rows:
-        images, *percents = scores[k]
-        recall, precision, f1 = ['-' if np.isnan(value) else f'{value:.1f} %' for value in percents]
-        lines.append(f'{shown[k]:<{width}}   {int(images):>6,}  {recall:>7}   {precision:>9}  {f1:>7}')
-    return '\n'.join(lines)
+    def line(k: int) -> str:
+        recall, precision, f1 = map(percent, scores[k, 1:])
+        return f'   {int(scores[k, 0]):>6,}  {recall:>7}   {precision:>9}  {f1:>7}'
+    return by_class(names, scores[:, 3], '   images   recall   precision       F1', line, limit)
 
 
 def worst_confusions(matrix: np.ndarray, names: Sequence[str], limit: int) -> List[str]:

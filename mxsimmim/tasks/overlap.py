@@ -1,11 +1,9 @@
 """What a segmenter gets right: pixels counted by true and predicted class, and what follows from that. NumPy only."""
-from typing import Dict, List, Sequence
+from typing import Dict, Sequence
 
 import numpy as np
 
-from ..system.text import one_line
-
-LONGEST = 32  # characters of a class name in a table
+from .class_table import by_class, percent
 
 
 def count_pixels(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -44,16 +42,11 @@ def class_table(counts: np.ndarray, names: Sequence[str], limit: int = 0) -> str
     overlap = intersection_over_union(counts)
     with np.errstate(invalid='ignore'):
         columns = 100 * np.stack([truth / truth.sum(), overlap, hits / truth], axis=1)
-    rows: List[int] = list(range(len(names)))
-    if limit and len(rows) > limit:
-        rows = sorted(rows, key=lambda k: (np.nan_to_num(overlap[k], nan=np.inf), k))[:limit]
-    shown = {k: one_line(names[k] if len(names[k]) <= LONGEST else names[k][:LONGEST - 1] + '…') for k in rows}
-    width = max(len('class'), *map(len, shown.values()))
-    lines = [f"{'class':<{width}}     pixels       IoU   accuracy"]
-    for k in rows:
-        share, iou, accuracy = ('-' if np.isnan(value) else f'{value:.1f} %' for value in columns[k])
-        lines.append(f'{shown[k]:<{width}}   {share:>8}  {iou:>8}   {accuracy:>8}')
-    return '\n'.join(lines)
+
+    def line(k: int) -> str:
+        share, iou, accuracy = map(percent, columns[k])
+        return f'   {share:>8}  {iou:>8}   {accuracy:>8}'
+    return by_class(names, overlap, '     pixels       IoU   accuracy', line, limit)
 
 
 def _sums(counts: np.ndarray) -> np.ndarray:

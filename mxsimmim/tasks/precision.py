@@ -12,10 +12,9 @@ import numpy as np
 from ..config.model import OBJECTS
 from ..data.geometry import Size
 from ..data.objects import Objects
-from ..system.text import one_line
+from .class_table import by_class
 from .detections import Found, needed, overlaps, region_lengths
 
-LONGEST = 32  # characters of a class name in a table
 VOC = 0.5  # IoU from which Pascal VOC takes an object for found
 # Of an image's boxes, those of a class together, and of its objects; `hits` and `ignored` have a bit for each of COCO's
 # thresholds, `voc` is 1 for an object found, 0 for none, -1 for one that does not count.
@@ -87,21 +86,16 @@ class Precisions(NamedTuple):
             found.update(mask_ap=self.mask[0], mask_ap50=self.mask[1])
         return {name: mean(values) for name, values in {**found, 'voc_map': self.voc}.items()}
 
-
     def table(self, names: Sequence[str], limit: int = 0) -> str:
         """Format a line a class: its objects, average precisions; of more than `limit` classes those of least."""
-        rows = list(range(len(names)))
-        if limit and len(rows) > limit:
-            rows = sorted(rows, key=lambda k: (np.nan_to_num(self.box[0, k], nan=np.inf), k))[:limit]
         columns = {'box AP': self.box[0], 'box AP50': self.box[1], **(
             {'mask AP': self.mask[0], 'mask AP50': self.mask[1]} if self.mask is not None else {})}
-        shown = {k: one_line(names[k] if len(names[k]) <= LONGEST else names[k][:LONGEST - 1] + '…') for k in rows}
-        width = max(len('class'), *map(len, shown.values()))
-        lines = [f"{'class':<{width}}   objects" + ''.join(f'{name:>12}' for name in columns)]
-        for k in rows:
+
+        def line(k: int) -> str:
             scores = ('-' if np.isnan(column[k]) else f'{column[k]:.4f}' for column in columns.values())
-            lines.append(f'{shown[k]:<{width}}   {self.objects[k]:>7,}' + ''.join(f'{score:>12}' for score in scores))
-        return '\n'.join(lines)
+            return f'   {self.objects[k]:>7,}' + ''.join(f'{score:>12}' for score in scores)
+        heading = '   objects' + ''.join(f'{name:>12}' for name in columns)
+        return by_class(names, self.box[0], heading, line, limit)
 
 
 def mean(values: np.ndarray) -> float:

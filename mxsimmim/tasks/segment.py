@@ -4,21 +4,19 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
-import mxnet as mx
 import numpy as np
 
 from ..config import Config, DataConfig, ModelConfig
 from ..data.decode import BrokenImage
-from ..data.dense_transforms import SegmentEvalTransform, SegmentTransform, SegmentViewsTransform
+from ..data.dense_transforms import SegmentTransform, SegmentViewsTransform, WholeTransform
 from ..data.geometry import Size, View, padded
-from ..data.loader import Batch, every_image
 from ..data.segmentation import Segmented, ignored_number, open_segmented
 from ..data.sources import Source
 from ..data.transforms import Fields
 from ..data.views import Answer, returned
-from ..models import Network, Segmenter, build_segmenter, named_parameters
+from ..models import Segmenter, build_segmenter, named_parameters
 from ..models.segmenter import segmenter_cost
 from ..models.shards import WHOLE, Shard
 from ..ops import OpBackend
@@ -26,13 +24,14 @@ from ..parallel.control import ControlPlane
 from ..parallel.placement import Placement
 from ..system.text import one_line
 from . import overlap, pictures
-from .classes import WithClasses, names_of_outputs
+from .classes import PredictorOfClasses, WithClasses, names_of_outputs
+from .evaluator import SHOWN, LabelledEvaluator, left_out
 from .looks import answers_of
 from .metrics import log_softmax
 from .pace import Pace, images_per_second
-from .task import Metric, Predictor, write_evaluation
+from .task import Metric, Predictor
 
-SHOWN = 20  # classes in the text that is printed; the file has all
+STRIP = 1 << 26  # logits of an image's pixels at a time
 PNG = 'image/png'
 COUNTED = 64  # images of which the classes' shares are known before training
 
@@ -45,16 +44,19 @@ def class_map(answers: Sequence[Answer], size: Size, canvas: Size) -> np.ndarray
         size: of the image.
         canvas: of the network's input.
     """
-    if len(answers) == 1:
-        (view, logits), = answers
-        total = returned(logits, view, size, canvas)[1]
-    else:
-        total = np.zeros((len(answers[0][1]), *size), 'float32')
-        for view, logits in answers:
-            (rows, columns), large = returned(logits, view, size, canvas)
-            total[:, rows, columns] += softmax(large)
-    likeliest = total.argmax(axis=0).astype('int32')
-    likeliest[~np.isfinite(total).all(axis=0)] = len(total)
+    likeliest, classes = np.empty(size, 'int32'), len(answers[0][1])
+    step = max(1, STRIP // (classes * size[1]))
+    for top in range(0, size[0], step):
+        strip = slice(top, min(top + step, size[0]))
+        if len(answers) == 1:
+            (view, logits), = answers
+            total = returned(logits, view, size, canvas, strip)[1]
+        else:
+            total = np.zeros((classes, strip.stop - top, size[1]), 'float32')
+            for view, logits in answers:
+                (rows, columns), large = returned(logits, view, size, canvas, strip)
+                total[:, rows, columns] += softmax(large)
+        likeliest[strip] = np.where(np.isfinite(total).all(axis=0), total.argmax(axis=0), classes)
     return likeliest
 
 
@@ -65,32 +67,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
         return found / found.sum(axis=0)
 
 
-class PixelEvaluator:
-    """Compares the class of each pixel of labelled images. Each image counts once, whichever worker measures it."""
+class PixelEvaluator(LabelledEvaluator[Segmented, np.ndarray]):
+    """Compares the class of each pixel: val_miou, val_pixel_accuracy, val_loss; besides counts of pixels (K, K + 1)."""
     metric = Metric('val_miou', higher_is_better=True)
+    best = 'mIoU {val_miou:.4f}'
     drawn = 'prediction'
-
-    def __init__(self, config: Config, source: Segmented, control: ControlPlane):
-        self._config, self._source, self._control = config, source, control
-        self.images = len(source)
-
-    def evaluate(self, placement: Placement) -> Dict[str, float]:
-        """Returns val_miou, val_pixel_accuracy, val_loss, and val_images_per_second of all workers together.
-
-        Called by every worker at the same time.
-
-        Raises:
-            ValueError: an image or a label map that cannot be read.
-        """
-        return self._measure(placement)[0]
 
     def picture(self, placement: Placement) -> Optional[np.ndarray]:
         """Draws the first images, their maps and the predicted ones, as the network sees them; uint8 (H, W, 3)."""
-        count = min(self._config.validation.pictures, self.images)
-        if not count or self._control.rank:
-            return None
         transform = SegmentViewsTransform(self._config.data, self._config.model, self._source)
-        batch = next(self._batches(transform, count, 0, 1, placement))
+        batch = self._first_batch(transform, placement)
+        if batch is None:
+            return None
         canvas, ignored = self._config.model.size, ignored_number(len(self._source.classes))
         every = answers_of(placement, batch)
         predicted = [class_map([(View(canvas, (0, 0), canvas), logits)], canvas, canvas) for (_, logits), in every]
@@ -100,42 +88,21 @@ class PixelEvaluator:
                                   len(self._source.classes))
 
     def report(self, placement: Placement, folder: Path) -> str:
-        """Evaluates, and says it in words; rank 0 writes evaluation.json and evaluation.txt to `folder`.
-
-        Called by every worker at the same time; raises ValueError as `evaluate`, or where it cannot write.
-        """
         values, counts = self._measure(placement)
         classes = self._source.classes
-        text = (f"mIoU {values['val_miou']:.4f}, pixel accuracy {values['val_pixel_accuracy']:.4f} of {self.images:,} "
+        of_classes = dict(zip(classes, overlap.intersection_over_union(counts).tolist()))
+        return (f"mIoU {values['val_miou']:.4f}, pixel accuracy {values['val_pixel_accuracy']:.4f} of {self.images:,} "
                 f"images, loss {values['val_loss']:.4f}, {values['val_images_per_second']:,.1f} images/s\n"
-                + overlap.class_table(counts, classes, SHOWN))
-        if len(classes) > SHOWN:
-            text += f'\n({SHOWN} of {len(classes):,} classes, those of least IoU)'
-        if self._control.rank == 0:
-            of_classes = dict(zip(classes, overlap.intersection_over_union(counts).tolist()))
-            write_evaluation(folder, {'images': self.images, **overlap.values(counts), **values, 'iou': of_classes},
-                             overlap.class_table(counts, classes))
-            text += f'\n{folder}/evaluation.json, evaluation.txt (all classes)'
-        return text
-
-    def conclude(self, rows: Sequence[Mapping[str, Any]], last_step: int, placement: Placement, folder: Path) -> str:
-        """Writes the evaluation of the last weights, as `report`, and says which were the best."""
-        best = max(rows, key=self.metric.score)
-        return (self.report(placement, folder)
-                + f'\nbest: mIoU {best["val_miou"]:.4f} at step {best["step"]}, kept in {folder}/best')
-
-    def _batches(self, transform: SegmentViewsTransform, batch: int, part: int, parts: int, placement: Placement
-                 ) -> Iterator[Batch]:
-        return every_image(self._source, transform, batch, self._config.data.threads, part, parts, placement.inputs)
+                + overlap.class_table(counts, classes, SHOWN) + left_out(classes, 'IoU')
+                + self._written(folder, {**overlap.values(counts), **values, 'iou': of_classes},
+                                overlap.class_table(counts, classes)))
 
     def _measure(self, placement: Placement) -> Tuple[Dict[str, float], np.ndarray]:
-        """The values of all workers, and their counts of pixels (K, K + 1)."""
         config, control, classes = self._config, self._control, len(self._source.classes)
         counts, loss, pace = np.zeros((classes, classes + 1), 'int64'), np.zeros(2), Pace()
         canvas, looks = config.model.size, config.validation
         transform = SegmentViewsTransform(config.data, config.model, self._source, looks.scales, looks.flip)
-        batch = -(-config.train.batch_size // (config.train.accumulate * control.mesh.data * transform.most))
-        for part in self._batches(transform, batch, control.mesh.coordinate('data'), control.mesh.data, placement):
+        for part in self._own_batches(transform, placement, transform.most):
             for truth, answers in zip(part.fields['truth'], answers_of(placement, part)):
                 counts += overlap.count_pixels(truth, class_map(answers, truth.shape, canvas), classes)
                 for view, logits in answers:
@@ -172,19 +139,11 @@ def class_shares(source: Segmented) -> np.ndarray:
     return counts / counts.sum()
 
 
-class MapPredictor:
-    """Tells the class of each pixel of an image."""
-    command = 'predict'
+class MapPredictor(PredictorOfClasses):
+    """Tells the class of each pixel of an image, by logits (B, K, h, w)."""
     kind = 'a segmenter, which reconstructs nothing'
-    advice = '`mxsimmim predict` shows what it has learned'
     output = 'logits'
-    onnx = ''
-
-    def __init__(self, config: Config, net: Network, state: Mapping[str, Any]):
-        self._config, self._net = config, net
-        self.classes: Tuple[str, ...] = tuple(state['classes'])
-        self.summary = f'{len(self.classes)} classes of pixels'
-        self.inputs: Dict[str, Tuple[int, ...]] = {'image': (3, *config.model.size)}
+    told = 'classes of pixels'
 
     @staticmethod
     def build_network(model: ModelConfig, state: Mapping[str, Any], backend: OpBackend, data: DataConfig) -> Segmenter:
@@ -195,19 +154,8 @@ class MapPredictor:
         """Returns the names in the file `classes`; without one, the numbers of the classes."""
         return {'classes': names_of_outputs(len(arrays['decode_head.conv_seg.weight']), file, classes)}
 
-    def transform(self, data: DataConfig) -> SegmentEvalTransform:
-        return SegmentEvalTransform(data, self._config.model)
-
-    def call(self, image: Any) -> Any:
-        """Maps images (B, 3, H, W), normalised, to logits (B, K, h, w)."""
-        return self._net(image)
-
-    def answer(self, image: mx.nd.NDArray) -> np.ndarray:
-        """Returns the logits (B, K, h, w)."""
-        return self.call(image).asnumpy()
-
-    def random_inputs(self, rng: np.random.Generator, images: int) -> List[np.ndarray]:
-        return [rng.standard_normal((images, *self.inputs['image'])).astype('float32')]
+    def transform(self, data: DataConfig) -> WholeTransform:
+        return WholeTransform(data, self._config.model)
 
     def line(self, fields: Fields, answer: np.ndarray, top: int) -> str:
         """Says the `top` largest classes, each with its share of the pixels."""

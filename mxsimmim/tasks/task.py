@@ -1,7 +1,5 @@
 """What every task offers to the loop, to evaluations and to commands that use a run; and how workers compare theirs."""
 import hashlib
-import json
-import math
 import os
 from pathlib import Path
 from typing import (
@@ -24,7 +22,6 @@ import numpy as np
 from ..config import Config, DataConfig, ModelConfig, configfile
 from ..data.sources import Source
 from ..data.transforms import Fields, Transform
-from ..system.text import encode
 
 if TYPE_CHECKING:
     from ..models import Network
@@ -199,26 +196,6 @@ class Task(Protocol):
         Raises:
             ValueError: `theirs`, of rank 0, are not those of this worker, which is `rank`.
         """
-
-
-def write_evaluation(folder: Path, values: Mapping[str, Any], table: str) -> None:
-    """Writes evaluation.json, in which numbers that are not finite are null, and evaluation.txt to a folder.
-
-    Raises:
-        ValueError: it cannot be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'evaluation.json').write_text(json.dumps(_finite(values), indent=1) + '\n')
-        (folder / 'evaluation.txt').write_bytes(encode(table + '\n'))
-    except OSError as error:
-        raise ValueError(f'{folder}: cannot write the evaluation there: {error.strerror}') from None
-
-
-def _finite(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {name: _finite(value) for name, value in values.items()}
-    return values if math.isfinite(values) else None
 
 
 def check_same_job(config: Config, task: Task, control: 'ControlPlane') -> None:

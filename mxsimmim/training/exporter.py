@@ -2,12 +2,19 @@
 
 The names follow https://prometheus.io/docs/practices/naming: base units, `_total` for counters. Each metric has the
 label `run`; what is not known yet is left out. The alerts and the dashboard of launch/monitoring use these names.
+
+Where rank 0 runs, a cluster decides when the job starts. So each run that answers says where, in a file beside its
+folder, in the form that Prometheus reads (`file_sd_configs`).
 """
 import contextlib
+import ipaddress
 import json
+import platform
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Tuple
+from urllib.parse import parse_qs
 
+from ..cluster import run_status
 from ..system import files
 from ..system.guards import unusable
 from .checkpoint import MANIFEST
@@ -95,17 +102,56 @@ class Collector:
 
 
 def serve(run: Path, told: Callable[[], Mapping[str, Any]], host: str, port: int) -> Any:
-    """Answer Prometheus in a thread of this process; return the HTTP server, whose `server_port` is its port.
+    """Answer Prometheus in a thread, and tell it where; return the HTTP server, whose `server_port` is its port.
 
     Raises:
         ValueError: the package is missing.
-        OSError: the address cannot be had.
+        OSError: the address cannot be had, or the file not be written.
     """
     try:
         from prometheus_client import CollectorRegistry, start_http_server
     except Exception as error:  # a broken package raises anything
         raise unusable('log.prometheus_port', error) from None
+    run = run.absolute()
     registry = CollectorRegistry()
     registry.register(Collector(run, told))
     server, _ = start_http_server(port, host, registry)
+    server.set_app(refuse_others(server.get_app(), run))
+    run_status.write(discovery_file(run), [{
+        'targets': [target(host, server.server_port)],
+        # Its name in all figures, wherever it runs after a restart; the second becomes ?run= of the address.
+        'labels': {'instance': str(run), '__param_run': str(run)}}])
     return server
+
+
+def withdraw(run: Path) -> None:
+    """Have Prometheus no longer ask for a run, which has ended or was stopped; of one that failed it is to know."""
+    with contextlib.suppress(OSError):
+        discovery_file(run).unlink()
+
+
+def discovery_file(run: Path) -> Path:
+    """Return the file that says where a run answers; beside its folder, as Prometheus takes no * for a folder."""
+    return run.with_name(run.name + '.prometheus.json')
+
+
+def target(host: str, port: int) -> str:
+    """Write the address to ask, HOST:PORT; of a run that listens on all addresses it has the name of this machine."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host or '0.0.0.0')
+        if address.is_unspecified:
+            host = platform.node()
+        elif address.version == 6:
+            host = f'[{host}]'
+    return f'{host}:{port}'
+
+
+def refuse_others(app: Callable[..., Any], run: Path) -> Callable[..., Any]:
+    """Have a WSGI application answer 404 where the query asks for another run, as one that was killed left its file."""
+    def answer(environ: Mapping[str, Any], start_response: Callable[..., Any]) -> Any:
+        asked = parse_qs(environ.get('QUERY_STRING', '')).get('run')
+        if asked in (None, [str(run)]):
+            return app(environ, start_response)
+        start_response('404 Not Found', [('Content-Type', 'text/plain')])
+        return [b'another run answers here\n']
+    return answer

@@ -112,6 +112,7 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
             logger = stack.enter_context(RunLogger(folder, total, first))
             logger.status(restarts=process.restarts)
             report.tell(notify=config.notify.command, run=str(folder))
+            exporter.withdraw(folder)  # what it may have left when it was killed
             if config.log.prometheus_port:
                 logger.extra(f'log.prometheus_port={config.log.prometheus_port}', exporter.serve, folder, logger.told,
                              config.log.prometheus_host, config.log.prometheus_port)
@@ -125,6 +126,8 @@ def _start(config: Config, written: Mapping[str, Duration], process: ProcessInfo
         with told(trainer):
             stopped = trainer.fit(stop)
         logger.status(state='stopped' if stopped else 'ended', step=trainer.step)
+        if process.rank == 0:
+            exporter.withdraw(folder)
         conclude(trainer, folder, not stopped)
         notify(trainer, event='end', status=128 + stopped if stopped else 0)
     return 128 + stopped if stopped else 0

@@ -97,6 +97,8 @@ def test_a_job_that_loses_a_worker(launcher, page):
     for rank in range(2):
         assert re.search(rf'^mxsimmim_step_seconds{{host=".+",rank="{rank}",run="job"}} \d', told, re.M), told
     assert 'mxsimmim_restarts_total{run="job"} 0.0' in told and 'mxsimmim_validation_loss{' in told
+    found = launcher.folder / 'runs' / 'job.prometheus.json'
+    assert json.loads(found.read_text())[0]['targets'] == [f'127.0.0.1:{port}']
 
     # A worker is killed; the launcher starts the job again.
     for pid in launcher.find('DMLC_WORKER_ID=1'):
@@ -108,7 +110,7 @@ def test_a_job_that_loses_a_worker(launcher, page):
                'document.querySelector("#events td.why").textContent.includes("by SIGKILL")', DEADLINE, err)
     (what, why), = events(page)
     assert what == 'restart' and why.startswith(f'worker 1 on {os.uname().nodename} was killed by SIGKILL; ')
-    assert 'mxsimmim_restarts_total{run="job"} 1.0' in metrics(port)
+    assert 'mxsimmim_restarts_total{run="job"} 1.0' in metrics(port) and found.exists()
 
     # In a narrow window nothing sticks out, and the user's dark colours are used.
     colour = 'getComputedStyle(document.body).backgroundColor'
@@ -122,3 +124,4 @@ def test_a_job_that_loses_a_worker(launcher, page):
     page.until('document.querySelector("#state").textContent == "stopped"', DEADLINE, err)
     assert page.evaluate('window.fooled') is None and page.evaluate('document.querySelectorAll("b").length') == 7
     job.wait(DEADLINE)
+    assert not found.exists()

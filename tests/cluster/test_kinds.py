@@ -148,7 +148,7 @@ def test_an_interface_that_hosts_lack(made):
     made.hosts.run(1, 'ip link del eth1')
     status, said = made.launch('-n', 3, '--interface', 'eth1', '--', *PRETRAIN, *TINY)
     assert status == 2
-    assert f"host host1: no interface 'eth1' with an IPv4 address: --interface takes one of lo 127.0.0.1, " \
+    assert f"host {made.called(1)}: no interface 'eth1' with an IPv4 address: --interface takes one of lo 127.0.0.1, " \
            f'eth0 {made.hosts.address(1)}' in said
 
 
@@ -164,8 +164,8 @@ def test_hosts_with_other_versions(made):
         made.hosts.run(n, f'mount --bind {other} {path}')
     status, said = made.launch('-n', 3, '--', *PRETRAIN, *TINY)
     assert status == 2
-    assert re.search(rf'host host1: .*mxnet 1\.0\.7.*{re.escape(mxnet.__version__)}', said), said
-    assert re.search(rf'host host2: .*mxsimmim 1\.0\.7.*{re.escape(mxsimmim.__version__)}', said), said
+    assert re.search(rf'host {made.called(1)}: .*mxnet 1\.0\.7.*{re.escape(mxnet.__version__)}', said), said
+    assert re.search(rf'host {made.called(2)}: .*mxsimmim 1\.0\.7.*{re.escape(mxsimmim.__version__)}', said), said
 
 
 # --- ends
@@ -191,7 +191,7 @@ def test_kill_9_of_a_remote_worker(made, options):
     process = made.train(*options)
     os.kill(made.worker(1), signal.SIGKILL)
     assert process.wait(KILLED) == 128 + signal.SIGKILL
-    assert 'worker 1 on host1 was killed by SIGKILL; its log is logs/worker-1.log' in made.said()
+    assert f'worker 1 on {made.called(1)} was killed by SIGKILL; its log is logs/worker-1.log' in made.said()
     assert 'step' in made.logs()['worker-0']  # fetched after the failure
     wait_for(lambda: not made.left(), 'nothing is left of the job', 5 + made.slack)
 
@@ -203,7 +203,8 @@ def test_kill_9_of_what_holds_a_host(made, which):
     process = made.train('-s', 1)
     made.kill(made.holders[which], 2)
     assert process.wait(KILLED) not in (0, 2)
-    assert 'launch: host host2 was lost' in made.said() or 'on host2 was killed by SIGKILL' in made.said()
+    lost = made.called(2)
+    assert f'launch: host {lost} was lost' in made.said() or f'on {lost} was killed by SIGKILL' in made.said()
     wait_for(lambda: not made.left(), 'nothing is left of the job', 10 + made.slack)
 
 
@@ -225,7 +226,7 @@ def test_a_host_that_vanishes(made):
     process = made.train('-s', 1)
     made.hosts.plug(1, state='down')
     assert process.wait(2 * KILLED) == 1
-    assert 'launch: host host1 was lost' in made.said()
+    assert f'launch: host {made.called(1)} was lost' in made.said()
     wait_for(lambda: not made.left(), 'nothing is left of the job, on the lost host either', 60)
 
 
@@ -241,7 +242,7 @@ def test_a_host_that_comes_back(made):
     wait_for(lambda: 'restart in' in made.said(), 'a restart')
     made.hosts.plug(1)
     assert job.wait(JOB) == 0, made.said()
-    assert 'launch: host host1 was lost: ' in made.said()
+    assert f'launch: host {made.called(1)} was lost: ' in made.said()
     assert 'step-00000200' in made.checkpoints()
 
 

@@ -11,6 +11,8 @@ import pytest
 from support.clusters import ENDLESS, JOB, LAUNCH, PRETRAIN, cluster, survives
 from support.hosts import wait_for
 from support.jobs import KEYS, SLOW, reach, recorded, steps
+from support.programs import free_port
+from support.prometheus import config_for, prometheus
 from support.running import ROOT, rounds
 
 pytestmark = pytest.mark.unmeasured
@@ -95,6 +97,34 @@ def test_the_time_limit(made, shared, undisturbed):
     assert len(losses) == max(steps(shared / 'runs' / 'job')) and losses[:20] == undisturbed[:20]
 
 
+@pytest.mark.soak
+@in_soak
+def test_prometheus_finds_a_job_wherever_slurm_starts_it(made, shared):
+    """One on the third host, under the name of the run: on host0, and when that is drained on host1."""
+    port, run = free_port(), shared / 'runs' / 'job'
+    found, known = run.with_name('job.prometheus.json'), ('mxsimmim', str(run))
+    job = submit(made, shared, '-n', 2, '--horovod', keys=[
+        *SLOW, 'train.length=100000', f'log.prometheus_port={port}', 'log.prometheus_host=0.0.0.0'])
+    with prometheus(shared / 'prometheus', config_for(f'{shared}/runs/*.prometheus.json'), made.hosts.inside(2),
+                    made.hosts.address(2)) as one:
+        one.until(lambda: one.up().get(known) == '1' and one.query('mxsimmim_loss'), JOB)
+        [before] = json.loads(found.read_text())
+        made.slurm.ask('scontrol', 'update', 'nodename=host0', 'state=drain', 'reason=test')
+        made.slurm.ask('scancel', '--batch', '--signal=TERM', job)
+        saved_to_be_started_again(made, shared, job, 1)
+        assert not found.exists()
+        one.until(lambda: known not in one.up())
+        assert one.firing() == {}
+        one.until(lambda: one.up().get(known) == '1' and 'MxsimmimStartedAgain' in one.firing(), JOB)
+        assert one.firing() == {'MxsimmimStartedAgain': 'job was started again: mxsimmim status says why'}
+        [after] = json.loads(found.read_text())
+        assert (before['targets'], after['targets']) == ([f'host0:{port}'], [f'host1:{port}'])
+        assert before['labels'] == after['labels']
+        assert {row['metric']['host'] for row in one.query('mxsimmim_step_seconds{rank="0"}')} == {'host1'}
+    made.slurm.ask('scancel', job)
+    made.slurm.ask('scontrol', 'update', 'nodename=host0', 'state=resume')
+
+
 def test_a_job_that_is_cancelled(made, shared):
     job = submit(made, shared, '-n', 2, '-s', 1, '--max-restarts', 3, keys=[*PRETRAIN, *ENDLESS])
     reach(shared, 5, 'tiny')
@@ -135,8 +165,7 @@ def test_what_cannot_start_is_told(made, shared, tmp_path):
         status, said = made.launch('-n', 2, 'true')
     finally:
         made.hosts.run(1, f'umount {Path(sys.executable).parent}')
-    # "No such file or directory" as well, if srun has it from the host before it ends the step.
-    assert status == 2 and re.search('launch: error: .*host1', said), said
+    assert status == 2 and re.search('launch: error: .*host1.*No such file or directory', said), said
 
 
 @pytest.mark.parametrize('name', ['servers', 'horovod', 'hybrid'])

@@ -11,7 +11,7 @@ from PIL import Image
 from support.running import DEADLINE, ROOT
 from support.tiny import TINY
 
-from mxsimmim import cli
+from mxsimmim import commands
 
 pytestmark = pytest.mark.unmeasured
 
@@ -63,7 +63,7 @@ def test_commands(folder):
         words = shlex.split(line.replace('/images', str(folder / 'images')))
         if re.search('imagenet|official|vit_base vit_base|cats|…', line):  # what this machine does not have
             if '…' not in line:
-                cli.parser().parse_args(words[1:])
+                commands.parser().parse_args(words[1:])
                 parsed += 1
             continue
         if '-H' in words:

@@ -11,6 +11,8 @@ from typing import Callable, Dict, Iterator, List
 import pytest
 import yaml
 
+from mxsimmim.runtime.process import CONTROL
+
 from . import rays, slurm, tiny
 from .hosts import Hosts, three_hosts, wait_for, words_of
 from .jobs import SLOW, reach, recorded
@@ -67,6 +69,10 @@ class Cluster:
         assert all(self.hosts.processes(n) for n in range(3)) and self.local()  # as `left` would see them
         return process
 
+    def called(self, n: int) -> str:
+        """What the launcher calls a host."""
+        return NAMES[n]
+
     def said(self) -> str:
         return (self.folder / 'said').read_text()
 
@@ -93,9 +99,9 @@ class Cluster:
         return [words for words in map(words_of, pids) if words]
 
     def worker(self, n: int) -> int:
-        """The process of a host that is a worker (or a rank)."""
-        return next(pid for pid in self.hosts.processes(n) if 'pretrain' in words_of(pid)
-                    and environment(pid).get('DMLC_ROLE', 'worker') == 'worker')
+        """The process of a host that is a worker (or a rank), and no server or launcher with the same words."""
+        return next(pid for pid in self.hosts.processes(n)
+                    if 'pretrain' in words_of(pid) and CONTROL in environment(pid))
 
     def launcher(self, process: subprocess.Popen) -> int:
         """The process of a launcher that `start` returned."""
@@ -176,6 +182,7 @@ class KubernetesCluster(InsideCluster):
                                   *map(str, words)], env={**self.environ, **(environ or {})}, check=True, timeout=JOB,
                                  stdout=subprocess.PIPE).stdout
         secret, service, job = yaml.safe_load_all(printed)
+        self.name = job['metadata']['name']
         [container] = job['spec']['template']['spec']['containers']
         command = [word.replace('$$', '$') for word in container['command']]
         with open(self.folder / 'said', 'wb') as said:
@@ -188,9 +195,11 @@ class KubernetesCluster(InsideCluster):
         time.sleep(0.5)
         with open(self.hosts.folder / 'etc_hosts', 'a') as file:
             for place in range(job['spec']['completions']):
-                name = f'{job["metadata"]["name"]}-{place}.{service["metadata"]["name"]}'
-                file.write(f'{self.hosts.address(place)} {name}\n')
+                file.write(f'{self.hosts.address(place)} {self.called(place)}.{service["metadata"]["name"]}\n')
         return self.started[-1]
+
+    def called(self, n: int) -> str:
+        return f'{self.name}-{n}'
 
     def kill(self, holder: str, n: int) -> None:
         agent = parent(self.worker(n))

@@ -103,8 +103,8 @@ class Hosts:
         self.names = [f'host{n}' for n in range(count)]
         self.prefix = f'mx{os.getpid()}-'
         routes = run('ip', '-4', 'route', 'show', 'table', 'all')
-        first = 1 + 50 * int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:])  # two that look at once take two
-        self.subnet = next(n for n in range(first, 255) if not re.search(rf'\b10\.(77|78)\.{n}\.', routes))
+        tried = (1 + (os.getpid() + n) % 254 for n in range(254))  # two that look at once take two
+        self.subnet = next(n for n in tried if not re.search(rf'\b10\.(77|78)\.{n}\.', routes))
         self._init: Dict[int, int] = {}  # the first process of each host
         self._started: List[subprocess.Popen] = []
         self.environ = dict(os.environ, PATH=f'{self.folder / "bin"}:{PATH}')  # its ssh knows the hosts

@@ -80,7 +80,7 @@ def test_any_file_is_read_or_refused_in_one_line(name, tmp_path):
         found = attempt(read, str(file)) if read else attempt(read_label_image, file.read_bytes(), str(file))
         refused += found is None
         for index in range(len(found._sizes) if found is not None and read else 0):
-            objects = attempt(found.read, index)
+            objects = attempt(found.read, index, True)
             if objects is not None:
                 assert (objects.boxes[:, 2:] > objects.boxes[:, :2]).all()
                 assert len(objects.boxes) == len(objects.classes) == len(objects.crowd)

@@ -1,6 +1,7 @@
 """What the launcher reads of Slurm's environment and gives to srun; tests/cluster/test_slurm.py has the real one."""
 import os
 import subprocess
+import sys
 
 import pytest
 from support.screen import Screen
@@ -53,6 +54,14 @@ def test_hosts_are_those_of_the_allocation(folder, monkeypatch):
         slurm.allocated_hosts({})
 
 
+@pytest.mark.parametrize('counts', [{}, {'SLURM_TASKS_PER_NODE': '2'}])
+def test_a_step_that_has_not_all_hosts(counts):
+    """As `srun --nodes=1 tools/launch.py` would be: without a word the job would leave out hosts."""
+    with pytest.raises(ValueError, match=r'the allocation has 3 hosts \(a\[1-2\],b\), and SLURM_TASKS_PER_NODE=2? is '
+                       'of [01]: start the launcher from'):
+        slurm.allocated_hosts({'SLURM_JOB_NODELIST': NODES['SLURM_JOB_NODELIST'], **counts})
+
+
 def job(script, workers):
     return JobSpec(('sh', '-c', script), workers, 1, directory=os.getcwd())
 
@@ -82,6 +91,20 @@ def test_what_srun_says_stands_for_all_hosts(folder, monkeypatch):
     monkeypatch.setenv('SLURM_RESTART_COUNT', '1')  # the first start of this launcher all the same
     with pytest.raises(ValueError, match='Unable to create step'):
         Supervisor(SlurmBackend(), screen).run(job('true', 2))
+
+
+@pytest.mark.parametrize('heard, code, told', [
+    ('slurmstepd-a2: error: execve(): /x: No such file or directory', 2, ''),
+    ('', 2, f' ({sys.executable}: No such file or directory)'), ('', 13, f' ({sys.executable}: Permission denied)'),
+    ('', 1, '')])
+def test_a_host_without_python(folder, monkeypatch, heard, code, told):
+    """srun may end before it hands on what the host has said of it."""
+    monkeypatch.setattr(slurm, 'own_addresses', lambda *_: ['127.0.0.1'])
+    end = f'srun: error: a2: task 1: Exited with exit code {code}'
+    program(folder, 'srun', f'#!/bin/sh\nprintf "{heard}\n{end}\nsrun: Force Terminated StepId=1.0\n" >&2\nexit 1\n')
+    with pytest.raises(ValueError) as error:
+        Supervisor(SlurmBackend(), Screen()).run(job('true', 2))
+    assert str(error.value).splitlines() == [*filter(None, [heard]), end + told]
 
 
 def test_a_requeued_job_is_a_restarted_one(monkeypatch):

@@ -6,10 +6,10 @@ import pytest
 
 from mxsimmim.config import AugmentConfig, DataConfig, ModelConfig
 from mxsimmim.data.decode import BrokenImage
-from mxsimmim.data.dense_transforms import SegmentEvalTransform, SegmentTransform, SegmentViewsTransform, largest_share
+from mxsimmim.data.dense_transforms import SegmentTransform, SegmentViewsTransform, WholeTransform, largest_share
 from mxsimmim.data.geometry import View, padded, random_view, resized, whole_view
 from mxsimmim.data.loader import Loader, TooManyBroken, every_image
-from mxsimmim.data.object_transforms import MASK_SIDE, ObjectsEvalTransform, ObjectsTransform
+from mxsimmim.data.object_transforms import MASK_SIDE, ObjectsTransform, ObjectsViewsTransform
 from mxsimmim.data.objects import Objects, SceneObjects, WithObjects, box_of
 from mxsimmim.data.photometric import distort
 from mxsimmim.data.regions import Polygons
@@ -121,15 +121,13 @@ def test_crops_of_one_class_are_drawn_again():
 
 
 def test_whole_images_for_evaluation():
-    fields = SegmentEvalTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
+    fields = WholeTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
     assert fields['extent'].tolist() == [43, 64, 64, 96] and (fields['image'][43:] == [124, 116, 104]).all()
-    boxes = ObjectsEvalTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
-    assert (boxes['image'] == fields['image']).all() and (boxes['extent'] == fields['extent']).all()
 
 
 def test_views_for_evaluation():
     """The whole image first, then three parts of twice its size, and each mirrored; what is left is empty."""
-    whole = SegmentEvalTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
+    whole = WholeTransform(DataConfig(), MODEL)(SCENES.read(2), generator(0))
     transform = SegmentViewsTransform(DataConfig(), MODEL, MAPS, (1, 2), flip=True)
     assert transform.most == 10
     fields = transform(SCENES.read(2), generator(0), 2)
@@ -171,7 +169,7 @@ class Known:
     classes, has_masks = ('a', 'b'), True
 
     def __init__(self, objects):
-        self.read = lambda index: objects
+        self.read = lambda index, masks: objects
 
 
 def known(boxes, crowd, regions=(), size=None):
@@ -218,6 +216,14 @@ def test_what_does_not_fit_the_image(objects, message):
         ObjectsTransform(STILL, MODEL, objects, True)(GREY, generator(SEED), 4)
     crowd = ObjectsTransform(STILL, MODEL, known([[0, 0, 9, 9]], [True]), True, 3)(GREY, generator(SEED), 4)
     assert crowd['crowd'].tolist() == [1, 0, 0] and not crowd['masks'].any()
+
+
+def test_boxes_are_cut_where_their_image_ends():
+    """Files of boxes need not tell how large an image is; a box beyond it would have another overlap with any found."""
+    outside = known([[-4, 50, 70, 1e9], [64, 0, 80, 9], [1, 2, 3, 4]], [False, True, False])
+    truth = ObjectsViewsTransform(STILL, MODEL, outside, False)(GREY, generator(SEED), 4)['truth']
+    assert truth.boxes.tolist() == [[0, 50, 64, 64], [1, 2, 3, 4]] and truth.boxes.dtype == np.float32
+    assert truth.size == (64, 64) and truth.crowd.tolist() == [False, False] and truth.regions == (None, None)
 
 
 def test_label_maps_of_other_images():

@@ -160,7 +160,9 @@ def test_task():
     (['parallel.tensor=2'], 'parallel.tensor=2: detect trains whole models'),
     (['parallel=auto'], 'parallel.auto=true: detect trains whole models'),
     (['model.type=swin', 'model.depths=[2]', 'model.num_heads=[2]'], 'detect needs a Swin of two stages or more'),
-    (['model.img_size=16'], 'detect halves the map of patches')])
+    (['model.img_size=16'], 'detect halves the map of patches'),
+    (['model.type=swin', 'model.depths=[2,2]', 'model.num_heads=[2,4]', 'model.img_size=16', 'model.patch_size=4'],
+     'model.img_size=16 has 63 anchors, and a detector learns from 256 of an image: raise it')])
 def test_what_does_not_go_together(words, told):
     with pytest.raises(ConfigError) as error:
         configfile.load('conf/base.yaml', ['task=detect', *words])

@@ -1,16 +1,20 @@
 """COCO's JSON, Pascal VOC's XML and tables of boxes; and what is said of those that cannot be used."""
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mxsimmim.config import DataConfig
+from mxsimmim.config import DataConfig, ModelConfig
 from mxsimmim.data.decode import BrokenImage
 from mxsimmim.data.detection import open_objects
 from mxsimmim.data.geometry import View
+from mxsimmim.data.object_transforms import ObjectsTransform, ObjectsViewsTransform
 from mxsimmim.data.regions import Polygons, RunLengths, bitmap, in_box, region_of, unpacked
+from mxsimmim.data.sampling import generator
+from mxsimmim.data.voc import read_file
 
 # Written by pycocotools 2.0.11 for these bitmaps.
 ROWS = '00000000100000000100000010101001010'
@@ -38,6 +42,7 @@ def test_packed_run_lengths_of_blocks():
     ({'size': [4, 3], 'counts': [12]}, r"its 'size' is \[4, 3\], and the image's \[3, 4\]: height, width"),
     ({'size': [3, 4], 'counts': [-1, 13]}, "'counts' are neither a list of lengths nor a string"),
     ({'size': [3, 4], 'counts': 'é'}, "its 'counts' have the character 'é', which is none of COCO's"),
+    ({'size': [3, 4], 'counts': 'o' * 10 ** 6}, "its 'counts' have a number of more than 60 bits"),
     ({'size': [3, 4], 'counts': 'P'}, "its 'counts' end within a number"), ({}, "its 'counts' are neither"),
     ('x', 'neither a list of polygons nor run lengths'), ([[1, 2, 3, 4]], 'an even number of numbers, six or more, but '
      'one is 4 numbers'), ([[1, 2, 3, 4, 5, 'x']], 'something else than numbers'),
@@ -164,6 +169,7 @@ def changed(section, number, **values):
     (lambda content: json.dumps(content)[:300], 'line 1, column [0-9]+: not JSON'),
     (lambda content: json.dumps(content).replace('}, {', '} {'), "not JSON: expecting ','"),
     (lambda _: '{"annotations": ' + '[' * 100000, 'not an instances file: nested too deeply'),
+    (lambda _: '{"images": [' + '1' * 5000, 'not an instances file: a number is too long'),
     (lambda _: '{"images": []}', "'images' is missing or empty: an instances file has the lists"),
     (lambda content: json.dumps({**content, 'annotations': []}), "'annotations' is missing or empty"),
     (lambda content: json.dumps({**content, 'categories': {}}), "'categories' is missing or empty"),
@@ -196,6 +202,18 @@ def test_bad_annotations_break_their_image_alone(coco, values, message):
         source.objects(2)
     assert f'{folder}/instances.json, line ' in str(error.value) and '\n' not in str(error.value)
     assert len(source.objects(0).boxes) == 1
+
+
+def test_masks_that_are_not_asked_for_are_not_read(coco):
+    """Other programs write polygons of two points into files of boxes."""
+    folder, content = coco
+    source = opened(folder, changed('annotations', 0, segmentation=[[1, 2, 3, 4]])(content).encode())
+    assert source.objects(2, masks=False).regions == (None, None)
+    model = ModelConfig(type='vit', img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1)
+    for transform in (ObjectsTransform, ObjectsViewsTransform):
+        transform(DataConfig(), model, source, masks=False)(np.zeros((30, 40, 3), np.uint8), generator(0), 2)
+        with pytest.raises(BrokenImage, match='a polygon has an even number of numbers'):
+            transform(DataConfig(), model, source, masks=True)(np.zeros((30, 40, 3), np.uint8), generator(0), 2)
 
 
 def test_boxes_without_area_and_images_that_are_not_listed(coco):
@@ -258,19 +276,56 @@ def test_pascal_voc(voc):
     (xml(boxed('dog', 1, 2, 3)), "line 4: object 'dog' from line 4 has no bndbox/ymax"),
     (xml(boxed('', 1, 2, 3, 4)), 'line 4: an object from line 4 has no name'),
     (xml(boxed('dog', 1, 2, 3, 'x')), "line 4: object 'dog' from line 4: bndbox: could not convert string to float: '"),
-    (xml(boxed('dog', 1, 2, 3, 'inf')), 'bndbox has numbers that are not finite'),
+    (xml(boxed('dog', 1, 2, 3, 'inf')), 'bndbox has numbers that are no pixels'),
+    (xml(boxed('dog', 1, 2, 3, '1e300')), 'bndbox has numbers that are no pixels'),
+    ('<?xml version="1.0" encoding="foo"?>' + xml(), 'a.xml, line 1: unknown encoding: foo: save it as UTF-8'),
     (xml(boxed('dog', 1, 2, 3, 4))[:60], 'a.xml, line [34]: not XML: '), ('', 'a.xml, line 1: not XML: no element fou'),
     ('<html/>', "a.xml, line 1: begins with <html>, and Pascal VOC's files with <annotation>"),
     ('<!DOCTYPE a [<!ENTITY b "c">]>\n' + xml(), 'a.xml, line 1: a document type, which no annotation needs: remove')])
 def test_bad_xml_breaks_its_image_alone(voc, text, message):
     (voc / 'Annotations/a.xml').write_text(text)
+    (voc / 'Annotations/b.xml').write_text(xml(boxed('dog', 1, 2, 3, 4)))
     source, _ = open_objects(DataConfig(path=f'{voc}/JPEGImages', labels=f'{voc}/Annotations'))
     with pytest.raises(BrokenImage, match=message) as error:
         source.objects(0)
-    assert '\n' not in str(error.value) and len(source.objects(1).boxes) == 0
+    assert '\n' not in str(error.value) and len(source.objects(1).boxes) == 1
     (voc / 'Annotations/b.xml').unlink()
     with pytest.raises(ValueError, match='and no other file of 1 can be used'):
         open_objects(DataConfig(path=f'{voc}/JPEGImages', labels=f'{voc}/Annotations'))
+
+
+def test_xml_that_claims_much(voc):
+    """A size that no image has is none; what is nested deeply costs no more than its bytes."""
+    deep = 60000
+    (voc / 'Annotations/a.xml').write_text(xml(boxed('dog', 1, 1, 9, 9, more='<a>' * deep + '</a>' * deep),
+                                               size=(10 ** 11, 30)))
+    tracemalloc.start()
+    size, found = read_file(f'{voc}/Annotations/a.xml')
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == (0, 0) and [each.box for each in found] == [(1, 1, 9, 9)] and peak < 20e6
+
+
+def test_which_image_a_file_is_of(voc):
+    photos(voc / 'JPEGImages', 'deep/c.jpg', 'deep/a.png')
+    with pytest.raises(ValueError, match=r'deep/a.png and .*JPEGImages/a.jpg: .*/a.xml is of one of them: rename the '
+                       'other'):
+        open_objects(DataConfig(path=f'{voc}/JPEGImages', labels=f'{voc}/Annotations'))
+    (voc / 'JPEGImages/deep/a.png').unlink()
+    source, _ = open_objects(DataConfig(path=f'{voc}/JPEGImages', labels=f'{voc}/Annotations'))
+    assert len(source) == 2 and '2 images left out that have no .xml file' in source.notes[0]
+
+
+def test_nothing_to_find(coco, voc):
+    (voc / 'Annotations/a.xml').unlink()
+    with pytest.raises(ValueError, match='data.labels=.*Annotations has no box that can be used$'):
+        open_objects(DataConfig(path=f'{voc}/JPEGImages', labels=f'{voc}/Annotations'))
+    folder, content = coco
+    for annotation in content['annotations']:
+        annotation['image_id'] = str(annotation['image_id'])  # as a converter wrote them
+    with pytest.raises(ValueError, match="data.labels=.*has no box that can be used; .*: 3 annotations left out, whose "
+                       "images 'images' does not list, the first: .*line 11: annotation 7"):
+        opened(folder, content)
 
 
 def test_boxes_of_no_area_in_xml(voc):
@@ -301,7 +356,8 @@ def test_tables(tmp_path, text):
     ('a.png,1,2,3,4,dog\na.png,40,30,dog,1\n', 'boxes.csv, line 2: 5 fields, not path,x0,y0,x1,y1,class: found a.png'),
     ('filename,width,height,class,xmin,ymin,xmax,ymax\n', 'line 1: 8 fields, not path,x0,y0,x1,y1,class'),
     (',1,2,3,4,dog\n', 'line 1: 6 fields, not path'), ('', 'boxes.csv has no box; write path,x0'),
-    ('a.png\nc.png\n', 'boxes.csv has no box'), ('a.png,1,2,3,nan,dog\n', 'line 1: not path,x0,y0,x1,y1,class with fi'),
+    ('a.png\nc.png\n', 'boxes.csv has no box'), ('a.png,1,2,3,nan,dog\n', 'line 1: not path,x0,y0,x1,y1,class with nu'),
+    ('a.png,1,2,3,1e300,dog\n', 'line 1: not path,x0,y0,x1,y1,class with nu'),
     ('a.png,1,2,3,4,dog\nx.png,1,2,3,4,dog\n', 'boxes.csv, line 2: there is no image x.png in .*images, below which ')])
 def test_bad_tables(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -312,7 +368,7 @@ def test_bad_tables(tmp_path, text, message):
 def test_bad_lines_break_their_image_alone(tmp_path):
     source, _ = table(tmp_path, 'a.png,1,2,3,4,dog\nc.png,1,2,3,4,\nc.png,1,2,3,x,dog\na.png,5,5,5,9,dog\n')
     assert source.objects(0).boxes.tolist() == [[1, 2, 3, 4]]
-    with pytest.raises(BrokenImage, match='boxes.csv, line 2: not path,x0,y0,x1,y1,class with finite numbers: found c'):
+    with pytest.raises(BrokenImage, match='boxes.csv, line 2: not path,x0,y0,x1,y1,class with numbers in pixels: '):
         source.objects(1)
     assert source.notes == [f'1 boxes without an area in the image left out, the first: {tmp_path}/boxes.csv, line 4']
 

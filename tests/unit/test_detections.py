@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from mxsimmim.data.geometry import View, whole_view
 from mxsimmim.data.objects import Objects, box_of
 from mxsimmim.data.regions import Polygons, RunLengths
+from mxsimmim.tasks import detections
 from mxsimmim.tasks.detections import (
     CELLS,
     Found,
@@ -84,7 +85,7 @@ def test_masks_are_pasted():
     np.testing.assert_array_equal(decoded(found.masks[0]), mask)
 
 
-def test_pasting_interpolates():
+def test_pasting_interpolates(monkeypatch):
     """As bilinear sampling at the centres of pixels does, written out."""
     rng, box = np.random.default_rng(SEED), np.array([3.3, 2.1, 44.9, 37.4])
     grid = rng.random((CELLS, CELLS))
@@ -97,6 +98,8 @@ def test_pasting_interpolates():
                 i, j = int(v), int(u)
                 near = padded[i:i + 2, j:j + 2]
                 expected[y, x] = np.array([i + 1 - v, v - i]) @ near @ np.array([j + 1 - u, u - j]) >= 0.5
+    np.testing.assert_array_equal(pasted(grid, box, SIZE), expected)
+    monkeypatch.setattr(detections, 'STRIP', 300)  # as of a large image
     np.testing.assert_array_equal(pasted(grid, box, SIZE), expected)
     assert 100 < expected.sum() < expected.size - 100
 
@@ -111,6 +114,12 @@ def test_masks_are_encoded_as_coco_does():
     lengths = np.diff(np.flatnonzero(np.diff(np.r_[-1, bitmap.T.ravel(), -1])))
     lengths = np.r_[[0] * bitmap.T.ravel()[0], lengths].astype(int)
     assert region_lengths(RunLengths(lengths), SIZE) == region_lengths(bitmap, SIZE) == encoded(bitmap)
+
+
+def test_polygons_that_lead_far_away():
+    """A number too many in a file, on which COCO's own tools end the process."""
+    mask = decoded(region_lengths(Polygons((np.array([[0, 0], [1e9, 0], [1e9, 1e9]]),)), SIZE))
+    np.testing.assert_array_equal(mask, np.arange(SIZE[1]) >= np.arange(SIZE[0])[:, None])
 
 
 def test_an_answer_about_the_mirror_image():

@@ -34,7 +34,7 @@ CONF = '/opt/mxsimmim/conf'
 READY = {
     'two_workers': ['-n', '2', '--horovod', '--', 'mxsimmim', 'pretrain', f'{CONF}/digits.yaml'],
     'eight_gpus': ['-n', '8', '-s', '4', '--devices', 'gpu', '--', 'mxsimmim', 'pretrain', f'{CONF}/vit_base.yaml',
-                   'data.path=/data', 'devices=[gpu(0)]']}
+                   'data.path=/data', 'devices=[gpu(0)]', 'log.prometheus_port=9400', 'log.prometheus_host=0.0.0.0']}
 
 
 def ready(name):
@@ -62,7 +62,7 @@ def test_the_schemas_of_kubernetes(version):
 
 def test_the_job(monkeypatch):
     monkeypatch.setenv('TOKEN', 'secret $x')
-    words = ['-n', '3', '--devices', 'gpu', '--env', 'TOKEN', '--env-server', 'A=1', '--', 'x', 'a b', '$(HOME) $$', '']
+    words = ['-n', '3', '--devices', 'gpu', '--env', 'TOKEN', '--env-server', 'A=1', '--', 'x', 'ä 🖼', '$(HOME) $$', '']
     text = manifests.text(made(*words), 'team')
     secret, service, job = yaml.safe_load_all(text)
     assert secret['stringData'] == {'MXSIMMIM_LAUNCH': f'job-0.job 41000 {KEY}', 'TOKEN': 'secret $x'}
@@ -74,10 +74,19 @@ def test_the_job(monkeypatch):
                                                                                                        0)
     assert container['command'] == [
         'python3', '-m', 'mxsimmim.cluster.launch', *argv('-n', '3', '--devices', 'gpu', '--env', 'TOKEN',
-                                                          '--env-server', 'A=1'), '--', 'x', 'a b', '$$(HOME) $$$$', '']
+                                                          '--env-server', 'A=1'), '--', 'x', 'ä 🖼', '$$(HOME) $$$$', '']
     assert 'secret $x' not in text.partition('kind: "Job"')[2] and KEY not in str(job)
     assert container['resources'] == {'limits': {'nvidia.com/gpu': 1}} and container['workingDir'] == '/runs'
+    assert spec['template']['metadata'] == {'labels': {'app.kubernetes.io/name': 'mxsimmim'}}
     assert pod['securityContext']['runAsNonRoot'] and container['securityContext']['readOnlyRootFilesystem']
+
+
+@pytest.mark.parametrize('words, port', [
+    ([], None), (['log.prometheus_port=9400'], 9400), (['log.prometheus_port=9400', 'log.prometheus_port=9500'], 9500),
+    (['log.prometheus_port=9400', 'log.prometheus_port=0'], None), (['xlog.prometheus_port=9400'], None)])
+def test_the_port_of_the_metrics_is_declared(words, port):
+    [container] = made('-n', '1', '--', 'x', *words)[2]['spec']['template']['spec']['containers']
+    assert container.get('ports') == (port and [{'name': 'metrics', 'containerPort': port}])
 
 
 @pytest.mark.parametrize('words, part', [
@@ -112,10 +121,11 @@ def test_it_prints_or_applies(tmp_path, monkeypatch, capfd):
 
 def test_pods_know_their_place(monkeypatch):
     monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
-    monkeypatch.delenv('MXSIMMIM_LAUNCH', raising=False)
     given = options.parse(argv('-n', '2', 'x'))
-    with pytest.raises(ValueError, match='without MXSIMMIM_LAUNCH: make its Secret'):
-        KubernetesBackend().instead(given)
+    for value in ('', 'job-0.job 41000', f'job-0 41000 {KEY}', f'job-0.job 41000 {KEY[2:]}'):  # as without openssl
+        monkeypatch.setenv('MXSIMMIM_LAUNCH', value)
+        with pytest.raises(ValueError, match='without MXSIMMIM_LAUNCH, a name, a port and a key .* make its Secret'):
+            KubernetesBackend().instead(given)
     monkeypatch.setenv('MXSIMMIM_LAUNCH', f'job-0.job 41000 {KEY}')
     assert KubernetesBackend().instead(given) is None
     assert KubernetesBackend().hosts(JobSpec(('x',), 2)) == [Host('job-0'), Host('job-1')]

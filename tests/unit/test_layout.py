@@ -11,9 +11,9 @@ pytestmark = pytest.mark.unmeasured
 ROOT = Path(__file__).parents[2]
 PACKAGE, TOOLS = ROOT / 'mxsimmim', ROOT / 'tools'
 ORDER = ['__init__', 'system', 'config', 'runtime', 'cluster', 'ops', 'data', 'models', 'interop', 'optim', 'parallel',
-         'planner', 'tasks', 'training', 'inference', 'cli', '__main__']
+         'planner', 'tasks', 'training', 'inference', 'commands', 'cli', '__main__']
 # What answers before, or without, the second that `import mxnet` takes.
-WITHOUT_MXNET = ['__init__', 'system', 'config', 'runtime', 'cluster', 'data', 'cli', '__main__',
+WITHOUT_MXNET = ['__init__', 'system', 'config', 'runtime', 'cluster', 'data', 'commands', 'cli', '__main__',
                  'training/run_folder', 'training/checkpoint', 'training/run_logger', 'training/plots',
                  'training/kept', 'training/status', 'training/exporter', 'training/dashboard',
                  'tasks/__init__', 'tasks/classes', 'tasks/pictures', 'tasks/baselines', 'training/__init__',

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mxnet.base import MXNetError
 
-from mxsimmim import cli
+from mxsimmim import cli, commands
 from mxsimmim.config import Config, configfile
 from mxsimmim.data.loader import Loader
 from mxsimmim.data.transforms import BrokenImage
@@ -221,7 +221,7 @@ def test_the_advice_is_the_same_update(key):
 def test_the_command_says_it_in_one_line(monkeypatch, capsys, tmp_path):
     def fail(*_):
         raise MXNetError('Traceback (most recent call last):\n  File "x.h", line 74\nMXNetError: Failed to allocate')
-    monkeypatch.setattr(cli, '_train', fail)
+    monkeypatch.setattr(commands, '_train', fail)
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.yaml').write_text('train: {batch_size: 96}\n')
     assert cli.main(['pretrain', 'a.yaml']) == 1

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from mxsimmim.tasks.class_table import LONGEST
 from mxsimmim.tasks.metrics import (
-    LONGEST,
     NONE,
     Tally,
     class_scores,

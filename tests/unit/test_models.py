@@ -131,6 +131,11 @@ def test_initial_weights():
     assert np.abs(swin['encoder.patch_embed.proj.weight']).max() == pytest.approx(1 / np.sqrt(12), rel=0.03)
     assert swin['encoder.layers.2.blocks.0.mlp.fc1.weight'].std() == pytest.approx(0.02, rel=0.03)
     assert swin['encoder.layers.0.blocks.1.attn.relative_position_bias_table'].std() == pytest.approx(0.02, rel=0.3)
+    wider = official.export_weights(build_simmim(ModelConfig(**SWIN, init_std=0.1), seed=11))
+    assert {name for name in swin if not np.array_equal(swin[name], wider[name])} == {
+        name for name in swin if 'mask_token' in name or 'position_bias_table' in name
+        or name.endswith('weight') and swin[name].ndim == 2}
+    assert wider['encoder.layers.2.blocks.0.mlp.fc1.weight'].std() == pytest.approx(0.1, rel=0.03)
 
 
 def test_truncated_normal_leaves_nothing_outside():

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import tracemalloc
 
 import mxnet as mx
 import numpy as np
@@ -15,7 +16,7 @@ from mxsimmim.data.sampling import generator
 from mxsimmim.data.segmentation import open_segmented
 from mxsimmim.models import build_segmenter
 from mxsimmim.ops import REFERENCE
-from mxsimmim.tasks import overlap
+from mxsimmim.tasks import overlap, segment
 from mxsimmim.tasks.segment import (
     MapPredictor,
     PixelEvaluator,
@@ -76,6 +77,20 @@ def test_class_map_of_parts():
     np.testing.assert_array_equal(found, np.broadcast_to((np.arange(16) >= 2) & (np.arange(16) < 10), (8, 16)))
 
 
+def test_class_map_of_large_images(monkeypatch):
+    """Row by row it is the same, and takes no memory for the logits of all pixels: 32 MB here."""
+    rng, size, canvas = generator(5), (400, 1000), (16, 40)
+    views = [(View(whole, (0, 0), whole), rng.standard_normal((20, 8, 20)).astype('float32'))
+             for whole in (canvas, (9, 22))]
+    whole = [class_map(answers, size, canvas) for answers in (views[:1], views)]
+    monkeypatch.setattr(segment, 'STRIP', 20 * 1000 * 7)
+    tracemalloc.start()
+    parts = [class_map(answers, size, canvas) for answers in (views[:1], views)]
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
+    np.testing.assert_array_equal(parts, whole)
+
+
 def test_cross_entropy():
     logits = np.array([[[0.0, 1.0]], [[0.0, 0.0]]])
     total, count = cross_entropy(logits, np.array([[0, 0, 1, 0], [1, 0, 1, 255]]))  # looks at columns 1 and 3 of row 1
@@ -130,6 +145,15 @@ def test_report(tmp_path):
     assert told.startswith(f'mIoU {values["miou"]:.4f}, pixel accuracy {values["pixel_accuracy"]:.4f} of 7 images')
     assert set(values['iou']) == {'background', *'0123456789'}
     assert len((tmp_path / 'evaluation.txt').read_text().splitlines()) == 12
+
+
+def test_the_best_weights_are_named_where_there_are_any(tmp_path):
+    """Records have null for an evaluation of images without a labelled pixel."""
+    rows = [dict(step=1, val_miou=None), dict(step=2, val_miou=0.5), dict(step=3, val_miou=0.25)]
+    told, = evaluated(1, lambda evaluator, placement: evaluator.conclude(rows, 3, placement, tmp_path))
+    assert told.endswith(f'\nbest: mIoU 0.5000 at step 2, kept in {tmp_path}/best')
+    told, = evaluated(1, lambda evaluator, placement: evaluator.conclude(rows[:1], 3, placement, tmp_path))
+    assert '\nbest:' not in told and told.startswith('mIoU ')
 
 
 def test_picture():

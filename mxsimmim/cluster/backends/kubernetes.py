@@ -62,9 +62,10 @@ class KubernetesBackend(Backend):
         place = os.environ.get(PLACE)
         if place is None:
             return submit(options)
-        if VARIABLE not in os.environ:
-            raise ValueError(f'this is a pod of an Indexed Job ({PLACE}={place}) without {VARIABLE}: make its Secret, '
-                             'as launch/kubernetes/README.md says')
+        if not re.fullmatch(r'\S+\.\S+ \d+ [0-9a-f]{64}', os.environ.get(VARIABLE, '')):
+            raise ValueError(f'this is a pod of an Indexed Job ({PLACE}={place}) without {VARIABLE}, a name, a port '
+                             'and a key of 64 digits: make its Secret, as the first lines of the ready files in '
+                             'launch/kubernetes say')
         return None if place == '0' else follow()
 
 
@@ -128,7 +129,7 @@ def follow() -> int:
             if told and time.monotonic() - told[0] > ALONE:
                 agent.terminate()
             time.sleep(0.1)
-        if agent.returncode == 0:
+        if agent.returncode != 1:  # else it did not reach the launcher; one that was killed may have
             heard = time.monotonic()
         elif heard is not None and time.monotonic() - heard > GONE:
             return 0

@@ -1,5 +1,6 @@
 """Write what Kubernetes is to make of a job: a Secret, a headless Service, an Indexed Job. Pure functions."""
 import json
+import re
 from typing import Any, Dict, List, Mapping, Sequence
 
 from mxsimmim.cluster.callback import VARIABLE
@@ -7,6 +8,8 @@ from mxsimmim.cluster.callback import VARIABLE
 PORT = 41000  # at which pod 0 is called
 USER = 10001  # whom the image of launch/kubernetes/Dockerfile has
 COMMAND = 'python3', '-m', 'mxsimmim.cluster.launch'
+LABELS = {'app.kubernetes.io/name': 'mxsimmim'}  # of each pod
+METRICS = re.compile(r'log\.prometheus_port=(\d+)')  # in the words of the command
 VOLUMES = {'data': '/data', 'runs': '/runs'}  # claims, by name, and where they are mounted
 
 Manifest = Dict[str, Any]
@@ -35,6 +38,9 @@ def job(name: str, image: str, words: Sequence[str], pods: int, gpus: bool) -> M
                             'readOnlyRootFilesystem': True},
         'volumeMounts': [{'name': 'tmp', 'mountPath': '/tmp'}] + [
             {'name': volume, 'mountPath': path, 'readOnly': volume == 'data'} for volume, path in VOLUMES.items()]}
+    ports = [int(found[1]) for found in map(METRICS.fullmatch, words) if found]
+    if any(ports[-1:]):  # at which the worker of pod 0 answers Prometheus
+        container['ports'] = [{'name': 'metrics', 'containerPort': ports[-1]}]
     pod = {
         'subdomain': name, 'restartPolicy': 'Never', 'terminationGracePeriodSeconds': 120,
         'automountServiceAccountToken': False, 'enableServiceLinks': False,
@@ -45,7 +51,7 @@ def job(name: str, image: str, words: Sequence[str], pods: int, gpus: bool) -> M
             {'name': volume, 'persistentVolumeClaim': {'claimName': volume}} for volume in VOLUMES]}
     return {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': name},
             'spec': {'completionMode': 'Indexed', 'completions': pods, 'parallelism': pods, 'backoffLimit': 0,
-                     'template': {'spec': pod}}}
+                     'template': {'metadata': {'labels': LABELS}, 'spec': pod}}}
 
 
 def text(made: Sequence[Manifest], namespace: str) -> str:
@@ -56,12 +62,15 @@ def text(made: Sequence[Manifest], namespace: str) -> str:
 
 
 def lines(value: Any) -> List[str]:
-    """Write a value as lines of YAML: mappings and lists as blocks, all else as JSON, which YAML contains."""
+    """Write a value as lines of YAML: mappings and lists as blocks, all else as JSON, which YAML contains.
+
+    But for its pairs of surrogates, which YAML has one escape for.
+    """
     if isinstance(value, dict) and value:
         return [line for key, part in value.items() for line in _under(f'{key}:', part)]
     if isinstance(value, list) and value:
         return [('  ' if number else '- ') + line for part in value for number, line in enumerate(lines(part))]
-    return [json.dumps(value)]
+    return [json.dumps(value, ensure_ascii=False).encode('ascii', 'backslashreplace').decode('ascii')]
 
 
 def _under(head: str, part: Any) -> List[str]:

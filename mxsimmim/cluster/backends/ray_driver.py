@@ -13,6 +13,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import Any, Dict, List
 
@@ -39,6 +40,9 @@ class Place:
                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                  start_new_session=True)
         said = agent.communicate()[1].decode(errors='replace').strip()
+        alone = threading.Timer(LEAVE, os._exit, [0])  # Ray ends actors, but not on a host that is cut off
+        alone.daemon = True
+        alone.start()
         return (said or f'its agent ended with status {agent.returncode}') if agent.returncode else ''
 
 

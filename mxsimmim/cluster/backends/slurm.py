@@ -2,9 +2,11 @@
 
 srun hands its environment on, so that the key is on no command line.
 """
+import errno
 import os
 import re
 import subprocess
+import sys
 import time
 from types import MappingProxyType
 from typing import List, Mapping, Sequence, Tuple
@@ -21,6 +23,8 @@ STEP = ('--overlap', '--ntasks-per-node=1', '--mpi=none', '--export=ALL')
 SHAPE = re.compile('S(LURM|RUN)_(CPUS_PER_TASK|EXACT|EXCLUSIVE|GPU_BIND|GPUS_PER_TASK|MEM_PER_\\w+|NTASKS_PER_\\w+|'
                    'THREADS_PER_CORE|TRES_PER_TASK)')  # what else srun would take from a batch script's environment
 PLACE = 'SLURMD_NODENAME'
+# How a task ends whose program cannot be started, by the number of the error: no agent that runs ends so.
+UNSTARTED = re.compile(f'srun: error: .*: Exited with exit code ({errno.ENOENT}|{errno.EACCES})')
 
 
 class SlurmBackend(Backend):
@@ -45,7 +49,12 @@ class SlurmBackend(Backend):
 
     def why_none_came(self, agents: Sequence[AgentConnection]) -> List[str]:
         said = why_none_came(agents)
-        return [line for line in said if not line.startswith('srun: ') or 'error: ' in line] or said
+        lines = [line for line in said if not line.startswith('srun: ') or 'error: ' in line] or said
+        if any('execve()' in line for line in lines):
+            return lines
+        # srun may drop what tasks said, when it ends the step.
+        return [UNSTARTED.sub(lambda found: f'{found[0]} ({sys.executable}: {os.strerror(int(found[1]))})', line)
+                for line in lines]
 
     def copy_command(self, host: Host, directory: str) -> List[str]:
         run = ' '.join(step('"$host"', 1)) + ' --unbuffered'  # or what is no whole line would wait for the next
@@ -60,7 +69,7 @@ def allocated_hosts(environ: Mapping[str, str]) -> List[Host]:
     """List the hosts of the allocation that this process runs in, in Slurm's order, with its tasks a host as slots.
 
     Raises:
-        ValueError: there is no allocation, or no Slurm.
+        ValueError: there is no allocation, or no Slurm, or a step of srun that has not all hosts.
     """
     nodes = environ.get('SLURM_JOB_NODELIST')
     if not nodes:
@@ -72,7 +81,12 @@ def allocated_hosts(environ: Mapping[str, str]) -> List[Host]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"'scontrol show hostnames {nodes}' does not say the hosts of the allocation ({error}): "
                          'install the commands of Slurm on this machine') from None
-    return [Host(name, slots=slots) for name, slots in zip(names, read_counts(environ['SLURM_TASKS_PER_NODE']))]
+    counts = read_counts(environ.get('SLURM_TASKS_PER_NODE', ''))
+    if len(counts) != len(names):
+        raise ValueError(f'the allocation has {len(names)} hosts ({nodes}), and SLURM_TASKS_PER_NODE='
+                         f'{environ.get("SLURM_TASKS_PER_NODE", "")} is of {len(counts)}: start the launcher from the '
+                         'script of sbatch or the shell of salloc, not by srun')
+    return [Host(name, slots=slots) for name, slots in zip(names, counts)]
 
 
 def read_counts(text: str) -> List[int]:
