@@ -103,9 +103,9 @@ def test_a_job_of_rays(made, shared):
                  RAY_ADDRESS=made.ray.address, RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(given))
     reach(shared, 5, 'tiny')
     assert environment(made.worker(1))['MINE'] == 'of the job'
-    [driver] = made.local()
+    pids = [made.launcher(job), *made.local()]  # the launcher's, and its driver's
     for number in signal.SIGTERM, signal.SIGKILL:
-        for pid in made.launcher(job), driver:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         time.sleep(3)
