@@ -22,6 +22,10 @@ DEPLOY = [
 # does not load without a display's libraries, and pandas; of what is used here they have the same.
 DETECT = ['gluoncv==0.8.0', 'portalocker==2.10.1', 'pycocotools==2.0.7']
 
+# What `--launcher ray` needs, in the last versions for each Python: the cluster must have the same.
+RAY = ['ray==2.10.0; python_version < "3.9"', 'ray==2.51.2; python_version == "3.9"',
+       'ray==2.60.0; python_version >= "3.10"']
+
 if not (3, 8) <= sys.version_info[:2] <= (3, 11):
     sys.exit('mxsimmim needs Python 3.8 to 3.11 (MXNet 1.9.1 needs numpy < 1.24, which newer Pythons do not have); '
              f'{sys.executable} is Python {sys.version.split()[0]}. `make demo` finds a fitting one.')
@@ -106,8 +110,9 @@ setup(
         'horovod': ['horovod==0.28.1'],
         'deploy': DEPLOY,
         'detect': DETECT,
+        'ray': RAY,
         'test': ['pytest==8.3.5', 'pytest-xdist==3.6.1', 'coverage[toml]==7.6.1', 'hypothesis==6.113.0',
-                 'kubernetes-validate==1.37.0', *DEPLOY, *DETECT],
+                 'kubernetes-validate==1.37.0', *DEPLOY, *DETECT, *RAY[-1:]],  # the tests have a Ray of this version
         'lint': ['ruff==0.17.5', 'mypy==1.14.1', 'clang-format==19.1.7'],  # the last mypy for Python 3.8
         'bench': ['torch==2.13.0; python_version >= "3.10"', 'torchvision==0.28.0; python_version >= "3.10"'],
         # The site: the last versions for Python 3.8, and of what they render with those that fit them.

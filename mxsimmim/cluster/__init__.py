@@ -1,4 +1,4 @@
-"""Launch a job on this machine, over ssh or with mpirun. Standard library only, here and on every host.
+"""Launch a job on this machine or on a cluster of some kind. Standard library only, here and on every host.
 
 On the launching machine, each module knows those before it alone:
 
@@ -13,6 +13,7 @@ On the launching machine, each module knows those before it alone:
 | `restarts` | decide what follows a failure (pure) |
 | `absence`, `supervisor` | look out for hosts that are away; run the job |
 | `launch` | the command |
+| `ray` | the same from a driver of Ray's, or a notebook |
 
 Sent to every host: `agent`, which starts processes and reports their ends, and what it needs: `messages` (to and from
 the launcher), `inspection` (of the host), `rendezvous` (of Horovod's ranks), `fault` (where a process crashed).

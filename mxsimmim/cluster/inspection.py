@@ -20,6 +20,7 @@ from mxsimmim.runtime import environment
 from mxsimmim.system import paths
 
 SIOCGIFADDR = 0x8915  # of Linux's bits/ioctls.h
+GIVEN = 'SLURM_CPUS_ON_NODE', 'MXSIMMIM_CORES'  # by Slurm, and by Ray's driver
 TRIAL = 10.0  # seconds after which the job begins without having heard of its configuration
 
 
@@ -88,9 +89,9 @@ def start_trial(words: List[str], changes: Dict[str, Optional[str]], environ: Di
 
 
 def cores(environ: Mapping[str, str]) -> int:
-    """Count the cores of this host that are the job's: within what Slurm says, which not every cluster enforces."""
-    given = environ.get('SLURM_CPUS_ON_NODE', '')
-    return min(environment.cores(), int(given)) if given.isdigit() else environment.cores()
+    """Count the cores of this host that are the job's: within what Slurm or Ray gives, which not every one enforces."""
+    given = [int(environ[name]) for name in GIVEN if environ.get(name, '').isdigit()]
+    return min([environment.cores(), *given])
 
 
 def unreadable(path: str) -> str:

@@ -37,7 +37,9 @@ OPTIONS: Tuple = (
     (('-s', '--num-servers'), dict(type=int, metavar='N', help='parameter servers (default: as many as workers)')),
     (('-H', '--hostfile'), dict(metavar='FILE', help='hosts, one a line: host[:port] [slots=N]; default: this one')),
     (('--launcher',), dict(choices=tuple(BACKENDS), help='default: ssh with a hostfile, else local; slurm '
-                            'inside an allocation; kubernetes with --image')),
+                            'inside an allocation; kubernetes with --image; ray on a node of '
+                            'its')),
+    (('--address',), dict(metavar='A', help='of Ray: HOST:PORT, or auto, the one on this machine (default)')),
     (('--horovod',), dict(action='store_true', help='start Horovod ranks instead of parameter servers')),
     (('--devices',), dict(choices=('cpu', 'gpu'), default='cpu', help="divide each host's cores (cpu, the default) or "
                           'GPUs as well (gpu) among its workers')),
@@ -82,7 +84,7 @@ FOREIGN = {
     **dict.fromkeys(('--max-np', '--max_np', '--max-num-proc'), 'write -n N: no more workers than these are started'),
     **dict.fromkeys(('--host-discovery-script', '--blacklist-cooldown-range', '--elastic-timeout'),
                     'write all hosts into the hostfile; with --min-workers M those that are away are left out'),
-    **dict.fromkeys(('--cluster',), 'write --launcher local, ssh, mpi, slurm or kubernetes'),
+    **dict.fromkeys(('--cluster',), 'write --launcher local, ssh, mpi, slurm, kubernetes or ray'),
     **dict.fromkeys(('--gloo', '--mpi'), 'write --horovod; what its ranks speak is chosen by what is there'),
     **dict.fromkeys(('--network-interface', '--network-interfaces', '--nics', '--nic'), 'write --interface NAME'),
     **dict.fromkeys(('--output-filename', '--log-dir', '--log_dir', '--redirects', '--tee'),
@@ -136,6 +138,7 @@ def job_spec(options: argparse.Namespace) -> JobSpec:
         command=tuple(options.command), workers=options.num_workers, servers=options.num_servers, hosts=tuple(hosts),
         directory=directory, copy=bool(options.sync_dst_dir),
         horovod=options.horovod, gpus=options.devices == 'gpu', interface=options.interface, p3=options.p3,
+        address=options.address or 'auto' * BACKENDS[options.launcher].takes_address,
         max_restarts=options.max_restarts, min_workers=options.min_workers or 0,
         worker_variables=MappingProxyType(given['worker']), server_variables=MappingProxyType(given['server']))
 
@@ -192,6 +195,8 @@ def check(options: argparse.Namespace) -> None:
     for name in ('image', 'namespace', 'dry_run'):
         need(not getattr(options, name) or backend.needs_image, f'--{name.replace("_", "-")} is for --launcher '
              'kubernetes: leave it out, or choose that')
+    need(options.address is None or backend.takes_address, '--address is for --launcher ray: leave it out, or choose '
+         'that')
     for name, why in backend.refuses.items():
         need(not getattr(options, name), why)
     need(not options.sync_dst_dir or options.hostfile or not backend.copies_by_ssh,

@@ -19,6 +19,7 @@ class JobSpec:
     interface: str = ''  # network interface of every host; none: the one that it is reached by
     p3: bool = False  # parameter servers: send what is needed first, first
     max_restarts: int = 0  # without progress, before the job is given up
+    address: str = ''  # of the cluster, where its kind has one
     min_workers: int = 0  # with which it goes on while hosts are away; 0: no host may be away
     worker_variables: Mapping[str, str] = field(default_factory=dict)  # the user's
     server_variables: Mapping[str, str] = field(default_factory=dict)  # the scheduler's as well

@@ -52,7 +52,7 @@ def test_all_kinds_compute_the_same(tmp_path):
     with three_hosts(tmp_path / 'hosts') as hosts:
         for kind in KINDS:
             with on_hosts(kind, hosts, tmp_path / kind) as made:
-                for mode, words in list(MODES.items())[:rounds(1, 3) if kind == 'kubernetes' else 3]:
+                for mode, words in list(MODES.items())[:rounds(1, 3) if kind in ('kubernetes', 'ray') else 3]:
                     before = hosts.traffic()
                     status, said = made.launch('-n', 2, *words, '--', *PRETRAIN, *TINY, 'train.length=10',
                                                'checkpoint.every=10', 'log.every=1', f'name={mode}',
@@ -85,7 +85,7 @@ def test_a_job_on_three_hosts(made, options, keys):
     wait_for(lambda: not made.left(), 'nothing is left', 5 + made.slack)
 
 
-@kinds(*KINDS)
+@kinds('ssh', 'slurm', 'kubernetes')
 def test_the_command_arrives_byte_for_byte(made):
     words = ['a b', "it's", '"quoted"', '$HOME', '`id`', '\\', '*', '-n', '--', '', 'two\nlines', 'ä;|&<>']
     program = 'import os, sys; print(ascii(sys.argv[1:])); print(os.environ["MINE"])'
@@ -96,7 +96,7 @@ def test_the_command_arrives_byte_for_byte(made):
         assert made.logs()[f'worker-{n}'] == f'{ascii(words)}\none two\n'
 
 
-@kinds('ssh', 'slurm', never=['kubernetes'])
+@kinds('ssh', 'slurm', never=['kubernetes', 'ray'])
 def test_the_working_directory_is_copied(made, tmp_path):
     (made.job / 'model.py').write_text('print("in " + __import__("os").getcwd())')
     where = tmp_path / 'copied' / 'a folder'
@@ -143,7 +143,7 @@ def test_horovod_in_the_network_of_the_interface(made):
     assert min(sent) > 20 * GRADIENT, sent
 
 
-@kinds('ssh', 'slurm')
+@kinds('ssh', 'slurm', never=['ray'])  # whose agents then cannot call, and say so
 def test_an_interface_that_hosts_lack(made):
     made.hosts.run(1, 'ip link del eth1')
     status, said = made.launch('-n', 3, '--interface', 'eth1', '--', *PRETRAIN, *TINY)

@@ -8,20 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.clusters import ENDLESS, JOB, LAUNCH, PRETRAIN, cluster
+from support.clusters import ENDLESS, JOB, LAUNCH, PRETRAIN, cluster, survives
 from support.hosts import wait_for
-from support.jobs import PROGRAMS, recorded, steps
+from support.jobs import KEYS, SLOW, reach, recorded, steps
 from support.programs import free_port
 from support.prometheus import config_for, prometheus
-from support.running import DIGITS, ROOT, rounds
-from support.tiny import TEN_STEPS
+from support.running import ROOT, rounds
 
 pytestmark = pytest.mark.unmeasured
 in_soak = pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`')
-
-LENGTH = 60
-KEYS = [*TEN_STEPS, f'train.length={LENGTH}', 'validation.every=1000', 'checkpoint.every=10', 'log.every=1', 'name=job']
-SLOW = [sys.executable, '-W', 'ignore', PROGRAMS / 'with_fault.py', 'slow', 'pretrain', DIGITS, *KEYS]  # 50 ms a step
 
 
 @pytest.fixture(scope='module')
@@ -45,15 +40,6 @@ def shared(made, tmp_path):
     wait_for(lambda: not made.slurm.ask('squeue', '-h') and not made.left(), 'no job is left', 30)
 
 
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-    """The losses of two ranks to which nothing happens."""
-    folder = tmp_path_factory.mktemp('undisturbed')
-    subprocess.run([*LAUNCH, '-n', '2', '--horovod', '--', *map(str, SLOW)], cwd=folder, check=True, timeout=JOB,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return recorded(folder / 'runs' / 'job', 'loss')
-
-
 def submit(made, folder, *words, options=(), keys=SLOW):
     """The number of a batch job that runs the launcher with these words, as launch/slurm/run.sh does."""
     (folder / 'job.sbatch').write_text(
@@ -68,13 +54,6 @@ def state(made, job):
     """Slurm's word for what a job is doing; empty if it is over."""
     return made.slurm.ask('squeue', '-h', '-o', '%T', '-j', job) if job in made.slurm.ask(
         'squeue', '-h', '-o', '%i').split() else ''
-
-
-def reach(folder, step, name='job'):
-    def reached():
-        run = folder / 'runs' / name
-        return (run / 'metrics.jsonl').exists() and max(steps(run), default=0) >= step
-    wait_for(reached, f'step {step}', JOB)
 
 
 def saved_to_be_started_again(made, shared, job, times):
@@ -158,19 +137,13 @@ def test_a_job_that_is_cancelled(made, shared):
 
 def test_a_job_whose_task_is_killed_and_that_loses_a_node(made, shared, undisturbed):
     """It is started again from its newest checkpoint, by the launcher."""
-    job = made.start('-n', 2, '--horovod', '--max-restarts', 9, '--', *SLOW)
-    reach(shared, 15)
-    os.kill(made.worker(1), signal.SIGKILL)
-    wait_for(lambda: 'restart in' in made.said(), 'a restart', JOB)
-    reach(shared, 30)
-    made.hosts.switch_off(1)
-    wait_for(lambda: made.said().count('restart in') > 1, 'another', JOB)
-    made.hosts.switch_on(1)
-    made.slurm.boot(1)
-    assert job.wait(JOB) == 0, made.said()
+    def lose():
+        made.hosts.switch_off(1)
+        wait_for(lambda: made.said().count('restart in') > 1, 'another', JOB)
+        made.hosts.switch_on(1)
+        made.slurm.boot(1)
+    survives(made, undisturbed, lambda: os.kill(made.worker(1), signal.SIGKILL), lose)
     assert 'launch: worker 1 on host1 was killed by SIGKILL' in made.said()
-    assert 'launch: host host1 was lost: ' in made.said()
-    assert recorded(shared / 'runs' / 'job', 'loss') == undisturbed
     wait_for(lambda: made.slurm.idle() == 3, 'the node is back')
 
 

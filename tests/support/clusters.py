@@ -6,15 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Callable, Dict, Iterator, List
 
 import pytest
 import yaml
 
 from mxsimmim.runtime.process import CONTROL
 
-from . import slurm, tiny
+from . import rays, slurm, tiny
 from .hosts import Hosts, three_hosts, wait_for, words_of
+from .jobs import SLOW, reach, recorded
 from .running import BASE, ROOT, command
 
 LAUNCH = [sys.executable, str(ROOT / 'tools' / 'launch.py')]
@@ -150,7 +151,25 @@ class SlurmCluster(Cluster):
         self.slurm.stop()
 
 
-class KubernetesCluster(Cluster):
+class InsideCluster(Cluster):
+    """The launcher runs on host0."""
+
+    def inside(self, n: int) -> List[str]:
+        """The words before a command that run it in the folder `job` of a host."""
+        return [*self.hosts.inside(n), 'sh', '-c', 'cd "$1" && shift && exec "$@"', 'sh', str(self.job)]
+
+    def logs(self) -> Dict[str, str]:
+        names = self.hosts.run(0, f'ls {self.job}/logs').split()
+        return {name[:-len('.log')]: self.hosts.run(0, f'cat {self.job}/logs/{name}') for name in names}
+
+    def local(self) -> List[int]:
+        return [process.pid for process in self.started if process.poll() is None]
+
+    def launcher(self, process: subprocess.Popen) -> int:
+        return next(pid for pid in self.hosts.processes(0) if parent(pid) == process.pid)
+
+
+class KubernetesCluster(InsideCluster):
     """Each pod of the Job that --dry-run prints is on a host, with its command as it stands and its variables.
 
     Only then its name stands for its address.
@@ -169,10 +188,10 @@ class KubernetesCluster(Cluster):
         with open(self.folder / 'said', 'wb') as said:
             for place in reversed(range(job['spec']['completions'])):
                 self.started.append(subprocess.Popen(
-                    [*self.hosts.inside(place), 'sh', '-c', 'cd "$1" && shift && exec "$@"', 'sh', str(self.job),
-                     *command], stderr=subprocess.DEVNULL if place else said, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, env={**secret['stringData'], 'JOB_COMPLETION_INDEX': str(place),
-                                                    'PATH': f'{Path(sys.executable).parent}:{self.environ["PATH"]}'}))
+                    [*self.inside(place), *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL if place else said, env={
+                        **secret['stringData'], 'JOB_COMPLETION_INDEX': str(place),
+                        'PATH': f'{Path(sys.executable).parent}:{self.environ["PATH"]}'}))
         time.sleep(0.5)
         with open(self.hosts.folder / 'etc_hosts', 'a') as file:
             for place in range(job['spec']['completions']):
@@ -182,22 +201,40 @@ class KubernetesCluster(Cluster):
     def called(self, n: int) -> str:
         return f'{self.name}-{n}'
 
-    def logs(self) -> Dict[str, str]:
-        names = self.hosts.run(0, f'ls {self.job}/logs').split()
-        return {name[:-len('.log')]: self.hosts.run(0, f'cat {self.job}/logs/{name}') for name in names}
-
-    def local(self) -> List[int]:
-        return [process.pid for process in self.started if process.poll() is None]
-
-    def launcher(self, process: subprocess.Popen) -> int:
-        return next(pid for pid in self.hosts.processes(0) if parent(pid) == process.pid)
-
     def kill(self, holder: str, n: int) -> None:
         agent = parent(self.worker(n))
         os.kill(parent(agent) if holder == 'guardian' else agent, signal.SIGKILL)
 
 
-KINDS = {'ssh': Cluster, 'slurm': SlurmCluster, 'kubernetes': KubernetesCluster}
+class RayCluster(InsideCluster):
+    """The launcher runs beside the head of a Ray."""
+    slack = 10
+    holders = ('actor', 'agent')
+
+    def __init__(self, hosts: Hosts, folder: Path) -> None:
+        super().__init__(hosts, folder)
+        self.ray = rays.Ray(hosts).start()
+        self.environ = self.ray.environ
+
+    def words(self, names) -> List[str]:
+        return [*self.inside(0), *LAUNCH, '--launcher', 'ray']
+
+    def local(self) -> List[int]:
+        return [pid for pid in self.hosts.processes(0) if 'mxsimmim.cluster.backends.ray_driver' in words_of(pid)]
+
+    def left(self) -> List[str]:
+        return [words for words in super().left() if not rays.OWN.match(words)]
+
+    def kill(self, holder: str, n: int) -> None:
+        agent = parent(self.worker(n))
+        os.kill(parent(parent(agent)) if holder == 'actor' else agent, signal.SIGKILL)
+
+    def close(self) -> None:
+        super().close()
+        self.ray.stop()
+
+
+KINDS = {'ssh': Cluster, 'slurm': SlurmCluster, 'kubernetes': KubernetesCluster, 'ray': RayCluster}
 
 
 @contextlib.contextmanager
@@ -211,9 +248,9 @@ def cluster(kind: str, folder: Path) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def on_hosts(kind: str, hosts: Hosts, folder: Path) -> Iterator[Cluster]:
     """The same on hosts that are there, each with a new and empty folder `job`."""
-    reason = slurm.why_not() if kind == 'slurm' else ''
+    reason = {'slurm': slurm.why_not, 'ray': rays.why_not}.get(kind, str)()
     if reason:
-        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(f'Slurm cannot be started: {reason}')
+        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(f'{kind} cannot be started: {reason}')
     (folder / 'job').mkdir(parents=True)
     for n in range(3):
         hosts.hide(n, folder / 'job')
@@ -222,6 +259,20 @@ def on_hosts(kind: str, hosts: Hosts, folder: Path) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
+
+
+def survives(made: Cluster, losses: List[float], kill: Callable[[], None], lose: Callable[[], None]) -> None:
+    """Asserts that a job to which one happens and then the other is started again each time, and keeps its losses."""
+    job = made.start('-n', 2, '--horovod', '--max-restarts', 9, '--', *SLOW)
+    reach(made.job, 15)
+    kill()
+    wait_for(lambda: 'restart in' in made.said(), 'a restart', JOB)
+    reach(made.job, 30)
+    lose()
+    assert job.wait(JOB) == 0, made.said()
+    assert made.said().count('restart in') > 1
+    assert 'launch: host host1 was lost: ' in made.said()
+    assert recorded(made.job / 'runs' / 'job', 'loss') == losses
 
 
 def environment(pid: int) -> Dict[str, str]:

@@ -2,16 +2,38 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 from safetensors.numpy import load_file
 
+from .hosts import wait_for
 from .running import DIGITS, ROOT, command
+from .tiny import TEN_STEPS
 
 PROGRAMS = ROOT / 'tests' / 'cluster' / 'programs'
 PRETRAIN = command('pretrain', DIGITS)
 SERVERS, HOROVOD = ['-n', 2, '-s', 1], ['-n', 2, '--horovod']
 MESSAGES = ['--env', 'MXSIMMIM_FIRST_RANKS=']  # as if each of Horovod's ranks had a host for itself
+
+KEYS = [*TEN_STEPS, 'train.length=60', 'validation.every=1000', 'checkpoint.every=10', 'log.every=1', 'name=job']
+SLOW = [sys.executable, '-W', 'ignore', PROGRAMS / 'with_fault.py', 'slow', 'pretrain', DIGITS, *KEYS]  # 50 ms a step
+
+
+def undisturbed(folder):
+    """The losses of SLOW as two ranks to which nothing happens."""
+    subprocess.run([sys.executable, str(ROOT / 'tools' / 'launch.py'), '-n', '2', '--horovod', '--', *map(str, SLOW)],
+                   cwd=folder, check=True, timeout=90, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return recorded(folder / 'runs' / 'job', 'loss')
+
+
+def reach(folder, step, name='job'):
+    """Waits until a run in `folder` has logged a step."""
+    def reached():
+        run = folder / 'runs' / name
+        return (run / 'metrics.jsonl').exists() and max(steps(run), default=0) >= step
+    wait_for(reached, f'step {step}', 90)
 
 
 def vector(run, step, group='weights'):

@@ -67,6 +67,8 @@ def test_mxnet_is_not_imported_at_the_top(path):
 @pytest.mark.parametrize('path', [p for p in FILES if place(p) == 'cluster'], ids=lambda p: p.name)
 def test_the_launcher_needs_the_standard_library_only(path):
     names = {name.split('.')[0] for name in imports(path, everywhere=True)}
+    if path.name == 'ray_driver.py':  # which the launcher starts where there is Ray
+        names -= {'ray'}
     assert names <= {'mxsimmim'} | (sys.stdlib_module_names if sys.version_info >= (3, 10) else names)
 
 

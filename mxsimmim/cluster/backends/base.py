@@ -24,6 +24,7 @@ class Backend(Protocol):
     grace: float = 6.0  # seconds that workers may take for a checkpoint, when the launcher is told to stop
     needs_hostfile: bool = False
     needs_image: bool = False  # --image, and takes --namespace and --dry-run
+    takes_address: bool = False  # --address, where the cluster is
     copies_by_ssh: bool = False  # the working directory to the hosts of the hostfile, which needs one
     refuses: Mapping[str, str] = MappingProxyType({})  # options that cannot be here: why, and the way out
     other_python: str = 'put first into --env PATH=... the folder of'  # how to name another Python
