@@ -37,8 +37,8 @@ OPTIONS: Tuple = (
     (('-s', '--num-servers'), dict(type=int, metavar='N', help='parameter servers (default: as many as workers)')),
     (('-H', '--hostfile'), dict(metavar='FILE', help='hosts, one a line: host[:port] [slots=N]; default: this one')),
     (('--launcher',), dict(choices=tuple(BACKENDS), help='default: ssh with a hostfile, else local; slurm '
-                            'inside an allocation; kubernetes with --image; ray on a node of '
-                            'its')),
+                            'inside an allocation; kubernetes with --image; ray on one of its '
+                            'nodes')),
     (('--address',), dict(metavar='A', help='of Ray: HOST:PORT, or auto, the one on this machine (default)')),
     (('--horovod',), dict(action='store_true', help='start Horovod ranks instead of parameter servers')),
     (('--devices',), dict(choices=('cpu', 'gpu'), default='cpu', help="divide each host's cores (cpu, the default) or "

@@ -31,7 +31,7 @@ def run(config: Union[str, Path], *overrides: str, workers: int = 1, servers: in
         options: more of the launcher's, such as ``['--devices', 'gpu']``.
 
     Returns:
-        the folder of the run, on the node of worker 0, which is this one if it has room.
+        the folder of the run, on the node of worker 0, which is this one if the job takes it.
 
     Raises:
         ValueError: nothing was started.

@@ -18,7 +18,7 @@ CLOSE_CALLS = 0.02  # share of rows chosen by their scores that may be others: r
 
 
 class Graph(NamedTuple):
-    """What infers: images to logits, or images and masks to reconstructions. The batch may have any size."""
+    """What infers: images to logits or detections, or images and masks to reconstructions; the batch is of any size."""
     symbol: mx.sym.Symbol
     arrays: Dict[str, mx.nd.NDArray]  # by the reference's names
     inputs: Dict[str, Tuple[int, ...]]  # name -> shape without the batch, float32
@@ -28,8 +28,8 @@ class Graph(NamedTuple):
 def trace(trained: Trained) -> Graph:
     """Return what the run's predictor computes, as a graph.
 
-    That is image (B, 3, S, S) to logits (B, K), or image and mask (B, h, w) to reconstruction (B, 3, S, S). Images are
-    normalised; 1 in a mask is hidden.
+    That is image (B, 3, H, W) to logits, (B, K) or of pixels (B, K, h, w), or to detections (B, 100, columns); or image
+    and mask (B, h, w) to reconstruction (B, 3, H, W). Images are normalised; 1 in a mask is hidden.
 
     The graph is for programs that do not have our library: the network must compute with reference operators, as
     `load_run` makes it.

@@ -10,7 +10,7 @@ from ..ops.boxes import CROWD, OBJECT
 from ..ops.reference import AUTO
 from .boxes import NOTHING, clipped, encode, has_area, highest, rows, sampled, sides
 
-SAMPLED_BOXES, MOST_POSITIVE = 512, 128  # of an image; of anchors and of boxes so many are positive at most
+SAMPLED_BOXES, MOST_POSITIVE = 512, 128  # of an image; of its anchors, and of its boxes, at most 128 are positive
 POSITIVE, NEGATIVE, SAME = 0.7, 0.3, 0.5  # overlap of anchors with an object, or less; of proposals
 MASK = 28  # cells a side of a mask in its box
 IN_CROWD = 0.5  # share of a box that a crowd covers: then it is not negative

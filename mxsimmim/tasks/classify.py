@@ -27,7 +27,7 @@ from .task import Metric, Predictor
 class ClassEvaluator(LabelledEvaluator[Source, np.ndarray]):
     """Tells how many images get their class: val_top1, val_top5, val_ece in percent, val_loss.
 
-    Besides the predicted classes of this worker's images are measured. The confusion matrix is drawn at the end.
+    `_measure` also returns the predicted classes of this worker's images. The confusion matrix is drawn at the end.
     """
     metric = Metric('val_top1', higher_is_better=True)
     best = '{val_top1:.2f} %'

@@ -38,7 +38,7 @@ LARGE = 256  # pixels a side that pictures of boxes have at least
 class BoxEvaluator(LabelledEvaluator[WithObjects, Precisions]):
     """Compares the objects found with those that are there: val_box_ap, val_box_ap50, val_mask_ap, val_mask_ap50.
 
-    The last two with masks alone; besides the precision of each class is measured.
+    The last two only where there are masks. `_measure` also returns the precision of each class.
     """
     metric = Metric('val_box_ap', higher_is_better=True)
     best = 'box AP {val_box_ap:.4f}'

@@ -68,7 +68,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class PixelEvaluator(LabelledEvaluator[Segmented, np.ndarray]):
-    """Compares the class of each pixel: val_miou, val_pixel_accuracy, val_loss; besides counts of pixels (K, K + 1)."""
+    """Compares the class of each pixel: val_miou, val_pixel_accuracy, val_loss.
+
+    `_measure` also returns the counts of pixels (K, K + 1).
+    """
     metric = Metric('val_miou', higher_is_better=True)
     best = 'mIoU {val_miou:.4f}'
     drawn = 'prediction'

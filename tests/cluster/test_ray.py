@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unmeasured
 in_soak = pytest.mark.skipif(not rounds(0, 1), reason='in `make soak`')
 SHOW = 'import os; print(*(os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")))'
 NOTEBOOK = '''
-import logging, sys, ray
+import sys, ray
 from mxsimmim.cluster.ray import run
 ray.init('auto', logging_level='error')
 config, *overrides = sys.argv[1:]

@@ -1,4 +1,5 @@
 """What the launcher chooses of a Ray's nodes, and what it says of it; tests/cluster/test_ray.py has a real one."""
+import io
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def test_for_gpus_as_few_nodes_as_it_needs(workers, names):
 
 
 def test_no_gpu_is_free_where_no_cpu_is():
-    with pytest.raises(ValueError, match='6 workers need a GPU each, and of these Ray has free: a 1, b 4, c 4'):
+    with pytest.raises(ValueError, match='6 workers need a GPU each, .* free: a 1, b 4, c 4 without a CPU: start'):
         choose(spec(6, gpus=True), NODES)
 
 
@@ -56,6 +57,8 @@ def test_a_bundle_is_all_free_cpus_or_a_gpu_a_worker_with_its_part_of_them():
         {'CPU': 4, 'node:10.0.0.1': 0.001}, {'CPU': 8, 'node:10.0.0.2': 0.001}]
     assert ray_driver.bundles_of(nodes, {'b': 3, 'a': 0}, True) == [
         {'CPU': 6, 'GPU': 3, 'node:10.0.0.2': 0.001}, {'CPU': 1, 'node:10.0.0.1': 0.001}]  # a: a server alone
+    assert ray_driver.bundles_of({'a': {**nodes['a'], 'cpus': 1}}, {'a': 2}, False) == [
+        {'CPU': 2, 'node:10.0.0.1': 0.001}]  # another job has taken some: it waits for them
     with pytest.raises(ValueError, match='d has left Ray'):
         ray_driver.bundles_of(nodes, {'d': 1}, False)
 
@@ -89,6 +92,37 @@ class State:
         @staticmethod
         def available_resources_per_node():
             return {'12345678': {'CPU': 3.5, 'memory': 1e9}}
+
+
+class Calls:
+    """Of calls of actors, each of which ends by an error."""
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayActorError(RayError):
+            pass
+
+        class OutOfMemoryError(RayError):  # as the real one is, also of an actor
+            pass
+
+    def wait(self, calls, timeout):
+        return calls[:1], calls[1:]
+
+    def get(self, call):
+        raise call
+
+
+@pytest.mark.parametrize('kind', ['RayActorError', 'OutOfMemoryError'])
+def test_the_first_actor_that_ends_is_told_of(kind, monkeypatch):
+    monkeypatch.setattr(ray_driver, 'launcher_is_gone', lambda: False)
+    monkeypatch.setattr(ray_driver.os, 'close', lambda number: None)
+    said, lines = io.StringIO(), []
+    monkeypatch.setattr(said, 'close', lambda: lines.append(said.getvalue()))
+    monkeypatch.setattr(sys, 'stderr', said)
+    make = getattr(Calls.exceptions, kind)
+    ray_driver.wait(Calls(), {make('low on memory'): ('b', None)})
+    assert lines == ['the actor on b has ended: low on memory\n']
 
 
 @pytest.mark.parametrize('text, line', [

@@ -65,7 +65,8 @@ def choose(spec: JobSpec, nodes: Sequence[Dict]) -> List[Host]:
     kind = 'gpus' if spec.gpus else 'cpus'
     free = [node for node in nodes if node['cpus'] and node[kind]]
     if sum(node[kind] for node in free) < spec.workers:
-        said = ', '.join(f"{node['name']} {node[kind]}" for node in nodes)
+        said = ', '.join(f"{node['name']} {node[kind]}{'' if node in free or not node[kind] else ' without a CPU'}"
+                         for node in nodes)
         raise ValueError(f'{spec.workers} workers need a {kind[:-1].upper()} each, and of these Ray has free: {said}: '
                          'start fewer, add nodes with ray start --address, or wait for other jobs (ray status)')
     if spec.gpus:
@@ -84,7 +85,8 @@ def nodes_of(address: str) -> List[Dict]:
     """
     try:
         done = subprocess.run([*DRIVER, 'nodes', address], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=ANSWER, env=driver_environ(), universal_newlines=True)
+                              stderr=subprocess.PIPE, timeout=ANSWER, env=driver_environ(), encoding='utf-8',
+                              errors='replace', start_new_session=True)  # Ctrl-C is for the launcher
     except subprocess.TimeoutExpired:
         raise ValueError(f"what is at '{address}' does not tell the nodes of a Ray within {ANSWER:.0f} s: does ray "
                          'status show one?') from None

@@ -81,10 +81,10 @@ def connect(address: str) -> Any:
                              '--address') from None
     try:
         ray.init(known or 'auto', log_to_driver=False, logging_level='critical', namespace='mxsimmim')
-    except ConnectionError:
-        raise ValueError("no Ray runs on this machine, for --address auto: start it with ray start --head, or join one "
-                         'with ray start --address=HOST:PORT') from None
     except Exception as error:
+        if isinstance(error, ConnectionError) and known in ('', 'auto'):
+            raise ValueError('no Ray runs on this machine, for --address auto: start it with ray start --head, or join '
+                             'one with ray start --address=HOST:PORT') from None
         lines = ' '.join(str(error).split())
         raise ValueError(f"the Ray at '{known or 'auto'}' cannot be used: {lines}") from None
     return ray
@@ -118,6 +118,8 @@ def answers(node: Dict) -> bool:
 def bundles_of(nodes: Dict[str, Dict], shares: Dict[str, int], gpus: bool) -> List[Dict[str, float]]:
     """Describe what the job takes of each node: all CPUs that are free, or a GPU a worker and as large a part of them.
 
+    Where others have taken CPUs meanwhile, it asks for one a worker still, and so waits for them.
+
     Args:
         nodes: as `nodes_of` lists them, by name.
         shares: the number of workers of each node that is needed.
@@ -131,7 +133,8 @@ def bundles_of(nodes: Dict[str, Dict], shares: Dict[str, int], gpus: bool) -> Li
             raise ValueError(f'{name} has left Ray')
         node = nodes[name]
         part = min(1.0, workers / node['gpus']) if gpus and node['gpus'] else 1.0
-        bundles.append({'CPU': max(1, int(node['cpus'] * part)), **({'GPU': workers} if gpus and workers else {}),
+        least = 1 if gpus else max(1, workers)
+        bundles.append({'CPU': max(least, int(node['cpus'] * part)), **({'GPU': workers} if gpus and workers else {}),
                         f"node:{node['address']}": 0.001})
     return bundles
 
@@ -176,7 +179,7 @@ def wait(ray: Any, calls: Dict[Any, Any]) -> None:
             name, _ = calls.pop(call)
             try:
                 said = ray.get(call)
-            except ray.exceptions.RayActorError as error:
+            except ray.exceptions.RayError as error:  # for want of memory or of its environment it is no RayActorError
                 said = f'the actor on {name} has ended: {reason(str(error))}'
             if said and not sys.stderr.closed:
                 print(said if name in said else f'{name}: {said}', file=sys.stderr, flush=True)
