@@ -214,7 +214,7 @@ def test_every_import_of_the_package_is_required():
                 imported.add(node.module.split('.')[0])
     ours = {'mxsimmim', 'horovod', 'importlib_metadata'}  # an extra; numba's, on Python 3.8, where it is there
     foreign = {name for name in imported - ours if not _standard(name)}
-    names = [*pins()[''], *pins()['deploy'], *pins()['detect']]
+    names = [name for extra in ('', 'deploy', 'detect', 'ray') for name in pins()[extra]]
     required = set(names) | {name.replace('-', '_') for name in names}
     assert {MODULES.get(name, name).lower() for name in foreign} <= required
 
