@@ -82,8 +82,6 @@ def test_a_job_that_is_stopped_and_started_again(made, shared, undisturbed):
     assert made.left() == []
 
 
-@pytest.mark.soak
-@in_soak
 def test_the_time_limit(made, shared, undisturbed):
     """Slurm looks every 30 s which jobs are near to it."""
     pause = ['train.length=4000', 'validation.every=100000', 'checkpoint.every=100000']
