@@ -54,6 +54,8 @@ class ModelConfig(Section):
                         'alone (Faster R-CNN)')
     anchor_scale: float = Field(8.0, gt=0, description='detect: side of the square anchor, in places of its map: at 8, '
                                 '32 pixels on a map that has a place for 4 pixels a side')
+    sampled_boxes: int = Field(512, gt=3, description='detect: boxes of an image that the heads learn from, a quarter '
+                               'of them objects at most; fewer take less time, and do for images of few objects')
     loss: Literal['l1', 'mse'] = Field('l1', description='on masked pixels: l1 (the paper) or mse')
     norm_targets: bool = Field(False, description='predict each decoder cell normalised by its own mean and deviation')
     norm_window: int = Field(0, ge=0, description='norm_targets: normalise each pixel by the square of this odd side '
@@ -114,6 +116,12 @@ class ModelConfig(Section):
         """How many anchors a detector has, and how many boxes at most it proposes in an image."""
         anchors = [ANCHORS * height * width for height, width in self.pyramid]
         return sum(anchors), min(PROPOSALS, sum(min(PROPOSALS, number) for number in anchors))
+
+    @property
+    def samples(self) -> Tuple[int, int]:
+        """How many boxes of an image a detector's heads learn from, and how many of them at most are objects."""
+        boxes = min(self.sampled_boxes, self.candidates[1] + OBJECTS)
+        return boxes, min(self.sampled_boxes // 4, boxes)
 
     @property
     def grid(self) -> int:

@@ -7,7 +7,6 @@ from mxnet import autograd
 from mxnet.gluon import HybridBlock, nn
 
 from ..config import ModelConfig
-from ..config.model import OBJECTS
 from ..ops import REFERENCE, OpBackend
 from ..runtime.mxnet_private import children
 from . import boxes as on_boxes, rcnn
@@ -136,15 +135,14 @@ class Detector(TaskNetwork):
     def losses(self, F: Any, image: Any, boxes: Any, classes: Any, crowd: Any, priority: Any, keep: Any = None
                ) -> Any:
         """The loss (1,); with masks that without theirs, and then what theirs is computed of: samples and maps."""
-        count = min(rcnn.SAMPLED_BOXES, self.config.candidates[1] + OBJECTS)
-        positive = min(rcnn.MOST_POSITIVE, count)
+        count, positive = self.config.samples
         truth, maps = Truth.of(F, boxes, classes, crowd), self.maps(F, image, keep)
         of_anchors, of_objects = (F.slice_axis(priority, axis=1, begin=begin, end=end)
                                   for begin, end in ((0, self.config.candidates[0]), (self.config.candidates[0], None)))
         proposals, of_proposals, score, code, anchors = self.proposed(F, maps, of_anchors)
         loss = rcnn.proposal_loss(F, self.backend, score, code, anchors, truth, of_anchors)
         samples = rcnn.sample(F, self.backend, F.BlockGrad(proposals), truth,
-                              F.concat(F.BlockGrad(of_proposals), of_objects, dim=1), count)
+                              F.concat(F.BlockGrad(of_proposals), of_objects, dim=1), count, positive)
         first = Samples(*(F.slice_axis(each, axis=1, begin=0, end=positive) for each in samples))
         hidden = self.hidden(F, maps, samples.boxes)                                          # (B*k, D)
         logits = F.reshape(self.fc_cls(hidden), shape=(AUTO, count, self.classes + 1))
@@ -232,10 +230,10 @@ def detector_cost(config: ModelConfig, classes: int) -> int:
     else:
         inputs = [config.embed_dim << stage for stage in range(config.stages)]
     cost += sum(area * (channels + 9 * width) * width for area, channels in zip(places, inputs))
-    count = min(rcnn.SAMPLED_BOXES, config.candidates[1] + OBJECTS)
+    count, positive = config.samples
     cost += count * 4 * width * (width * BOX_SIDE ** 2 + 4 * width + 5 * classes + 1)
     if config.masks:
-        cost += min(rcnn.MOST_POSITIVE, count) * MASK_POOLED ** 2 * width * (36 * width + 4 * width + 4 * classes)
+        cost += positive * MASK_POOLED ** 2 * width * (36 * width + 4 * width + 4 * classes)
     return cost
 
 

@@ -10,7 +10,7 @@ from ..ops.boxes import CROWD, OBJECT
 from ..ops.reference import AUTO
 from .boxes import NOTHING, clipped, encode, has_area, highest, rows, sampled, sides
 
-SAMPLED_BOXES, MOST_POSITIVE = 512, 128  # of an image; of its anchors, and of its boxes, at most 128 are positive
+POSITIVE_ANCHORS = 128  # of those sampled of an image, at most
 POSITIVE, NEGATIVE, SAME = 0.7, 0.3, 0.5  # overlap of anchors with an object, or less; of proposals
 MASK = 28  # cells a side of a mask in its box
 IN_CROWD = 0.5  # share of a box that a crowd covers: then it is not negative
@@ -96,7 +96,7 @@ def proposal_loss(F: Any, backend: OpBackend, score: Any, code: Any, anchors: An
     overlap, matched, is_best, crowd = backend.match_boxes(F, anchors, truth.boxes, truth.kind)
     positive = F.broadcast_maximum(overlap >= POSITIVE, is_best)
     negative = (overlap < NEGATIVE) * (crowd < IN_CROWD)
-    index, positive, used = sampled(F, positive, negative, priority, SAMPLED_ANCHORS, MOST_POSITIVE)
+    index, positive, used = sampled(F, positive, negative, priority, SAMPLED_ANCHORS, POSITIVE_ANCHORS)
     own = F.take(F.reshape(anchors, shape=(AUTO, 4)), index)                                   # (B, 256, 4)
     wanted = encode(F, own, rows(F, truth.boxes, rows(F, matched, index)), RPN_WEIGHTS)
     positive, used, wanted = (F.BlockGrad(each) for each in (positive, used, wanted))
@@ -111,13 +111,14 @@ def softplus(F: Any, x: Any) -> Any:
     return F.Activation(x, act_type='softrelu')
 
 
-def sample(F: Any, backend: OpBackend, proposals: Any, truth: Truth, priority: Any, count: int) -> Samples:
-    """Choose `count` boxes of each image, of which at most 128 are an object, from those proposed and those known."""
+def sample(F: Any, backend: OpBackend, proposals: Any, truth: Truth, priority: Any, count: int,
+           most_positive: int) -> Samples:
+    """Choose `count` boxes of each image, of which so many at most are an object, of those proposed and those known."""
     boxes = F.concat(proposals, truth.boxes, dim=1)
     overlap, matched, _, crowd = backend.match_boxes(F, boxes, truth.boxes, truth.kind)
     there = F.concat(has_area(F, proposals), truth.kind == OBJECT, dim=1)
     positive, negative = (overlap >= SAME) * there, (overlap < SAME) * (crowd < IN_CROWD) * there
-    index, positive, used = sampled(F, positive, negative, priority, count, min(MOST_POSITIVE, count))
+    index, positive, used = sampled(F, positive, negative, priority, count, most_positive)
     matched = rows(F, matched, index)
     found = rows(F, boxes, index), matched, rows(F, truth.classes, matched), positive, used
     return Samples(*(F.BlockGrad(each) for each in found))

@@ -12,7 +12,7 @@ from mxsimmim.config import ModelConfig, configfile
 from mxsimmim.config.model import MASK_SIDE, OBJECTS
 from mxsimmim.data.loader import Batch
 from mxsimmim.interop import official
-from mxsimmim.models import build_detector, build_simmim, named_parameters, parameter_specs
+from mxsimmim.models import build_detector, build_simmim, named_parameters, parameter_specs, rcnn
 from mxsimmim.models.detector import detector_cost
 from mxsimmim.models.rcnn import MASK
 from mxsimmim.ops import REFERENCE, OpBackend
@@ -189,6 +189,21 @@ def test_priorities_choose():
     batch, placement = random_batch(model), place(model)
     other = np.random.default_rng(1).random(batch.fields['priority'].shape, 'float32')
     assert placement.loss(with_fields(batch, priority=other)).asscalar() != placement.loss(batch).asscalar()
+
+
+def test_sampled_boxes(model, monkeypatch):
+    """Of 16 boxes of an image four are objects at most; where an image has one, those known are among them."""
+    model, taken = model.model_copy(update={'sampled_boxes': 16}), []
+    original = rcnn.sample
+    monkeypatch.setattr(rcnn, 'sample', lambda *args: taken.append(original(*args)) or taken[-1])
+    placement, batch = place(model), random_batch(model)
+    placement.net.hybridize(False)
+    loss = placement.loss(batch).asscalar()
+    positive, used = (getattr(taken[0], name).asnumpy() for name in ('positive', 'used'))
+    assert np.isfinite(loss) and used.shape == (4, 16) and used.all()
+    assert (positive.sum(axis=1) >= (3, 3, 0, 4)).all() and not positive[2].any() and not positive[:, 4:].any()
+    more = model.model_copy(update={'sampled_boxes': 512})
+    assert 0 < detector_cost(model, CLASSES) < 0.5 * detector_cost(more, CLASSES)
 
 
 @pytest.mark.parametrize('form', machine.FORMS)
