@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument('--config', type=Path, default=RECIPE, help='recipe of fine-tuning (segment_digits)')
     parser.add_argument('--scenes', type=int, nargs='+', default=[50, 500], help='labelled scenes (50 500)')
     parser.add_argument('--seeds', type=int, default=5, help='runs a number (5)')
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = configfile.load(args.config, args.overrides)
     if config.task not in MEASURES:
         sys.exit(f'{args.config}: task={config.task}, but this compares networks for {", ".join(MEASURES)}')

@@ -25,9 +25,9 @@ def test_table(tool, monkeypatch, capsys):
         return scenes / 10 + 4 * seed + 7 * bool(encoder)
     monkeypatch.setattr(tool, 'measured', measured)
     monkeypatch.setattr(sys, 'argv', ['few_scenes.py', 'runs/x', 'runtime.threads=1', '--scenes', '50', '500',
-                                      '--seeds', '2'])
+                                      '--seeds', '2', 'data.threads=1'])
     tool.main()
-    assert asked == [('segment_digits.yaml', ['runtime.threads=1'], encoder, scenes, seed)
+    assert asked == [('segment_digits.yaml', ['runtime.threads=1', 'data.threads=1'], encoder, scenes, seed)
                      for scenes in (50, 500) for seed in (0, 1) for encoder in ('', 'runs/x')]
     *told, title, few, many = capsys.readouterr().out.splitlines()
     assert told[1] == '50 scenes, seed 0, from runs/x: 12.0' and len(told) == 8
