@@ -39,12 +39,12 @@ class Bright:
         answers[:, :, 5] = -1
         for answer, image in zip(answers, batch.fields['image']):
             parts, _ = ndimage.label(image.max(axis=2) >= 128)
-            rows = [(region[1].start, region[0].start, region[1].stop, region[0].stop, score, number)
+            rows = [(region[1].start, region[0].start, region[1].stop, region[0].stop, score, number,
+                     *np.array(Image.fromarray(parts[region] == place + 1).resize((CELLS, CELLS))).ravel())
                     for place, region in enumerate(ndimage.find_objects(parts)[:10])
                     for number, score in ((place % 10, 0.9), ((place + 3) % 10, 0.6))]
             if rows:
-                answer[:len(rows), :6] = sorted(rows, key=lambda row: -row[4])
-                answer[:len(rows), 6:] = 1
+                answer[:len(rows)] = sorted(rows, key=lambda row: -row[4])
         return answers
 
 

@@ -133,8 +133,8 @@ def test_larger_images_are_seen_better():
     """Four parts of twice the size and the whole: the same evaluation by any number of workers, and a finer grid."""
     config = Config(**{**CONFIG.model_dump(), 'validation': dict(scales=[1, 2])})
     (one,), (more,) = evaluated(1), evaluated(1, config=config)
-    assert more['val_pixel_accuracy'] > one['val_pixel_accuracy'] + 0.001
-    assert more['val_miou'] > one['val_miou'] + 0.0005
+    assert more['val_pixel_accuracy'] > one['val_pixel_accuracy'] + 0.01
+    assert more['val_miou'] > one['val_miou'] + 0.003
     for values in evaluated(3, config=config):
         assert values['val_miou'] == more['val_miou'] and values['val_loss'] == pytest.approx(more['val_loss'])
 
