@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import List
+from typing import Dict, List, Sequence
 
 from mxsimmim.config import configfile
 from mxsimmim.runtime import environment
@@ -23,17 +23,24 @@ from mxsimmim.system.guards import alone, name_crashes
 RECIPE = Path(__file__).parents[1] / 'conf' / 'finetune_digits.yaml'
 
 
-def accuracy(encoder: str, labels: int, seed: int) -> float:
-    """Top-1, in percent, of one fine-tuned classifier; `labels` a class, 0 for all."""
+def evaluation(recipe: Path, overrides: Sequence[str]) -> Dict[str, float]:
+    """What a run measures at its end, in a folder that is then removed; one that is told to stop ends the program."""
     from mxsimmim.training.start import start
     with tempfile.TemporaryDirectory() as folder:
-        length = [] if labels else ['train.length=20 epochs']
-        config = configfile.load(RECIPE, [f'output={folder}', f'seed={seed}', f'model.pretrained={encoder}',
-                                          f'data.labels_per_class={labels}', 'validation.every=100%', *length])
+        config = configfile.load(recipe, ['validation.every=100%', *overrides, f'output={folder}'])
         with open(Path(folder) / 'log', 'w', encoding='utf-8', errors=text.ERRORS) as log:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                start(config)
-        return json.loads((Path(folder) / config.name / 'evaluation.json').read_text())['val_top1']
+                status = start(config)
+        if status:
+            sys.exit(status)
+        return json.loads((Path(folder) / config.name / 'evaluation.json').read_text())
+
+
+def accuracy(encoder: str, labels: int, seed: int) -> float:
+    """Top-1, in percent, of one fine-tuned classifier; `labels` a class, 0 for all."""
+    length = [] if labels else ['train.length=20 epochs']
+    own = [f'seed={seed}', f'model.pretrained={encoder}', f'data.labels_per_class={labels}', *length]
+    return evaluation(RECIPE, own)['val_top1']
 
 
 def described(values: List[float]) -> str:

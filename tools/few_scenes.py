@@ -6,15 +6,12 @@ Both with the same recipe and number of updates, each seed with labelled scenes 
 for both. Prints each run's measure on the held-out scenes, in percent, as it ends; then mean and standard deviation.
 """
 import argparse
-import contextlib
-import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import List, Sequence
 
-from few_labels import described
+from few_labels import described, evaluation
 
 from mxsimmim.config import configfile
 from mxsimmim.runtime import environment
@@ -28,15 +25,8 @@ MEASURES = {'segment': 'val_miou', 'detect': 'val_box_ap50'}  # task -> the name
 
 def measured(recipe: Path, overrides: Sequence[str], encoder: str, scenes: int, seed: int) -> float:
     """The measure, in percent, of one fine-tuned network; of the last weights."""
-    from mxsimmim.training.start import start
-    with tempfile.TemporaryDirectory() as folder:
-        config = configfile.load(recipe, ['validation.every=100%', *overrides, f'output={folder}', f'seed={seed}',
-                                          f'model.pretrained={encoder}', f'data.train_images={scenes}'])
-        with open(Path(folder) / 'log', 'w', encoding='utf-8', errors=text.ERRORS) as log:
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                start(config)
-        values = json.loads((Path(folder) / config.name / 'evaluation.json').read_text())
-    return 100 * values[MEASURES[config.task]]
+    own = [*overrides, f'seed={seed}', f'model.pretrained={encoder}', f'data.train_images={scenes}']
+    return 100 * evaluation(recipe, own)[MEASURES[configfile.load(recipe, own).task]]
 
 
 def main() -> None:

@@ -41,3 +41,13 @@ def test_other_tasks(tool, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['few_scenes.py', '--config', str(recipe)])
     with pytest.raises(SystemExit, match='task=classify, but this compares networks for segment'):
         tool.main()
+
+
+def test_a_stop_of_a_run_is_one_of_all(tool, monkeypatch):
+    asked = []
+    monkeypatch.setattr('mxsimmim.training.start.start', lambda config: asked.append(config) or 143)
+    with pytest.raises(SystemExit) as ended:
+        tool.measured(tool.RECIPE, ['train.length=10'], 'runs/x', 50, 3)
+    config, = asked
+    assert ended.value.code == 143 and (config.seed, config.data.train_images, config.train.length.value) == (3, 50, 10)
+    assert config.model.pretrained == 'runs/x'
