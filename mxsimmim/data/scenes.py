@@ -18,13 +18,13 @@ SEED = 0
 TRAINING, HELD_OUT = 5000, 500  # scenes
 DIGITS_HELD_OUT = 0.2  # share of the digits of which the held-out scenes are made, and no others
 SIDE = 128  # of the canvas, pixels, where the path names no other
-SMALLEST, LARGEST = 3 / 8, 1 / 2  # side of a digit over the canvas's short side
+SMALLEST, LARGEST = 1 / 3, 1 / 2  # side of a digit over the canvas's short side
 MOST_DIGITS, CLUTTER = 3, (2, 6)  # a scene
 DARK, BRIGHT = 90, 170  # of 255: the background's colours are below, the digits' from there on
 VISIBLE = 0.9  # share of a digit that others leave uncovered, at least
 KEPT = 2 ** 27  # bytes of scenes that are not made again
 TRIES = 10  # places that are tried for a digit that would cover too much
-INK = 80  # of 255: from here on a pixel is the digit's
+INK = 96  # of 255: from here on a pixel is the digit's
 OBJECTS = tuple(map(str, range(10)))
 CLASSES = ('background',) + OBJECTS
 
