@@ -9,7 +9,7 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
-from typing import List, Sequence
+from typing import Dict, List, Sequence
 
 from few_labels import described, evaluation
 
@@ -23,10 +23,10 @@ RECIPE = Path(__file__).parents[1] / 'conf' / 'segment_digits.yaml'
 MEASURES = {'segment': 'val_miou', 'detect': 'val_box_ap50'}  # task -> the name in evaluation.json
 
 
-def measured(recipe: Path, overrides: Sequence[str], encoder: str, scenes: int, seed: int) -> float:
-    """The measure, in percent, of one fine-tuned network; of the last weights."""
-    own = [*overrides, f'seed={seed}', f'model.pretrained={encoder}', f'data.train_images={scenes}']
-    return 100 * evaluation(recipe, own)[MEASURES[configfile.load(recipe, own).task]]
+def measured(recipe: Path, overrides: Sequence[str], encoder: str, scenes: int, seed: int) -> Dict[str, float]:
+    """What the last weights of one fine-tuned network measure."""
+    own = [f'seed={seed}', f'model.pretrained={encoder}', f'data.train_images={scenes}']
+    return evaluation(recipe, [*overrides, *own])
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         columns: List[List[float]] = [[], []]
         for seed in range(args.seeds):
             for column, (name, encoder) in zip(columns, sources.items()):
-                column.append(measured(args.config, args.overrides, encoder, scenes, seed))
+                column.append(100 * measured(args.config, args.overrides, encoder, scenes, seed)[MEASURES[config.task]])
                 print(f'{scenes} scenes, seed {seed}, {name}: {column[-1]:.1f}', flush=True)
         gain = statistics.mean(columns[1]) - statistics.mean(columns[0])
         lines.append(f'{scenes} scenes'.ljust(len(title))
