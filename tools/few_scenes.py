@@ -1,6 +1,6 @@
 """Does pre-training help? Digit scenes of which few are labelled, from a pre-trained encoder and from random weights.
 
-    few_scenes.py [RUN] [--config conf/segment_digits.yaml] [--scenes 50 500] [--seeds 5] [KEY=VALUE ...]
+    few_scenes.py [RUN] [--config conf/segment_digits.yaml] [--scenes 50,500] [--seeds 5] [KEY=VALUE ...]
 
 Both with the same recipe and number of updates, each seed with labelled scenes and initial weights of its own, the same
 for both. Prints each run's measure on the held-out scenes, in percent, as it ends; then mean and standard deviation.
@@ -29,12 +29,18 @@ def measured(recipe: Path, overrides: Sequence[str], encoder: str, scenes: int, 
     return evaluation(recipe, [*overrides, *own])
 
 
+def counts(word: str) -> List[int]:
+    """The numbers of a list such as 50,500."""
+    return [int(number) for number in word.split(',')]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('run', nargs='?', default='runs/scenes', help='folder of the pre-training (runs/scenes)')
     parser.add_argument('overrides', nargs='*', default=[], help='keys of the recipe, such as runtime.threads=1')
     parser.add_argument('--config', type=Path, default=RECIPE, help='recipe of fine-tuning (segment_digits)')
-    parser.add_argument('--scenes', type=int, nargs='+', default=[50, 500], help='labelled scenes (50 500)')
+    # No nargs='+': it would take the keys that follow, too.
+    parser.add_argument('--scenes', type=counts, default=[50, 500], help='labelled scenes (50,500)')
     parser.add_argument('--seeds', type=int, default=5, help='runs a number (5)')
     args = parser.parse_intermixed_args()
     config = configfile.load(args.config, args.overrides)

@@ -24,8 +24,8 @@ def test_table(tool, monkeypatch, capsys):
         asked.append((recipe.name, list(overrides), encoder, scenes, seed))
         return {'val_miou': (scenes / 10 + 4 * seed + 7 * bool(encoder)) / 100, 'val_loss': 1.0}
     monkeypatch.setattr(tool, 'measured', measured)
-    monkeypatch.setattr(sys, 'argv', ['few_scenes.py', 'runs/x', 'runtime.threads=1', '--scenes', '50', '500',
-                                      '--seeds', '2', 'data.threads=1'])
+    monkeypatch.setattr(sys, 'argv', ['few_scenes.py', 'runs/x', 'runtime.threads=1', '--seeds', '2',
+                                      '--scenes', '50,500', 'data.threads=1'])
     tool.main()
     assert asked == [('segment_digits.yaml', ['runtime.threads=1', 'data.threads=1'], encoder, scenes, seed)
                      for scenes in (50, 500) for seed in (0, 1) for encoder in ('', 'runs/x')]
